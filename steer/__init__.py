@@ -1,0 +1,30 @@
+"""steer: inference-time reward alignment of frozen diffusion and flow models."""
+
+from . import models
+from .cost import Cost
+from .errors import (
+    BudgetError,
+    CollapsedWeightsError,
+    ModelError,
+    NonFiniteError,
+    NotDifferentiableError,
+    NotStochasticError,
+    RewardError,
+    ShapeError,
+    StateSpaceError,
+    SteerError,
+)
+from .key import Key
+from .potentials import adaptive_tempering, difference, final_only, geometric_tempering, maximum, total
+from .process import GaussianProcess, convert, from_denoiser, from_eps, from_score, from_v, from_velocity
+from .resampling import killing, multinomial, residual, ssp, stratified, systematic
+from .result import Result
+from .rollout import importance_sampling, rollout
+from .sample import compare, methods, sample
+from .schedules import VE, VP, Cosine, RectifiedFlow, Tabulated, log_snr_times, sigma_times, uniform_times
+from .smc import bootstrap, guided, prior, resample, smc
+from .trajectory import Trajectory
+from .transitions import Normal, churn, cps, ddim, euler_maruyama, flow_sde, ode
+from .types import Coeffs, Denoiser, Level, QuadraticForm, ReverseProcess, Reward, Rule, Schedule, Stop, Transition
+
+__version__ = "0.1.0"

@@ -1,0 +1,131 @@
+"""The ledger: what a run spent, counted where the network, the reward and the decoder are called."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from .errors import BudgetError
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run spent, over all its problems.
+
+    nfe:        network rows evaluated (a guidance pair counts 2).
+    grads:      network rows differentiated through; a backward pass costs about two forward passes.
+    rewards:    samples scored.
+    decodes:    states decoded.
+    seconds:    wall time by kind ("network", "gradient", "reward", "decode", "total"). On a GPU, calls return before
+                the device is done, so only "total" and calls that read a result are exact.
+    peak_bytes: peak memory of the device (CUDA) or of the process (CPU) so far.
+    """
+
+    nfe: int = 0
+    grads: int = 0
+    rewards: int = 0
+    decodes: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_bytes: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        kinds = {**self.seconds, **other.seconds}
+        return Cost(
+            self.nfe + other.nfe,
+            self.grads + other.grads,
+            self.rewards + other.rewards,
+            self.decodes + other.decodes,
+            {kind: self.seconds.get(kind, 0.0) + other.seconds.get(kind, 0.0) for kind in kinds},
+            max(self.peak_bytes, other.peak_bytes),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The ledger as plain JSON types."""
+        return asdict(self)
+
+
+class Meter:
+    """Counts calls while a run is in progress. The one mutable object of a run besides a search tree."""
+
+    def __init__(self) -> None:
+        self.nfe = self.grads = self.rewards = self.decodes = 0
+        self.seconds = {"network": 0.0, "gradient": 0.0, "reward": 0.0, "decode": 0.0}
+        self._began = time.perf_counter()
+
+    @contextmanager
+    def network(self, rows: int) -> Iterator[None]:
+        """Counts `rows` network evaluations."""
+        self.nfe += rows
+        with self._timed("network"):
+            yield
+
+    @contextmanager
+    def gradient(self, rows: int) -> Iterator[None]:
+        """Counts `rows` backward passes."""
+        self.grads += rows
+        with self._timed("gradient"):
+            yield
+
+    @contextmanager
+    def scoring(self, rows: int) -> Iterator[None]:
+        """Counts `rows` reward evaluations."""
+        self.rewards += rows
+        with self._timed("reward"):
+            yield
+
+    @contextmanager
+    def decoding(self, rows: int) -> Iterator[None]:
+        """Counts `rows` decoded states."""
+        self.decodes += rows
+        with self._timed("decode"):
+            yield
+
+    @contextmanager
+    def _timed(self, kind: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[kind] += time.perf_counter() - began
+
+    def cost(self) -> Cost:
+        """What was spent so far."""
+        seconds = {**self.seconds, "total": time.perf_counter() - self._began}
+        return Cost(self.nfe, self.grads, self.rewards, self.decodes, seconds, _peak_bytes())
+
+
+def affordable(per_particle: int, *, particles: int | None, budget: int | None, default: int = 16) -> int:
+    """How many particles per problem to run, each costing `per_particle` network rows.
+
+    particles: the number itself; budget: network rows per problem, never exceeded. Giving neither means `default`;
+    giving both asks for `particles` and checks them against the budget.
+    """
+    if particles is not None and particles < 1:
+        raise BudgetError(f"particles must be at least 1, got {particles}")
+    if budget is None:
+        return default if particles is None else particles
+    most = budget // per_particle
+    if most < (particles or 1):
+        raise BudgetError(
+            f"a budget of {budget} network rows per problem pays for {most} particle(s) at {per_particle} rows each, "
+            f"and {particles or 1} were asked for; raise the budget to {per_particle * (particles or 1)}, "
+            "or take fewer steps"
+        )
+    return particles or most
+
+
+def _peak_bytes() -> int:
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,56 @@
+"""Every error steer raises on purpose. Each message says what was expected, what came, and the cure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class SteerError(ValueError):
+    """Root of all steer's errors.
+
+    partial: what was already paid for when the error arose (a Trajectory or a Result), or None.
+    """
+
+    partial: Any = None
+
+    def keeping(self, partial: Any) -> SteerError:
+        """This error with the work done so far attached, unless an inner call attached its own."""
+        if self.partial is None:
+            self.partial = partial
+        return self
+
+
+class ShapeError(SteerError):
+    """A tensor has another shape than the axes (B problems, N particles, *event) ask for."""
+
+
+class NonFiniteError(SteerError):
+    """NaN or +inf where a number is needed. The message names step, problem and particle."""
+
+
+class CollapsedWeightsError(SteerError):
+    """Every particle of a problem has weight zero."""
+
+
+class NotDifferentiableError(SteerError):
+    """A gradient was asked of a reward or a model that gives none."""
+
+
+class NotStochasticError(SteerError):
+    """A sampler needs noise (or a density), and the transition rule adds none."""
+
+
+class BudgetError(SteerError):
+    """The budget cannot pay for the smallest possible run."""
+
+
+class RewardError(SteerError):
+    """A reward raised, timed out, or returned something that is not one number per sample."""
+
+
+class StateSpaceError(SteerError):
+    """A method was asked to run on a state space that it cannot handle."""
+
+
+class ModelError(SteerError):
+    """A pretrained model cannot be turned into a reverse process."""

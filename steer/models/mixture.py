@@ -1,0 +1,251 @@
+"""Analytic models: Gaussian mixtures, whose denoiser, reverse kernel and tilted laws are known in closed form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import schedules
+from ..errors import ModelError, ShapeError
+from ..key import Key
+from ..process import GaussianProcess
+from ..transitions import DDIM
+from ..types import Level, QuadraticForm, Rule, Schedule
+
+
+@dataclass(frozen=True, eq=False)
+class Exact:
+    """A Gaussian mixture with a log-normaliser: the closed-form answer a sampler is checked against.
+
+    weights: mode masses (K,), summing to 1. means: (K, D). covs: (K, D, D). log_evidence: log E_p[exp(r / T)].
+    """
+
+    weights: Tensor
+    means: Tensor
+    covs: Tensor
+    log_evidence: float
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of the law, (D,)."""
+        return self.weights @ self.means
+
+    @property
+    def cov(self) -> Tensor:
+        """Covariance of the law, (D, D)."""
+        centred = self.means - self.mean
+        return torch.einsum("k,kij->ij", self.weights, self.covs) + torch.einsum(
+            "k,ki,kj->ij", self.weights, centred, centred
+        )
+
+
+class GaussianMixture:
+    """sum_k w_k N(mu_k, C_k) in R^D, with full covariances, and everything diffusion asks of it in closed form.
+
+    means: (K, D); covs: (K, D, D), or (K,) for isotropic ones; weights: (K,), normalised here, equal if None.
+    All arithmetic is float64.
+    """
+
+    def __init__(self, means: Any, covs: Any, weights: Any = None):
+        self.means = torch.as_tensor(means, dtype=torch.float64)
+        if self.means.ndim != 2:
+            raise ShapeError(f"means must have shape (K, D), got {tuple(self.means.shape)}")
+        modes, size = self.means.shape
+        covs = torch.as_tensor(covs, dtype=torch.float64)
+        self.covs = covs.view(-1, 1, 1) * torch.eye(size, dtype=torch.float64) if covs.ndim == 1 else covs
+        if self.covs.shape != (modes, size, size):
+            raise ShapeError(f"covs must have shape {(modes, size, size)} or ({modes},), got {tuple(covs.shape)}")
+        raw = torch.ones(modes) if weights is None else torch.as_tensor(weights)
+        if raw.shape != (modes,) or not bool((raw > 0).all()):
+            raise ShapeError(f"weights must be {modes} positive numbers, got shape {tuple(raw.shape)}")
+        self.weights = raw.double() / raw.double().sum()
+        # Eigenbases make every noise level a diagonal problem.
+        self.variances, self.bases = torch.linalg.eigh(self.covs)
+        if not bool((self.variances > 0).all()):
+            raise ModelError("covs must be positive definite; use steer.models.finite_data for point masses")
+        self._isotropic = bool((self.variances - self.variances[:, :1]).abs().max() < 1e-12)
+
+    def log_prob(self, x: Tensor, at: Level | None = None) -> Tensor:
+        """Log-density of x (..., D), of the data or of the path's marginal at a level: (...)."""
+        alpha, sigma = (at.alpha, at.sigma) if at is not None else (1.0, 0.0)
+        return self._joint(x.double().reshape(-1, x.shape[-1]), alpha, sigma)[0].logsumexp(1).view(x.shape[:-1])
+
+    def denoise(self, x: Tensor, alpha: float, sigma: float) -> Tensor:
+        """E[x_0 | x] for x = alpha x_0 + sigma eps, x of shape (..., D), in x's dtype."""
+        flat = x.reshape(-1, x.shape[-1]).double()
+        log_joint, rotated, total = self._joint(flat, alpha, sigma)
+        share = torch.softmax(log_joint, 1)
+        gain = alpha * self.variances / total  # (K, D): how far each mode moves towards x, in its eigenbasis
+        if self._isotropic:
+            x0 = (share @ gain[:, :1]) * flat + share @ (self.means * (1.0 - alpha * gain[:, :1]))
+        else:
+            x0 = share @ self.means + torch.einsum("mk,mkd,ked->me", share, rotated * gain, self.bases)
+        return x0.view(x.shape).to(x.dtype)
+
+    def exact(self, reward: Any, *, temperature: float = 1.0) -> Exact:
+        """The law p(x) exp(r(x) / temperature) for a linear or quadratic reward, with its evidence and mode masses.
+
+        reward: anything whose `quadratic_form(dim)` gives a `QuadraticForm`, as the analytic rewards do.
+        """
+        size = self.means.shape[1]
+        form = quadratic_form(reward, size)
+        matrix, vector = form.matrix / temperature, form.vector / temperature
+        precision = torch.linalg.inv(self.covs)
+        tilted = precision + matrix
+        if not bool((torch.linalg.eigvalsh(tilted) > 0).all()):
+            raise ModelError(
+                "p(x) exp(r(x) / temperature) has no finite normaliser: the reward grows faster than the model's "
+                "tails fall; raise the temperature or lower the reward's curvature"
+            )
+        covs = torch.linalg.inv(tilted)
+        pull = torch.einsum("kij,kj->ki", precision, self.means) + vector
+        means = torch.einsum("kij,kj->ki", covs, pull)
+        log_mass = (
+            self.weights.log()
+            + 0.5 * (torch.logdet(precision) - torch.logdet(tilted))
+            + 0.5 * (pull * means).sum(1)
+            - 0.5 * torch.einsum("ki,kij,kj->k", self.means, precision, self.means)
+            + form.constant / temperature
+        )
+        return Exact(torch.softmax(log_mass, 0), means, covs, float(log_mass.logsumexp(0)))
+
+    def responsibilities(self, x: Tensor) -> Tensor:
+        """Posterior mode probabilities of data x (..., D): (..., K)."""
+        flat = x.double().reshape(-1, x.shape[-1])
+        return torch.softmax(self._joint(flat, 1.0, 0.0)[0], 1).view(*x.shape[:-1], -1)
+
+    def _joint(self, flat: Tensor, alpha: float, sigma: float) -> tuple[Tensor, Tensor, Tensor]:
+        """log w_k N(x; alpha mu_k, S_k) as (M, K), x - alpha mu_k in the eigenbases, and S_k's eigenvalues."""
+        total = alpha**2 * self.variances + sigma**2
+        constant = self.weights.log() - 0.5 * (total.log().sum(1) + self.means.shape[1] * math.log(2.0 * math.pi))
+        if self._isotropic:
+            centres = alpha * self.means
+            squared = flat.square().sum(1, keepdim=True) + centres.square().sum(1) - 2.0 * flat @ centres.T
+            return constant - 0.5 * squared / total[:, 0], flat, total
+        rotated = torch.einsum("mkd,kde->mke", flat[:, None] - alpha * self.means, self.bases)
+        return constant - 0.5 * (rotated.square() / total).sum(2), rotated, total
+
+
+@dataclass(frozen=True, eq=False)
+class MixtureTransition:
+    """The exact reverse kernel of a mixture: given x, a mixture of Gaussians for x'. Shapes (B, N, D)."""
+
+    log_share: Tensor  # (B, N, K)
+    means: Tensor  # (B, N, K, D)
+    factors: Tensor  # (K, D, D) lower triangular
+    dtype: torch.dtype
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """Mean of the kernel, (B, N, D)."""
+        return torch.einsum("bnk,bnkd->bnd", self.log_share.exp(), self.means).to(self.dtype)
+
+    @cached_property
+    def std(self) -> float:
+        """Root mean variance of a component, averaged: the scale that guidance steps are measured by."""
+        return math.sqrt(self.factors.square().sum((1, 2)).mean().item() / self.factors.shape[1])
+
+    def sample(self, key: Key) -> Tensor:
+        """One draw per particle."""
+        chosen = (self.log_share + key.fold("mode").gumbel(self.log_share.shape)).argmax(2)
+        centre = self.means.gather(2, chosen[..., None, None].expand(*chosen.shape, 1, self.means.shape[3]))[:, :, 0]
+        noise = key.normal(centre.shape)
+        return (centre + torch.einsum("bnde,bne->bnd", self.factors[chosen], noise)).to(self.dtype)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log-density, (B, N)."""
+        scaled = torch.linalg.solve_triangular(self.factors, (x.double()[:, :, None] - self.means)[..., None], upper=False)
+        log_det = self.factors.diagonal(dim1=1, dim2=2).log().sum(1)
+        size = self.means.shape[3]
+        log_normal = -0.5 * scaled.square().sum((3, 4)) - log_det - 0.5 * size * math.log(2.0 * math.pi)
+        return (self.log_share + log_normal).logsumexp(2)
+
+    def shift(self, delta: Tensor) -> MixtureTransition:
+        """The kernel moved by delta."""
+        return MixtureTransition(self.log_share, self.means + delta[:, :, None], self.factors, self.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class ExactStep:
+    """The transition rule that draws from the mixture's true p(x' | x): a chain without discretisation error.
+
+    Whatever the number of steps, the chain's law at t = 0 is the mixture itself (up to the prior's mismatch at the
+    first level), so tests of samplers need no limit of small steps.
+    """
+
+    mixture: GaussianMixture
+
+    def __call__(self, x: Tensor, x0: Tensor, here: Level, there: Level) -> MixtureTransition:
+        mixture, rate = self.mixture, here.alpha / there.alpha
+        before = there.alpha**2 * mixture.variances + there.sigma**2  # eigenvalues of Cov[x' | mode]
+        after = here.alpha**2 * mixture.variances + here.sigma**2
+        gain = rate * before / after
+        left = before - gain * rate * before
+        log_joint, _, _ = mixture._joint(x.double().flatten(0, 1), here.alpha, here.sigma)
+        offset = x.double()[:, :, None] - here.alpha * mixture.means
+        moved = torch.einsum("bnkd,kde,ke,kfe->bnkf", offset, mixture.bases, gain, mixture.bases)
+        covs = torch.einsum("kde,ke,kfe->kdf", mixture.bases, left, mixture.bases)
+        log_share = torch.log_softmax(log_joint, 1).view(*x.shape[:2], -1)
+        return MixtureTransition(
+            log_share, there.alpha * mixture.means + moved, torch.linalg.cholesky(covs), x.dtype
+        )
+
+    def std(self, here: Level, there: Level) -> float:
+        return there.sigma if there.sigma > 0 else math.sqrt(self.mixture.variances.mean().item())
+
+
+def gaussian_mixture(
+    means: Any,
+    covs: Any,
+    weights: Any = None,
+    *,
+    schedule: Schedule | None = None,
+    steps: int = 100,
+    times: Sequence[float] | None = None,
+    transition: Rule | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> GaussianProcess:
+    """A process whose data is a Gaussian mixture: exact denoiser, and exact tilted answers by `.exact(reward)`.
+
+    Arguments of the mixture as `GaussianMixture`. schedule: VP by default. transition: a rule, ancestral sampling by
+    default; `ExactStep(process.reference)` removes discretisation error. The event is (D,).
+    """
+    mixture = GaussianMixture(means, covs, weights)
+    return _process(mixture, schedule or schedules.VP(), steps, times, transition, dtype)
+
+
+def gaussian(mean: Any, cov: Any, **options: Any) -> GaussianProcess:
+    """A process whose data is one Gaussian, mean (D,), cov (D, D) or a variance; options as `gaussian_mixture`."""
+    cov = torch.as_tensor(cov, dtype=torch.float64)
+    mean = torch.as_tensor(mean, dtype=torch.float64)
+    return gaussian_mixture(mean[None], cov[None] if cov.ndim == 2 else cov.reshape(1), **options)
+
+
+def quadratic_form(reward: Any, size: int) -> QuadraticForm:
+    """The coefficients of an analytic reward; an error that says which rewards have them, for any other."""
+    if not hasattr(reward, "quadratic_form"):
+        raise ModelError(
+            "exact answers need a reward with a method quadratic_form(dim) -> steer.QuadraticForm, such as "
+            f"rewards.Linear or rewards.Quadratic, got {type(reward).__name__}"
+        )
+    return reward.quadratic_form(size)
+
+
+def _process(
+    mixture: GaussianMixture, schedule: Schedule, steps: int, times: Sequence[float] | None, transition: Rule | None,
+    dtype: torch.dtype,
+) -> GaussianProcess:
+    def denoise(x: Tensor, t: float) -> Tensor:
+        alpha, sigma, _, _ = schedule(t)
+        return mixture.denoise(x, alpha, sigma)
+
+    grid = schedules.uniform_times(schedule, steps) if times is None else schedules.check_times(times)
+    return GaussianProcess(
+        denoise, schedule, grid, (mixture.means.shape[1],), transition or DDIM(), reference=mixture, dtype=dtype
+    )

@@ -1,0 +1,117 @@
+"""How intermediate values of the reward weight particles on the way, without changing where they end.
+
+At the levels in `at`, the value v = r(x0_hat) / temperature of each particle enters a log-potential g(v, path). What
+was multiplied in so far is remembered per particle, and the last step *closes*: it multiplies in
+r(x_0) / temperature minus all of it. The weights of every choice below therefore target p(x) exp(r(x) / temperature)
+exactly; they differ in variance only. (Released FK-steering closes its max and sum potentials on the statistic
+instead, which targets another law.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import weights
+from .errors import SteerError
+from .trajectory import Trajectory
+
+Combine = Callable[[Tensor, Mapping[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
+"""(value, memory) -> (log-potential, memory to keep)."""
+Tempering = Callable[[Trajectory, Tensor], Tensor]
+"""(state, value (B, N)) -> exponent (B,) in [0, 1] that multiplies the value at this level."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """What multiplies particle weights at intermediate levels. Built by `difference`, `maximum`, `total`, `final_only`.
+
+    combine:   the log-potential of a value and what the path remembers.
+    at:        levels to evaluate and weight at; None for all but the last prediction, which the closing repeats.
+    tempering: exponent of the value by level; None for 1 throughout.
+    """
+
+    combine: Combine
+    at: frozenset[int] | None = None
+    tempering: Tempering | None = None
+
+    def active(self, k: int, steps: int) -> bool:
+        """Whether values are evaluated at level k."""
+        return k < steps - 1 if self.at is None else k in self.at
+
+    def apply(self, state: Trajectory, value: Tensor) -> Trajectory:
+        """The state reweighted by values (B, N) = r(x0_hat) / temperature at its level."""
+        spent = state.memory["spent"]
+        if self.tempering is not None:
+            exponent = self.tempering(state, value)[:, None].expand_as(value)
+            state, value = state.remember(exponent=exponent), exponent * value
+        increment, memory = self.combine(value, state.memory)
+        # A forbidden *prediction* says nothing certain about the sample: leave the weight until the sample is there.
+        increment = torch.where(increment == -torch.inf, 0.0, increment)
+        return state.reweight(increment).remember(spent=spent + increment, **memory)
+
+    def close(self, state: Trajectory, value: Tensor) -> Trajectory:
+        """The finished state reweighted so that the product of all potentials is exp(value), value (B, N)."""
+        return state.reweight(value - state.memory["spent"])
+
+
+def difference(at: Collection[int] | None = None, tempering: Tempering | None = None) -> Weight:
+    """Potential exp(v_k - v_previous): the weight so far is always exp(v_k). The default."""
+    return _weight(lambda value, memory: (value - memory["spent"], {}), at, tempering)
+
+
+def maximum(at: Collection[int] | None = None, tempering: Tempering | None = None) -> Weight:
+    """Potential exp(max of the values so far) (FK-steering's "max", Singhal et al. 2025, Sec. 3)."""
+
+    def combine(value: Tensor, memory: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        highest = torch.maximum(memory["highest"], value) if "highest" in memory else value
+        return highest, {"highest": highest}
+
+    return _weight(combine, at, tempering)
+
+
+def total(at: Collection[int] | None = None, tempering: Tempering | None = None) -> Weight:
+    """Potential exp(sum of the values so far) (FK-steering's "sum")."""
+
+    def combine(value: Tensor, memory: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        summed = memory["summed"] + value if "summed" in memory else value
+        return summed, {"summed": summed}
+
+    return _weight(combine, at, tempering)
+
+
+def final_only() -> Weight:
+    """No intermediate weights: importance sampling, with or without a guided proposal."""
+    return Weight(lambda value, memory: (torch.zeros_like(value), {}), at=frozenset())
+
+
+def geometric_tempering(gamma: float = 0.008) -> Tempering:
+    """Exponent min((1 + gamma)^k - 1, 1) at level k (DAS, Kim et al. 2025, gamma = .008 at 100 steps)."""
+    if not gamma > 0.0:
+        raise SteerError(f"gamma must be positive, got {gamma}")
+
+    def exponent(state: Trajectory, value: Tensor) -> Tensor:
+        # expm1 and log1p: (1 + gamma)^k - 1 for small gamma, without overflow for large k
+        now = min(math.expm1(min(state.k * math.log1p(gamma), 1.0)), 1.0)
+        return torch.full_like(value[:, 0], now)
+
+    return exponent
+
+
+def adaptive_tempering(share: float = 0.5) -> Tempering:
+    """The largest exponent, never falling, that keeps the ESS at or above share * N. For `difference` potentials."""
+
+    def exponent(state: Trajectory, value: Tensor) -> Tensor:
+        lowest = state.memory["exponent"][:, 0] if "exponent" in state.memory else torch.zeros_like(value[:, 0])
+        at_lowest = state.log_weight + lowest[:, None] * value - state.memory["spent"]
+        return weights.temper(at_lowest, value, lowest, share=share)
+
+    return exponent
+
+
+def _weight(combine: Combine, at: Collection[int] | None, tempering: Tempering | None) -> Weight:
+    return Weight(combine, None if at is None else frozenset(at), tempering)

@@ -1,0 +1,222 @@
+"""The Gaussian reverse process: what a pretrained diffusion or flow model becomes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import parameterization, schedules
+from .cost import Meter
+from .errors import ModelError, ShapeError, SteerError
+from .key import Key
+from .transitions import DDIM
+from .types import Denoiser, Level, Rule, Schedule, Transition
+
+
+@dataclass(frozen=True, eq=False)
+class GaussianProcess:
+    """A denoiser on a Gaussian path with a time grid: levels k = 0 (noise) to k = steps (data).
+
+    denoiser:  E[x_0 | x_t] for x of shape (B, N, *event).
+    schedule:  the path (alpha, sigma).
+    times:     steps + 1 times falling to 0. The prior sits at times[0], which `repr` shows.
+    event:     shape of one state.
+    rule:      how steps are drawn; ancestral sampling by default.
+    decoder:   states (M, *event) to what rewards see, for instance images (M, 3, H, W) in [0, 1]; None: the state.
+    problems:  number of conditionings the denoiser is closed over (axis 0), None where any batch runs.
+    prompts:   their texts, handed to rewards that ask for them.
+    rows:      network rows per prediction, for the ledger (2 under classifier-free guidance).
+    reference: what knows exact answers about this model (analytic models), else None.
+    meter:     the ledger of the run in progress; samplers set it.
+    """
+
+    denoiser: Denoiser
+    schedule: Schedule
+    times: tuple[float, ...]
+    event: tuple[int, ...]
+    rule: Rule = DDIM()
+    decoder: Callable[[Tensor], Tensor] | None = None
+    problems: int | None = None
+    prompts: tuple[str, ...] | None = None
+    rows: int = 1
+    reference: Any = None
+    device: torch.device | str = "cpu"
+    dtype: torch.dtype = torch.float32
+    meter: Meter | None = None
+
+    def __post_init__(self) -> None:
+        schedules.check_times(self.times)
+
+    def __repr__(self) -> str:
+        first = self.levels[0]
+        return (
+            f"GaussianProcess(event={self.event}, steps={self.steps}, {self.schedule}, {self.rule}, "
+            f"prior N(0, {first.sigma:.4g}^2) at t={first.t:.4g} where alpha={first.alpha:.3g})"
+        )
+
+    @cached_property
+    def levels(self) -> tuple[Level, ...]:
+        """The path at every time of the grid."""
+        return tuple(schedules.level(self.schedule, t) for t in self.times)
+
+    @property
+    def steps(self) -> int:
+        """Number of transitions, and of predictions, from noise to data."""
+        return len(self.times) - 1
+
+    def prior(self, key: Key, batch: int, particles: int) -> Tensor:
+        """Starting states x_0 ~ N(0, sigma^2) at level 0, shape (B, N, *event)."""
+        self.check_batch(batch)
+        shape = (batch, particles, *self.event)
+        return key.normal(shape, dtype=self.dtype, device=self.device) * self.levels[0].sigma
+
+    def denoise(self, x: Tensor, k: int) -> Tensor:
+        """The prediction E[x_0 | x] at level k, same shape and dtype as x. Counted by the meter."""
+        if self.meter is None:
+            return self._predict(x, k)
+        with self.meter.network(x.shape[0] * x.shape[1] * self.rows):
+            return self._predict(x, k)
+
+    def _predict(self, x: Tensor, k: int) -> Tensor:
+        x0 = self.denoiser(x, self.times[k])
+        if x0.shape != x.shape:
+            raise ShapeError(
+                f"the denoiser must return E[x_0 | x] in the shape of x, {tuple(x.shape)} = (B, N, *event), "
+                f"got {tuple(x0.shape)}"
+            )
+        return x0 if x0.dtype == x.dtype else x0.to(x.dtype)
+
+    def transition(self, x: Tensor, x0: Tensor, k: int) -> Transition:
+        """The law of the step from level k to k + 1."""
+        return self.rule(x, x0, self.levels[k], self.levels[k + 1])
+
+    def stochastic(self, k: int) -> bool:
+        """Whether the step from level k adds noise."""
+        return self.rule.std(self.levels[k], self.levels[k + 1]) > 0.0
+
+    def noise(self, x: Tensor, k_from: int, k_to: int, key: Key) -> Tensor:
+        """A draw of the forward process from level k_from to the noisier level k_to <= k_from."""
+        if not 0 <= k_to <= k_from <= self.steps:
+            raise SteerError(f"noise goes from a level to a noisier one, k_to <= k_from, got {k_from} to {k_to}")
+        here, there = self.levels[k_from], self.levels[k_to]
+        scale = there.alpha / here.alpha
+        std = math.sqrt(max(0.0, there.sigma**2 - (scale * here.sigma) ** 2))
+        return torch.add(x * scale, key.at(k_to).normal(x.shape, dtype=x.dtype, device=x.device), alpha=std)
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Clean states (B, N, *event) as rewards see them, (B * N, ...). Counted by the meter where it costs."""
+        flat = x.flatten(0, 1)
+        if self.decoder is None:
+            return flat
+        if self.meter is None:
+            return self.decoder(flat)
+        with self.meter.decoding(flat.shape[0]):
+            return self.decoder(flat)
+
+    def metered(self, meter: Meter) -> GaussianProcess:
+        """This process, counting into a meter."""
+        return replace(self, meter=meter)
+
+    def with_rule(self, rule: Rule) -> GaussianProcess:
+        """This process with another transition rule."""
+        return replace(self, rule=rule)
+
+    def with_times(self, times: Sequence[float]) -> GaussianProcess:
+        """This process on another time grid."""
+        return replace(self, times=schedules.check_times(times))
+
+    def exact(self, reward: Any, temperature: float = 1.0) -> Any:
+        """The tilted law p(x) exp(r(x) / temperature) in closed form; only for analytic models and rewards."""
+        if self.reference is None:
+            raise ModelError(
+                "exact answers exist for steer.models' analytic processes only; this one has a learned denoiser"
+            )
+        return self.reference.exact(reward, temperature=temperature)
+
+    def check_batch(self, batch: int) -> None:
+        """Raises ShapeError where the model's conditioning does not have that many problems."""
+        if self.problems is not None and batch != self.problems:
+            raise ShapeError(
+                f"this process is conditioned on {self.problems} problem(s), got batch={batch}; "
+                f"pass batch={self.problems}, or condition it on {batch} prompts or labels"
+            )
+
+
+def from_denoiser(
+    denoiser: Denoiser,
+    schedule: Schedule,
+    times: Sequence[float] | int,
+    *,
+    event: Sequence[int],
+    transition: Rule | None = None,
+    decoder: Callable[[Tensor], Tensor] | None = None,
+    problems: int | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> GaussianProcess:
+    """A process from a function of (x, t) that predicts E[x_0 | x_t].
+
+    times: a grid falling to 0, or a number of steps, equally spaced in t from the schedule's start.
+    event: shape of one state; the function gets (B, N, *event) and a Python float t, and returns the same shape.
+    """
+    grid = schedules.uniform_times(schedule, times) if isinstance(times, int) else schedules.check_times(times)
+    return GaussianProcess(
+        denoiser, schedule, grid, tuple(event), transition or DDIM(), decoder, problems, device=device, dtype=dtype
+    )
+
+
+def from_eps(network: parameterization.Network, schedule: Schedule, times: Sequence[float] | int, **options):
+    """A process from a network that predicts the noise eps; options as `from_denoiser`."""
+    return from_denoiser(parameterization.from_eps(network, schedule), schedule, times, **options)
+
+
+def from_v(network: parameterization.Network, schedule: Schedule, times: Sequence[float] | int, **options):
+    """A process from a network that predicts v = alpha eps - sigma x_0; options as `from_denoiser`."""
+    return from_denoiser(parameterization.from_v(network, schedule), schedule, times, **options)
+
+
+def from_velocity(network: parameterization.Network, schedule: Schedule, times: Sequence[float] | int, **options):
+    """A process from a network that predicts the flow's velocity, noise minus data; options as `from_denoiser`."""
+    return from_denoiser(parameterization.from_velocity(network, schedule), schedule, times, **options)
+
+
+def from_score(network: parameterization.Network, schedule: Schedule, times: Sequence[float] | int, **options):
+    """A process from a network that predicts the score of p_t; options as `from_denoiser`."""
+    return from_denoiser(parameterization.from_score(network, schedule), schedule, times, **options)
+
+
+def convert(process: GaussianProcess, schedule: Schedule, times: Sequence[float] | int | None = None) -> GaussianProcess:
+    """The same model run on another Gaussian path, for instance a rectified flow as a variance-preserving SDE.
+
+    Two paths differ only by the clock and a scale: with rho = alpha / sigma equal at times t and s, the state on the
+    new path is c x_t with c = sigma_new(s) / sigma_old(t), and both have the same E[x_0]. The denoiser is therefore
+    the old one at x / c; transition rule, decoder and conditioning carry over. Source: Kim et al. 2025 (RBF,
+    2503.19385), Sec. 4.2, in x_0 form, where no derivative of the clock is needed.
+
+    times: grid on the new path; default, as many steps, uniform in its time, from the noisiest level at which the
+    old grid starts (or the new schedule starts, if that is less noisy).
+    """
+    old = process.schedule
+    ceiling = min(schedules.angle(old, process.times[0]), schedules.angle(schedule, schedule.start))
+    if times is None or isinstance(times, int):
+        first = schedules.time_at(schedule, ceiling)
+        grid = schedules.uniform_times(schedule, times or process.steps, start=first)
+    else:
+        grid = schedules.check_times(times)
+        if schedules.angle(schedule, grid[0]) > schedules.angle(old, 1.0) + 1e-9:
+            raise SteerError(
+                f"the new grid starts at t = {grid[0]}, noisier than the model's own path ever gets; "
+                f"start it at or below {schedules.time_at(schedule, ceiling):.6g}"
+            )
+
+    def denoise(x: Tensor, s: float) -> Tensor:
+        t = schedules.time_at(old, schedules.angle(schedule, s))
+        return process.denoiser(x * (old(t).sigma / schedule(s).sigma), t)
+
+    return replace(process, denoiser=denoise, schedule=schedule, times=grid)

@@ -1,0 +1,120 @@
+"""Resamplers: log-weights (B, N) and a key to ancestor indices (B, count), batched over problems, no host reads.
+
+Every one is unbiased, E[number of copies of n] = count W_n, never picks a particle of weight zero, and returns
+ancestors in rising order (except `killing` and `multinomial`). Systematic, stratified, SSP and killing leave a
+population with equal weights unchanged or nearly so; multinomial does not, which at N = 4 loses a root each time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .errors import ShapeError
+from .key import Key
+
+Resampler = Callable[[Tensor, Key, int], Tensor]
+"""(log_weight (B, N), key, count) -> ancestors (B, count), int64."""
+
+
+def systematic(log_weight: Tensor, key: Key, count: int) -> Tensor:
+    """One uniform per problem, count equally spaced points on the cumulative weights (Carpenter et al. 1999).
+
+    By offspring counts: copies of n are the points between two cumulative sums, so no search is needed.
+    """
+    points = _cumulative(log_weight) * count - key.uniform((log_weight.shape[0], 1), device=log_weight.device)
+    return _ancestors(torch.diff(points.ceil_(), dim=1, prepend=torch.zeros_like(points[:, :1])), count)
+
+
+def stratified(log_weight: Tensor, key: Key, count: int) -> Tensor:
+    """One uniform per stratum of width 1 / count (Kitagawa 1996)."""
+    problems, device = log_weight.shape[0], log_weight.device
+    strata = torch.arange(count, dtype=torch.float64, device=device)
+    return _pick(log_weight, (strata + key.uniform((problems, count), device=device)) / count)
+
+
+def multinomial(log_weight: Tensor, key: Key, count: int) -> Tensor:
+    """Independent draws (Gordon et al. 1993). The noisiest; the reference that theory is written for."""
+    return _pick(log_weight, key.uniform((log_weight.shape[0], count), device=log_weight.device))
+
+
+def residual(log_weight: Tensor, key: Key, count: int) -> Tensor:
+    """floor(count W) copies of each, the rest drawn from what is left over (Liu & Chen 1998)."""
+    share = torch.softmax(log_weight, 1) * count
+    sure = share.floor()
+    left_over = share - sure
+    # All `count` draws are made and the surplus masked, so that the shape does not depend on the weights. Where
+    # nothing is left over every draw is masked, and what it was drawn from does not matter.
+    none_left = left_over.sum(1, keepdim=True) <= 0.0
+    drawn = _pick(
+        torch.where(none_left, log_weight, left_over.log()),
+        key.uniform((log_weight.shape[0], count), device=log_weight.device),
+    )
+    position = torch.arange(count, device=log_weight.device)
+    used = (position < count - sure.sum(1, keepdim=True)).to(sure.dtype)
+    return _ancestors(sure.scatter_add(1, drawn, used), count)
+
+
+def ssp(log_weight: Tensor, key: Key, count: int) -> Tensor:
+    """Srinivasan sampling process: copies are floor or ceiling of count W, pairs of fractions rounded against each
+    other (Gerber, Chopin & Whiteley 2019). Lower variance than systematic, consistent for any order of particles;
+    a loop over particles, so meant for N up to about a thousand.
+    """
+    problems, particles = log_weight.shape
+    share = torch.softmax(log_weight, 1) * count
+    copies = share.floor()
+    fraction = share - copies
+    uniforms = key.uniform((problems, particles), device=log_weight.device)
+    rows = torch.arange(problems, device=log_weight.device)
+    left = torch.zeros(problems, dtype=torch.int64, device=log_weight.device)
+    for right in range(1, particles):
+        p, q = fraction[rows, left], fraction[:, right]
+        # Move mass between the pair until one of them is whole, up or down so that the expectation is kept.
+        up, down = torch.minimum(1.0 - p, q), torch.minimum(p, 1.0 - q)
+        moved = up + down
+        raise_left = uniforms[:, right] * moved < down
+        p, q = torch.where(raise_left, p + up, p - down), torch.where(raise_left, q - up, q + down)
+        idle = moved <= 0.0
+        p, q = torch.where(idle, fraction[rows, left], p), torch.where(idle, fraction[:, right], q)
+        left_is_whole = torch.where(raise_left, up == 1.0 - fraction[rows, left], down == fraction[rows, left]) | idle
+        finished, kept = torch.where(left_is_whole, p, q), torch.where(left_is_whole, q, p)
+        finished_at = torch.where(left_is_whole, left, right)
+        copies[rows, finished_at] += finished.round()
+        left = torch.where(left_is_whole, right, left)
+        fraction[rows, left] = kept
+    # The fractions sum to a whole number, so rounding of the last one settles what float64 left over.
+    copies[rows, left] += (count - copies.sum(1)).clamp(0.0, 1.0)
+    return _ancestors(copies, count)
+
+
+def killing(log_weight: Tensor, key: Key, count: int) -> Tensor:
+    """Particle n survives in place with probability W_n / max W, else is replaced by a multinomial draw.
+
+    Keeps survivors in their slots; needs count = N. Source: Del Moral 2004, Sec. 5.
+    """
+    problems, particles = log_weight.shape
+    if count != particles:
+        raise ShapeError(f"killing replaces particles one for one: count must be N = {particles}, got {count}")
+    uniforms = key.uniform((problems, 2 * particles), device=log_weight.device)
+    survives = uniforms[:, :particles].log() < log_weight - log_weight.amax(1, keepdim=True)
+    place = torch.arange(particles, device=log_weight.device).expand(problems, particles)
+    return torch.where(survives, place, _pick(log_weight, uniforms[:, particles:]))
+
+
+def _cumulative(log_weight: Tensor) -> Tensor:
+    """Cumulative normalised weights whose last entry is exactly 1, also at the last particle of positive weight."""
+    cumulative = torch.softmax(log_weight, 1).cumsum(1)
+    return cumulative / cumulative[:, -1:]
+
+
+def _pick(log_weight: Tensor, points: Tensor) -> Tensor:
+    return torch.searchsorted(_cumulative(log_weight), points, right=True)
+
+
+def _ancestors(copies: Tensor, count: int) -> Tensor:
+    problems, particles = copies.shape
+    flat = torch.arange(particles, device=copies.device).expand(problems, particles).reshape(-1)
+    repeats = copies.reshape(-1).to(torch.int64)
+    return torch.repeat_interleave(flat, repeats, output_size=problems * count).view(problems, count)

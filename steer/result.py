@@ -1,0 +1,146 @@
+"""What a run returns: a weighted population, what it cost, and how it got there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import weights
+from .cost import Cost
+from .key import Key, as_key
+from .resampling import systematic
+from .trajectory import Trajectory, gather
+from .types import ReverseProcess
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class Seen(NamedTuple):
+    """What a sampler saw at level k: the ESS of accumulated weights (B,) and the scores (B, N) it weighted by."""
+
+    k: int
+    ess: Tensor
+    score: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """The weighted population a run ends with.
+
+    process:      what made it.
+    x:            clean states, (B, N, *event).
+    reward:       scores, (B, N) float64.
+    log_weight:   log-weights that sum to one within each problem, (B, N) float64. Samplers: of the law they target.
+                  Searches: equal weights on what they chose, zero on the rest.
+    log_evidence: estimate of log E_p[exp(r / temperature)], (B,); NaN for searches, which estimate none.
+    cost:         the ledger.
+    temperature:  what rewards were divided by.
+    trajectory:   the final population with its lineage, where the method keeps one.
+    seen:         ESS and scores at the levels that were weighted.
+    interrupted:  True where the run was stopped early: x then holds predictions, or fewer particles.
+    """
+
+    process: ReverseProcess
+    x: Tensor
+    reward: Tensor
+    log_weight: Tensor
+    log_evidence: Tensor
+    cost: Cost
+    temperature: float = 1.0
+    trajectory: Trajectory | None = None
+    seen: tuple[Seen, ...] = ()
+    interrupted: bool = False
+
+    def __repr__(self) -> str:
+        problems, particles = self.reward.shape
+        return (
+            f"Result({problems} x {particles} samples, reward mean {self.mean_reward.mean():.4g} "
+            f"best {self.reward.max():.4g}, ess {self.ess.mean():.3g}, nfe {self.cost.nfe}"
+            f"{', interrupted' if self.interrupted else ''})"
+        )
+
+    @property
+    def best(self) -> Tensor:
+        """The sample of highest reward of each problem, (B, *event)."""
+        return gather(self.x, self.reward.argmax(1, keepdim=True))[:, 0]
+
+    @property
+    def ess(self) -> Tensor:
+        """Effective sample size of the final weights, (B,)."""
+        return weights.ess(self.log_weight)
+
+    @property
+    def mean_reward(self) -> Tensor:
+        """Weighted mean reward, (B,)."""
+        return weights.weighted_mean(self.log_weight, self.reward)
+
+    @property
+    def log_evidence_variance(self) -> Tensor:
+        """Estimated variance of log_evidence, (B,); NaN where the run has no lineage. See `weights`."""
+        if self.trajectory is None:
+            return torch.full_like(self.log_evidence, torch.nan)
+        return weights.evidence_variance(self.log_weight, self.trajectory.root, self.trajectory.resamplings())
+
+    def mean(self, f: Callable[[Tensor], Tensor]) -> Tensor:
+        """Weighted mean over particles of f, a function of states (M, *event) to (M, ...): (B, ...)."""
+        values = f(self.x.flatten(0, 1))
+        return weights.weighted_mean(self.log_weight, values.reshape(*self.reward.shape, *values.shape[1:]))
+
+    def ranked(self) -> Tensor:
+        """Particle indices from highest to lowest reward, (B, N)."""
+        return self.reward.argsort(1, descending=True, stable=True)
+
+    def draw(self, count: int, key: Key | int = 0) -> Result:
+        """`count` samples per problem of equal weight, by systematic resampling of the weights."""
+        index = systematic(self.log_weight, as_key(key).fold("draw"), count)
+        return self.take(index)
+
+    def take(self, index: Tensor) -> Result:
+        """The particles at index (B, M), with equal weights and the same ledger; lineage is left behind."""
+        from dataclasses import replace
+
+        equal = torch.zeros_like(index, dtype=torch.float64)
+        return replace(
+            self,
+            x=gather(self.x, index),
+            reward=self.reward.gather(1, index),
+            log_weight=weights.normalise(equal),
+            trajectory=None,
+        )
+
+    @cached_property
+    def decoded(self) -> Tensor:
+        """Samples as rewards see them, (B * N, ...)."""
+        with torch.no_grad():
+            return self.process.decode(self.x)
+
+    @property
+    def images(self) -> list[Image]:
+        """Samples as PIL images, problem by problem; for processes that decode to images (M, C, H, W) in [0, 1]."""
+        from .images import to_images
+
+        return to_images(self.decoded)
+
+    def save(self, directory: str | Path, **extra: Any) -> Path:
+        """Writes result.safetensors and result.json (seeds, lineage, ledger, versions, digest), atomically."""
+        from .saving import save_result
+
+        return save_result(self, Path(directory), **extra)
+
+    def report(self, directory: str | Path, **extra: Any) -> Path:
+        """Writes a self-contained report.html: samples, reward, ESS and lineage over steps, the ledger."""
+        from .report import write_report
+
+        return write_report(self, Path(directory), **extra)
+
+    def _repr_png_(self) -> bytes | None:
+        from .images import grid, is_images, to_png
+
+        return to_png(grid(self.decoded, columns=self.reward.shape[1])) if is_images(self.decoded) else None

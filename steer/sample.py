@@ -1,0 +1,172 @@
+"""One call for every method, and several methods at equal budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any
+
+import torch
+
+from .errors import SteerError
+from .key import Key, as_key
+from .result import Result
+from .types import ReverseProcess, Reward
+
+Method = Callable[..., Result]
+
+
+def methods() -> dict[str, str]:
+    """Names that `sample` understands and where each lives, from the `steer.methods` entry points installed here."""
+    return {point.name: point.value for point in sorted(entry_points(group="steer.methods"))}
+
+
+def resolve(method: str | Method) -> Method:
+    """The sampler of a name; a function is itself."""
+    if callable(method):
+        return method
+    for point in entry_points(group="steer.methods"):
+        if point.name == method:
+            return point.load()
+    raise SteerError(
+        f"no method is called {method!r}; there are {', '.join(methods()) or 'none installed (pip install steer)'}, "
+        "and any function f(process, reward, *, budget, batch, temperature, key) -> Result is one"
+    )
+
+
+def sample(
+    process: ReverseProcess,
+    reward: Reward,
+    *,
+    method: str | Method = "smc",
+    budget: int | None = None,
+    temperature: float = 1.0,
+    batch: int = 1,
+    key: Key | int = 0,
+    **options: Any,
+) -> Result:
+    """Samples that follow the reward, by any method.
+
+    method:      a name (see `steer.methods()`) or a sampler itself.
+    budget:      denoiser rows per problem, never exceeded; without it the method's own default number of particles.
+    temperature: divides rewards; for samplers of a law the target is p(x) exp(r(x) / temperature).
+    batch:       independent problems; a conditioned process fixes it.
+    options:     the method's own, by keyword.
+    """
+    return resolve(method)(
+        process, reward, budget=budget, temperature=temperature, batch=batch, key=as_key(key), **options
+    )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method of a comparison: means over keys, with standard errors of those means.
+
+    reward: weighted mean reward. best: highest reward found. metrics: weighted means of the caller's own measures.
+    The ledger entries are per run, over all its problems.
+    """
+
+    method: str
+    reward: tuple[float, float]
+    best: tuple[float, float]
+    ess: float
+    metrics: dict[str, tuple[float, float]]
+    nfe: float
+    grads: float
+    rewards: float
+    decodes: float
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """Methods at equal budget: `rows` in the order run, and every run's Result in `results[method][i]`."""
+
+    budget: int
+    keys: int
+    rows: tuple[Row, ...]
+    results: dict[str, tuple[Result, ...]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Budget, number of keys and rows as plain JSON types."""
+        from dataclasses import asdict
+
+        return {"budget": self.budget, "keys": self.keys, "rows": [asdict(row) for row in self.rows]}
+
+    def __str__(self) -> str:
+        names = list(self.rows[0].metrics) if self.rows else []
+        heads = ["method", "reward", "best", *names, "ess", "nfe", "grads", "rewards", "seconds"]
+        table = [heads]
+        for row in self.rows:
+            measured = (row.reward, row.best, *(row.metrics[name] for name in names))
+            counted = (f"{row.ess:.1f}", f"{row.nfe:.0f}", f"{row.grads:.0f}", f"{row.rewards:.0f}", f"{row.seconds:.2f}")
+            table.append([row.method, *(f"{mean:.3f} ± {error:.3f}" for mean, error in measured), *counted])
+        widths = [max(len(line[i]) for line in table) for i in range(len(heads))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in table]
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def compare(
+    process: ReverseProcess,
+    reward: Reward,
+    *,
+    methods: Sequence[str | Method] = ("smc",),
+    budget: int = 2000,
+    temperature: float = 1.0,
+    batch: int = 1,
+    key: Key | int = 0,
+    keys: int = 5,
+    metrics: dict[str, Callable[[torch.Tensor], torch.Tensor]] | None = None,
+    options: dict[str, dict[str, Any]] | None = None,
+) -> Comparison:
+    """Runs methods at equal budget over several keys; unsteered samples and best-of-N are always among them.
+
+    budget:  denoiser rows per problem for every method and key.
+    keys:    independent repeats; their spread is the standard error.
+    metrics: name -> function of decoded samples (M, ...) to (M,), reported as weighted means: a held-out reward, say.
+    options: method name -> that method's own keyword arguments.
+    """
+    chosen: dict[str, Method] = {}
+    for method in ("rollout", "best_of_n", *methods):
+        chosen.setdefault(method if isinstance(method, str) else method.__name__, resolve(method))
+    rows, results = [], {}
+    for name, method in chosen.items():
+        runs = tuple(
+            sample(
+                process, reward, method=method, budget=budget, temperature=temperature, batch=batch,
+                key=as_key(key).fold("compare", i), **(options or {}).get(name, {}),
+            )
+            for i in range(keys)
+        )  # fmt: skip
+        results[name] = runs
+        rows.append(_row(name, runs, metrics or {}))
+    return Comparison(budget, keys, tuple(rows), results)
+
+
+def _row(name: str, runs: Sequence[Result], metrics: dict[str, Callable]) -> Row:
+    def over(values: list[float]) -> tuple[float, float]:
+        mean = sum(values) / len(values)
+        spread = sum((v - mean) ** 2 for v in values)
+        return mean, math.sqrt(spread / len(values) / max(1, len(values) - 1)) if len(values) > 1 else math.nan
+
+    def mean(pick: Callable[[Result], float]) -> float:
+        return over([pick(run) for run in runs])[0]
+
+    return Row(
+        method=name,
+        reward=over([run.mean_reward.mean().item() for run in runs]),
+        best=over([run.reward.amax(1).mean().item() for run in runs]),
+        ess=mean(lambda run: run.ess.mean().item()),
+        metrics={label: over([_measured(run, f) for run in runs]) for label, f in metrics.items()},
+        nfe=mean(lambda run: run.cost.nfe),
+        grads=mean(lambda run: run.cost.grads),
+        rewards=mean(lambda run: run.cost.rewards),
+        decodes=mean(lambda run: run.cost.decodes),
+        seconds=mean(lambda run: run.cost.seconds["total"]),
+    )
+
+
+def _measured(run: Result, f: Callable[[torch.Tensor], torch.Tensor]) -> float:
+    return run.mean(lambda x: f(run.process.decode(x[None]))).mean().item()

@@ -1,0 +1,248 @@
+"""Sequential Monte Carlo on a reverse process: the one particle loop.
+
+A run is a choice of four parts that compose: a start, a proposal, a weight and a selection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from . import weights
+from .cost import affordable
+from .errors import CollapsedWeightsError, NonFiniteError, NotStochasticError, ShapeError, SteerError
+from .key import Key, as_key
+from .objective import Objective, check_finite, check_temperature, conditioned, log_potential, open_run
+from .potentials import Weight, difference
+from .resampling import Resampler, systematic
+from .result import Result, Seen
+from .trajectory import Trajectory
+from .types import OnStep, ReverseProcess, Reward, Stop, Transition
+
+Start = Callable[[ReverseProcess, Objective, Key, int, int], Trajectory]
+"""(process, objective, key, batch, particles) -> Trajectory. Weights it sets are kept."""
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """Proposes from the model's own transition: no gradients."""
+
+    scale: float = 0.0
+
+    def __call__(self, state: Trajectory, model: Transition) -> Transition:
+        return model
+
+
+@dataclass(frozen=True)
+class Guided:
+    """Proposes from the transition shifted by scale * std^2 * gradient of the (tempered) value r(x0_hat(x)) / T.
+
+    The shift of TDS (Wu et al. 2023) and DAS (Kim et al. 2025) in transition form. Weights correct for it, so it
+    changes the variance and not the law.
+    """
+
+    scale: float = 1.0
+
+    def __call__(self, state: Trajectory, model: Transition) -> Transition:
+        gradient = state.carried["gradient"] * (self.scale * model.std**2)
+        if "exponent" in state.memory:
+            exponent = state.memory["exponent"]
+            gradient = gradient * exponent.to(gradient.dtype).view(*exponent.shape, *(1 for _ in gradient.shape[2:]))
+        return model.shift(gradient)
+
+
+bootstrap = Bootstrap()
+
+
+def guided(scale: float = 1.0) -> Guided:
+    """A proposal that follows the gradient of the reward; needs a differentiable reward and network."""
+    return Guided(scale)
+
+
+@dataclass(frozen=True)
+class Resample:
+    """When and how to resample: where the ESS of a problem's accumulated weights falls below threshold * N.
+
+    threshold: 0 never, 1 whenever weights differ. at: levels at which it may happen, None for all that are weighted.
+    """
+
+    resampler: Resampler = systematic
+    threshold: float = 0.5
+    at: frozenset[int] | None = None
+
+    def allowed(self, k: int) -> bool:
+        """Whether resampling may happen at level k."""
+        return self.threshold > 0.0 and (self.at is None or k in self.at)
+
+
+def resample(
+    resampler: Resampler = systematic, threshold: float = 0.5, at: Collection[int] | None = None
+) -> Resample:
+    """A selection that resamples by effective sample size, at chosen levels."""
+    if not 0.0 <= threshold <= 1.0:
+        raise SteerError(f"threshold is a share of N in [0, 1], got {threshold}")
+    return Resample(resampler, threshold, None if at is None else frozenset(at))
+
+
+def prior(process: ReverseProcess, objective: Objective, key: Key, batch: int, particles: int) -> Trajectory:
+    """The start every chain has by default: draws of the process's prior."""
+    del objective
+    return Trajectory.begin(process, process.prior(key.fold("prior"), batch, particles))
+
+
+def smc(
+    process: ReverseProcess,
+    reward: Reward,
+    *,
+    batch: int = 1,
+    particles: int | None = None,
+    budget: int | None = None,
+    temperature: float = 1.0,
+    key: Key | int = 0,
+    start: Start | Trajectory = prior,
+    proposal: Bootstrap | Guided = bootstrap,
+    weight: Weight | None = None,
+    selection: Resample | None = None,
+    keep_states: bool = False,
+    on_step: OnStep | None = None,
+) -> Result:
+    """Weighted samples of p(x) exp(r(x) / temperature), and the log of its normaliser.
+
+    batch:       B independent problems (a conditioned process fixes it).
+    particles:   N per problem, 16 by default; or budget, network rows per problem, never exceeded.
+    temperature: > 0, in units of the reward; inf ignores the reward.
+    start:       where particles begin: `prior`, another start, or a Trajectory to go on from.
+    proposal:    `bootstrap`, or `guided(scale)` for the gradient of r(x0_hat).
+    weight:      potential at intermediate levels: `difference()` by default, `maximum()`, `total()`, `final_only()`.
+    selection:   `resample(resampler, threshold, at)`; systematic below half of N by default.
+    keep_states: remember every state and density (for `Trajectory.states` and `.transitions`).
+    on_step:     called with the Trajectory after each step; raising `Stop` ends the run with what there is.
+
+    Returns x (B, N, *event), reward (B, N), log_weight (B, N) that sum to one, log_evidence (B,).
+    Cost per problem: N K network rows (K = process.steps), N K rewards at the default weight; with guidance also up
+    to N K backward passes. One prediction per state serves its weight, its proposal and the next step.
+    Raises NonFiniteError, CollapsedWeightsError, NotStochasticError, NotDifferentiableError, RewardError, ShapeError;
+    each carries what was paid for in `.partial`.
+    Source: Del Moral 2004; Wu et al. 2023 (TDS), Alg. 1; Singhal et al. 2025 (FK steering). Differs: potentials close
+    on r(x_0); weights not used up by a resampling are carried; resampling precedes the proposal, so that copies of a
+    particle share its prediction and separate in the same step; the evidence is always returned.
+    """
+    temperature, key = check_temperature(temperature), as_key(key)
+    weight, selection = weight or difference(), selection or resample()
+    process, objective, meter = open_run(process, reward)
+    if isinstance(start, Trajectory):
+        state = _resumed(start, process)
+    else:
+        count = affordable(process.steps * process.rows, particles=particles, budget=budget)
+        state = start(process, objective, key, conditioned(process, batch), count)
+    state = replace(state, keep_states=keep_states)
+    if "spent" not in state.memory:
+        state = state.remember(spent=torch.zeros_like(state.log_weight))
+    _check_stochastic(state, selection)
+
+    seen: list[Seen] = []
+    last, interrupted = state, False
+    try:
+        for k in range(state.k, process.steps):
+            weighted = weight.active(k, process.steps)
+            last = state = _evaluate(state, objective, temperature, proposal, weighted)
+            if weighted:
+                state = weight.apply(state, log_potential(state.carried["score"], temperature))
+                last = state = _select(state, selection, key, seen)
+            model = process.transition(state.x, state.carried["x0"], k)
+            drawn = proposal(state, model) if "gradient" in state.carried else model
+            state = state.step(drawn, key.fold("step"), model=None if drawn is model else model)
+            if on_step is not None:
+                on_step(state)
+        x = state.x
+    except (Stop, KeyboardInterrupt):
+        if "x0" not in last.carried:
+            raise
+        state, x, interrupted = last, last.carried["x0"], True
+    except SteerError as error:
+        raise error.keeping(last)
+
+    with torch.no_grad():
+        scores = objective(x)
+    state = weight.close(state, log_potential(scores, temperature))
+    seen.append(Seen(process.steps, weights.ess(state.log_weight), scores))
+    _check(state, seen)
+    return Result(
+        process=process, x=x, reward=scores, log_weight=weights.normalise(state.log_weight),
+        log_evidence=state.log_normaliser, cost=meter.cost(), temperature=temperature,
+        trajectory=state, seen=tuple(seen), interrupted=interrupted,
+    )  # fmt: skip
+
+
+def _evaluate(
+    state: Trajectory, objective: Objective, temperature: float, proposal: Bootstrap | Guided, weighted: bool
+) -> Trajectory:
+    """The state carrying its prediction, and its score and gradient where they are needed."""
+    process, k = state.process, state.k
+    if proposal.scale and process.stochastic(k):
+        x0, scores, gradient = objective.value_and_grad(state.x, k, 1.0 / temperature)
+        return state.carry(x0=x0, score=scores, gradient=gradient)
+    with torch.no_grad():
+        x0 = process.denoise(state.x, k)
+        return state.carry(x0=x0, score=objective(x0)) if weighted else state.carry(x0=x0)
+
+
+def _select(state: Trajectory, selection: Resample, key: Key, seen: list[Seen]) -> Trajectory:
+    """The state resampled in the problems whose ESS is low."""
+    particles = state.x.shape[1]
+    size = weights.ess(state.log_weight)
+    seen.append(Seen(state.k, size, state.carried["score"]))
+    enough = size >= selection.threshold * particles
+    # One problem on the host: reading the decision is free and saves the gather. Elsewhere some problem nearly always
+    # resamples, or reading would stall the device: decide per problem by torch.where, and look for bad numbers once,
+    # at the end.
+    if state.x.device.type == "cpu" and state.x.shape[0] == 1:
+        if bool(enough):
+            return state
+        _check(state, seen[-1:])
+    if not selection.allowed(state.k) or particles == 1:
+        return state
+    alive = size.isfinite()
+    log_weight = torch.where(alive[:, None], state.log_weight, 0.0)
+    ancestors = selection.resampler(log_weight, key.fold("resample").at(state.k), particles)
+    return state.resample(ancestors, ~enough & alive)
+
+
+def _check(state: Trajectory, seen: Sequence[Seen]) -> None:
+    """Raises the error that bad scores or weights call for, naming step and particle. Reads the device."""
+    for k, _, scores in seen:
+        check_finite(scores, f"at level {k} of {state.process.steps}", partial=state)
+    dead = state.log_normaliser == -torch.inf
+    if bool(dead.any()):
+        raise CollapsedWeightsError(
+            f"every particle of problem {int(dead.nonzero()[0])} has weight zero at level {state.k}: the reward "
+            "forbids (-inf) all of them; use more particles, or a reward that is finite on what the model makes"
+        ).keeping(state)
+    if not bool(state.log_normaliser.isfinite().all()):
+        raise NonFiniteError(
+            f"log-weights at level {state.k} are not finite although every score is: the transition's densities "
+            "overflow; lower the guidance scale, or keep states in float32"
+        ).keeping(state)
+
+
+def _check_stochastic(state: Trajectory, selection: Resample) -> None:
+    process = state.process
+    if state.x.shape[1] == 1 or selection.threshold == 0.0 or state.k == process.steps:
+        return
+    if not any(process.stochastic(k) for k in range(state.k, process.steps)):
+        raise NotStochasticError(
+            "resampling makes copies that only noise can separate, and this process's transitions add none; use a "
+            "stochastic rule, for instance process.with_rule(steer.ddim(eta=1.0)), or selection=steer.resample("
+            "threshold=0) to weight without resampling"
+        )
+
+
+def _resumed(state: Trajectory, process: ReverseProcess) -> Trajectory:
+    if tuple(state.x.shape[2:]) != tuple(process.event) or not 0 <= state.k <= process.steps:
+        raise ShapeError(
+            f"a trajectory to go on from must have event {tuple(process.event)} and a level in [0, {process.steps}], "
+            f"got event {tuple(state.x.shape[2:])} at level {state.k}"
+        )
+    return replace(state, process=process)

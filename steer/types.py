@@ -1,0 +1,142 @@
+"""The protocols everything else is written against. Axes are always (B problems, N particles, *event)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from .key import Key
+
+
+class Coeffs(NamedTuple):
+    """A Gaussian path x_t = alpha x_0 + sigma eps at one time, and its derivatives in t (Python floats, float64)."""
+
+    alpha: float
+    sigma: float
+    d_alpha: float
+    d_sigma: float
+
+
+class Level(NamedTuple):
+    """One point of a time grid: the time and the path there."""
+
+    t: float
+    alpha: float
+    sigma: float
+    d_alpha: float
+    d_sigma: float
+
+
+class Schedule(Protocol):
+    """A Gaussian path on t in [0, 1]: t = 1 is noise, t = 0 is data (alpha = 1, sigma = 0)."""
+
+    start: float
+    """The largest time a chain may start from. Below 1 where the score or the drift diverges at t = 1."""
+
+    def __call__(self, t: float) -> Coeffs: ...
+
+
+class Denoiser(Protocol):
+    """E[x_0 | x_t] for x of shape (B, N, *event) at a scalar t; conditioning is closed over, aligned with axis 0."""
+
+    def __call__(self, x: Tensor, t: float) -> Tensor: ...
+
+
+class Reward(Protocol):
+    """Scores of samples (M, *event) or images (M, 3, H, W), shape (M,). Higher is better; -inf forbids a sample.
+
+    A reward that wants the prompts of its samples names a keyword `prompts` (a sequence of M strings).
+    """
+
+    def __call__(self, samples: Tensor, /) -> Tensor: ...
+
+
+@runtime_checkable
+class Transition(Protocol):
+    """The law of one step, x' given x, for every particle: shape (B, N, *event)."""
+
+    @property
+    def mean(self) -> Tensor: ...
+
+    @property
+    def std(self) -> float:
+        """Noise scale per coordinate; 0 for a deterministic step."""
+        ...
+
+    def sample(self, key: Key) -> Tensor: ...
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log-density of x, summed over the event: shape (B, N), float64. NotStochasticError where std = 0."""
+        ...
+
+    def shift(self, delta: Tensor) -> Transition:
+        """The same law moved by delta."""
+        ...
+
+
+class Rule(Protocol):
+    """How a step is taken between two levels of a Gaussian path, given the prediction x0."""
+
+    def __call__(self, x: Tensor, x0: Tensor, here: Level, there: Level) -> Transition: ...
+
+    def std(self, here: Level, there: Level) -> float:
+        """The noise scale of that step, known without evaluating the network."""
+        ...
+
+
+class ReverseProcess(Protocol):
+    """What a pretrained model becomes: levels k = 0 (noise) to k = steps (data) and the verbs between them."""
+
+    @property
+    def steps(self) -> int: ...
+
+    @property
+    def event(self) -> tuple[int, ...]: ...
+
+    @property
+    def problems(self) -> int | None:
+        """How many problems the model is conditioned on (axis 0), or None where any number runs."""
+        ...
+
+    @property
+    def prompts(self) -> Sequence[str] | None: ...
+
+    @property
+    def rows(self) -> int:
+        """Network rows that one prediction costs (2 under classifier-free guidance)."""
+        ...
+
+    @property
+    def meter(self) -> Any: ...
+
+    def prior(self, key: Key, batch: int, particles: int) -> Tensor: ...
+
+    def denoise(self, x: Tensor, k: int) -> Tensor: ...
+
+    def transition(self, x: Tensor, x0: Tensor, k: int) -> Transition: ...
+
+    def stochastic(self, k: int) -> bool: ...
+
+    def noise(self, x: Tensor, k_from: int, k_to: int, key: Key) -> Tensor: ...
+
+    def decode(self, x: Tensor) -> Tensor: ...
+
+    def metered(self, meter: Any) -> ReverseProcess: ...
+
+
+class QuadraticForm(NamedTuple):
+    """A reward r(x) = -x'Ax/2 + b'x + c on flattened events: A (D, D), b (D,), c. Analytic models tilt by it exactly."""
+
+    matrix: Tensor
+    vector: Tensor
+    constant: float
+
+
+OnStep = Callable[[Any], None]
+"""Called with the Trajectory after every step: progress bars, checkpoints. Raise `Stop` to end the run early."""
+
+
+class Stop(Exception):
+    """Raised by an `on_step` callback to end a run; the sampler returns what it has, marked interrupted."""

@@ -1,0 +1,68 @@
+"""Arithmetic of log-weights: float64, axis 1 is particles, the maximum is always subtracted before exp."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .errors import SteerError
+
+
+def log_mean_exp(log_weight: Tensor) -> Tensor:
+    """log of the mean weight over particles: (B, N) -> (B,). -inf where every weight is zero."""
+    return torch.logsumexp(log_weight, 1) - math.log(log_weight.shape[1])
+
+
+def normalise(log_weight: Tensor) -> Tensor:
+    """Log-weights that sum to one within each problem, (B, N)."""
+    return log_weight - torch.logsumexp(log_weight, 1, keepdim=True)
+
+
+def ess(log_weight: Tensor) -> Tensor:
+    """Effective sample size 1 / sum W^2 of accumulated weights, in [1, N]: (B, N) -> (B,). NaN where all are zero."""
+    return torch.exp(2.0 * torch.logsumexp(log_weight, 1) - torch.logsumexp(2.0 * log_weight, 1))
+
+
+def temper(log_weight: Tensor, log_likelihood: Tensor, lowest: Tensor, *, share: float = 0.5) -> Tensor:
+    """The largest exponent lambda in [lowest, 1] that keeps ESS(log_weight + (lambda - lowest) log_likelihood).
+
+    "Keeps" means at or above share * N; the lowest exponent where even that is below. Forty bisections for all
+    problems at once, with no host read: (B, N), (B, N), (B,) -> (B,). Source: Jasra et al. 2011; Dai et al. 2022,
+    Sec. 3.3.
+    """
+    if not 0.0 < share <= 1.0:
+        raise SteerError(f"share of N that the ESS must keep is in (0, 1], got {share}")
+    goal = share * log_weight.shape[1]
+    low, high = lowest, torch.ones_like(lowest)
+    full = ess(log_weight + (high - lowest)[:, None] * log_likelihood) >= goal
+    for _ in range(40):
+        middle = 0.5 * (low + high)
+        enough = ess(log_weight + (middle - lowest)[:, None] * log_likelihood) >= goal
+        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+    return torch.where(full, torch.ones_like(low), low)
+
+
+def evidence_variance(log_weight: Tensor, root: Tensor, resamplings: Tensor) -> Tensor:
+    """Estimate of Var(Z_hat) / Z^2, which is Var(log Z_hat) to first order, from one run: (B,).
+
+    log_weight: final weights (B, N). root: index of each particle's ancestor at the start, (B, N). resamplings: how
+    often each problem was resampled, (B,).
+    Source: Lee & Whiteley 2018, Eq. 3, V = 1 - (N / (N - 1))^(R + 1) (1 - sum_n S_n^2) with S_n the weight that
+    descends from root n. Unbiased for multinomial resampling; an overestimate for the others. Pass as root the
+    ancestors at a lag instead for the fixed-lag form (Olsson & Douc 2019), which lives on when one root is left.
+    """
+    particles = log_weight.shape[1]
+    if particles < 2:
+        return torch.full_like(log_weight[:, 0], math.nan)
+    weight = torch.softmax(log_weight, 1)
+    descended = torch.zeros_like(weight).scatter_add_(1, root, weight)
+    inflation = (particles / (particles - 1)) ** (resamplings.double() + 1.0)
+    return 1.0 - inflation * (1.0 - descended.square().sum(1))
+
+
+def weighted_mean(log_weight: Tensor, values: Tensor) -> Tensor:
+    """Self-normalised mean over particles of values (B, N, ...): (B, ...). Particles of weight zero may be anything."""
+    weight = torch.softmax(log_weight, 1).reshape(*log_weight.shape, *(1 for _ in values.shape[2:]))
+    return torch.where(weight > 0, weight * values, 0.0).sum(1)
