@@ -15,6 +15,8 @@ from .errors import (
     SteerError,
 )
 from .key import Key
+from .models.embedded import load
+from .models.pipeline import from_pipeline
 from .potentials import adaptive_tempering, difference, final_only, geometric_tempering, maximum, total
 from .process import GaussianProcess, convert, from_denoiser, from_eps, from_score, from_v, from_velocity
 from .resampling import killing, multinomial, residual, ssp, stratified, systematic

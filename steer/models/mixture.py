@@ -46,10 +46,10 @@ class Exact:
 
 
 class GaussianMixture:
-    """sum_k w_k N(mu_k, C_k) in R^D, with full covariances, and everything diffusion asks of it in closed form.
+    """sum_k w_k N(mu_k, C_k) in R^D and everything diffusion asks of it, in closed form and float64.
 
-    means: (K, D); covs: (K, D, D), or (K,) for isotropic ones; weights: (K,), normalised here, equal if None.
-    All arithmetic is float64.
+    means: (K, D). covs: (K, D, D), or (K,) variances of isotropic modes, which may be 0 (point masses).
+    weights: (K,), normalised here; equal if None.
     """
 
     def __init__(self, means: Any, covs: Any, weights: Any = None):
@@ -58,78 +58,94 @@ class GaussianMixture:
             raise ShapeError(f"means must have shape (K, D), got {tuple(self.means.shape)}")
         modes, size = self.means.shape
         covs = torch.as_tensor(covs, dtype=torch.float64)
-        self.covs = covs.view(-1, 1, 1) * torch.eye(size, dtype=torch.float64) if covs.ndim == 1 else covs
-        if self.covs.shape != (modes, size, size):
+        if covs.shape not in ((modes,), (modes, size, size)):
             raise ShapeError(f"covs must have shape {(modes, size, size)} or ({modes},), got {tuple(covs.shape)}")
         raw = torch.ones(modes) if weights is None else torch.as_tensor(weights)
         if raw.shape != (modes,) or not bool((raw > 0).all()):
             raise ShapeError(f"weights must be {modes} positive numbers, got shape {tuple(raw.shape)}")
         self.weights = raw.double() / raw.double().sum()
-        # Eigenbases make every noise level a diagonal problem.
-        self.variances, self.bases = torch.linalg.eigh(self.covs)
-        if not bool((self.variances > 0).all()):
-            raise ModelError("covs must be positive definite; use steer.models.finite_data for point masses")
-        self._isotropic = bool((self.variances - self.variances[:, :1]).abs().max() < 1e-12)
+        # Eigenbases make every noise level a diagonal problem; isotropic modes need none.
+        self.variances, self.bases = (covs[:, None], None) if covs.ndim == 1 else torch.linalg.eigh(covs)
+        if not bool((self.variances >= 0).all()):
+            raise ModelError(f"covs must be positive (semi)definite, got an eigenvalue of {self.variances.min():.3g}")
+
+    def __repr__(self) -> str:
+        return f"GaussianMixture({self.means.shape[0]} modes in {self.means.shape[1]} dimensions)"
+
+    @property
+    def covs(self) -> Tensor:
+        """Covariances, (K, D, D)."""
+        if self.bases is None:
+            return self.variances[:, :, None] * torch.eye(self.means.shape[1], dtype=torch.float64)
+        return (self.bases * self.variances[:, None]) @ self.bases.mT
 
     def log_prob(self, x: Tensor, at: Level | None = None) -> Tensor:
-        """Log-density of x (..., D), of the data or of the path's marginal at a level: (...)."""
+        """Log-density of x (..., D), of the data or of the path's marginal at a level: (...), float64."""
         alpha, sigma = (at.alpha, at.sigma) if at is not None else (1.0, 0.0)
-        return self._joint(x.double().reshape(-1, x.shape[-1]), alpha, sigma)[0].logsumexp(1).view(x.shape[:-1])
+        return self.log_joint(x.double().reshape(-1, x.shape[-1]), alpha, sigma).logsumexp(1).view(x.shape[:-1])
+
+    def responsibilities(self, x: Tensor) -> Tensor:
+        """Posterior mode probabilities of data x (..., D): (..., K)."""
+        flat = x.double().reshape(-1, x.shape[-1])
+        return torch.softmax(self.log_joint(flat, 1.0, 0.0), 1).view(*x.shape[:-1], -1)
 
     def denoise(self, x: Tensor, alpha: float, sigma: float) -> Tensor:
         """E[x_0 | x] for x = alpha x_0 + sigma eps, x of shape (..., D), in x's dtype."""
         flat = x.reshape(-1, x.shape[-1]).double()
-        log_joint, rotated, total = self._joint(flat, alpha, sigma)
-        share = torch.softmax(log_joint, 1)
-        gain = alpha * self.variances / total  # (K, D): how far each mode moves towards x, in its eigenbasis
-        if self._isotropic:
-            x0 = (share @ gain[:, :1]) * flat + share @ (self.means * (1.0 - alpha * gain[:, :1]))
+        share = torch.softmax(self.log_joint(flat, alpha, sigma), 1)
+        # How far each mode's prediction moves from its mean towards x / alpha, by eigendirection.
+        gain = alpha * self.variances / (alpha**2 * self.variances + sigma**2)
+        if self.bases is None:
+            x0 = (share @ gain) * flat + share @ (self.means * (1.0 - alpha * gain))
         else:
+            rotated = self._rotated(flat, alpha)
             x0 = share @ self.means + torch.einsum("mk,mkd,ked->me", share, rotated * gain, self.bases)
         return x0.view(x.shape).to(x.dtype)
+
+    def log_joint(self, flat: Tensor, alpha: float, sigma: float) -> Tensor:
+        """log w_k N(x; alpha mu_k, alpha^2 C_k + sigma^2 I) of x (M, D): (M, K)."""
+        size = self.means.shape[1]
+        total = (alpha**2 * self.variances + sigma**2).expand(-1, size)
+        constant = self.weights.log() - 0.5 * (total.log().sum(1) + size * math.log(2.0 * math.pi))
+        if self.bases is None:
+            centres = alpha * self.means
+            squared = flat.square().sum(1, keepdim=True) + centres.square().sum(1) - 2.0 * flat @ centres.T
+            return constant - 0.5 * squared / total[:, 0]
+        return constant - 0.5 * (self._rotated(flat, alpha).square() / total).sum(2)
 
     def exact(self, reward: Any, *, temperature: float = 1.0) -> Exact:
         """The law p(x) exp(r(x) / temperature) for a linear or quadratic reward, with its evidence and mode masses.
 
         reward: anything whose `quadratic_form(dim)` gives a `QuadraticForm`, as the analytic rewards do.
         """
-        size = self.means.shape[1]
-        form = quadratic_form(reward, size)
-        matrix, vector = form.matrix / temperature, form.vector / temperature
-        precision = torch.linalg.inv(self.covs)
-        tilted = precision + matrix
-        if not bool((torch.linalg.eigvalsh(tilted) > 0).all()):
+        form = quadratic_form(reward, self.means.shape[1])
+        matrix, vector = form.matrix.double() / temperature, form.vector.double() / temperature
+        identity = torch.eye(self.means.shape[1], dtype=torch.float64)
+        bases = identity if self.bases is None else self.bases
+        root = bases * self.variances[:, None].sqrt()
+        inflated = identity + root.mT @ matrix @ root  # C^1/2 (C^-1 + A) C^1/2, which also serves C = 0
+        if not bool((torch.linalg.eigvalsh(inflated) > 0).all()):
             raise ModelError(
                 "p(x) exp(r(x) / temperature) has no finite normaliser: the reward grows faster than the model's "
                 "tails fall; raise the temperature or lower the reward's curvature"
             )
-        covs = torch.linalg.inv(tilted)
-        pull = torch.einsum("kij,kj->ki", precision, self.means) + vector
-        means = torch.einsum("kij,kj->ki", covs, pull)
+        covs = root @ torch.linalg.solve(inflated, root.mT)
+        slope = vector - self.means @ matrix
+        means = self.means + torch.einsum("kij,kj->ki", covs, slope)
         log_mass = (
             self.weights.log()
-            + 0.5 * (torch.logdet(precision) - torch.logdet(tilted))
-            + 0.5 * (pull * means).sum(1)
-            - 0.5 * torch.einsum("ki,kij,kj->k", self.means, precision, self.means)
             + form.constant / temperature
+            + self.means @ vector
+            - 0.5 * torch.einsum("ki,ij,kj->k", self.means, matrix, self.means)
+            + 0.5 * torch.einsum("ki,kij,kj->k", slope, covs, slope)
+            - 0.5 * torch.logdet(inflated)
         )
         return Exact(torch.softmax(log_mass, 0), means, covs, float(log_mass.logsumexp(0)))
 
-    def responsibilities(self, x: Tensor) -> Tensor:
-        """Posterior mode probabilities of data x (..., D): (..., K)."""
-        flat = x.double().reshape(-1, x.shape[-1])
-        return torch.softmax(self._joint(flat, 1.0, 0.0)[0], 1).view(*x.shape[:-1], -1)
-
-    def _joint(self, flat: Tensor, alpha: float, sigma: float) -> tuple[Tensor, Tensor, Tensor]:
-        """log w_k N(x; alpha mu_k, S_k) as (M, K), x - alpha mu_k in the eigenbases, and S_k's eigenvalues."""
-        total = alpha**2 * self.variances + sigma**2
-        constant = self.weights.log() - 0.5 * (total.log().sum(1) + self.means.shape[1] * math.log(2.0 * math.pi))
-        if self._isotropic:
-            centres = alpha * self.means
-            squared = flat.square().sum(1, keepdim=True) + centres.square().sum(1) - 2.0 * flat @ centres.T
-            return constant - 0.5 * squared / total[:, 0], flat, total
-        rotated = torch.einsum("mkd,kde->mke", flat[:, None] - alpha * self.means, self.bases)
-        return constant - 0.5 * (rotated.square() / total).sum(2), rotated, total
+    def _rotated(self, flat: Tensor, alpha: float) -> Tensor:
+        """x - alpha mu_k in the eigenbasis of mode k: (M, K, D)."""
+        assert self.bases is not None
+        return torch.einsum("mkd,kde->mke", flat[:, None] - alpha * self.means, self.bases)
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,21 +199,25 @@ class ExactStep:
 
     def __call__(self, x: Tensor, x0: Tensor, here: Level, there: Level) -> MixtureTransition:
         mixture, rate = self.mixture, here.alpha / there.alpha
-        before = there.alpha**2 * mixture.variances + there.sigma**2  # eigenvalues of Cov[x' | mode]
-        after = here.alpha**2 * mixture.variances + here.sigma**2
+        size = mixture.means.shape[1]
+        bases = torch.eye(size, dtype=torch.float64).expand(len(mixture.means), -1, -1)
+        bases = bases if mixture.bases is None else mixture.bases
+        before = (there.alpha**2 * mixture.variances + there.sigma**2).expand(-1, size)  # Cov[x' | mode], diagonal
+        after = (here.alpha**2 * mixture.variances + here.sigma**2).expand(-1, size)
         gain = rate * before / after
         left = before - gain * rate * before
-        log_joint, _, _ = mixture._joint(x.double().flatten(0, 1), here.alpha, here.sigma)
-        offset = x.double()[:, :, None] - here.alpha * mixture.means
-        moved = torch.einsum("bnkd,kde,ke,kfe->bnkf", offset, mixture.bases, gain, mixture.bases)
-        covs = torch.einsum("kde,ke,kfe->kdf", mixture.bases, left, mixture.bases)
-        log_share = torch.log_softmax(log_joint, 1).view(*x.shape[:2], -1)
-        return MixtureTransition(
-            log_share, there.alpha * mixture.means + moved, torch.linalg.cholesky(covs), x.dtype
+        if not bool((left > 0).all()):
+            raise ModelError("ExactStep needs a density at t = 0: give every mode a positive variance")
+        matrix = (bases * gain[:, None]) @ bases.mT
+        means = there.alpha * mixture.means + torch.einsum(
+            "kde,bnke->bnkd", matrix, x.double()[:, :, None] - here.alpha * mixture.means
         )
+        log_share = torch.log_softmax(mixture.log_joint(x.double().flatten(0, 1), here.alpha, here.sigma), 1)
+        factors = torch.linalg.cholesky((bases * left[:, None]) @ bases.mT)
+        return MixtureTransition(log_share.view(*x.shape[:2], -1), means, factors, x.dtype)
 
     def std(self, here: Level, there: Level) -> float:
-        return there.sigma if there.sigma > 0 else math.sqrt(self.mixture.variances.mean().item())
+        return max(there.sigma, math.sqrt(self.mixture.variances.mean().item()))
 
 
 def gaussian_mixture(
@@ -217,14 +237,33 @@ def gaussian_mixture(
     default; `ExactStep(process.reference)` removes discretisation error. The event is (D,).
     """
     mixture = GaussianMixture(means, covs, weights)
-    return _process(mixture, schedule or schedules.VP(), steps, times, transition, dtype)
+    path = schedule or schedules.VP()
+
+    def denoise(x: Tensor, t: float) -> Tensor:
+        alpha, sigma, _, _ = path(t)
+        return mixture.denoise(x, alpha, sigma)
+
+    grid = schedules.uniform_times(path, steps) if times is None else schedules.check_times(times)
+    return GaussianProcess(
+        denoise, path, grid, (mixture.means.shape[1],), transition or DDIM(), reference=mixture, dtype=dtype
+    )
 
 
 def gaussian(mean: Any, cov: Any, **options: Any) -> GaussianProcess:
     """A process whose data is one Gaussian, mean (D,), cov (D, D) or a variance; options as `gaussian_mixture`."""
     cov = torch.as_tensor(cov, dtype=torch.float64)
     mean = torch.as_tensor(mean, dtype=torch.float64)
-    return gaussian_mixture(mean[None], cov[None] if cov.ndim == 2 else cov.reshape(1), **options)
+    return gaussian_mixture(mean[None], cov.reshape(1) if cov.ndim < 2 else cov[None], **options)
+
+
+def finite_data(points: Any, bandwidth: float, weights: Any = None, **options: Any) -> GaussianProcess:
+    """The closed-form diffusion of a finite data set: data convolved with N(0, bandwidth^2), exact at every level.
+
+    points: (K, D), flattened. bandwidth 0 puts point masses. Masses of `.exact(reward)` are those of the points.
+    Options as `gaussian_mixture`. A prediction costs one (M, K) softmax.
+    """
+    points = torch.as_tensor(points, dtype=torch.float64)
+    return gaussian_mixture(points, torch.full((len(points),), float(bandwidth) ** 2), weights, **options)
 
 
 def quadratic_form(reward: Any, size: int) -> QuadraticForm:
@@ -236,16 +275,3 @@ def quadratic_form(reward: Any, size: int) -> QuadraticForm:
         )
     return reward.quadratic_form(size)
 
-
-def _process(
-    mixture: GaussianMixture, schedule: Schedule, steps: int, times: Sequence[float] | None, transition: Rule | None,
-    dtype: torch.dtype,
-) -> GaussianProcess:
-    def denoise(x: Tensor, t: float) -> Tensor:
-        alpha, sigma, _, _ = schedule(t)
-        return mixture.denoise(x, alpha, sigma)
-
-    grid = schedules.uniform_times(schedule, steps) if times is None else schedules.check_times(times)
-    return GaussianProcess(
-        denoise, schedule, grid, (mixture.means.shape[1],), transition or DDIM(), reference=mixture, dtype=dtype
-    )
