@@ -13,8 +13,8 @@ class SteerError(ValueError):
 
     partial: Any = None
 
-    def keeping(self, partial: Any) -> SteerError:
-        """This error with the work done so far attached, unless an inner call attached its own."""
+    def keep(self, partial: Any) -> SteerError:
+        """Attaches the work done so far, unless an inner call attached its own. Returns the error."""
         if self.partial is None:
             self.partial = partial
         return self

@@ -81,7 +81,14 @@ class Key:
         first = self.step - self.step % min(together, 64)
         draw = _block if together > 1 else _block.__wrapped__
         block = draw(
-            kind, self.words, first, min(together, 64), self.problem, problems, self.slot * size, particles * size,
+            kind,
+            self.words,
+            first,
+            min(together, 64),
+            self.problem,
+            problems,
+            self.slot * size,
+            particles * size,
             torch.device(device),
         )
         return block[self.step - first].to(dtype, copy=True).view(tuple(shape))
@@ -127,7 +134,14 @@ def _signed(word: int) -> int:
 
 @lru_cache(maxsize=8)
 def _block(
-    kind: str, words: tuple[int, int], step: int, steps: int, problem: int, problems: int, first: int, count: int,
+    kind: str,
+    words: tuple[int, int],
+    step: int,
+    steps: int,
+    problem: int,
+    problems: int,
+    first: int,
+    count: int,
     device: torch.device,
 ) -> Tensor:
     """(steps, problems, count) numbers, float64: positions first..first+count of the line of each problem and step.

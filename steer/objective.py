@@ -107,7 +107,7 @@ def check_finite(scores: Tensor, where: str, *, partial: Any = None) -> None:
         raise NonFiniteError(
             f"the reward gave {scores[problem, particle].item()} for problem {problem}, particle {particle} {where} "
             f"({int(bad.sum())} of {scores.numel()} scores); rewards must be finite, or -inf to forbid a sample"
-        ).keeping(partial)
+        ).keep(partial)
 
 
 def log_potential(scores: Tensor, temperature: float) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -40,7 +40,7 @@ class GaussianProcess:
     schedule: Schedule
     times: tuple[float, ...]
     event: tuple[int, ...]
-    rule: Rule = DDIM()
+    rule: Rule = field(default_factory=DDIM)
     decoder: Callable[[Tensor], Tensor] | None = None
     problems: int | None = None
     prompts: tuple[str, ...] | None = None
@@ -191,7 +191,9 @@ def from_score(network: parameterization.Network, schedule: Schedule, times: Seq
     return from_denoiser(parameterization.from_score(network, schedule), schedule, times, **options)
 
 
-def convert(process: GaussianProcess, schedule: Schedule, times: Sequence[float] | int | None = None) -> GaussianProcess:
+def convert(
+    process: GaussianProcess, schedule: Schedule, times: Sequence[float] | int | None = None
+) -> GaussianProcess:
     """The same model run on another Gaussian path, for instance a rectified flow as a variance-preserving SDE.
 
     Two paths differ only by the clock and a scale: with rho = alpha / sigma equal at times t and s, the state on the

@@ -95,7 +95,7 @@ class Result:
 
     def ranked(self) -> Tensor:
         """Particle indices from highest to lowest reward, (B, N)."""
-        return self.reward.argsort(1, descending=True, stable=True)
+        return torch.sort(self.reward, dim=1, descending=True, stable=True).indices
 
     def draw(self, count: int, key: Key | int = 0) -> Result:
         """`count` samples per problem of equal weight, by systematic resampling of the weights."""

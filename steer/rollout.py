@@ -14,7 +14,7 @@ from .objective import Objective, check_finite, check_temperature, conditioned, 
 from .result import Result, Seen
 from .smc import Start, prior
 from .trajectory import Trajectory
-from .types import OnStep, ReverseProcess, Reward, Stop
+from .types import OnStep, ReverseProcess, Reward
 
 
 def rollout(
@@ -78,8 +78,14 @@ def advance(state: Trajectory, key: Key, on_step: OnStep | None = None) -> Traje
 
 
 def _chains(
-    process: ReverseProcess, reward: Reward, batch: int, particles: int | None, budget: int | None, key: Key | int,
-    start: Start, keep_states: bool,
+    process: ReverseProcess,
+    reward: Reward,
+    batch: int,
+    particles: int | None,
+    budget: int | None,
+    key: Key | int,
+    start: Start,
+    keep_states: bool,
 ) -> tuple[Trajectory, Objective, Meter]:
     from dataclasses import replace
 
@@ -90,7 +96,12 @@ def _chains(
 
 
 def _run(
-    state: Trajectory, objective: Objective, meter: Meter, key: Key, temperature: float, on_step: OnStep | None,
+    state: Trajectory,
+    objective: Objective,
+    meter: Meter,
+    key: Key,
+    temperature: float,
+    on_step: OnStep | None,
     log_weight: Callable[[Tensor], Tensor],
 ) -> Result:
     state = advance(state, key, on_step)

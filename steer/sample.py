@@ -101,7 +101,13 @@ class Comparison:
         table = [heads]
         for row in self.rows:
             measured = (row.reward, row.best, *(row.metrics[name] for name in names))
-            counted = (f"{row.ess:.1f}", f"{row.nfe:.0f}", f"{row.grads:.0f}", f"{row.rewards:.0f}", f"{row.seconds:.2f}")
+            counted = (
+                f"{row.ess:.1f}",
+                f"{row.nfe:.0f}",
+                f"{row.grads:.0f}",
+                f"{row.rewards:.0f}",
+                f"{row.seconds:.2f}",
+            )
             table.append([row.method, *(f"{mean:.3f} ± {error:.3f}" for mean, error in measured), *counted])
         widths = [max(len(line[i]) for line in table) for i in range(len(heads))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in table]

@@ -7,6 +7,7 @@ step of a chain waits for the device.
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -89,7 +90,7 @@ class Tabulated:
 
     def __init__(self, alphas_cumprod: Sequence[float], start: float = 1.0):
         table = [1.0, *map(float, alphas_cumprod)]
-        if len(table) < 2 or any(not 0.0 < b < a <= 1.0 for a, b in zip(table, table[1:], strict=False)):
+        if len(table) < 2 or any(not 0.0 < b < a <= 1.0 for a, b in itertools.pairwise(table)):
             raise SteerError(
                 "Tabulated expects squared signal rates that fall strictly from below 1 and stay above 0 "
                 f"(alphas_cumprod), got {len(table) - 1} values from {table[1:2]} to {table[-1:]}; "
@@ -146,7 +147,7 @@ def time_at(schedule: Schedule, target: float, *, lowest: float = 0.0, highest: 
 def uniform_times(schedule: Schedule, steps: int, *, start: float | None = None) -> tuple[float, ...]:
     """steps + 1 times, equally spaced from the schedule's start to 0."""
     first = schedule.start if start is None else start
-    return tuple(first * (1.0 - k / steps) for k in range(steps)) + (0.0,)
+    return (*(first * (1.0 - k / steps) for k in range(steps)), 0.0)
 
 
 def log_snr_times(
@@ -182,7 +183,7 @@ def check_times(times: Sequence[float]) -> tuple[float, ...]:
     It ends at 0, the data, or wherever a pretrained model's own grid ends.
     """
     grid = tuple(float(t) for t in times)
-    if len(grid) < 2 or grid[-1] < 0.0 or grid[0] > 1.0 or any(a <= b for a, b in zip(grid, grid[1:], strict=False)):
+    if len(grid) < 2 or grid[-1] < 0.0 or grid[0] > 1.0 or any(a <= b for a, b in itertools.pairwise(grid)):
         raise SteerError(
             f"times must fall strictly from at most 1 (noise) to 0 (data), got {len(grid)} times "
             f"from {grid[:1]} to {grid[-1:]}; `steer.uniform_times(schedule, steps)` makes such a grid"

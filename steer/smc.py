@@ -77,9 +77,7 @@ class Resample:
         return self.threshold > 0.0 and (self.at is None or k in self.at)
 
 
-def resample(
-    resampler: Resampler = systematic, threshold: float = 0.5, at: Collection[int] | None = None
-) -> Resample:
+def resample(resampler: Resampler = systematic, threshold: float = 0.5, at: Collection[int] | None = None) -> Resample:
     """A selection that resamples by effective sample size, at chosen levels."""
     if not 0.0 <= threshold <= 1.0:
         raise SteerError(f"threshold is a share of N in [0, 1], got {threshold}")
@@ -162,7 +160,8 @@ def smc(
             raise
         state, x, interrupted = last, last.carried["x0"], True
     except SteerError as error:
-        raise error.keeping(last)
+        error.keep(last)
+        raise
 
     with torch.no_grad():
         scores = objective(x)
@@ -219,12 +218,12 @@ def _check(state: Trajectory, seen: Sequence[Seen]) -> None:
         raise CollapsedWeightsError(
             f"every particle of problem {int(dead.nonzero()[0])} has weight zero at level {state.k}: the reward "
             "forbids (-inf) all of them; use more particles, or a reward that is finite on what the model makes"
-        ).keeping(state)
+        ).keep(state)
     if not bool(state.log_normaliser.isfinite().all()):
         raise NonFiniteError(
             f"log-weights at level {state.k} are not finite although every score is: the transition's densities "
             "overflow; lower the guidance scale, or keep states in float32"
-        ).keeping(state)
+        ).keep(state)
 
 
 def _check_stochastic(state: Trajectory, selection: Resample) -> None:

@@ -16,10 +16,10 @@ from .weights import log_mean_exp
 
 
 class Ancestors(NamedTuple):
-    """Particles were rearranged at level k: particle m came from index[:, m]. happened: which problems, (B,)."""
+    """Particles were rearranged at level k: particle m came from parent[:, m]. happened: which problems, (B,)."""
 
     k: int
-    index: Tensor
+    parent: Tensor
     happened: Tensor
 
 
@@ -150,7 +150,7 @@ class Trajectory:
         index = torch.arange(self.x.shape[1], device=self.x.device).expand(self.x.shape[:2])
         for event in reversed(self.past):
             if isinstance(event, Ancestors):
-                index = event.index.gather(1, index)
+                index = event.parent.gather(1, index)
             else:
                 yield event, index
 
@@ -176,7 +176,7 @@ class Trajectory:
         roots, counts = None, []
         for event in self.past:
             if isinstance(event, Ancestors):
-                roots = event.index if roots is None else roots.gather(1, event.index)
+                roots = event.parent if roots is None else roots.gather(1, event.parent)
                 ordered = roots.sort(1).values
                 counts.append((event.k, 1 + (ordered[:, 1:] != ordered[:, :-1]).sum(1)))
         return counts
@@ -210,5 +210,9 @@ def gather(tensor: Tensor, index: Tensor) -> Tensor:
     problems, particles = tensor.shape[:2]
     if tensor.ndim == 2:
         return tensor.gather(1, index)
-    flat = index if problems == 1 else index + torch.arange(0, problems * particles, particles, device=index.device)[:, None]
+    flat = (
+        index
+        if problems == 1
+        else index + torch.arange(0, problems * particles, particles, device=index.device)[:, None]
+    )
     return tensor.flatten(0, 1).index_select(0, flat.reshape(-1)).view(problems, index.shape[1], *tensor.shape[2:])

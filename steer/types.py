@@ -32,8 +32,10 @@ class Level(NamedTuple):
 class Schedule(Protocol):
     """A Gaussian path on t in [0, 1]: t = 1 is noise, t = 0 is data (alpha = 1, sigma = 0)."""
 
-    start: float
-    """The largest time a chain may start from. Below 1 where the score or the drift diverges at t = 1."""
+    @property
+    def start(self) -> float:
+        """The largest time a chain should start from. Below 1 where the score or the drift diverges at t = 1."""
+        ...
 
     def __call__(self, t: float) -> Coeffs: ...
 
@@ -127,7 +129,7 @@ class ReverseProcess(Protocol):
 
 
 class QuadraticForm(NamedTuple):
-    """A reward r(x) = -x'Ax/2 + b'x + c on flattened events: A (D, D), b (D,), c. Analytic models tilt by it exactly."""
+    """A reward r(x) = -x'Ax/2 + b'x + c on flattened events, A (D, D), b (D,): analytic models tilt by it."""
 
     matrix: Tensor
     vector: Tensor

@@ -32,7 +32,7 @@ def load(
     """
     if name not in _NAMES:
         raise ModelError(f"no embedded model is called {name!r}; there are {', '.join(_NAMES)}")
-    from diffusers import DDPMPipeline
+    from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
 
     with as_file(files("steer") / "assets" / name) as folder:
         pipe = DDPMPipeline.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)

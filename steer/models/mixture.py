@@ -176,7 +176,9 @@ class MixtureTransition:
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log-density, (B, N)."""
-        scaled = torch.linalg.solve_triangular(self.factors, (x.double()[:, :, None] - self.means)[..., None], upper=False)
+        scaled = torch.linalg.solve_triangular(
+            self.factors, (x.double()[:, :, None] - self.means)[..., None], upper=False
+        )
         log_det = self.factors.diagonal(dim1=1, dim2=2).log().sum(1)
         size = self.means.shape[3]
         log_normal = -0.5 * scaled.square().sum((3, 4)) - log_det - 0.5 * size * math.log(2.0 * math.pi)
@@ -274,4 +276,3 @@ def quadratic_form(reward: Any, size: int) -> QuadraticForm:
             f"rewards.Linear or rewards.Quadratic, got {type(reward).__name__}"
         )
     return reward.quadratic_form(size)
-

@@ -18,7 +18,7 @@ from .. import parameterization
 from ..errors import ModelError, ShapeError
 from ..process import GaussianProcess
 from ..schedules import RectifiedFlow, Tabulated
-from ..transitions import DDIM, ClippedPrediction
+from ..transitions import CPS, DDIM, Churn, ClippedPrediction
 from ..types import Denoiser, Rule, Schedule
 
 
@@ -45,7 +45,8 @@ def from_pipeline(
     States are float32 (B, N, C, H, W); `decode` gives images in [0, 1], as the pipeline does.
     Raises ModelError for pipelines and schedulers of other kinds.
     """
-    unet, scheduler = getattr(pipe, "unet", None), getattr(pipe, "scheduler", None)
+    unet: Any = getattr(pipe, "unet", None)
+    scheduler: Any = getattr(pipe, "scheduler", None)
     if type(unet).__name__ != "UNet2DModel" or scheduler is None:
         raise ModelError(
             "from_pipeline serves pipelines with a UNet2DModel and a scheduler (DDPM, DDIM, flow matching), got "
@@ -68,7 +69,6 @@ class _Network:
 
     def __init__(self, unet: Any, to_timestep: Any, labels: Tensor | None, scale: float, chunk: int):
         self.unet, self.to_timestep, self.labels, self.scale, self.chunk = unet, to_timestep, labels, scale, chunk
-        self.null = unet.config.num_class_embeds - 1 if labels is not None else None
         self.guided = scale != 1.0
         if self.guided and labels is None:
             raise ModelError("guidance_scale needs a class-conditional network; this one has no class embedding")
@@ -84,7 +84,7 @@ class _Network:
         labels = self.labels.repeat_interleave(len(flat) // len(self.labels))
         out = self._chunked(flat, timestep, labels)
         if self.guided:
-            free = self._chunked(flat, timestep, torch.full_like(labels, self.null))
+            free = self._chunked(flat, timestep, torch.full_like(labels, self.unet.config.num_class_embeds - 1))
             out = free + self.scale * (out - free)
         return out.view(x.shape)
 
@@ -133,7 +133,7 @@ def _prediction(network: _Network, schedule: Schedule, scheduler: Any, rule: Rul
     if not config.clip_sample:
         return denoise, rule
     limit = config.clip_sample_range
-    if type(scheduler).__name__ == "DDIMScheduler" and hasattr(rule, "keeps_marginal"):
+    if type(scheduler).__name__ == "DDIMScheduler" and isinstance(rule, DDIM | CPS | Churn):
         return denoise, ClippedPrediction(rule, limit)  # DDIM clips x_0 and keeps eps as predicted
     return lambda x, t: denoise(x, t).clamp(-limit, limit), rule
 

@@ -1,0 +1,38 @@
+"""The exact law of a discretised chain, where that law is Gaussian."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import ModelError
+from ..process import GaussianProcess
+from .mixture import GaussianMixture
+
+
+def chain_law(process: GaussianProcess) -> GaussianMixture:
+    """The law of the chain's final state, for a process whose every step is affine in the state plus Gaussian noise.
+
+    So it is when the data is one Gaussian, under every transition rule and interpolant conversion: this is what the
+    chain samples at its finite number of steps, where `process.exact` gives the limit of small steps. Each step's
+    matrix is read off by evaluating it at zero and at the unit vectors, (D + 1) predictions a step.
+    Raises ModelError where a step is not affine.
+    """
+    size = process.event[0]
+    probe = torch.cat([torch.zeros(1, size), torch.eye(size), torch.ones(1, size)]).double()[None]
+    mean = torch.zeros(size, dtype=torch.float64)
+    cov = process.levels[0].sigma ** 2 * torch.eye(size, dtype=torch.float64)
+    for k in range(process.steps):
+        step = process.transition(probe, process.denoise(probe, k), k)
+        offset, matrix = _affine(step.mean[0])
+        mean = matrix @ mean + offset
+        cov = matrix @ cov @ matrix.T + step.std**2 * torch.eye(size, dtype=torch.float64)
+    return GaussianMixture(mean[None], cov[None])
+
+
+def _affine(image: Tensor) -> tuple[Tensor, Tensor]:
+    """Offset and matrix of an affine map from its values at 0, the unit vectors and their sum."""
+    offset, columns, total = image[0], image[1:-1] - image[0], image[-1]
+    if not torch.allclose(offset + columns.sum(0), total, rtol=1e-6, atol=1e-8):
+        raise ModelError("chain_law needs steps that are affine in the state: the data must be a single Gaussian")
+    return offset, columns.T

@@ -1,0 +1,236 @@
+"""A run on disk: result.safetensors and result.json, written atomically, verified on the way back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .cost import Cost
+from .errors import SteerError
+from .key import Key, as_key
+from .trajectory import Ancestors
+
+if TYPE_CHECKING:
+    from .result import Result
+
+SCHEMA = 1
+TENSORS, FACTS = "result.safetensors", "result.json"
+
+
+@dataclass(frozen=True, eq=False)
+class Saved:
+    """A run read back.
+
+    tensors: by name: x, reward, log_weight, log_evidence; scores, ess and seen_levels; with lineage also root,
+             ancestors, ancestor_levels and resampled; with a reference also reference_x and reference_reward.
+    facts:   what result.json holds.
+    """
+
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+
+    @property
+    def cost(self) -> Cost:
+        """The ledger."""
+        return Cost(**self.facts["cost"])
+
+    @property
+    def key(self) -> Key | None:
+        """The key the run was started with, where it was noted."""
+        return None if (key := self.facts["key"]) is None else Key(key["seed"], tuple(key["stream"]))
+
+    def slots(self) -> Tensor:
+        """The slot each final particle's noise was drawn at, step by step: (B, N, steps).
+
+        With it a single candidate is made again alone: start at `key.fold("prior").shifted(problem=b, slot=s[0])`,
+        then step k draws with `key.fold("step").shifted(problem=b, slot=s[k]).at(k)`.
+        """
+        if "ancestors" not in self.tensors:
+            raise SteerError("this run was saved without its lineage, so the slots of its noise are unknown")
+        problems, particles = self.tensors["reward"].shape
+        index = torch.arange(particles).expand(problems, particles)
+        moves = list(zip(self.tensors["ancestor_levels"].tolist(), self.tensors["ancestors"].long(), strict=True))
+        slots = []
+        for k in reversed(range(self.facts["process"]["steps"])):
+            # Newest first: what was rearranged after step k's draw separates today's particles from that draw.
+            while moves and moves[-1][0] > k:
+                index = moves.pop()[1].gather(1, index)
+            slots.append(index)
+        return torch.stack(slots[::-1], dim=2)
+
+
+def save_result(
+    result: Result,
+    directory: Path,
+    *,
+    key: Key | int | None = None,
+    root: Tensor | None = None,
+    reference: Result | None = None,
+    **notes: Any,
+) -> Path:
+    """The directory, now holding result.safetensors (numbers) and, written last, result.json (facts and digest).
+
+    key:       what the run was started with, so that its noise can be drawn again.
+    root:      start slots (B, N) of the particles, where the result itself keeps no lineage.
+    reference: unsteered samples to keep beside it.
+    notes:     anything of plain JSON types: names of model, reward and method, options.
+    """
+    from safetensors.torch import save
+
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = _tensors(result, root, reference)
+    blob = save({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()})
+    facts = _facts(result, tensors.get("root"), None if key is None else as_key(key))
+    facts["reference_cost"] = None if reference is None else reference.cost.to_dict()
+    facts["sha256"] = {TENSORS: hashlib.sha256(blob).hexdigest()}
+    facts["run"] = notes
+    write_atomically(directory / TENSORS, blob)
+    write_atomically(directory / FACTS, to_json(facts))
+    return directory
+
+
+def load_result(directory: str | Path) -> Saved:
+    """A saved run; SteerError where a file is missing, unreadable, or not the one that was written."""
+    from safetensors.torch import load
+
+    directory = Path(directory)
+    try:
+        facts = json.loads((directory / FACTS).read_bytes())
+        blob = (directory / TENSORS).read_bytes()
+    except OSError as error:
+        raise SteerError(f"a run is a directory with {FACTS} and {TENSORS}; cannot read {error.filename}") from error
+    except ValueError as error:
+        raise SteerError(f"{directory / FACTS} is not JSON ({error}); restore it or run again") from error
+    if facts.get("schema") != SCHEMA:
+        raise SteerError(
+            f"{directory / FACTS} must have schema {SCHEMA}, got {facts.get('schema')}; read it with the version of "
+            f"steer that wrote it, {facts.get('versions', {}).get('steer', 'unknown')}"
+        )
+    wanted, got = facts["sha256"][TENSORS], hashlib.sha256(blob).hexdigest()
+    if got != wanted:
+        raise SteerError(
+            f"{directory / TENSORS} is not the file that was saved: its SHA-256 must be {wanted[:12]}..., got "
+            f"{got[:12]}...; restore it from a copy, or run again"
+        )
+    return Saved(load(blob), facts)
+
+
+def write_atomically(path: Path, blob: bytes) -> Path:
+    """The path, now holding the bytes: a reader or a crash finds the old file or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(draft, "wb") as file:
+            file.write(blob)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+    if os.name == "posix":  # the rename itself survives a power cut only once the directory is on disk
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    return path
+
+
+def to_json(value: Any) -> bytes:
+    """Readable, strict JSON: NaN and infinities, which JSON lacks, become null."""
+    return (json.dumps(plain(value), indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode()
+
+
+def plain(value: Any) -> Any:
+    """The value in JSON's own types: tensors as lists, what is no number as null, anything else by its repr."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Tensor):
+        return plain(value.tolist())
+    if isinstance(value, Mapping):
+        return {str(name): plain(entry) for name, entry in value.items()}
+    if isinstance(value, Sequence | set | frozenset):
+        return [plain(entry) for entry in value]
+    return repr(value)
+
+
+def versions() -> dict[str, str | None]:
+    """Versions that a run depends on; None for what is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in ("steer", "torch", "diffusers", "safetensors"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _tensors(result: Result, root: Tensor | None, reference: Result | None) -> dict[str, Tensor]:
+    tensors = {name: getattr(result, name) for name in ("x", "reward", "log_weight", "log_evidence")}
+    if result.seen:
+        tensors["seen_levels"] = torch.tensor([seen.k for seen in result.seen])
+        tensors["ess"] = torch.stack([seen.ess for seen in result.seen])
+        tensors["scores"] = _stacked([seen.score for seen in result.seen], math.nan)
+    if result.trajectory is not None:
+        root = result.trajectory.root
+        moves: list[Ancestors] = [event for event in result.trajectory.past if isinstance(event, Ancestors)]
+        tensors["ancestor_levels"] = torch.tensor([move.k for move in moves], dtype=torch.int64)
+        tensors["resampled"] = _stacked([move.happened for move in moves], 0)
+        tensors["ancestors"] = _stacked([move.index.int() for move in moves], -1)
+    if root is not None:
+        tensors["root"] = root.int()
+    if reference is not None:
+        tensors |= {"reference_x": reference.x, "reference_reward": reference.reward}
+    return tensors
+
+
+def _stacked(levels: list[Tensor], blank: float) -> Tensor:
+    """Levels (..., M) as one tensor (L, ..., M); where a method changed the number of particles, padded at the end."""
+    if not levels:
+        return torch.empty(0)
+    width = max(level.shape[-1] for level in levels)
+    return torch.stack([pad(level, (0, width - level.shape[-1]), value=blank) for level in levels])
+
+
+def _facts(result: Result, root: Tensor | None, key: Key | None) -> dict[str, Any]:
+    process, shares = result.process, result.log_weight.exp().tolist()
+    scores, slots = result.reward.tolist(), None if root is None else root.tolist()
+    problems, particles = result.reward.shape
+    return {
+        "schema": SCHEMA,
+        "interrupted": result.interrupted,
+        "temperature": result.temperature,
+        "log_evidence": result.log_evidence,
+        "log_evidence_variance": result.log_evidence_variance,
+        "key": None if key is None else {"seed": key.seed, "stream": list(key.stream)},
+        "process": {
+            "event": list(process.event),
+            "steps": process.steps,
+            "times": getattr(process, "times", None),
+            "schedule": repr(getattr(process, "schedule", None)),
+            "rule": repr(getattr(process, "rule", None)),
+        },
+        # The starting noise of a candidate is Key(seed, (*stream, "prior"), problem=problem, slot=slot).
+        "candidates": [
+            {"problem": b, "particle": n, "slot": None if slots is None else slots[b][n], "reward": scores[b][n],
+             "weight": shares[b][n]}
+            for b in range(problems)
+            for n in range(particles)
+        ],
+        "cost": result.cost.to_dict(),
+        "versions": versions(),
+    }  # fmt: skip

@@ -1,0 +1,112 @@
+"""Closed-form references and the one statistical test all samplers of a law are put to.
+
+Every estimate below is exactly unbiased, at any number of particles: for a weighted population with evidence
+estimate Z_hat and weighted mean f_hat, E[Z_hat (f_hat - E f)] = 0 and E[Z_hat] = Z. Replicates are the problems of
+one batch; they are independent, so z = mean / (sd / sqrt(replicates)) is a standard normal up to the central limit.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+import steer
+from steer.models import Exact, GaussianMixture
+from steer.result import Result
+
+LIMIT = 4.0  # |z| above this fails: 6e-5 two-sided for one normal
+
+
+def z_scores(result: Result, target: Exact, mixture: GaussianMixture | None = None) -> dict[str, float]:
+    """z of evidence, means, second moments and (given the mixture) mode masses, over the problems of a result."""
+    relative = (result.log_evidence - target.log_evidence).exp()
+    centred = result.mean(lambda x: x.double().flatten(1) - target.mean)
+    square = result.mean(lambda x: (x.double().flatten(1) - target.mean).square() - target.cov.diagonal())
+    columns = {"evidence": relative - 1.0}
+    columns |= {f"mean{i}": relative * centred[:, i] for i in range(centred.shape[1])}
+    columns |= {f"variance{i}": relative * square[:, i] for i in range(square.shape[1])}
+    if mixture is not None:
+        tilted = GaussianMixture(target.means, target.covs, target.weights)
+        masses = result.mean(lambda x: tilted.responsibilities(x.double().flatten(1)) - target.weights)
+        columns |= {f"mass{i}": relative * masses[:, i] for i in range(masses.shape[1])}
+    return {name: z(column) for name, column in columns.items()}
+
+
+def z(values: Tensor) -> float:
+    """Mean over its standard error. A column without spread passes only at exactly zero."""
+    error = values.std() / math.sqrt(len(values))
+    if error == 0.0:
+        return 0.0 if bool((values.abs() < 1e-12).all()) else math.inf
+    return float(values.mean() / error)
+
+
+def worst(scores: dict[str, float]) -> tuple[float, str]:
+    """The largest |z| and its name; NaN counts as infinite."""
+    return max((math.inf if math.isnan(value) else abs(value), name) for name, value in scores.items())
+
+
+class Linear:
+    """r(x) = b'x + c."""
+
+    def __init__(self, vector, offset: float = 0.0):
+        self.vector, self.offset = torch.as_tensor(vector, dtype=torch.float64), offset
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x.double().flatten(1) @ self.vector + self.offset
+
+    def quadratic_form(self, size: int) -> steer.QuadraticForm:
+        return steer.QuadraticForm(torch.zeros(size, size, dtype=torch.float64), self.vector, self.offset)
+
+
+class Quadratic:
+    """r(x) = -k |x - c|^2 / 2."""
+
+    def __init__(self, center, strength: float):
+        self.center, self.strength = torch.as_tensor(center, dtype=torch.float64), strength
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return -0.5 * self.strength * (x.double().flatten(1) - self.center).square().sum(1)
+
+    def quadratic_form(self, size: int) -> steer.QuadraticForm:
+        return steer.QuadraticForm(
+            self.strength * torch.eye(size, dtype=torch.float64),
+            self.strength * self.center,
+            -0.5 * self.strength * float(self.center.square().sum()),
+        )
+
+
+PATHS = {"vp": steer.VP(), "ve": steer.VE(), "flow": steer.RectifiedFlow()}
+
+
+def times(path: str, steps: int) -> tuple[float, ...]:
+    """A grid that spends its steps where each path has them to spend."""
+    schedule = PATHS[path]
+    if path == "ve":
+        return steer.sigma_times(schedule, steps, sigma_min=0.05)
+    return steer.uniform_times(schedule, steps)
+
+
+def mixture_2d() -> GaussianMixture:
+    """Three correlated modes in the plane."""
+    means = [[2.0, 0.0], [-2.0, 1.0], [0.0, -2.0]]
+    covs = [[[0.5, 0.2], [0.2, 0.4]], [[0.3, 0.0], [0.0, 0.6]], [[0.4, -0.1], [-0.1, 0.3]]]
+    return GaussianMixture(means, covs, [0.5, 0.3, 0.2])
+
+
+def mixture_16d() -> GaussianMixture:
+    """Four modes in 16 dimensions with random full covariances."""
+    key = steer.Key(7)
+    means = 1.5 * key.fold("means").normal((1, 4, 16))[0]
+    factors = 0.25 * key.fold("factors").normal((1, 4, 16, 16))[0]
+    covs = 0.3 * torch.eye(16, dtype=torch.float64) + factors @ factors.mT / 4
+    return GaussianMixture(means, covs, [0.4, 0.3, 0.2, 0.1])
+
+
+def exact_chain(mixture: GaussianMixture, path: str, steps: int) -> steer.GaussianProcess:
+    """A chain whose every transition is the true reverse kernel: no discretisation error at any number of steps."""
+    return steer.models.gaussian_mixture(
+        mixture.means, mixture.covs, mixture.weights, schedule=PATHS[path], times=times(path, steps),
+        transition=steer.models.ExactStep(mixture), dtype=torch.float64,
+    )  # fmt: skip
