@@ -97,10 +97,10 @@ def killing(log_weight: Tensor, key: Key, count: int) -> Tensor:
     problems, particles = log_weight.shape
     if count != particles:
         raise ShapeError(f"killing replaces particles one for one: count must be N = {particles}, got {count}")
-    uniforms = key.uniform((problems, 2 * particles), device=log_weight.device)
-    survives = uniforms[:, :particles].log() < log_weight - log_weight.amax(1, keepdim=True)
+    survival, points = key.uniform((problems, 2, particles), device=log_weight.device).unbind(1)
+    survives = survival.log() < log_weight - log_weight.amax(1, keepdim=True)
     place = torch.arange(particles, device=log_weight.device).expand(problems, particles)
-    return torch.where(survives, place, _pick(log_weight, uniforms[:, particles:]))
+    return torch.where(survives, place, _pick(log_weight, points.contiguous()))
 
 
 def _cumulative(log_weight: Tensor) -> Tensor:
