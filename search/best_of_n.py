@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
 from steer.cost import affordable
+from steer.errors import SteerError
 from steer.key import Key, as_key
 from steer.objective import check_finite, check_temperature, conditioned, open_run
 from steer.result import Result, Seen
 from steer.rollout import advance
 from steer.smc import Start, prior
 from steer.trajectory import Trajectory
-from steer.types import ReverseProcess, Reward, Stop
+from steer.types import ReverseProcess, Reward
 
 
 def best_of_n(
@@ -35,8 +37,8 @@ def best_of_n(
 
     particles: N per problem, 16 by default; or budget, network rows per problem, never exceeded.
     chunk:     samples per problem run at once. Memory and speed depend on it, results do not: noise is named by slot.
-    on_step:   called after every step; raising `Stop` (or an interrupt) returns the best of the chunks finished so
-               far, so the search is anytime.
+    on_step:   called after every step. Raising `Stop`, or an interrupt, ends the search with the samples finished so
+               far and the predictions of the chunk under way: it is anytime.
     temperature is accepted for a common signature and changes nothing. log_evidence is NaN.
     Cost per problem: N K network rows and N rewards.
     """
@@ -45,27 +47,34 @@ def best_of_n(
     process, objective, meter = open_run(process, reward)
     count = affordable(process.steps * process.rows, particles=particles, budget=budget)
     samples, scores, interrupted = [], [], False
-    try:
-        for first in range(0, count, chunk):
-            size = min(chunk, count - first)
-            here = key.shifted(slot=first)
+    for first in range(0, count, chunk):
+        size = min(chunk, count - first)
+        here = key.shifted(slot=first)
+        try:
             state = start(process, objective, here, conditioned(process, batch), size)
-            state = advance(state, here, on_step)
+            state, interrupted = advance(state, here, on_step)
+        except KeyboardInterrupt:
+            if not samples:
+                raise
+            interrupted = True
+            break
+        try:
             with torch.no_grad():
                 score = objective(state.x)
-            check_finite(score, f"of samples {first} to {first + size - 1}")
-            samples.append(state.x)
-            scores.append(score)
-    except (Stop, KeyboardInterrupt):
-        if not samples:
+            check_finite(score, "of the finished samples", first=first)
+        except SteerError as error:
+            error.keep(replace(state, x=torch.cat([*samples, state.x], 1)))
             raise
-        interrupted = True
+        samples.append(state.x)
+        scores.append(score)
+        if interrupted:
+            break
     x, score = torch.cat(samples, 1), torch.cat(scores, 1)
-    result = Result(
-        process=process, x=x, reward=score, log_weight=torch.zeros_like(score),
-        log_evidence=torch.full_like(score[:, 0], torch.nan), cost=meter.cost(), temperature=temperature,
-        seen=(Seen(process.steps, torch.full_like(score[:, 0], float(keep)), score),), interrupted=interrupted,
+    winners = torch.sort(score, dim=1, descending=True, stable=True).indices[:, :keep]
+    log_weight = torch.full_like(score, -torch.inf).scatter_(1, winners, -math.log(winners.shape[1]))
+    none = torch.full_like(score[:, 0], torch.nan)
+    return Result(
+        process=process, x=x, reward=score, log_weight=log_weight, log_evidence=none, cost=meter.cost(),
+        temperature=temperature, seen=(Seen(process.steps, torch.full_like(none, float(keep)), score),),
+        interrupted=interrupted,
     )  # fmt: skip
-    winners = result.ranked()[:, :keep]
-    log_weight = torch.full_like(score, -torch.inf).scatter_(1, winners, -torch.tensor(float(winners.shape[1])).log())
-    return replace(result, log_weight=log_weight)

@@ -25,7 +25,7 @@ class Objective:
 
     process: ReverseProcess
     reward: Callable[..., Any]
-    wants_prompts: bool
+    prompts: str  # "needed", "welcome" or "" as the reward's signature has it
 
     def __call__(self, x: Tensor) -> Tensor:
         """Scores of clean states, through the decoder."""
@@ -61,7 +61,7 @@ class Objective:
         return x0.detach(), value.detach(), gradient
 
     def _prompts(self, particles: int) -> dict[str, Any]:
-        if not self.wants_prompts:
+        if not self.prompts or (self.process.prompts is None and self.prompts == "welcome"):
             return {}
         if self.process.prompts is None:
             raise RewardError(
@@ -91,7 +91,7 @@ def open_run(process: ReverseProcess, reward: Callable[..., Any]) -> tuple[Rever
         raise RewardError(f"a reward is a callable from samples to scores, got {type(reward).__name__}")
     meter = Meter()
     process = process.metered(meter)
-    return process, Objective(process, reward, _takes_prompts(reward)), meter
+    return process, Objective(process, reward, _prompts_of(reward)), meter
 
 
 def conditioned(process: ReverseProcess, batch: int) -> int:
@@ -99,15 +99,18 @@ def conditioned(process: ReverseProcess, batch: int) -> int:
     return process.problems if process.problems is not None and batch == 1 else batch
 
 
-def check_finite(scores: Tensor, where: str, *, partial: Any = None) -> None:
-    """Raises NonFiniteError naming problem and particle where a score is NaN or +inf. Reads the scores."""
+def check_finite(scores: Tensor, where: str, *, first: int = 0) -> None:
+    """Raises NonFiniteError naming problem and particle where a score is NaN or +inf. Reads the scores.
+
+    first: slot of column 0.
+    """
     bad = scores.isnan() | (scores == torch.inf)
     if bool(bad.any()):
         problem, particle = (int(i) for i in bad.nonzero()[0])
         raise NonFiniteError(
-            f"the reward gave {scores[problem, particle].item()} for problem {problem}, particle {particle} {where} "
+            f"the reward gave {scores[problem, particle].item()} for problem {problem}, particle {first + particle} {where} "
             f"({int(bad.sum())} of {scores.numel()} scores); rewards must be finite, or -inf to forbid a sample"
-        ).keep(partial)
+        )
 
 
 def log_potential(scores: Tensor, temperature: float) -> Tensor:
@@ -124,11 +127,14 @@ def check_temperature(temperature: float) -> float:
     return float(temperature)
 
 
-def _takes_prompts(reward: Callable[..., Any]) -> bool:
+def _prompts_of(reward: Callable[..., Any]) -> str:
     try:
-        return "prompts" in inspect.signature(reward).parameters
+        parameter = inspect.signature(reward).parameters.get("prompts")
     except (TypeError, ValueError):
-        return False
+        return ""
+    if parameter is None:
+        return ""
+    return "needed" if parameter.default is inspect.Parameter.empty else "welcome"
 
 
 def _name(reward: Callable[..., Any]) -> str:

@@ -141,6 +141,6 @@ class Result:
         return write_report(self, Path(directory), **extra)
 
     def _repr_png_(self) -> bytes | None:
-        from .images import grid, is_images, to_png
+        from .images import preview
 
-        return to_png(grid(self.decoded, columns=self.reward.shape[1])) if is_images(self.decoded) else None
+        return preview(self)

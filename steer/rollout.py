@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from . import weights
-from .cost import Meter, affordable
+from .cost import affordable
+from .errors import SteerError
 from .key import Key, as_key
-from .objective import Objective, check_finite, check_temperature, conditioned, log_potential, open_run
+from .objective import check_finite, check_temperature, conditioned, open_run
+from .potentials import final_only
 from .result import Result, Seen
-from .smc import Start, prior
+from .smc import Start, prior, resample, smc
 from .trajectory import Trajectory
-from .types import OnStep, ReverseProcess, Reward
+from .types import OnStep, ReverseProcess, Reward, Stop
 
 
 def rollout(
@@ -36,8 +37,24 @@ def rollout(
     gives (k, x, x_next, log_prob, ...) along each chain; log-probs are sums over coordinates, float64.
     Cost per problem: N K network rows and N rewards.
     """
-    state, objective, meter = _chains(process, reward, batch, particles, budget, key, start, keep_states)
-    return _run(state, objective, meter, as_key(key), check_temperature(temperature), on_step, torch.zeros_like)
+    temperature, key = check_temperature(temperature), as_key(key)
+    process, objective, meter = open_run(process, reward)
+    count = affordable(process.steps * process.rows, particles=particles, budget=budget)
+    state = start(process, objective, key, conditioned(process, batch), count)
+    state, interrupted = advance(replace(state, keep_states=keep_states), key, on_step)
+    try:
+        with torch.no_grad():
+            scores = objective(state.x)
+        check_finite(scores, "of the finished samples")
+    except SteerError as error:
+        error.keep(state)
+        raise
+    size = weights.ess(state.log_weight)
+    return Result(
+        process=process, x=state.x, reward=scores, log_weight=weights.normalise(state.log_weight),
+        log_evidence=state.log_normaliser, cost=meter.cost(), temperature=temperature, trajectory=state,
+        seen=(Seen(process.steps, size, scores),), interrupted=interrupted,
+    )  # fmt: skip
 
 
 def importance_sampling(
@@ -56,61 +73,30 @@ def importance_sampling(
     """Unsteered samples weighted by exp(r(x) / temperature): self-normalised importance sampling.
 
     The control every sampler should be compared with: exact as N grows, useless where the tilt is a rare event.
-    Arguments as `steer.smc`. Cost per problem: N K network rows and N rewards.
+    Arguments as `steer.smc`, of which it is the case without intermediate weights and without resampling.
+    Cost per problem: N K network rows and N rewards.
     """
-    temperature = check_temperature(temperature)
-    state, objective, meter = _chains(process, reward, batch, particles, budget, key, start, keep_states)
-    return _run(
-        state, objective, meter, as_key(key), temperature, on_step, lambda scores: log_potential(scores, temperature)
-    )
-
-
-def advance(state: Trajectory, key: Key, on_step: OnStep | None = None) -> Trajectory:
-    """A population carried to the data by the model's own transitions, without weights."""
-    process = state.process
-    with torch.no_grad():
-        for k in range(state.k, process.steps):
-            x0 = process.denoise(state.x, k)
-            state = state.step(process.transition(state.x, x0, k), key.fold("step"))
-            if on_step is not None:
-                on_step(state)
-    return state
-
-
-def _chains(
-    process: ReverseProcess,
-    reward: Reward,
-    batch: int,
-    particles: int | None,
-    budget: int | None,
-    key: Key | int,
-    start: Start,
-    keep_states: bool,
-) -> tuple[Trajectory, Objective, Meter]:
-    from dataclasses import replace
-
-    process, objective, meter = open_run(process, reward)
-    count = affordable(process.steps * process.rows, particles=particles, budget=budget)
-    state = start(process, objective, as_key(key), conditioned(process, batch), count)
-    return replace(state, keep_states=keep_states), objective, meter
-
-
-def _run(
-    state: Trajectory,
-    objective: Objective,
-    meter: Meter,
-    key: Key,
-    temperature: float,
-    on_step: OnStep | None,
-    log_weight: Callable[[Tensor], Tensor],
-) -> Result:
-    state = advance(state, key, on_step)
-    with torch.no_grad():
-        scores = objective(state.x)
-    check_finite(scores, "of the finished samples", partial=state)
-    state = state.reweight(log_weight(scores))
-    return Result(
-        process=state.process, x=state.x, reward=scores, log_weight=weights.normalise(state.log_weight),
-        log_evidence=state.log_normaliser, cost=meter.cost(), temperature=temperature, trajectory=state,
-        seen=(Seen(state.k, weights.ess(state.log_weight), scores),),
+    return smc(
+        process, reward, batch=batch, particles=particles, budget=budget, temperature=temperature, key=key, start=start,
+        weight=final_only(), selection=resample(threshold=0.0), keep_states=keep_states, on_step=on_step,
     )  # fmt: skip
+
+
+def advance(state: Trajectory, key: Key, on_step: OnStep | None = None) -> tuple[Trajectory, bool]:
+    """A population carried to the data by the model's own transitions, and whether it was stopped on the way.
+
+    A stopped population stands at its last predictions of the data.
+    """
+    process, x0 = state.process, None
+    try:
+        with torch.no_grad():
+            for k in range(state.k, process.steps):
+                x0 = process.denoise(state.x, k)
+                state = state.step(process.transition(state.x, x0, k), key.fold("step"))
+                if on_step is not None:
+                    on_step(state)
+    except (Stop, KeyboardInterrupt):
+        if x0 is None:
+            raise
+        return replace(state, x=x0), True
+    return state, False

@@ -187,10 +187,10 @@ def _tensors(result: Result, root: Tensor | None, reference: Result | None) -> d
         tensors["scores"] = _stacked([seen.score for seen in result.seen], math.nan)
     if result.trajectory is not None:
         root = result.trajectory.root
-        moves: list[Ancestors] = [event for event in result.trajectory.past if isinstance(event, Ancestors)]
-        tensors["ancestor_levels"] = torch.tensor([move.k for move in moves], dtype=torch.int64)
-        tensors["resampled"] = _stacked([move.happened for move in moves], 0)
-        tensors["ancestors"] = _stacked([move.index.int() for move in moves], -1)
+        moves = [event for event in result.trajectory.past if isinstance(event, Ancestors)]
+        tensors["ancestor_levels"] = torch.tensor([k for k, _, _ in moves], dtype=torch.int64)
+        tensors["resampled"] = _stacked([happened for _, _, happened in moves], 0)
+        tensors["ancestors"] = _stacked([index.int() for _, index, _ in moves], -1)
     if root is not None:
         tensors["root"] = root.int()
     if reference is not None:

@@ -141,35 +141,35 @@ def smc(
     _check_stochastic(state, selection)
 
     seen: list[Seen] = []
-    last, interrupted = state, False
+    paid, interrupted = state, False  # paid: the last state with its prediction, for runs that end early
     try:
-        for k in range(state.k, process.steps):
-            weighted = weight.active(k, process.steps)
-            last = state = _evaluate(state, objective, temperature, proposal, weighted)
-            if weighted:
-                state = weight.apply(state, log_potential(state.carried["score"], temperature))
-                last = state = _select(state, selection, key, seen)
-            model = process.transition(state.x, state.carried["x0"], k)
-            drawn = proposal(state, model) if "gradient" in state.carried else model
-            state = state.step(drawn, key.fold("step"), model=None if drawn is model else model)
-            if on_step is not None:
-                on_step(state)
-        x = state.x
-    except (Stop, KeyboardInterrupt):
-        if "x0" not in last.carried:
-            raise
-        state, x, interrupted = last, last.carried["x0"], True
+        try:
+            for k in range(state.k, process.steps):
+                weighted = weight.active(k, process.steps)
+                state = _evaluate(state, objective, temperature, proposal, weighted)
+                if weighted:
+                    state = weight.apply(state, log_potential(state.carried["score"], temperature))
+                    state = _select(state, selection, key, seen)
+                paid = state
+                model = process.transition(state.x, state.carried["x0"], k)
+                drawn = proposal(state, model) if "gradient" in state.carried else model
+                state = state.step(drawn, key.fold("step"), model=None if drawn is model else model)
+                if on_step is not None:
+                    on_step(state)
+        except (Stop, KeyboardInterrupt):
+            if "x0" not in paid.carried:
+                raise
+            state, interrupted = replace(paid, x=paid.carried["x0"]), True
+        with torch.no_grad():
+            scores = objective(state.x)
+        state = weight.close(state, log_potential(scores, temperature))
+        seen.append(Seen(process.steps, weights.ess(state.log_weight), scores))
+        _check(state, seen)
     except SteerError as error:
-        error.keep(last)
+        error.keep(paid)
         raise
-
-    with torch.no_grad():
-        scores = objective(x)
-    state = weight.close(state, log_potential(scores, temperature))
-    seen.append(Seen(process.steps, weights.ess(state.log_weight), scores))
-    _check(state, seen)
     return Result(
-        process=process, x=x, reward=scores, log_weight=weights.normalise(state.log_weight),
+        process=process, x=state.x, reward=scores, log_weight=weights.normalise(state.log_weight),
         log_evidence=state.log_normaliser, cost=meter.cost(), temperature=temperature,
         trajectory=state, seen=tuple(seen), interrupted=interrupted,
     )  # fmt: skip
@@ -212,18 +212,18 @@ def _select(state: Trajectory, selection: Resample, key: Key, seen: list[Seen]) 
 def _check(state: Trajectory, seen: Sequence[Seen]) -> None:
     """Raises the error that bad scores or weights call for, naming step and particle. Reads the device."""
     for k, _, scores in seen:
-        check_finite(scores, f"at level {k} of {state.process.steps}", partial=state)
+        check_finite(scores, f"at level {k} of {state.process.steps}")
     dead = state.log_normaliser == -torch.inf
     if bool(dead.any()):
         raise CollapsedWeightsError(
             f"every particle of problem {int(dead.nonzero()[0])} has weight zero at level {state.k}: the reward "
             "forbids (-inf) all of them; use more particles, or a reward that is finite on what the model makes"
-        ).keep(state)
+        )
     if not bool(state.log_normaliser.isfinite().all()):
         raise NonFiniteError(
             f"log-weights at level {state.k} are not finite although every score is: the transition's densities "
             "overflow; lower the guidance scale, or keep states in float32"
-        ).keep(state)
+        )
 
 
 def _check_stochastic(state: Trajectory, selection: Resample) -> None:

@@ -1,0 +1,56 @@
+"""What ships with the package: embedded models and classifiers, described by their own files."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from typing import Any
+
+
+def embedded() -> list[dict[str, Any]]:
+    """For each model: name, kind, parameters, bytes, what was measured of it, licence."""
+    return [_card(folder) for package in ("steer", "rewards") for folder in _folders(package)]
+
+
+def _folders(package: str) -> list[Any]:
+    """Folders of embedded models in an installed package, by name."""
+    try:
+        assets = resources.files(package) / "assets"
+    except ModuleNotFoundError:
+        return []
+    return sorted((folder for folder in assets.iterdir() if folder.is_dir()), key=lambda folder: folder.name)
+
+
+def _card(folder: Any) -> dict[str, Any]:
+    """What a model's own files say about it."""
+    weights = [path for path in (folder, folder / "unet") if path.is_dir()]
+    weights = [file for path in weights for file in path.iterdir() if file.name.endswith(".safetensors")]
+    metrics = json.loads(_text(folder / "metrics.json") or "{}")
+    config = json.loads(_text(folder / "config.json") or "{}")
+    scheduler = json.loads(_text(folder / "model_index.json") or "{}").get("scheduler", ["", ""])[1]
+    kind = "flow" if scheduler.startswith("FlowMatch") else "diffusion" if scheduler else "classifier"
+    front = dict(line.split(": ", 1) for line in (_text(folder / "README.md") or "").splitlines()[:8] if ": " in line)
+    measures = {
+        "accuracy_held_out": "accuracy {:.1%} on held-out digits",
+        "judge_accuracy": "judge sees the class asked for {:.1%}",
+        "frechet_conditional": "Fréchet distance {:.2f}",
+    }
+    return {
+        "name": folder.name,
+        "kind": f"{kind} ({config['architecture']})" if "architecture" in config else kind,
+        "parameters": sum(_parameters(file) for file in weights),
+        "bytes": sum(len(file.read_bytes()) for file in weights),
+        "measured": ", ".join(text.format(metrics[name]) for name, text in measures.items() if name in metrics) or "–",
+        "licence": front.get("license", "–"),
+        "metrics": metrics,
+    }
+
+
+def _parameters(file: Any) -> int:
+    from safetensors.torch import load
+
+    return sum(tensor.numel() for tensor in load(file.read_bytes()).values())
+
+
+def _text(file: Any) -> str | None:
+    return file.read_text(encoding="utf-8") if file.is_file() else None

@@ -1,0 +1,188 @@
+"""The report's figures, as SVG that takes its ink from the page around it."""
+
+from __future__ import annotations
+
+import html
+import io
+import math
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .result import Result
+    from .sample import Comparison
+
+STEERED, UNSTEERED, BEST = "#2b8cbe", "#9a9a9a", "#e6822e"
+# Stand-ins while drawing: the page's text and rule colours, which differ between light and dark.
+_INK, _RULE = "#010203", "#040506"
+_WIDTH = 4.4
+
+
+def effective_size(result: Result) -> str:
+    """ESS of the accumulated weights at each weighted level, one line per problem, as a share of N."""
+    levels = [seen.k for seen in result.seen]
+    shares = torch.stack([seen.ess / seen.score.shape[1] for seen in result.seen]).cpu()
+    figure, axes = _figure()
+    axes.plot(levels, shares, color=STEERED, lw=1.6, alpha=_faint(shares.shape[1]))
+    axes.set(ylim=(0, 1.05), xlabel="level (0 = noise)", ylabel="ESS / N")
+    return _svg(figure, "Effective sample size, as a share of the particles, over levels")
+
+
+def unique_ancestors(result: Result) -> str:
+    """How many starting particles still have descendants, level by level, one line per problem."""
+    assert result.trajectory is not None
+    particles = result.seen[0].score.shape[1]
+    counts = result.trajectory.unique_roots()
+    levels = [0, *(k for k, _ in counts), result.process.steps]
+    lines = torch.stack([torch.full_like(result.trajectory.root[:, 0], particles), *(count for _, count in counts)])
+    lines = torch.cat([lines, lines[-1:]]).cpu()
+    figure, axes = _figure()
+    axes.step(levels, lines, where="post", color=STEERED, lw=1.6, alpha=_faint(lines.shape[1]))
+    axes.plot(levels[1:-1], lines[1:-1], "o", color=STEERED, ms=3, alpha=_faint(lines.shape[1]))
+    axes.set(ylim=(0, particles * 1.05), xlabel="level (0 = noise)", ylabel="unique ancestors")
+    return _svg(figure, "Number of starting particles that still have descendants, over levels")
+
+
+def reward_by_rows(result: Result, reference: Result | None) -> str:
+    """Mean and best reward against network rows spent: of the predictions at each level, or, where the method looked
+    at finished samples only, of the samples finished so far.
+    """
+    figure, axes = _figure()
+    particles = result.reward.shape[1]
+    if len(result.seen) > 1:
+        rows = [_rows_at(result, seen.k, seen.score.shape[1]) for seen in result.seen]
+        mean = [_finite(seen.score).mean().item() for seen in result.seen]
+        best = [_finite(seen.score).max().item() for seen in result.seen]
+        axes.plot(rows, mean, color=STEERED, lw=1.6, label="mean of predictions")
+    else:
+        rows = [result.cost.nfe * (n + 1) / particles for n in range(particles)]
+        scores = result.reward.cpu()
+        mean = (scores.cumsum(1) / torch.arange(1, particles + 1)).mean(0)
+        best = scores.cummax(1).values.mean(0)
+        axes.plot(rows, mean, color=STEERED, lw=1.6, label="mean of samples so far")
+    axes.plot(rows, best, color=BEST, lw=1.6, label="best prediction" if len(result.seen) > 1 else "best so far")
+    if reference is not None:
+        level = _finite(reference.reward).mean().item()
+        axes.axhline(level, color=UNSTEERED, lw=1.2, ls=(0, (4, 3)), label="unsteered mean")
+    axes.set(xlabel="network rows", ylabel="reward", xlim=(0, None))
+    axes.legend(**_LEGEND)
+    return _svg(figure, "Reward against network rows")
+
+
+def reward_histogram(result: Result, reference: Result | None) -> str:
+    """Rewards of the weighted population, beside those of unsteered samples."""
+    figure, axes = _figure()
+    groups = [(result, STEERED, "steered")] + ([(reference, UNSTEERED, "unsteered")] if reference else [])
+    scores = torch.cat([_finite(run.reward[run.log_weight > -torch.inf]) for run, _, _ in groups])
+    low, high = scores.min().item(), scores.max().item()
+    edges = torch.linspace(low, high if high > low else low + 1.0, 25)
+    for run, colour, label in groups:
+        share = run.log_weight.exp().flatten().cpu() / run.reward.shape[0]
+        axes.hist(run.reward.flatten().cpu(), bins=edges, weights=share, color=colour, alpha=0.65, label=label)
+    axes.set(xlabel="reward", ylabel="share of samples")
+    axes.legend(**_LEGEND)
+    return _svg(figure, "Histogram of rewards, steered and unsteered")
+
+
+def samples_scatter(result: Result, reference: Result | None) -> str:
+    """Two-dimensional samples, area proportional to weight."""
+    figure, axes = _figure(height=3.6)
+    for run, colour, label in [(reference, UNSTEERED, "unsteered"), (result, STEERED, "steered")]:
+        if run is not None:
+            points, share = run.x.flatten(0, 1).float().cpu(), run.log_weight.exp().flatten().cpu()
+            area = 18.0 * share / share.max()
+            axes.scatter(points[:, 0], points[:, 1], s=area, color=colour, alpha=0.7, lw=0, label=label)
+    axes.set(xlabel="x[0]", ylabel="x[1]", aspect="equal")
+    axes.set_adjustable("datalim")
+    axes.legend(**_LEGEND)
+    return _svg(figure, "Samples, steered and unsteered")
+
+
+def coordinate_histograms(result: Result, reference: Result | None, most: int = 3) -> list[str]:
+    """Histograms of the first coordinates of samples that are no pictures."""
+    svgs = []
+    for i in range(min(most, math.prod(result.x.shape[2:]))):
+        figure, axes = _figure()
+        for run, colour, label in [(reference, UNSTEERED, "unsteered"), (result, STEERED, "steered")]:
+            if run is not None:
+                share = run.log_weight.exp().flatten().cpu() / run.reward.shape[0]
+                values = run.x.flatten(0, 1).flatten(1)[:, i].float().cpu()
+                axes.hist(values, bins=30, weights=share, color=colour, alpha=0.65, label=label)
+        axes.set(xlabel=f"coordinate {i}", ylabel="share of samples")
+        axes.legend(**_LEGEND)
+        svgs.append(_svg(figure, f"Histogram of coordinate {i}"))
+    return svgs
+
+
+def by_method(comparison: Comparison, measures: Sequence[tuple[str, Any]]) -> list[tuple[str, str]]:
+    """(name, SVG) for each measure (name, Row -> (mean, standard error)): every key's run and the mean over them."""
+    names = [row.method for row in comparison.rows]
+    places = list(range(len(names)))[::-1]
+    svgs = []
+    for name, measure in measures:
+        figure, axes = _figure(height=0.7 + 0.36 * len(names))
+        for place, row in zip(places, comparison.rows, strict=True):
+            mean, error = measure(row)
+            colour = UNSTEERED if row.method == "rollout" else BEST if row.method == "best_of_n" else STEERED
+            bar = 0.0 if math.isnan(error) else error
+            axes.errorbar(mean, place, xerr=bar, fmt="o", color=colour, ms=6, capsize=4, elinewidth=1.6)
+        axes.set(yticks=places, yticklabels=names, ylim=(-0.6, len(names) - 0.4), xlabel=name)
+        axes.grid(axis="x", color=_RULE, lw=0.6, alpha=0.6)
+        axes.grid(visible=False, axis="y")
+        svgs.append((name, _svg(figure, f"{name} by method, with standard errors")))
+    return svgs
+
+
+def _figure(height: float = 2.3) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure  # not pyplot: no window system, no global list of figures
+
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_RULE)
+    axes.tick_params(color=_RULE, labelcolor=_INK, labelsize=8)
+    axes.xaxis.label.set(color=_INK, size=8.5, parse_math=False)  # a caller's name may hold a dollar sign
+    axes.yaxis.label.set(color=_INK, size=8.5)
+    axes.grid(axis="y", color=_RULE, lw=0.6, alpha=0.6)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+_LEGEND = {"frameon": False, "fontsize": 8, "labelcolor": _INK}
+
+
+def _svg(figure: Any, label: str) -> str:
+    """The figure as an inline SVG element: text as text, no metadata, no ids that two figures could share."""
+    from matplotlib import rc_context
+
+    buffer = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    # A <style> inside inline SVG would apply to the whole page, and the page chooses the typeface.
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r' id="[a-zA-Z][\w.]*_\d+"|font-family: [^;"]*; ?', "", svg)
+    svg = svg.replace(_INK, "currentColor").replace(_RULE, "var(--rule)")
+    box = re.search(r'viewBox="[^"]*"', svg)
+    assert box is not None
+    return f'<svg {box[0]} role="img" aria-label="{html.escape(label)}">' + svg[svg.index(">") + 1 :]
+
+
+def _rows_at(result: Result, k: int, particles: int) -> float:
+    """Network rows spent once the predictions at level k are there."""
+    per_level = result.reward.shape[0] * particles * result.process.rows
+    return min(float((k + 1) * per_level), float(result.cost.nfe))
+
+
+def _finite(scores: Tensor) -> Tensor:
+    """The scores that are numbers (-inf forbids a sample)."""
+    found = scores[scores.isfinite()]
+    return found.cpu() if found.numel() else torch.zeros(1)
+
+
+def _faint(lines: int) -> float:
+    return 1.0 if lines == 1 else max(0.15, 1.0 / math.sqrt(lines))

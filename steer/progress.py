@@ -1,0 +1,110 @@
+"""Watching a run from outside: progress on stderr, and Ctrl-C as a request to stop after the step."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import signal
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .trajectory import Trajectory
+
+
+class Abandoned(BaseException):
+    """Ends a comparison from within a step; not an Exception, and not what samplers turn into a partial result."""
+
+
+class Interrupt:
+    """While open, a first Ctrl-C is noted, and asks the run to end after its step; a second acts at once.
+
+    A callback calls `check`, which raises. Outside the main thread, where Python delivers no signals, it does nothing.
+    """
+
+    def __init__(self, error: type[BaseException] | None = None):
+        self.error, self.asked, self._before = error, False, None
+
+    def __enter__(self) -> Interrupt:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def check(self) -> None:
+        """Raises, where Ctrl-C was pressed."""
+        from .types import Stop
+
+        if self.asked:
+            raise (self.error or Stop)()
+
+    def _note(self, *_: Any) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class Watch:
+    """Progress on stderr, in network rows: a bar on a terminal, elsewhere a line every tenth. Called as `on_step`."""
+
+    def __init__(self, rows: int, name: str, show: bool, interrupt: Interrupt):
+        self.rows, self.name, self.interrupt = rows, name, interrupt
+        self.best, self._done, self._meter, self._tenth = -math.inf, 0, None, 0
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        console = Console(stderr=True)
+        self._lines = show and not console.is_terminal
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"), BarColumn(), TaskProgressColumn(),
+            TextColumn("{task.fields[note]}"), TimeRemainingColumn(), console=console,
+            transient=True, disable=not show or self._lines,
+        )  # fmt: skip
+        self._task = self._bar.add_task(name, total=rows, note="")
+        self._console = console
+
+    def __enter__(self) -> Watch:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._bar.stop()
+
+    def __call__(self, state: Trajectory) -> None:
+        from . import weights
+
+        meter = state.process.meter
+        if self._meter is not None and meter is not self._meter:
+            self._done += self._meter.nfe  # another run began
+        self._meter, done = meter, (self._done + meter.nfe)
+        note = f"level {state.k} of {state.process.steps}, ess {weights.ess(state.log_weight).mean().item():.0f}"
+        note += f", best {self.best:.3g}" if math.isfinite(self.best) else ""
+        self._bar.update(self._task, completed=done, note=note)
+        if self._lines and done * 10 // self.rows > self._tenth:
+            self._tenth = done * 10 // self.rows
+            self._console.print(f"{self.name}: {done:,} of {self.rows:,} network rows, {note}", highlight=False)
+        self.interrupt.check()
+
+    def hook(self, method: Callable[..., Any]) -> dict[str, Any]:
+        """The option that has a method call this, for methods that can."""
+        return {"on_step": self} if "on_step" in inspect.signature(method).parameters else {}
+
+    def watching(self, reward: Callable[..., Any]) -> Callable[..., Any]:
+        """The reward, noting the best score it gives."""
+        from functools import wraps
+
+        import torch
+
+        @wraps(reward)  # also keeps the signature, by which rewards ask for prompts
+        def watched(samples: Tensor, **prompts: Any) -> Any:
+            scores = reward(samples, **prompts)
+            if isinstance(scores, torch.Tensor) and scores.numel():
+                self.best = max(self.best, scores.detach().max().item())
+            return scores
+
+        return watched

@@ -1,0 +1,60 @@
+"""Rewards by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rewards import DigitLogProb, Ink, JPEGSize, Symmetry, from_spec
+from steer.errors import RewardError
+
+
+@pytest.mark.parametrize(
+    ("spec", "reward"),
+    [
+        ("digit:3", DigitLogProb(3)),
+        ("digit:1,7", DigitLogProb((1, 7))),
+        ("digit:even", DigitLogProb((0, 2, 4, 6, 8))),
+        ("digit:odd", DigitLogProb((1, 3, 5, 7, 9))),
+        (" ink ", Ink()),
+        ("symmetry", Symmetry("horizontal")),
+        ("symmetry:horizontal", Symmetry("horizontal")),
+        ("symmetry:vertical", Symmetry("vertical")),
+        ("jpeg", JPEGSize(sign=-1)),
+        ("jpeg:-", JPEGSize(sign=-1)),
+        ("jpeg:+", JPEGSize(sign=1)),
+    ],
+)
+def test_specs_stand_for_rewards(spec: str, reward):
+    assert from_spec(spec) == reward
+
+
+def test_ink_takes_a_weight():
+    images = torch.rand(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(from_spec("ink:-1")(images), -images.mean((1, 2, 3)))
+    torch.testing.assert_close(from_spec("ink:2.5")(images), 2.5 * images.mean((1, 2, 3)))
+
+
+@pytest.mark.parametrize("spec", ["beauty", "", ":3", "Digit:3"])
+def test_an_unknown_name_lists_what_exists(spec: str):
+    with pytest.raises(RewardError, match=f"unknown reward {spec!r}") as caught:
+        from_spec(spec)
+    for form in ("digit:3", "digit:even", "ink:-1", "symmetry:vertical", "jpeg:+"):
+        assert form in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("spec", "form"),
+    [
+        ("digit", r"digit:3 \| digit:1,7 \| digit:even \| digit:odd"),
+        ("digit:12", r"digit:3 .* \(label must be a digit 0 to 9 .*, got \[12\]\)"),
+        ("digit:prime", "digit:3"),
+        ("ink:dark", r"ink \| ink:-1"),
+        ("ink:nan", r"ink \| ink:-1"),
+        ("symmetry:both", "symmetry:vertical"),
+        ("jpeg:95", r"jpeg \| jpeg:- \| jpeg:\+"),
+    ],
+)
+def test_a_bad_argument_is_answered_with_the_form(spec: str, form: str):
+    with pytest.raises(RewardError, match=f"the reward '{spec}' must have the form .*{form}"):
+        from_spec(spec)

@@ -1,0 +1,219 @@
+"""What every sampler owes, in one file: each row of METHODS runs every case."""
+
+import functools
+import math
+
+import pytest
+import torch
+from exact import Linear, mixture_2d
+
+import search
+import steer
+
+METHODS = {
+    "rollout": steer.rollout,
+    "importance_sampling": steer.importance_sampling,
+    "smc": steer.smc,
+    "smc_guided": functools.partial(steer.smc, proposal=steer.guided(0.5)),
+    "smc_max": functools.partial(steer.smc, weight=steer.maximum(at=[1, 2])),
+    "smc_tempered": functools.partial(steer.smc, weight=steer.difference(tempering=steer.adaptive_tempering())),
+    "best_of_n": search.best_of_n,
+    "best_of_n_chunked": functools.partial(search.best_of_n, chunk=3, keep=2),
+}
+SAMPLERS = [name for name in METHODS if not name.startswith("best_of")]
+STEPS = 5
+REWARD = Linear([0.7, -0.5])
+
+
+def mixture_process(dtype=torch.float32, **options):
+    mixture = mixture_2d()
+    return steer.models.gaussian_mixture(
+        mixture.means, mixture.covs, mixture.weights, steps=STEPS, dtype=dtype, **options
+    )
+
+
+class Spy:
+    """Counts what reaches the network and the reward."""
+
+    def __init__(self, process, reward):
+        self.rows = self.scored = self.decoded = self.grads = 0
+        self.denoiser, self.reward = process.denoiser, reward
+        self.process = steer.from_denoiser(
+            self.denoise, process.schedule, process.times, event=process.event, decoder=self.decode
+        )
+
+    def denoise(self, x, t):
+        self.rows += x.shape[0] * x.shape[1]
+        return self.denoiser(x, t)
+
+    def decode(self, x):
+        self.decoded += len(x)
+        return x
+
+    def score(self, x):
+        self.scored += len(x)
+        if x.requires_grad:
+            x.register_hook(lambda grad: setattr(self, "grads", self.grads + len(grad)))
+        return self.reward(x)
+
+
+@pytest.fixture(params=METHODS)
+def method(request):
+    return METHODS[request.param]
+
+
+def test_ledger_equals_a_spys_count(method):
+    spy = Spy(mixture_process(), REWARD)
+    cost = method(spy.process, spy.score, particles=7, batch=2).cost
+    assert (cost.nfe, cost.rewards, cost.decodes, cost.grads) == (spy.rows, spy.scored, spy.decoded, spy.grads)
+    assert cost.nfe == 2 * 7 * STEPS
+    assert cost.seconds["total"] > 0
+
+
+@pytest.mark.parametrize("budget", [STEPS, 7 * STEPS + 3])
+def test_budget_is_never_exceeded_and_used_up_to_a_particle(method, budget):
+    result = method(mixture_process(), REWARD, budget=budget, batch=2)
+    assert budget - STEPS < result.cost.nfe / 2 <= budget
+
+
+def test_budget_too_small_says_what_is_needed(method):
+    with pytest.raises(steer.BudgetError, match=r"budget of 4 .* raise the budget to 5"):
+        method(mixture_process(), REWARD, budget=4)
+
+
+def test_same_key_same_result_other_key_other_result(method):
+    process = mixture_process()
+    first, again, other = (method(process, REWARD, particles=6, key=key) for key in (3, 3, 4))
+    assert torch.equal(first.x, again.x)
+    assert torch.equal(first.log_weight, again.log_weight)
+    assert not torch.equal(first.x, other.x)
+
+
+def test_the_global_generator_is_left_alone(method):
+    before = torch.get_rng_state()
+    method(mixture_process(), REWARD, particles=4)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_other_problems_do_not_matter(method):
+    process = mixture_process(torch.float64)
+    alone, together = (method(process, REWARD, particles=6, batch=batch, key=2) for batch in (1, 4))
+    # Noise and decisions are the same; sums over coordinates may round differently in a larger batch.
+    torch.testing.assert_close(together.x[:1], alone.x, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(together.log_evidence[:1], alone.log_evidence, rtol=1e-9, atol=1e-9, equal_nan=True)
+    assert not torch.equal(together.x[0], together.x[1])
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_constant_reward_leaves_weights_equal_and_evidence_exact(name):
+    def constant(x):
+        return 0.0 * x.sum(1) + 2.0
+
+    result = METHODS[name](mixture_process(), constant, particles=8, batch=2)
+    torch.testing.assert_close(result.log_weight, torch.full((2, 8), -math.log(8.0), dtype=torch.float64))
+    if name != "rollout":
+        torch.testing.assert_close(result.log_evidence, torch.full((2,), 2.0, dtype=torch.float64))
+
+
+def test_weights_sum_to_one_and_shapes_are_right(method):
+    result = method(mixture_process(), REWARD, particles=7, batch=3)
+    assert result.x.shape == (3, 7, 2)
+    assert result.reward.shape == result.log_weight.shape == (3, 7)
+    assert result.log_evidence.shape == (3,)
+    assert result.reward.dtype == result.log_weight.dtype == result.log_evidence.dtype == torch.float64
+    torch.testing.assert_close(result.log_weight.exp().sum(1), torch.ones(3, dtype=torch.float64))
+    torch.testing.assert_close(result.reward, REWARD(result.x.flatten(0, 1)).view(3, 7))
+    assert result.best.shape == (3, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_states_keep_their_dtype(method, dtype):
+    assert method(mixture_process(dtype), REWARD, particles=3).x.dtype == dtype
+
+
+@pytest.mark.parametrize(("bad", "word"), [(math.nan, "nan"), (math.inf, "inf")])
+def test_a_bad_score_is_named(method, bad, word):
+    def reward(x):
+        scores = REWARD(x)
+        return torch.where(torch.arange(len(scores)) == 2, bad, scores)
+
+    for batch in (1, 2):
+        with pytest.raises(steer.NonFiniteError, match=f"{word} for problem 0, particle 2"):
+            method(mixture_process(), reward, particles=6, batch=batch)
+
+
+def test_a_reward_of_wrong_shape_is_named(method):
+    with pytest.raises(steer.ShapeError, match=r"must return shape \(3,\).*got \(3, 2\)"):
+        method(mixture_process(), lambda x: 1.0 * x, particles=3)
+
+
+def test_a_reward_that_raises_is_named(method):
+    def broken(x):
+        raise KeyError("prompt")
+
+    with pytest.raises(steer.RewardError, match="broken raised KeyError"):
+        method(mixture_process(), broken, particles=2)
+
+
+def test_a_reward_of_another_type_is_named(method):
+    with pytest.raises(steer.RewardError, match="one number per sample, got dict"):
+        method(mixture_process(), lambda x: {"score": 1}, particles=2)
+    with pytest.raises(steer.RewardError, match="callable"):
+        method(mixture_process(), 3.0, particles=2)
+
+
+def test_a_network_of_wrong_shape_is_named(method):
+    process = steer.from_denoiser(lambda x, t: x[..., :1], steer.VP(), 4, event=(2,))
+    with pytest.raises(steer.ShapeError, match="denoiser must return"):
+        method(process, REWARD, particles=2)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
+def test_temperature_must_be_positive(method, temperature):
+    with pytest.raises(steer.SteerError, match="temperature"):
+        method(mixture_process(), REWARD, particles=2, temperature=temperature)
+
+
+def test_lists_and_arrays_are_rewards(method):
+    if method.__class__ is functools.partial and "proposal" in method.keywords:
+        pytest.skip("guidance needs a gradient")
+    as_list = method(mixture_process(), lambda x: REWARD(x).tolist(), particles=4)
+    as_array = method(mixture_process(), lambda x: REWARD(x).numpy(), particles=4)
+    torch.testing.assert_close(as_list.reward, as_array.reward)
+
+
+def test_every_step_is_reported_and_stop_keeps_what_was_paid_for(method):
+    seen = []
+
+    def watch(state):
+        seen.append(state.k)
+        if len(seen) == 3:
+            raise steer.Stop
+
+    result = method(mixture_process(), REWARD, particles=3, on_step=watch)
+    assert seen == [1, 2, 3]
+    assert result.interrupted
+    assert result.x.shape == (1, 3, 2)
+    assert bool(result.reward.isfinite().all())
+    assert result.cost.nfe == 3 * 3
+
+
+def test_half_a_best_of_n_is_a_result():
+    def watch(state):
+        watch.calls += 1
+        if watch.calls == STEPS + 2:
+            raise steer.Stop
+
+    watch.calls = 0
+    result = search.best_of_n(mixture_process(), REWARD, particles=8, chunk=4, key=1, on_step=watch)
+    whole = search.best_of_n(mixture_process(), REWARD, particles=8, chunk=4, key=1)
+    assert result.interrupted
+    assert result.x.shape == (1, 8, 2)  # four samples, and four predictions of the chunk under way
+    assert torch.equal(result.x[:, :4], whole.x[:, :4])
+
+
+def test_best_of_n_does_not_depend_on_chunks():
+    runs = [search.best_of_n(mixture_process(), REWARD, particles=10, chunk=chunk, key=1) for chunk in (3, 10)]
+    torch.testing.assert_close(runs[0].x, runs[1].x, rtol=1e-6, atol=1e-6)
+    assert torch.equal(runs[0].best[0], runs[0].x[0, runs[0].reward[0].argmax()])
+    assert runs[0].log_weight[0].exp().argmax() == runs[0].reward[0].argmax()
