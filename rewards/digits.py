@@ -12,7 +12,6 @@ import json
 from importlib import resources
 
 import torch
-from safetensors.torch import load
 from torch import nn
 
 NUM_CLASSES = 10
@@ -83,6 +82,8 @@ def load_digit_net(name: str) -> DigitNet:
     Raises:
         ValueError: if no network of that name is stored; the message lists the names.
     """
+    from safetensors.torch import load
+
     folders = {folder.name: folder for folder in (resources.files("rewards") / "assets").iterdir()}
     names = sorted(key for key, folder in folders.items() if (folder / "model.safetensors").is_file())
     if name not in names:

@@ -31,9 +31,9 @@ def _card(folder: Any) -> dict[str, Any]:
     kind = "flow" if scheduler.startswith("FlowMatch") else "diffusion" if scheduler else "classifier"
     front = dict(line.split(": ", 1) for line in (_text(folder / "README.md") or "").splitlines()[:8] if ": " in line)
     measures = {
-        "accuracy_held_out": "accuracy {:.1%} on held-out digits",
-        "judge_accuracy": "judge sees the class asked for {:.1%}",
-        "frechet_conditional": "Fréchet distance {:.2f}",
+        "accuracy_held_out": "held-out accuracy {:.1%}",
+        "judge_accuracy": "judge accuracy {:.1%}",
+        "frechet_conditional": "Fréchet {:.2f}",
     }
     return {
         "name": folder.name,

@@ -36,11 +36,22 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Option(help="An embedded model; `steer models` lists them.")]
 RewardSpec = Annotated[str, typer.Option("--reward", help="What to follow: digit:3, digit:even, ink:-1, jpeg, ...")]
-Out = Annotated[Path, typer.Option(help="Directory to write to; files of an earlier run there are replaced.")]
+Out = Annotated[
+    Path, typer.Option(file_okay=False, help="Directory to write to; files of an earlier run there are replaced.")
+]
+
+
+def _positive(value: float) -> float:
+    if not value > 0.0:
+        raise typer.BadParameter(f"must be positive, got {value}")
+    return value
+
+
 Temperature = Annotated[
     float,
     typer.Option(
-        help="Divides the reward. For log-probabilities (digit:...) 1 is Bayes' posterior; lower is greedier."
+        callback=_positive,
+        help="Divides the reward. For log-probabilities (digit:...) 1 is Bayes' posterior; lower is greedier.",
     ),
 ]
 Steps = Annotated[int, typer.Option(min=1, help="Denoising steps per sample.")]
@@ -97,6 +108,7 @@ def generate(
         options |= {"budget": budget, "particles": particles, "temperature": temperature, "key": seed}
         rows = budget or (particles or 16) * process.steps * process.rows
         show, unsteered = not (quiet or as_json), None
+        out.mkdir(parents=True, exist_ok=True)  # what cannot be written should fail before it is paid for
         with Interrupt() as interrupt:
             with Watch(rows, method, show, interrupt) as watch:
                 result = sampler(process, watch.watching(score), **options, **watch.hook(sampler))
@@ -108,6 +120,8 @@ def generate(
         numbers = _write(result, unsteered, out, min(n, result.reward.shape[1]), about, _metrics(reward, score))
         _print_run(numbers, out, about, as_json, quiet)
     if interrupt.asked:
+        what = "what was paid for" if result.interrupted else "the finished run, without all of its report,"
+        _say(f"[yellow]interrupted:[/] {what} is in {escape(str(out))}")
         raise typer.Exit(1)
 
 
@@ -145,6 +159,7 @@ def compare(
         everyone = list(dict.fromkeys(["rollout", "best_of_n", *names]))
         options = {name: _options(_method(name), name, n, None) for name in everyone}
         total = budget * keys * len(everyone)
+        out.mkdir(parents=True, exist_ok=True)
         with Interrupt(Abandoned) as interrupt, Watch(total, "compare", not (quiet or as_json), interrupt) as watch:
             for name in everyone:
                 options[name] |= watch.hook(_method(name))
@@ -186,8 +201,11 @@ def _errors(debug: bool, as_json: bool) -> Iterator[None]:
     except (SteerError, OSError, KeyboardInterrupt, Abandoned, Stop) as error:
         if debug:
             raise
-        stopped = isinstance(error, KeyboardInterrupt | Abandoned | Stop)
-        message = "interrupted; nothing was written" if stopped else " ".join(str(error).split())
+        message = " ".join(str(error).split())
+        if isinstance(error, KeyboardInterrupt):
+            message = "interrupted at once; what was not written yet is lost"
+        elif isinstance(error, Abandoned | Stop):
+            message = "interrupted; nothing was written"
         if as_json:
             typer.echo(json.dumps({"error": {"type": type(error).__name__, "message": message}}))
         _say(f"[bold red]error:[/] [red]{escape(message)}[/]")
@@ -326,8 +344,6 @@ def _print_run(numbers: dict[str, Any], out: Path, about: dict[str, Any], as_jso
         lines.add_row("network rows", f"{numbers['cost']['nfe']:,}{aside}")
         lines.add_row("report", escape(str(out / "report.html")))
         Console(highlight=False).print(lines)
-    if numbers["interrupted"]:
-        _say(f"[yellow]interrupted:[/] what was paid for is in {escape(str(out))}")
 
 
 def _print_comparison(comparison: Comparison, out: Path) -> None:

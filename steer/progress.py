@@ -59,7 +59,7 @@ class Watch:
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
         console = Console(stderr=True)
-        self._lines = show and not console.is_terminal
+        self._shown, self._lines = show, show and not console.is_terminal
         self._bar = Progress(
             TextColumn("[bold]{task.description}"), BarColumn(), TaskProgressColumn(),
             TextColumn("{task.fields[note]}"), TimeRemainingColumn(), console=console,
@@ -95,10 +95,13 @@ class Watch:
         return {"on_step": self} if "on_step" in inspect.signature(method).parameters else {}
 
     def watching(self, reward: Callable[..., Any]) -> Callable[..., Any]:
-        """The reward, noting the best score it gives."""
+        """The reward, noting the best score it gives; as it is where nothing is shown, since to read scores costs."""
         from functools import wraps
 
         import torch
+
+        if not self._shown:
+            return reward
 
         @wraps(reward)  # also keeps the signature, by which rewards ask for prompts
         def watched(samples: Tensor, **prompts: Any) -> Any:

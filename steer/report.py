@@ -139,7 +139,7 @@ def _measured(result: Result, reference: Result | None, f: Callable[[Tensor], Te
         if f is None:
             return run.reward
         with torch.no_grad():
-            return f(run.decoded).double().view(run.reward.shape)
+            return torch.as_tensor(f(run.decoded)).to(run.reward).view(run.reward.shape)
 
     steered = weighted_mean(result.log_weight, values(result)).mean()
     if reference is None:
@@ -206,7 +206,8 @@ def _samples(result: Result, reference: Result | None, index: Tensor) -> str:
     panels = [_panel("Steered", chosen, notes)]
     if reference is not None:
         # Those that began from the noise of the steered run's own first particles.
-        first = torch.arange(min(index.shape[1], reference.reward.shape[1])).expand(index.shape[0], -1)
+        first = torch.arange(min(index.shape[1], reference.reward.shape[1]), device=index.device)
+        first = first.expand(index.shape[0], -1)
         order = reference.reward.gather(1, first).argsort(dim=1, descending=True, stable=True)
         panels.insert(0, _panel("Unsteered", reference.take(order), None))
     return (

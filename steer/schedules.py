@@ -180,10 +180,11 @@ def sigma_times(
 def check_times(times: Sequence[float]) -> tuple[float, ...]:
     """A time grid, checked: two or more times, strictly decreasing within [0, 1].
 
-    It ends at 0, the data, or wherever a pretrained model's own grid ends.
+    It ends at 0, the data, or wherever a pretrained model's own grid ends, whose last step may stay at its level.
     """
     grid = tuple(float(t) for t in times)
-    if len(grid) < 2 or grid[-1] < 0.0 or grid[0] > 1.0 or any(a <= b for a, b in itertools.pairwise(grid)):
+    falls = len(grid) > 1 and all(a > b for a, b in itertools.pairwise(grid[:-1])) and grid[-1] <= min(grid)
+    if not falls or grid[-1] < 0.0 or grid[0] > 1.0:
         raise SteerError(
             f"times must fall strictly from at most 1 (noise) to 0 (data), got {len(grid)} times "
             f"from {grid[:1]} to {grid[-1:]}; `steer.uniform_times(schedule, steps)` makes such a grid"

@@ -185,7 +185,10 @@ class ClippedPrediction:
     limit: float = 1.0
 
     def __call__(self, x: Tensor, x0: Tensor, here: Level, there: Level) -> Normal:
-        return self.rule(x, x0, here, there).shift((x0.clamp(-self.limit, self.limit) - x0) * there.alpha)
+        std = self.std(here, there)
+        carried = math.sqrt(max(0.0, there.sigma**2 - std**2)) / here.sigma
+        clipped = x0.clamp(-self.limit, self.limit)
+        return Normal(torch.add((x - here.alpha * x0) * carried, clipped, alpha=there.alpha), std)
 
     def std(self, here: Level, there: Level) -> float:
         return self.rule.std(here, there)

@@ -78,7 +78,8 @@ class _Network:
         return len(self.labels) if self.labels is not None and len(self.labels) > 1 else None
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
-        flat, timestep = x.flatten(0, 1), self.to_timestep(t)
+        # A tensor: given a Python float, the network would truncate it to an integer.
+        flat, timestep = x.flatten(0, 1), torch.tensor(self.to_timestep(t), device=self.unet.device)
         if self.labels is None:
             return self._chunked(flat, timestep, None).view(x.shape)
         labels = self.labels.repeat_interleave(len(flat) // len(self.labels))
@@ -88,7 +89,7 @@ class _Network:
             out = free + self.scale * (out - free)
         return out.view(x.shape)
 
-    def _chunked(self, flat: Tensor, timestep: float, labels: Tensor | None) -> Tensor:
+    def _chunked(self, flat: Tensor, timestep: Tensor, labels: Tensor | None) -> Tensor:
         rows = flat.to(self.unet.device, self.unet.dtype).split(self.chunk)
         given = [None] * len(rows) if labels is None else labels.split(self.chunk)
         out = [self.unet(row, timestep, class_labels=label).sample for row, label in zip(rows, given, strict=True)]
