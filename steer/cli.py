@@ -116,7 +116,7 @@ def generate(
                 with Watch(reference * process.steps * process.rows, "unsteered", show, interrupt) as watch:
                     unsteered = _reference(process, score, reference, seed, watch)
         about = {"model": model, "reward": reward, "method": method, "seed": seed, "steps": steps, "label": label}
-        about |= {"guided": guided, "command": _command(context)}
+        about |= {"temperature": temperature, "guided": guided, "command": _command(context)}
         numbers = _write(result, unsteered, out, min(n, result.reward.shape[1]), about, _metrics(reward, score))
         _print_run(numbers, out, about, as_json, quiet)
     if interrupt.asked:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
-_LANES_PER_BLOCK = 1 << 14  # small draws are made for several steps at once, up to this many Philox calls
+_CALLS_PER_BLOCK = 1 << 14  # small draws are made for several steps at once, up to this many Philox calls
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,15 @@ class Key:
 
     def fold(self, *names: str | int) -> Key:
         """The independent key below this one with that name."""
-        return replace(self, stream=(*self.stream, *names))
+        return Key(self.seed, (*self.stream, *names), self.problem, self.slot, self.step)
 
     def at(self, step: int) -> Key:
         """This key at a step of the chain."""
-        return replace(self, step=step)
+        return Key(self.seed, self.stream, self.problem, self.slot, step)
 
     def shifted(self, *, problem: int = 0, slot: int = 0) -> Key:
         """This key with the slots of row 0 and column 0 moved on, for drawing part of a larger tensor."""
-        return replace(self, problem=self.problem + problem, slot=self.slot + slot)
+        return Key(self.seed, self.stream, self.problem + problem, self.slot + slot, self.step)
 
     def normal(
         self, shape: Sequence[int], *, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu"
@@ -57,40 +57,24 @@ class Key:
         """Standard normals of shape (B, N, *event). Entry (b, n) depends on its slots and on the event shape only."""
         return self._draw("normal", shape, dtype, device)
 
-    def uniform(
-        self, shape: Sequence[int], *, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu"
-    ) -> Tensor:
-        """Uniforms in the open interval (0, 1), on a grid of 2**-32, of shape (B, N, *event)."""
-        return self._draw("uniform", shape, dtype, device)
+    def uniform(self, shape: Sequence[int], *, device: torch.device | str = "cpu") -> Tensor:
+        """Uniforms in the open interval (0, 1), on a grid of 2**-32, float64, of shape (B, N, *event)."""
+        return self._draw("uniform", shape, torch.float64, device)
 
     def gumbel(self, shape: Sequence[int], *, device: torch.device | str = "cpu") -> Tensor:
         """Standard Gumbel variables: argmax(logits + gumbel) is a categorical draw."""
         return self.uniform(shape, device=device).log_().neg_().log_().neg_()
 
-    @property
-    def words(self) -> tuple[int, int]:
-        """The 64-bit Philox key: a hash of seed and stream, so that no two seeds share it by truncation."""
-        digest = hashlib.blake2b(repr((self.seed, self.stream)).encode(), digest_size=8).digest()
-        return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
-
     def _draw(self, kind: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
         problems, particles, *event = shape
         size = math.prod(event)
-        lanes = problems * ((particles * size) // 4 + 2)
-        together = 1 << max(0, (_LANES_PER_BLOCK // max(1, lanes)).bit_length() - 1)
-        first = self.step - self.step % min(together, 64)
-        draw = _block if together > 1 else _block.__wrapped__
-        block = draw(
-            kind,
-            self.words,
-            first,
-            min(together, 64),
-            self.problem,
-            problems,
-            self.slot * size,
-            particles * size,
-            torch.device(device),
-        )
+        calls = problems * (particles * size // 4 + 2)
+        steps = min(64, 1 << max(0, (_CALLS_PER_BLOCK // calls).bit_length() - 1)) if calls else 1
+        first = self.step - self.step % steps
+        draw = _block if steps > 1 else _block.__wrapped__
+        words = _words(self.seed, self.stream)
+        device = torch.device(device) if isinstance(device, str) else device
+        block = draw(kind, words, first, steps, self.problem, problems, self.slot * size, particles * size, device)
         return block[self.step - first].to(dtype, copy=True).view(tuple(shape))
 
 
@@ -107,24 +91,36 @@ def philox(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor, Ten
     shape = torch.broadcast_shapes(*(word.shape for word in counter))
     device = counter[0].device
     # Words 0 and 2 are multiplied, so they live zero-extended in int64; the halves of a product are then two strided
-    # int32 views of it, and no shift or mask is needed.
+    # int32 views of it, and no shift or mask is needed. Views are taken once: taking them costs as much as a small xor.
     even = torch.zeros((2, *shape), dtype=torch.int64, device=device)
-    low = _halves(even)[0]
-    low[0], low[1] = counter[0], counter[2]
-    odd = counter[1].expand(shape), counter[3].expand(shape)
+    (word0, word2), _ = _halves(even)
+    word0.copy_(counter[0])
+    word2.copy_(counter[2])
     multiplier = torch.tensor(_MULTIPLIERS, dtype=torch.int64, device=device).view(2, *(1 for _ in shape))
     products = torch.empty_like(even), torch.empty_like(even)
+    halves = _halves(products[0]), _halves(products[1])
+    word1, word3 = counter[1], counter[3]
     for turn in range(10):
-        product_low, product_high = _halves(torch.mul(even, multiplier, out=products[turn % 2]))
-        torch.bitwise_xor(product_high[1], odd[0], out=low[0]).bitwise_xor_(_signed(key[0] + turn * _WEYL[0]))
-        torch.bitwise_xor(product_high[0], odd[1], out=low[1]).bitwise_xor_(_signed(key[1] + turn * _WEYL[1]))
-        odd = product_low[1], product_low[0]
-    return low[0], odd[0], low[1], odd[1]
+        torch.mul(even, multiplier, out=products[turn % 2])
+        (low0, low2), (high0, high2) = halves[turn % 2]
+        torch.bitwise_xor(high2, word1, out=word0).bitwise_xor_(_signed(key[0] + turn * _WEYL[0]))
+        torch.bitwise_xor(high0, word3, out=word2).bitwise_xor_(_signed(key[1] + turn * _WEYL[1]))
+        word1, word3 = low2, low0
+    return word0, word1, word2, word3
 
 
-def _halves(wide: Tensor) -> tuple[Tensor, Tensor]:
+def _halves(wide: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Low and high int32 halves of the two rows of an int64 tensor."""
     pairs = wide.view(torch.int32).view(*wide.shape, 2)
-    return pairs[..., 0], pairs[..., 1]
+    low, high = pairs.unbind(-1)
+    return (low[0], low[1]), (high[0], high[1])
+
+
+@lru_cache(maxsize=256)
+def _words(seed: int, stream: tuple[str | int, ...]) -> tuple[int, int]:
+    """The 64-bit Philox key: a hash of seed and stream, so that no two seeds share it by truncation."""
+    digest = hashlib.blake2b(repr((seed, stream)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
 
 def _signed(word: int) -> int:

@@ -108,8 +108,8 @@ def check_finite(scores: Tensor, where: str, *, first: int = 0) -> None:
     if bool(bad.any()):
         problem, particle = (int(i) for i in bad.nonzero()[0])
         raise NonFiniteError(
-            f"the reward gave {scores[problem, particle].item()} for problem {problem}, particle {first + particle} {where} "
-            f"({int(bad.sum())} of {scores.numel()} scores); rewards must be finite, or -inf to forbid a sample"
+            f"the reward gave {scores[problem, particle].item()} for problem {problem}, particle {first + particle} "
+            f"{where} ({int(bad.sum())} of {scores.numel()} scores); rewards must be finite, or -inf to forbid a sample"
         )
 
 

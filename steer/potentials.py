@@ -51,8 +51,8 @@ class Weight:
             state, value = state.remember(exponent=exponent), exponent * value
         increment, memory = self.combine(value, state.memory)
         # A forbidden *prediction* says nothing certain about the sample: leave the weight until the sample is there.
-        increment = torch.where(increment == -torch.inf, 0.0, increment)
-        return state.reweight(increment).remember(spent=spent + increment, **memory)
+        increment = increment.masked_fill(increment == -torch.inf, 0.0)
+        return state.reweight(increment, spent=spent + increment, **memory)
 
     def close(self, state: Trajectory, value: Tensor) -> Trajectory:
         """The finished state reweighted so that the product of all potentials is exp(value), value (B, N)."""

@@ -104,6 +104,8 @@ class GaussianProcess:
         """A draw of the forward process from level k_from to the noisier level k_to <= k_from."""
         if not 0 <= k_to <= k_from <= self.steps:
             raise SteerError(f"noise goes from a level to a noisier one, k_to <= k_from, got {k_from} to {k_to}")
+        if k_to == k_from:
+            return x
         here, there = self.levels[k_from], self.levels[k_to]
         scale = there.alpha / here.alpha
         std = math.sqrt(max(0.0, there.sigma**2 - (scale * here.sigma) ** 2))

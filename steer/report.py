@@ -268,5 +268,8 @@ def _law(result: Result, numbers: dict[str, Any]) -> str:
         return ""
     rows = [["temperature T", number(result.temperature)]]
     rows += [[f"problem {i}" if len(found) > 1 else "log evidence", text] for i, text in enumerate(found[:8])]
-    note = '<p class="note">log E<sub>p</sub>[exp(r(x) / T)]: how rare such samples are under the model, in nats.</p>'
+    note = (
+        '<p class="note">log E<sub>p</sub>[exp(r(x) / T)] in nats. For a log-probability at T = 1: the log of how '
+        "common such samples are under the model alone.</p>"
+    )
     return card("evidence", note + table(["", ""], rows))

@@ -43,6 +43,8 @@ def multinomial(log_weight: Tensor, key: Key, count: int) -> Tensor:
 def residual(log_weight: Tensor, key: Key, count: int) -> Tensor:
     """floor(count W) copies of each, the rest drawn from what is left over (Liu & Chen 1998)."""
     share = torch.softmax(log_weight, 1) * count
+    # A whole number less a rounding error is whole: equal weights must leave everyone in place.
+    share = torch.where((share - share.round()).abs() < 1e-9, share.round(), share)
     sure = share.floor()
     left_over = share - sure
     # All `count` draws are made and the surplus masked, so that the shape does not depend on the weights. Where

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from . import weights
 from .cost import affordable
@@ -141,19 +142,20 @@ def smc(
     _check_stochastic(state, selection)
 
     seen: list[Seen] = []
+    noise = key.fold("step")
     paid, interrupted = state, False  # paid: the last state with its prediction, for runs that end early
     try:
         try:
             for k in range(state.k, process.steps):
                 weighted = weight.active(k, process.steps)
-                state = _evaluate(state, objective, temperature, proposal, weighted)
-                if weighted:
-                    state = weight.apply(state, log_potential(state.carried["score"], temperature))
-                    state = _select(state, selection, key, seen)
+                state, scores = _evaluate(state, objective, temperature, proposal, weighted)
+                if scores is not None:
+                    state = weight.apply(state, log_potential(scores, temperature))
+                    state = _select(state, scores, selection, key, seen)
                 paid = state
                 model = process.transition(state.x, state.carried["x0"], k)
                 drawn = proposal(state, model) if "gradient" in state.carried else model
-                state = state.step(drawn, key.fold("step"), model=None if drawn is model else model)
+                state = state.step(drawn, noise, model=None if drawn is model else model)
                 if on_step is not None:
                     on_step(state)
         except (Stop, KeyboardInterrupt):
@@ -163,7 +165,7 @@ def smc(
         with torch.no_grad():
             scores = objective(state.x)
         state = weight.close(state, log_potential(scores, temperature))
-        seen.append(Seen(process.steps, weights.ess(state.log_weight), scores))
+        seen.append(Seen(process.steps, state.ess, scores))
         _check(state, seen)
     except SteerError as error:
         error.keep(paid)
@@ -177,36 +179,34 @@ def smc(
 
 def _evaluate(
     state: Trajectory, objective: Objective, temperature: float, proposal: Bootstrap | Guided, weighted: bool
-) -> Trajectory:
-    """The state carrying its prediction, and its score and gradient where they are needed."""
+) -> tuple[Trajectory, Tensor | None]:
+    """The state carrying its prediction (and gradient, where it is needed), and its scores where it is weighted."""
     process, k = state.process, state.k
     if proposal.scale and process.stochastic(k):
         x0, scores, gradient = objective.value_and_grad(state.x, k, 1.0 / temperature)
-        return state.carry(x0=x0, score=scores, gradient=gradient)
+        return state.carry(x0=x0, gradient=gradient), scores if weighted else None
     with torch.no_grad():
         x0 = process.denoise(state.x, k)
-        return state.carry(x0=x0, score=objective(x0)) if weighted else state.carry(x0=x0)
+        return state.carry(x0=x0), objective(x0) if weighted else None
 
 
-def _select(state: Trajectory, selection: Resample, key: Key, seen: list[Seen]) -> Trajectory:
+def _select(state: Trajectory, scores: Tensor, selection: Resample, key: Key, seen: list[Seen]) -> Trajectory:
     """The state resampled in the problems whose ESS is low."""
-    particles = state.x.shape[1]
-    size = weights.ess(state.log_weight)
-    seen.append(Seen(state.k, size, state.carried["score"]))
-    enough = size >= selection.threshold * particles
+    particles, size = state.x.shape[1], state.ess
+    seen.append(Seen(state.k, size, scores))
     # One problem on the host: reading the decision is free and saves the gather. Elsewhere some problem nearly always
     # resamples, or reading would stall the device: decide per problem by torch.where, and look for bad numbers once,
-    # at the end.
-    if state.x.device.type == "cpu" and state.x.shape[0] == 1:
-        if bool(enough):
-            return state
-        _check(state, seen[-1:])
+    # at the end. NaN, where every weight is zero, is not low.
+    low = size < selection.threshold * particles * (1.0 - weights.SLACK)
+    if state.x.device.type == "cpu" and state.x.shape[0] == 1 and not bool(low):
+        if bool(size.isnan()):
+            _check(state, seen[-1:])
+        return state
     if not selection.allowed(state.k) or particles == 1:
         return state
-    alive = size.isfinite()
-    log_weight = torch.where(alive[:, None], state.log_weight, 0.0)
-    ancestors = selection.resampler(log_weight, key.fold("resample").at(state.k), particles)
-    return state.resample(ancestors, ~enough & alive)
+    # A problem without weight cannot be resampled: its ancestors are not used, but must exist.
+    log_weight = torch.where((state.log_total.abs() < torch.inf)[:, None], state.log_weight, 0.0)
+    return state.resample(selection.resampler(log_weight, key.fold("resample").at(state.k), particles), low)
 
 
 def _check(state: Trajectory, seen: Sequence[Seen]) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from torch import Tensor
 from .errors import ShapeError, SteerError
 from .key import Key
 from .types import ReverseProcess, Transition
-from .weights import log_mean_exp
+from .weights import ess
 
 
 class Ancestors(NamedTuple):
@@ -45,9 +47,8 @@ class Trajectory:
     k:            level, 0 = noise, process.steps = data.
     log_weight:   accumulated since the last resampling, (B, N) float64, not normalised.
     log_evidence: log of the evidence collected at resamplings, (B,) float64.
-    carried:      per-particle tensors (B, N, ...) that belong to the states: predictions, values, gradients.
+    carried:      per-particle tensors (B, N, ...) that belong to the states: predictions, gradients.
     memory:       per-particle tensors (B, N, ...) that belong to the path: statistics of the values seen so far.
-    root:         index of each particle's ancestor at the start, (B, N).
     past:         what happened, oldest first: rearrangements always, steps where `keep_states`.
     keep_states:  whether steps remember states and densities (memory: one population per step).
     """
@@ -57,7 +58,6 @@ class Trajectory:
     k: int
     log_weight: Tensor
     log_evidence: Tensor
-    root: Tensor
     carried: Mapping[str, Tensor] = field(default_factory=dict)
     memory: Mapping[str, Tensor] = field(default_factory=dict)
     past: tuple[Ancestors | Stepped, ...] = ()
@@ -70,58 +70,70 @@ class Trajectory:
             raise ShapeError(
                 f"states must have shape (B, N, *event) with event {tuple(process.event)}, got {tuple(x.shape)}"
             )
-        problems, particles = x.shape[:2]
-        weight = torch.zeros((problems, particles), dtype=torch.float64, device=x.device)
-        root = torch.arange(particles, device=x.device).expand(problems, particles)
-        return cls(process, x, k, weight, weight[:, 0], root, keep_states=keep_states)
+        weight = torch.zeros(x.shape[:2], dtype=torch.float64, device=x.device)
+        return cls(process, x, k, weight, torch.zeros_like(weight[:, 0]), keep_states=keep_states)
 
     def __repr__(self) -> str:
         problems, particles = self.x.shape[:2]
         return f"Trajectory({problems} problems x {particles} particles at level {self.k} of {self.process.steps})"
 
+    @cached_property
+    def log_total(self) -> Tensor:
+        """Log of the sum of the weights carried, (B,); -inf where all are zero."""
+        return torch.logsumexp(self.log_weight, 1)
+
     @property
     def log_normaliser(self) -> Tensor:
         """Estimate of log Z so far: evidence collected plus the mean of the weights carried, (B,)."""
-        return self.log_evidence + log_mean_exp(self.log_weight)
+        return self.log_evidence + (self.log_total - math.log(self.log_weight.shape[1]))
+
+    @property
+    def ess(self) -> Tensor:
+        """Effective sample size of the weights carried, (B,); NaN where all are zero."""
+        return ess(self.log_weight)
 
     def carry(self, **tensors: Tensor) -> Trajectory:
         """With per-particle tensors (B, N, ...) attached, which move with their particles until the next step."""
-        return replace(self, carried={**self.carried, **tensors})
+        return self._with(carried={**self.carried, **tensors})
 
     def remember(self, **tensors: Tensor) -> Trajectory:
         """With per-particle tensors (B, N, ...) attached for the rest of the path."""
-        return replace(self, memory={**self.memory, **tensors})
+        return self._with(memory={**self.memory, **tensors})
 
-    def reweight(self, log_increment: Tensor) -> Trajectory:
-        """With log-weights (B, N) multiplied in."""
-        return replace(self, log_weight=self.log_weight + log_increment)
+    def reweight(self, log_increment: Tensor, **memory: Tensor) -> Trajectory:
+        """With log-weights (B, N) multiplied in, and what the path is to remember of it."""
+        return self._with(log_weight=self.log_weight + log_increment, memory={**self.memory, **memory})
 
     def resample(self, ancestors: Tensor, where: Tensor | None = None) -> Trajectory:
         """With particles replaced by copies of their ancestors (B, M), in the problems (B,) `where` is true.
 
         There the mean weight moves into the evidence and weights start again from 1; elsewhere nothing changes.
         """
-        level = log_mean_exp(self.log_weight)
+        if where is not None and ancestors.shape != self.log_weight.shape:
+            raise ShapeError(
+                f"resampling only some problems keeps N: ancestors must have shape {tuple(self.log_weight.shape)}, got "
+                f"{tuple(ancestors.shape)}"
+            )
+        evidence = self.log_normaliser
+        weight = torch.zeros_like(ancestors, dtype=torch.float64)
         if where is None:
-            where = torch.ones_like(level, dtype=torch.bool)
-            weight = torch.zeros_like(ancestors, dtype=torch.float64)
+            where = torch.ones_like(evidence, dtype=torch.bool)
         else:
-            stay = torch.arange(ancestors.shape[1], device=ancestors.device)
-            ancestors = torch.where(where[:, None], ancestors, stay)
-            weight = torch.where(where[:, None], 0.0, self.log_weight)
-        moved = self._take(ancestors, where)
-        evidence = torch.where(where, self.log_evidence + level, self.log_evidence)
-        return replace(moved, log_weight=weight, log_evidence=evidence)
+            chosen = where[:, None]
+            ancestors = torch.where(chosen, ancestors, torch.arange(ancestors.shape[1], device=ancestors.device))
+            weight = torch.where(chosen, weight, self.log_weight)
+            evidence = torch.where(where, evidence, self.log_evidence)
+        return self._take(ancestors, where, weight)._with(log_evidence=evidence)
 
     def branch(self, copies: int) -> Trajectory:
         """With every particle repeated `copies` times side by side; weights are those of the parents."""
-        particles = self.x.shape[1]
-        index = torch.arange(particles, device=self.x.device).repeat_interleave(copies)
-        return self._take(index.expand(self.x.shape[0], -1))
+        index = torch.arange(self.x.shape[1], device=self.x.device).repeat_interleave(copies)
+        return self.select(index.expand(self.x.shape[0], -1))
 
     def select(self, index: Tensor) -> Trajectory:
         """With the particles at index (B, M) only, weights kept: for searches, which do not claim a law."""
-        return self._take(index)
+        everywhere = torch.ones_like(self.log_evidence, dtype=torch.bool)
+        return self._take(index, everywhere, self.log_weight.gather(1, index))
 
     def step(self, transition: Transition, key: Key, *, model: Transition | None = None) -> Trajectory:
         """One level on, drawn from a transition. Carried tensors end here: they belong to the states left behind.
@@ -130,20 +142,33 @@ class Trajectory:
         log model(x') - log transition(x').
         """
         x = transition.sample(key.at(self.k))
-        stochastic = transition.std > 0.0
-        log_prob = log_behaviour = None
-        if stochastic and (self.keep_states or model is not None):
-            log_behaviour = transition.log_prob(x)
-            log_prob = log_behaviour if model is None else model.log_prob(x)
-        weight = self.log_weight
-        if model is not None and log_prob is not None and log_behaviour is not None:
-            weight = weight + (log_prob - log_behaviour)
-        past = (*self.past, Stepped(self.k, self.x, log_prob, log_behaviour)) if self.keep_states else self.past
-        return replace(self, x=x, k=self.k + 1, log_weight=weight, carried={}, past=past)
+        weight, past = self.log_weight, self.past
+        if self.keep_states or model is not None:
+            log_prob = log_behaviour = None
+            if transition.std > 0.0:
+                log_behaviour = transition.log_prob(x)
+                log_prob = log_behaviour if model is None else model.log_prob(x)
+                weight = weight if model is None else weight + (log_prob - log_behaviour)
+            if self.keep_states:
+                past = (*past, Stepped(self.k, self.x, log_prob, log_behaviour))
+        return self._with(x=x, k=self.k + 1, log_weight=weight, carried={}, past=past)
 
     def renoise(self, k: int, key: Key) -> Trajectory:
         """Back at the noisier level k, by the forward process. Lineage stays; states of the past no longer connect."""
-        return replace(self, x=self.process.noise(self.x, self.k, k, key), k=k, carried={})
+        return self._with(x=self.process.noise(self.x, self.k, k, key), k=k, carried={})
+
+    def ancestor(self, lag: int | None = None) -> Tensor:
+        """Index (B, N) of each particle's ancestor `lag` rearrangements ago; None for the start."""
+        index = torch.arange(self.x.shape[1], device=self.x.device).expand(self.x.shape[:2])
+        moves = [event.parent for event in self.past if isinstance(event, Ancestors)]
+        for parent in reversed(moves if lag is None else moves[len(moves) - lag :]):
+            index = parent.gather(1, index)
+        return index
+
+    @property
+    def root(self) -> Tensor:
+        """Index of each particle's ancestor at the start, (B, N)."""
+        return self.ancestor()
 
     def lineages(self) -> Iterator[tuple[Stepped, Tensor]]:
         """Remembered steps, newest first, each with the index (B, N) of today's particles in it."""
@@ -186,33 +211,42 @@ class Trajectory:
         count = torch.zeros(self.x.shape[0], dtype=torch.int64, device=self.x.device)
         return sum((event.happened.long() for event in self.past if isinstance(event, Ancestors)), count)
 
-    def _take(self, index: Tensor, happened: Tensor | None = None) -> Trajectory:
+    def _take(self, index: Tensor, happened: Tensor, log_weight: Tensor) -> Trajectory:
         # The one place where particles move: every per-particle field goes along, so none can go stale.
-        if happened is None:
-            happened = torch.ones(index.shape[0], dtype=torch.bool, device=index.device)
-        return replace(
-            self,
-            x=gather(self.x, index),
-            log_weight=self.log_weight.gather(1, index),
-            root=self.root.gather(1, index),
-            carried={name: gather(tensor, index) for name, tensor in self.carried.items()},
-            memory={name: gather(tensor, index) for name, tensor in self.memory.items()},
+        rows = _flat(index, self.x.shape[1])
+        return self._with(
+            x=_rows(self.x, rows, index),
+            log_weight=log_weight,
+            carried={name: _rows(tensor, rows, index) for name, tensor in self.carried.items()},
+            memory={name: _rows(tensor, rows, index) for name, tensor in self.memory.items()},
             past=(*self.past, Ancestors(self.k, index, happened)),
         )
 
+    def _with(self, **changes: Any) -> Trajectory:
+        # dataclasses.replace, which rebuilds a frozen value field by field, took a fifth of a cheap step.
+        new = object.__new__(Trajectory)
+        kept = self.__dict__.copy()
+        kept.pop("log_total", None)
+        kept.update(changes)
+        new.__dict__.update(kept)
+        return new
+
     def _need_states(self) -> None:
-        if self.x.shape and not any(isinstance(event, Stepped) for event in self.past):
+        if not any(isinstance(event, Stepped) for event in self.past):
             raise SteerError("this trajectory remembers no states; run the sampler with keep_states=True")
 
 
 def gather(tensor: Tensor, index: Tensor) -> Tensor:
     """Particles index (B, M) of a tensor (B, N, ...): (B, M, ...)."""
-    problems, particles = tensor.shape[:2]
-    if tensor.ndim == 2:
-        return tensor.gather(1, index)
-    flat = (
-        index
-        if problems == 1
-        else index + torch.arange(0, problems * particles, particles, device=index.device)[:, None]
-    )
-    return tensor.flatten(0, 1).index_select(0, flat.reshape(-1)).view(problems, index.shape[1], *tensor.shape[2:])
+    return _rows(tensor, _flat(index, tensor.shape[1]), index)
+
+
+def _flat(index: Tensor, particles: int) -> Tensor:
+    """Positions of particles index (B, M) on the merged axis (B * N), flat."""
+    if index.shape[0] > 1:
+        index = index + torch.arange(0, index.shape[0] * particles, particles, device=index.device)[:, None]
+    return index.reshape(-1)
+
+
+def _rows(tensor: Tensor, rows: Tensor, index: Tensor) -> Tensor:
+    return tensor.flatten(0, 1).index_select(0, rows).view(*index.shape, *tensor.shape[2:])

@@ -49,7 +49,7 @@ class Normal:
                 "a step with std = 0 has no density; use a stochastic rule such as steer.ddim(eta=1.0), "
                 "or leave this step out"
             )
-        residual = (x - self.mean).double().flatten(2)
+        residual = (x - self.mean).double().reshape(*x.shape[:2], -1)
         size = residual.shape[2]
         return residual.square().sum(2) * (-0.5 / self.std**2) - size * (math.log(self.std) + 0.5 * _LOG_2PI)
 
@@ -107,7 +107,7 @@ class Churn:
     and then adds noise up to sigma': the same chain with an exact density, where the noise of the usual form passes
     through the network. The grid therefore holds EDM's raised levels; its nominal ones are lower by 1 + gamma.
     Source: Karras et al. 2022, Algorithm 2 (first order, S_noise = 1); gamma <= sqrt(2) - 1 there. lowest, highest:
-    noise-to-signal ratios between which to churn (their S_tmin, S_tmax).
+    raised noise-to-signal ratios between which to churn, (1 + gamma) times their S_tmin and S_tmax.
     """
 
     gamma: float = math.sqrt(2.0) - 1.0

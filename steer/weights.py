@@ -9,6 +9,9 @@ from torch import Tensor
 
 from .errors import SteerError
 
+SLACK = 1e-9
+"""Relative rounding that an ESS of equal weights may fall short of N by."""
+
 
 def log_mean_exp(log_weight: Tensor) -> Tensor:
     """log of the mean weight over particles: (B, N) -> (B,). -inf where every weight is zero."""
@@ -22,7 +25,7 @@ def normalise(log_weight: Tensor) -> Tensor:
 
 def ess(log_weight: Tensor) -> Tensor:
     """Effective sample size 1 / sum W^2 of accumulated weights, in [1, N]: (B, N) -> (B,). NaN where all are zero."""
-    return torch.exp(2.0 * torch.logsumexp(log_weight, 1) - torch.logsumexp(2.0 * log_weight, 1))
+    return torch.softmax(log_weight, 1).square().sum(1).reciprocal()
 
 
 def temper(log_weight: Tensor, log_likelihood: Tensor, lowest: Tensor, *, share: float = 0.5) -> Tensor:
@@ -34,7 +37,7 @@ def temper(log_weight: Tensor, log_likelihood: Tensor, lowest: Tensor, *, share:
     """
     if not 0.0 < share <= 1.0:
         raise SteerError(f"share of N that the ESS must keep is in (0, 1], got {share}")
-    goal = share * log_weight.shape[1]
+    goal = share * log_weight.shape[1] * (1.0 - SLACK)
     low, high = lowest, torch.ones_like(lowest)
     full = ess(log_weight + (high - lowest)[:, None] * log_likelihood) >= goal
     for _ in range(40):
@@ -50,8 +53,8 @@ def evidence_variance(log_weight: Tensor, root: Tensor, resamplings: Tensor) -> 
     log_weight: final weights (B, N). root: index of each particle's ancestor at the start, (B, N). resamplings: how
     often each problem was resampled, (B,).
     Source: Lee & Whiteley 2018, Eq. 3, V = 1 - (N / (N - 1))^(R + 1) (1 - sum_n S_n^2) with S_n the weight that
-    descends from root n. Unbiased for multinomial resampling; an overestimate for the others. Pass as root the
-    ancestors at a lag instead for the fixed-lag form (Olsson & Douc 2019), which lives on when one root is left.
+    descends from root n. Unbiased for multinomial resampling; an overestimate for the others. It degenerates to 1 once
+    one root is left; there is no fixed-lag remedy, since every generation adds to the variance of the evidence.
     """
     particles = log_weight.shape[1]
     if particles < 2:
@@ -60,6 +63,18 @@ def evidence_variance(log_weight: Tensor, root: Tensor, resamplings: Tensor) -> 
     descended = torch.zeros_like(weight).scatter_add_(1, root, weight)
     inflation = (particles / (particles - 1)) ** (resamplings.double() + 1.0)
     return 1.0 - inflation * (1.0 - descended.square().sum(1))
+
+
+def mean_variance(log_weight: Tensor, values: Tensor, ancestor: Tensor) -> Tensor:
+    """Estimated variance of the weighted mean of values (B, N), from one run: (B,).
+
+    ancestor: index (B, N) of each particle's ancestor; at the start, or a number of resamplings ago
+    (`Trajectory.ancestor(lag)`) for the fixed-lag form, which forgets what has been forgotten and lives on when one
+    root is left. Source: Chan & Lai 2013; Lee & Whiteley 2018, Sec. 4; fixed lag: Olsson & Douc 2019.
+    """
+    weight = torch.softmax(log_weight, 1)
+    spread = weight * (values - (weight * values).sum(1, keepdim=True))
+    return torch.zeros_like(weight).scatter_add_(1, ancestor, spread).square().sum(1)
 
 
 def weighted_mean(log_weight: Tensor, values: Tensor) -> Tensor:

@@ -53,7 +53,8 @@ def test_smc_written_out_by_hand():
     """The loop against twenty lines of textbook: difference potentials, resampling at every level, one problem."""
     model, particles, key = exact_chain(MIXTURE, "vp", 4), 6, steer.Key(2)
     x = model.prior(key.fold("prior"), 1, particles)
-    log_weight, spent, evidence = torch.zeros(2, 1, particles, dtype=torch.float64).unbind(0) + (0.0,)
+    log_weight = spent = torch.zeros(1, particles, dtype=torch.float64)
+    evidence = 0.0
     for k in range(4):
         x0 = model.denoise(x, k)
         if k < 3:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..errors import ModelError
 from ..process import GaussianProcess
-from .mixture import GaussianMixture
+from .mixture import GaussianMixture, MixtureTransition
 
 
 def chain_law(process: GaussianProcess) -> GaussianMixture:
@@ -19,20 +19,21 @@ def chain_law(process: GaussianProcess) -> GaussianMixture:
     Raises ModelError where a step is not affine.
     """
     size = process.event[0]
-    probe = torch.cat([torch.zeros(1, size), torch.eye(size), torch.ones(1, size)]).double()[None]
+    probe = torch.cat([torch.zeros(1, size), torch.eye(size), 3.0 * torch.ones(1, size)]).double()[None]
     mean = torch.zeros(size, dtype=torch.float64)
     cov = process.levels[0].sigma ** 2 * torch.eye(size, dtype=torch.float64)
     for k in range(process.steps):
         step = process.transition(probe, process.denoise(probe, k), k)
         offset, matrix = _affine(step.mean[0])
         mean = matrix @ mean + offset
-        cov = matrix @ cov @ matrix.T + step.std**2 * torch.eye(size, dtype=torch.float64)
+        root = step.factors[0] if isinstance(step, MixtureTransition) else step.std * torch.eye(size).double()
+        cov = matrix @ cov @ matrix.T + root @ root.T
     return GaussianMixture(mean[None], cov[None])
 
 
 def _affine(image: Tensor) -> tuple[Tensor, Tensor]:
-    """Offset and matrix of an affine map from its values at 0, the unit vectors and their sum."""
+    """Offset and matrix of an affine map from its values at 0, the unit vectors and three times their sum."""
     offset, columns, total = image[0], image[1:-1] - image[0], image[-1]
-    if not torch.allclose(offset + columns.sum(0), total, rtol=1e-6, atol=1e-8):
+    if not torch.allclose(offset + 3.0 * columns.sum(0), total, rtol=1e-6, atol=1e-8):
         raise ModelError("chain_law needs steps that are affine in the state: the data must be a single Gaussian")
     return offset, columns.T

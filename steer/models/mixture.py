@@ -60,7 +60,7 @@ class GaussianMixture:
         covs = torch.as_tensor(covs, dtype=torch.float64)
         if covs.shape not in ((modes,), (modes, size, size)):
             raise ShapeError(f"covs must have shape {(modes, size, size)} or ({modes},), got {tuple(covs.shape)}")
-        raw = torch.ones(modes) if weights is None else torch.as_tensor(weights)
+        raw = torch.ones(modes) if weights is None else torch.as_tensor(weights, dtype=torch.float64)
         if raw.shape != (modes,) or not bool((raw > 0).all()):
             raise ShapeError(f"weights must be {modes} positive numbers, got shape {tuple(raw.shape)}")
         self.weights = raw.double() / raw.double().sum()
@@ -200,16 +200,12 @@ class ExactStep:
     mixture: GaussianMixture
 
     def __call__(self, x: Tensor, x0: Tensor, here: Level, there: Level) -> MixtureTransition:
-        mixture, rate = self.mixture, here.alpha / there.alpha
-        size = mixture.means.shape[1]
-        bases = torch.eye(size, dtype=torch.float64).expand(len(mixture.means), -1, -1)
-        bases = bases if mixture.bases is None else mixture.bases
-        before = (there.alpha**2 * mixture.variances + there.sigma**2).expand(-1, size)  # Cov[x' | mode], diagonal
-        after = (here.alpha**2 * mixture.variances + here.sigma**2).expand(-1, size)
-        gain = rate * before / after
-        left = before - gain * rate * before
+        mixture, size = self.mixture, self.mixture.means.shape[1]
+        gain, left = self._moments(here, there)
         if not bool((left > 0).all()):
             raise ModelError("ExactStep needs a density at t = 0: give every mode a positive variance")
+        bases = torch.eye(size, dtype=torch.float64).expand(len(mixture.means), -1, -1)
+        bases = bases if mixture.bases is None else mixture.bases
         matrix = (bases * gain[:, None]) @ bases.mT
         means = there.alpha * mixture.means + torch.einsum(
             "kde,bnke->bnkd", matrix, x.double()[:, :, None] - here.alpha * mixture.means
@@ -219,7 +215,15 @@ class ExactStep:
         return MixtureTransition(log_share.view(*x.shape[:2], -1), means, factors, x.dtype)
 
     def std(self, here: Level, there: Level) -> float:
-        return max(there.sigma, math.sqrt(self.mixture.variances.mean().item()))
+        return math.sqrt(self._moments(here, there)[1].mean().item())
+
+    def _moments(self, here: Level, there: Level) -> tuple[Tensor, Tensor]:
+        """Per mode and eigendirection, (K, D): slope of E[x' | x, mode] and the variance that is left."""
+        variances = self.mixture.variances.expand(-1, self.mixture.means.shape[1])
+        rate = here.alpha / there.alpha
+        before = there.alpha**2 * variances + there.sigma**2
+        gain = rate * before / (here.alpha**2 * variances + here.sigma**2)
+        return gain, before - gain * rate * before
 
 
 def gaussian_mixture(

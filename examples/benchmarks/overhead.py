@@ -1,0 +1,150 @@
+"""What steering adds to the loop one would write by hand.
+
+    python examples/benchmarks/overhead.py [--out overhead.json]
+
+Three figures, each against a bare torch loop (predict, score, ancestral step with torch.randn) in the same run, as the
+minimum CPU time over interleaved rounds on one thread: a ratio or a difference, never an absolute speed. Kernels are
+dispatched operations that compute (views are free); reads are device-to-host scalars, which stall an accelerator.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import steer
+
+VIEWS = {
+    "view", "_unsafe_view", "expand", "slice", "select", "unsqueeze", "squeeze", "alias", "as_strided", "permute",
+    "transpose", "t", "unbind", "detach", "split", "diagonal", "_reshape_alias", "lift_fresh",
+}  # fmt: skip
+
+
+class Kernels(TorchDispatchMode):
+    """Counts dispatched operations by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count[function.overloadpacket.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+    @property
+    def computing(self) -> int:
+        return sum(n for name, n in self.count.items() if name not in VIEWS and name != "_local_scalar_dense")
+
+    @property
+    def reads(self) -> int:
+        return self.count["_local_scalar_dense"]
+
+
+def bare_loop(process: steer.GaussianProcess, reward: Callable, batch: int, particles: int) -> torch.Tensor:
+    """The loop one writes without a library: no weights, no lineage, noise from the global generator."""
+    shape = (batch, particles, *process.event)
+    x = torch.randn(shape) * process.levels[0].sigma
+    for k in range(process.steps):
+        x0 = process.denoiser(x, process.times[k])
+        reward(x0.flatten(0, 1))
+        law = process.transition(x, x0, k)
+        x = law.mean + law.std * torch.randn(shape)
+    return x
+
+
+def fastest(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Least CPU seconds of each run over interleaved rounds, after one that warms up."""
+    best = dict.fromkeys(runs, float("inf"))
+    for i in range(rounds + 1):
+        for name, run in runs.items():
+            began = time.process_time()
+            run()
+            if i:
+                best[name] = min(best[name], time.process_time() - began)
+    return best
+
+
+def per_step(process, reward, batch: int, particles: int, rounds: int, **options) -> dict[str, float]:
+    """Microseconds per step, ratio, and what a step dispatches, of `steer.smc` beside the bare loop."""
+
+    def steered():
+        return steer.smc(process, reward, batch=batch, particles=particles, **options)
+
+    def bare():
+        return bare_loop(process, reward, batch, particles)
+
+    with torch.no_grad():
+        best = fastest({"steer": steered, "bare": bare}, rounds)
+        counts = {}
+        for name, run in (("steer", steered), ("bare", bare)):
+            with Kernels() as counts[name]:
+                run()
+    steps = process.steps
+    return {
+        "bare_us": best["bare"] / steps * 1e6,
+        "steer_us": best["steer"] / steps * 1e6,
+        "added_us": (best["steer"] - best["bare"]) / steps * 1e6,
+        "ratio": best["steer"] / best["bare"],
+        "kernels_added": (counts["steer"].computing - counts["bare"].computing) / steps,
+        "reads": counts["steer"].reads / steps,
+    }
+
+
+def mixture(rounds: int) -> dict[str, float]:
+    """4096 particles on 25 modes in the plane, 100 steps: the most a toy can complain about overhead."""
+    axis = torch.arange(-2.0, 3.0) * 2
+    process = steer.models.gaussian_mixture(torch.cartesian_prod(axis, axis), torch.full((25,), 0.05), steps=100)
+    return per_step(process, lambda x: -0.25 * x.square().sum(1), 1, 4096, rounds)
+
+
+def null_network(rounds: int) -> dict[str, float]:
+    """8 problems x 8 particles of 8x8x1 states and a network that costs nothing: the loop itself."""
+    process = steer.from_denoiser(lambda x, t: 0.5 * x, steer.VP(), 100, event=(1, 8, 8))
+    return per_step(process, lambda x: x.mean((1, 2, 3)), 8, 8, rounds, temperature=0.05)
+
+
+def resampling(rounds: int) -> dict[str, float]:
+    """One systematic resampling of 16 problems x 8 particles, indices only."""
+    log_weight, key = steer.Key(0).normal((16, 8)), steer.Key(1)
+
+    def resample():
+        for step in range(100):
+            steer.systematic(log_weight, key.at(step), 8)
+
+    def torchs_own():
+        for _ in range(100):
+            torch.multinomial(torch.softmax(log_weight, 1), 8, replacement=True)
+
+    best = fastest({"steer": resample, "torch.multinomial": torchs_own}, rounds)
+    return {"steer_us": best["steer"] * 1e4, "torch_multinomial_us": best["torch.multinomial"] * 1e4}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    figures = {
+        "mixture N=4096 (goal ratio <= 1.16)": mixture(arguments.rounds),
+        "null network 8x8, 8x8x1 (goal added <= 110 us, kernels <= 50, reads 0)": null_network(arguments.rounds),
+        "systematic resampling 16x8 (goal <= 30 us)": resampling(arguments.rounds),
+    }
+    for name, figure in figures.items():
+        print(name)
+        print("   " + "  ".join(f"{key} {value:.4g}" for key, value in figure.items()))
+    if arguments.out:
+        machine = {"processor": platform.processor() or platform.machine(), "torch": torch.__version__}
+        arguments.out.write_text(json.dumps({"machine": machine, "figures": figures}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+import steer
+from steer import cli, progress
+from steer.saving import load_result
+
+QUICK = ["--model", "digits", "--reward", "digit:3", "--steps", "4"]
+
+
+def run(*words):
+    return CliRunner().invoke(cli.app, [str(word) for word in words])
+
+
+def generate(out, *words):
+    return run("generate", *QUICK, "--out", out, *words)
+
+
+def test_generate_writes_everything(tmp_path):
+    out = tmp_path / "threes"
+    done = generate(out, "--budget", 40, "--n", 4, "--seed", 3, "--reference", 6)
+    assert done.exit_code == 0, done.output
+    assert sorted(path.name for path in out.iterdir()) == [
+        "images.png", "report.html", "result.json", "result.safetensors",
+    ]  # fmt: skip
+    saved = load_result(out)
+    assert saved.cost.nfe == 40
+    assert saved.facts["reference_cost"]["nfe"] == 24
+    assert saved.facts["run"]["reward"] == "digit:3"
+    assert saved.key == steer.Key(3)
+    assert Image.open(out / "images.png").size == (2 * 96 + 3 * 2, 2 * 96 + 3 * 2)
+    from rewards import from_spec
+
+    again = steer.smc(steer.load("digits", steps=4), from_spec("digit:3"), budget=40, key=3)
+    assert saved.tensors["x"].equal(again.x)
+    page = (out / "report.html").read_text()
+    assert "held-out judge p(3)" in page
+    assert "--budget 40 --n 4 --steps 4 --seed 3 --reference 6</pre>" in page
+
+
+def test_json_is_all_there_is_on_stdout(tmp_path):
+    done = generate(tmp_path, "--particles", 4, "--n", 2, "--json", "--reference", 3, "--guided", 0.5)
+    assert done.exit_code == 0, done.output
+    numbers = json.loads(done.stdout)
+    assert numbers["cost"]["nfe"] == 16
+    assert numbers["cost"]["grads"] > 0
+    assert numbers["reference_cost"]["nfe"] == 12
+    assert set(numbers["files"]) == {"images.png", "report.html", "result.json", "result.safetensors"}
+    assert 0.0 <= numbers["metrics"]["held-out judge p(3)"]["steered"] <= 1.0
+
+
+def test_best_of_n_shows_its_n_best_and_numbers_their_noise(tmp_path):
+    done = generate(tmp_path, "--method", "best_of_n", "--particles", 6, "--n", 2, "--quiet", "--reference", 0)
+    assert (done.exit_code, done.stdout) == (0, "")
+    saved = load_result(tmp_path)
+    best = saved.tensors["reward"][0].topk(2).indices.tolist()
+    assert saved.facts["run"]["shown"] == [best]
+    assert [entry["slot"] for entry in saved.facts["candidates"]] == list(range(6))
+
+
+@pytest.mark.parametrize(
+    ("words", "cure"),
+    [
+        (["--method", "smcc"], "best_of_n"),
+        (["--reward", "digit:99"], "digit:3"),
+        (["--model", "digitss"], "digits-flow"),
+        (["--label", "12"], "[0, 10]"),
+        (["--budget", "40", "--particles", "4"], "not both"),
+        (["--method", "best_of_n", "--guided", "1"], "--method smc"),
+        (["--device", "abacus"], "--device cpu"),
+        (["--steps", "0"], "--steps"),
+        (["--temperature", "0"], "must be positive"),
+    ],
+)
+def test_wrong_usage_exits_2_and_says_what_is_right(tmp_path, words, cure):
+    done = generate(tmp_path / "out", *words)
+    assert done.exit_code == 2, done.output
+    plain = " ".join(word for word in done.stderr.replace("│", " ").split())
+    assert cure in plain
+    assert not (tmp_path / "out").exists()
+
+
+def test_failure_at_run_time_exits_1_with_one_line(tmp_path):
+    done = generate(tmp_path, "--budget", 3)
+    assert done.exit_code == 1
+    assert done.stdout == ""
+    assert done.stderr.strip().count("\n") == 0
+    assert "raise the budget to 4" in done.stderr
+    failed = generate(tmp_path, "--budget", 3, "--json")
+    assert json.loads(failed.stdout)["error"]["type"] == "BudgetError"
+    with pytest.raises(steer.BudgetError):
+        CliRunner().invoke(
+            cli.app, ["generate", *QUICK, "--out", "x", "--budget", "3", "--debug"], catch_exceptions=False
+        )
+
+
+def test_a_file_in_the_way_is_noticed_before_anything_is_spent(tmp_path, monkeypatch):
+    (tmp_path / "out").write_text("here first")
+    monkeypatch.setattr(cli, "_process", lambda *_: pytest.fail("the model was loaded"))
+    assert generate(tmp_path / "out").exit_code == 2
+    monkeypatch.undo()
+    done = generate(tmp_path / "out" / "below", "--particles", 2)
+    assert done.exit_code == 1
+    assert "error:" in done.stderr
+    assert "network rows" not in done.stderr
+
+
+def test_progress_without_a_terminal_is_a_line_every_tenth(tmp_path):
+    done = generate(tmp_path, "--particles", 8, "--n", 2, "--reference", 0)
+    lines = [line for line in done.stderr.splitlines() if "network rows" in line]
+    assert len(lines) == 4
+    assert "smc: 32 of 32 network rows, level 4 of 4, ess" in lines[-1]
+    assert "best" in lines[0]
+
+
+def test_compare_has_best_of_n_and_equal_budgets(tmp_path):
+    done = run(
+        "compare", *QUICK, "--methods", "smc", "--budget", 24, "--keys", 2, "--n", 3, "--out", tmp_path, "--json"
+    )
+    assert done.exit_code == 0, done.output
+    numbers = json.loads(done.stdout)
+    assert numbers == {"out": str(tmp_path), **json.loads((tmp_path / "compare.json").read_text())}
+    assert [row["method"] for row in numbers["rows"]] == ["rollout", "best_of_n", "smc"]
+    assert {row["nfe"] for row in numbers["rows"]} == {24.0}
+    assert numbers["rows"][1]["ess"] == pytest.approx(3.0)
+    assert all((tmp_path / name / "images.png").is_file() for name in ("rollout", "best_of_n", "smc"))
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_models_lists_what_ships():
+    done = run("models", "--json")
+    assert done.exit_code == 0
+    found = {entry["name"]: entry for entry in json.loads(done.stdout)["models"]}
+    assert set(found) >= {"digits", "digits-flow", "digits-classifier", "digits-judge"}
+    assert [found[name]["kind"] for name in ("digits", "digits-flow")] == ["diffusion", "flow"]
+    judge = steer_parameters("digits-judge")
+    assert found["digits-judge"]["parameters"] == judge
+    assert "digits-judge" in run("models").stdout
+
+
+def steer_parameters(name):
+    from rewards.digits import load_digit_net
+
+    return sum(parameter.numel() for parameter in load_digit_net(name).parameters())
+
+
+def test_models_tolerates_a_folder_without_papers(tmp_path):
+    from steer.catalogue import _card
+
+    card = _card(tmp_path)
+    assert (card["parameters"], card["measured"], card["licence"]) == (0, "–", "–")
+
+
+@pytest.mark.parametrize("command", ["generate", "compare", "models"])
+def test_help_shows_an_example(command):
+    done = run(command, "--help")
+    assert done.exit_code == 0
+    assert f"Example: steer {command}" in done.stdout
+
+
+@pytest.mark.parametrize("method", ["rollout", "best_of_n", "smc"])
+def test_ctrl_c_keeps_the_particles_of_every_method(tmp_path, monkeypatch, method):
+    call = progress.Watch.__call__
+
+    def interrupted(self, state):
+        if state.k == 2:
+            signal.raise_signal(signal.SIGINT)
+        call(self, state)
+
+    monkeypatch.setattr(progress.Watch, "__call__", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    done = generate(tmp_path, "--method", method, "--particles", 5, "--n", 2, "--quiet")
+    assert signal.getsignal(signal.SIGINT) is before
+    assert done.exit_code == 1
+    assert str(tmp_path) in done.stderr.replace("\n", "")
+    saved = load_result(tmp_path)
+    assert saved.facts["interrupted"] is True
+    assert saved.tensors["x"].shape == (1, 5, 1, 8, 8)
+    assert saved.cost.nfe <= 15
+    assert saved.facts["reference_cost"] is None
+    assert len(saved.facts["run"]["shown"][0]) == 2
+    assert "Stopped early" in (tmp_path / "report.html").read_text()
+
+
+def test_ctrl_c_in_a_comparison_writes_nothing(tmp_path, monkeypatch):
+    call = progress.Watch.__call__
+
+    def interrupted(self, state):
+        signal.raise_signal(signal.SIGINT)
+        call(self, state)
+
+    monkeypatch.setattr(progress.Watch, "__call__", interrupted)
+    done = run("compare", *QUICK, "--budget", 24, "--keys", 2, "--out", tmp_path / "out")
+    assert done.exit_code == 1
+    assert "interrupted; nothing was written" in done.stderr
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT to another process")
+def test_sigint_to_a_real_process(tmp_path):
+    out = tmp_path / "out"
+    command = "from steer.cli import main; main()"
+    words = ["generate", "--model", "digits", "--reward", "digit:3", "--steps", "900", "--particles", "8"]
+    with subprocess.Popen(
+        [sys.executable, "-c", command, *words, "--n", "4", "--out", str(out)],
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as process:  # fmt: skip
+        try:
+            assert process.stderr is not None
+            first = process.stderr.readline()  # the first tenth is done
+            assert "network rows" in first, first + process.stderr.read()
+            process.send_signal(signal.SIGINT)
+            began = time.monotonic()
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 1
+    assert "interrupted" in errors
+    assert "Traceback" not in errors
+    assert time.monotonic() - began < 60
+    saved = load_result(out)
+    assert saved.facts["interrupted"]
+    assert 720 <= saved.cost.nfe < 900 * 8
+    assert (out / "report.html").is_file()

@@ -1,0 +1,132 @@
+import json
+import os
+
+import pytest
+import torch
+
+import steer
+from steer import saving
+from steer.saving import load_result, save_result, to_json, write_atomically
+
+
+def score(x):
+    return -(x - 1.0).square().sum(1)
+
+
+def mixture(steps=8):
+    return steer.models.gaussian_mixture([[0.0, 0.0], [3.0, 1.0]], [0.1, 0.2], steps=steps)
+
+
+@pytest.fixture
+def run():
+    return steer.smc(mixture(), score, particles=12, key=7, selection=steer.resample(threshold=1.0))
+
+
+def test_what_is_saved_comes_back(run, tmp_path):
+    reference = steer.rollout(mixture(), score, particles=5, key=7)
+    assert (
+        run.save(tmp_path / "run", key=7, reference=reference, model="mixture", options={"steps": 8})
+        == tmp_path / "run"
+    )
+    saved = load_result(tmp_path / "run")
+    for name in ("x", "reward", "log_weight", "log_evidence"):
+        assert torch.equal(saved.tensors[name], getattr(run, name)), name
+    assert torch.equal(saved.tensors["root"].long(), run.trajectory.root)
+    assert torch.equal(saved.tensors["reference_x"], reference.x)
+    assert torch.equal(saved.tensors["scores"], torch.stack([seen.score for seen in run.seen]))
+    assert saved.tensors["ancestors"].shape[0] == len(saved.tensors["ancestor_levels"]) > 1
+    assert saved.cost == run.cost
+    assert saved.key == steer.Key(7)
+    assert saved.facts["run"] == {"model": "mixture", "options": {"steps": 8}}
+    assert saved.facts["versions"]["torch"]
+    assert not saved.facts["interrupted"]
+    assert [entry["slot"] for entry in saved.facts["candidates"]] == run.trajectory.root[0].tolist()
+    assert sum(entry["weight"] for entry in saved.facts["candidates"]) == pytest.approx(1.0)
+
+
+def test_a_single_candidate_is_made_again_from_the_file_alone(run, tmp_path):
+    saved = load_result(run.save(tmp_path, key=7))
+    process, slots = mixture(), saved.slots()
+    assert torch.equal(slots[:, :, 0], run.trajectory.root)
+    assert not torch.equal(slots[:, :, 0], slots[:, :, -1])
+    for particle in (0, 5, 11):
+        line = slots[0, particle].tolist()
+        x = process.prior(saved.key.fold("prior").shifted(slot=line[0]), 1, 1)
+        for k, slot in enumerate(line):
+            transition = process.transition(x, process.denoise(x, k), k)
+            x = transition.sample(saved.key.fold("step").shifted(slot=slot).at(k))
+        torch.testing.assert_close(x[0, 0], saved.tensors["x"][0, particle])
+
+
+def test_a_flipped_byte_is_caught(run, tmp_path):
+    run.save(tmp_path)
+    path = tmp_path / "result.safetensors"
+    blob = bytearray(path.read_bytes())
+    blob[-3] ^= 1
+    path.write_bytes(blob)
+    with pytest.raises(steer.SteerError, match=r"result\.safetensors.*SHA-256"):
+        load_result(tmp_path)
+
+
+def test_missing_and_broken_files_are_named(run, tmp_path):
+    with pytest.raises(steer.SteerError, match=r"result\.json"):
+        load_result(tmp_path)
+    run.save(tmp_path)
+    facts = (tmp_path / "result.json").read_bytes()
+    (tmp_path / "result.json").write_bytes(facts[: len(facts) // 2])
+    with pytest.raises(steer.SteerError, match="not JSON"):
+        load_result(tmp_path)
+    (tmp_path / "result.json").write_text(json.dumps({**json.loads(facts), "schema": 99}))
+    with pytest.raises(steer.SteerError, match="schema 1, got 99"):
+        load_result(tmp_path)
+
+
+def test_a_crash_before_the_rename_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+
+    def crash(*_):
+        raise OSError("power cut")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", crash)
+        with pytest.raises(OSError, match="power cut"):
+            write_atomically(path, b"new and longer")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+    write_atomically(path, b"new")
+    assert path.read_bytes() == b"new"
+
+
+def test_json_comes_last_so_that_a_crash_between_files_shows(run, tmp_path, monkeypatch):
+    run.save(tmp_path)
+    other = steer.smc(mixture(), score, particles=12, key=8)
+    written = []
+
+    def first_only(path, blob):
+        if written:
+            raise OSError("power cut")
+        written.append(path.name)
+        return write_atomically(path, blob)
+
+    monkeypatch.setattr(saving, "write_atomically", first_only)
+    with pytest.raises(OSError, match="power cut"):
+        save_result(other, tmp_path)
+    assert written == ["result.safetensors"]
+    with pytest.raises(steer.SteerError, match="SHA-256"):
+        load_result(tmp_path)
+
+
+def test_several_problems_without_lineage_and_forbidden_samples(tmp_path):
+    result = steer.rollout(mixture(), lambda x: torch.where(x[:, 0] > 0, 0.0, -torch.inf), particles=6, batch=2)
+    saved = load_result(result.take(result.ranked()[:, :4]).save(tmp_path))
+    assert saved.tensors["x"].shape == (2, 4, 2)
+    assert saved.facts["candidates"][0]["slot"] is None
+    assert saved.key is None
+    with pytest.raises(steer.SteerError, match="lineage"):
+        saved.slots()
+
+
+def test_json_is_strict():
+    value = {"nan": float("nan"), "inf": [float("inf")], "tensor": torch.tensor([1.0, float("nan")]), "odd": {1, 2}}
+    assert json.loads(to_json(value)) == {"nan": None, "inf": [None], "tensor": [1.0, None], "odd": [1, 2]}

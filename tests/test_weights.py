@@ -1,0 +1,228 @@
+"""Arithmetic of log-weights: against sums in the plain, at huge magnitudes, and Var(Z_hat) against its true value."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from exact import LIMIT, Linear, z
+
+import steer
+from steer import weights
+from steer.key import Key
+from steer.models import ExactStep, gaussian
+from steer.trajectory import Ancestors
+
+INF = math.inf
+
+
+def rows(*values) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def random_weights(problems: int = 6, particles: int = 9) -> torch.Tensor:
+    log_weight = 2.0 * Key(0).normal((problems, particles))
+    log_weight[1, 2:5] = -INF
+    return log_weight
+
+
+def test_log_mean_exp():
+    log_weight = random_weights()
+    torch.testing.assert_close(weights.log_mean_exp(log_weight), log_weight.exp().mean(1).log(), rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(weights.log_mean_exp(log_weight + 1e5), weights.log_mean_exp(log_weight) + 1e5)
+    assert weights.log_mean_exp(rows([-INF, -INF], [-1e300, -INF])).tolist() == [-INF, pytest.approx(-1e300)]
+    assert weights.log_mean_exp(rows([3.25])).tolist() == [3.25]
+
+
+def test_normalise():
+    log_weight = random_weights()
+    torch.testing.assert_close(weights.normalise(log_weight).exp(), torch.softmax(log_weight, 1), rtol=1e-13, atol=0)
+    torch.testing.assert_close(
+        weights.normalise(log_weight - 1e6).exp(), torch.softmax(log_weight, 1), rtol=1e-9, atol=0
+    )
+
+
+def test_ess_of_small_cases():
+    cases = {(0.0,): 1.0, (0.0, 0.0): 2.0, (0.0, -INF): 1.0, (0.0, -INF, 0.0, -INF): 2.0, (1e6, 0.0, 1e6): 2.0}
+    cases |= {(-1e300, -1e300): 2.0, (math.log(3.0), 0.0): 16.0 / 10.0, (-1e5, -INF, -1e5 - math.log(2.0)): 9.0 / 5.0}
+    for values, expected in cases.items():
+        assert float(weights.ess(rows(values))) == pytest.approx(expected, rel=1e-10)
+    assert weights.ess(rows([-INF, -INF], [0.0, 0.0]))[0].isnan()
+
+
+def test_ess_is_between_one_and_n_and_free_of_scale():
+    log_weight = 4.0 * Key(1).normal((300, 11))
+    size = weights.ess(log_weight)
+    assert bool(((size >= 1.0 - 1e-12) & (size <= 11.0 + 1e-12)).all())
+    torch.testing.assert_close(size, 1.0 / torch.softmax(log_weight, 1).square().sum(1), rtol=1e-12, atol=0)
+    torch.testing.assert_close(weights.ess(log_weight + 1024.0), size, rtol=1e-12, atol=0)
+    assert float(weights.ess(log_weight[:, :1]).max()) == 1.0
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
+def test_temper_reaches_the_goal(share):
+    """ESS at the exponent equals share * N to 1e-6, over likelihoods of spread 0.01 to 1e5."""
+    scale = torch.logspace(-2, 5, 40, dtype=torch.float64)[:, None]
+    likelihood, lowest = scale * Key(2).normal((40, 16)), torch.zeros(40, dtype=torch.float64)
+    zero = torch.zeros_like(likelihood)
+    exponent = weights.temper(zero, likelihood, lowest, share=share)
+    size = weights.ess(exponent[:, None] * likelihood)
+    full = weights.ess(likelihood) >= share * 16
+    assert bool(full.any())
+    assert bool((~full).any())
+    assert bool((exponent[full] == 1.0).all())
+    assert float((size[~full] - share * 16).abs().max()) < 1e-6
+    assert bool((size[~full] >= share * 16 * (1 - 1e-8)).all())  # at or above, never below
+
+
+def test_temper_continues_from_an_exponent_and_from_weights():
+    likelihood, lowest = 6.0 * Key(3).normal((20, 16)), torch.linspace(0.0, 0.9, 20, dtype=torch.float64)
+    log_weight = 0.3 * Key(4).normal((20, 16))
+    exponent = weights.temper(log_weight, likelihood, lowest, share=0.5)
+    size = weights.ess(log_weight + (exponent - lowest)[:, None] * likelihood)
+    assert bool((exponent > lowest).all())
+    assert float((size - 8.0)[exponent < 1.0].abs().max()) < 1e-6
+
+
+def test_temper_stays_where_the_weights_are_already_below_the_goal():
+    log_weight = rows([0.0, -20.0, -20.0, -20.0])
+    likelihood, lowest = rows([3.0, 1.0, 0.0, -1.0]), rows(0.25)[None, 0]
+    assert float(weights.temper(log_weight, likelihood, lowest)) == 0.25
+
+
+def test_temper_with_forbidden_particles():
+    """A likelihood of -inf is a zero weight at any exponent above the lowest: the rest decides."""
+    allowed = 5.0 * Key(5).normal((3, 8))
+    forbidden = torch.cat([allowed, torch.full((3, 8), -INF, dtype=torch.float64)], 1)
+    lowest = torch.zeros(3, dtype=torch.float64)
+    alone = weights.temper(torch.zeros_like(allowed), allowed, lowest, share=0.5)
+    half = weights.temper(torch.zeros_like(forbidden), forbidden, lowest, share=0.25)
+    torch.testing.assert_close(half, alone, rtol=1e-9, atol=0)
+
+
+def test_temper_does_not_depend_on_the_batch():
+    likelihood, lowest = 6.0 * Key(6).normal((5, 16)), torch.zeros(5, dtype=torch.float64)
+    whole = weights.temper(torch.zeros_like(likelihood), likelihood, lowest)
+    for b in range(5):
+        row = likelihood[b : b + 1]
+        assert torch.equal(weights.temper(torch.zeros_like(row), row, lowest[:1]), whole[b : b + 1])
+
+
+@pytest.mark.parametrize("share", [0.0, -0.1, 1.5])
+def test_temper_names_a_bad_share(share):
+    with pytest.raises(steer.SteerError, match=r"in \(0, 1\], got"):
+        weights.temper(torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1), share=share)
+
+
+def test_weighted_mean():
+    log_weight, values = random_weights(), Key(7).normal((6, 9, 2, 3))
+    expected = torch.einsum("bn,bnij->bij", torch.softmax(log_weight, 1), values)
+    torch.testing.assert_close(weights.weighted_mean(log_weight, values), expected)
+    assert weights.weighted_mean(log_weight, values[..., 0, 0]).shape == (6,)
+    assert weights.weighted_mean(log_weight, values.float()).dtype == torch.float64
+
+
+def test_weighted_mean_reads_nothing_at_weight_zero():
+    log_weight, values = rows([0.0, -INF, math.log(3.0), -INF]), rows([1.0, math.nan, 2.0, INF])
+    assert float(weights.weighted_mean(log_weight, values)) == pytest.approx(1.75)
+    assert weights.weighted_mean(rows([0.0, 0.0]), rows([1.0, math.nan])).isnan().all()
+
+
+# --- variance of the evidence -----------------------------------------------------------------------------------------
+
+
+def brute_force_variance(weight, root, resamplings):
+    """Lee & Whiteley's V as the sum over pairs of particles of different roots."""
+    particles = len(weight)
+    apart = sum(weight[i] * weight[j] for i, j in itertools.permutations(range(particles), 2) if root[i] != root[j])
+    return 1.0 - (particles / (particles - 1)) ** (resamplings + 1) * apart
+
+
+def test_evidence_variance_is_the_sum_over_pairs():
+    log_weight = random_weights(4, 7)
+    root = (Key(8).uniform((4, 7)) * 7).long()
+    resamplings = torch.tensor([0, 1, 3, 8])
+    got = weights.evidence_variance(log_weight, root, resamplings)
+    for b in range(4):
+        weight = torch.softmax(log_weight[b], 0).tolist()
+        assert float(got[b]) == pytest.approx(brute_force_variance(weight, root[b].tolist(), int(resamplings[b])))
+
+
+def test_evidence_variance_of_independent_particles_is_that_of_a_mean():
+    """Without resampling V is the sample variance of the weights over N times their squared mean."""
+    log_weight, root = random_weights(5, 8), torch.arange(8).expand(5, 8)
+    weight = log_weight.exp()
+    expected = weight.var(1) / 8 / weight.mean(1).square()
+    got = weights.evidence_variance(log_weight, root, torch.zeros(5, dtype=torch.int64))
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
+    assert weights.evidence_variance(torch.zeros(2, 1), torch.zeros(2, 1).long(), torch.zeros(2)).isnan().all()
+
+
+@pytest.fixture(scope="module")
+def runs():
+    """6000 runs of 8 particles, resampled multinomially at every level whose weights differ, where Z is known.
+
+    At t = 1 every prediction is the data's mean, so the three levels after it are those that count.
+    """
+    times = steer.uniform_times(steer.RectifiedFlow(), 5, start=1.0)
+    process = gaussian([0.5], 0.8, schedule=steer.RectifiedFlow(), times=times, dtype=torch.float64)
+    process = process.with_rule(ExactStep(process.reference))
+    reward = Linear([0.6])
+    result = steer.smc(
+        process, reward, particles=8, batch=6000, key=3, selection=steer.resample(steer.multinomial, threshold=1.0)
+    )
+    return result, (result.log_evidence - process.exact(reward).log_evidence).exp()
+
+
+def unbiased_for_variance(estimate, ratio) -> float:
+    """z of E[(Z_hat / Z)^2 V - (Z_hat / Z - 1)^2] = 0, which is Lee & Whiteley's theorem, at any N."""
+    return z(ratio.square() * estimate - (ratio - 1.0).square())
+
+
+def test_evidence_and_its_variance_are_unbiased(runs):
+    """z over 6000 replicates; V averages 0.07, with a relative SE of about 2%."""
+    result, ratio = runs
+    assert int(result.trajectory.resamplings().min()) >= 3
+    assert abs(z(ratio - 1.0)) < LIMIT
+    assert abs(unbiased_for_variance(result.log_evidence_variance, ratio)) < LIMIT
+
+
+def test_other_estimates_of_the_variance_are_rejected(runs):
+    """The sum of squares of `particles` (Var_logLt), V with a factor too few, V as if nothing was resampled."""
+    result, ratio = runs
+    root, log_weight, resamplings = result.trajectory.root, result.log_weight, result.trajectory.resamplings()
+    weight = torch.softmax(log_weight, 1)
+    squares = torch.zeros_like(weight).scatter_add_(1, root, weight).square().sum(1)
+    mutants = {
+        "sum of squares": squares,
+        "one factor too few": weights.evidence_variance(log_weight, root, resamplings - 1),
+        "one factor too many": weights.evidence_variance(log_weight, root, resamplings + 1),
+        "no lineage": weights.evidence_variance(log_weight, torch.arange(8).expand_as(root), 0 * resamplings),
+    }
+    for name, estimate in mutants.items():
+        assert abs(unbiased_for_variance(estimate, ratio)) > LIMIT, name
+
+
+def test_evidence_variance_at_a_lag(runs):
+    """Given the ancestors at a lag as roots: the whole lag is the run itself, none is independent particles."""
+    result, ratio = runs
+    trajectory = result.trajectory
+    rearranged = [event.parent for event in trajectory.past if isinstance(event, Ancestors)]
+    ancestors = {0: torch.arange(8).expand(6000, 8)}
+    for lag, parent in enumerate(reversed(rearranged), start=1):
+        ancestors[lag] = parent.gather(1, ancestors[lag - 1])
+
+    def at_lag(lag, resamplings):
+        return weights.evidence_variance(result.log_weight, ancestors[lag], resamplings)
+
+    assert torch.equal(ancestors[len(rearranged)], trajectory.root)
+    whole = at_lag(len(rearranged), trajectory.resamplings())
+    assert torch.equal(whole, result.log_evidence_variance)
+    weight = result.log_weight.exp()
+    none = at_lag(0, torch.zeros(6000))
+    torch.testing.assert_close(none, weight.var(1) / 8 / weight.mean(1).square())
+    # a lag leaves out what the generations before it added to the variance, so it is too small for the whole
+    assert unbiased_for_variance(none, ratio) < -LIMIT
+    assert unbiased_for_variance(at_lag(1, torch.ones(6000)), ratio) < -LIMIT
