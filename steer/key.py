@@ -19,6 +19,7 @@ from torch import Tensor
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
+_MASK = 0xFFFFFFFF
 _CALLS_PER_BLOCK = 1 << 14  # small draws are made for several steps at once, up to this many Philox calls
 
 
@@ -55,27 +56,37 @@ class Key:
         self, shape: Sequence[int], *, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu"
     ) -> Tensor:
         """Standard normals of shape (B, N, *event). Entry (b, n) depends on its slots and on the event shape only."""
-        return self._draw("normal", shape, dtype, device)
+        return self._draw("normal", shape, dtype, device, steps=1)
 
     def uniform(self, shape: Sequence[int], *, device: torch.device | str = "cpu") -> Tensor:
         """Uniforms in the open interval (0, 1), on a grid of 2**-32, float64, of shape (B, N, *event)."""
-        return self._draw("uniform", shape, torch.float64, device)
+        return self._draw("uniform", shape, torch.float64, device, steps=1)
 
     def gumbel(self, shape: Sequence[int], *, device: torch.device | str = "cpu") -> Tensor:
         """Standard Gumbel variables: argmax(logits + gumbel) is a categorical draw."""
         return self.uniform(shape, device=device).log_().neg_().log_().neg_()
 
-    def _draw(self, kind: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
-        problems, particles, *event = shape
-        size = math.prod(event)
-        calls = problems * (particles * size // 4 + 2)
-        steps = min(64, 1 << max(0, (_CALLS_PER_BLOCK // calls).bit_length() - 1)) if calls else 1
+    def peek(self, kind: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+        """What `normal` or `uniform` returns, made together with the draws of the next steps: for chains.
+
+        The tensor is shared with whoever asks again: read it, never write.
+        """
+        calls = shape[0] * (math.prod(shape[1:]) // 4 + 2)
+        return self._draw(
+            kind, shape, dtype, device, min(64, 1 << max(0, (_CALLS_PER_BLOCK // calls).bit_length() - 1))
+        )
+
+    def _draw(
+        self, kind: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str, steps: int
+    ) -> Tensor:
+        size = math.prod(shape[2:])
         first = self.step - self.step % steps
         draw = _block if steps > 1 else _block.__wrapped__
-        words = _words(self.seed, self.stream)
-        device = torch.device(device) if isinstance(device, str) else device
-        block = draw(kind, words, first, steps, self.problem, problems, self.slot * size, particles * size, device)
-        return block[self.step - first].to(dtype, copy=True).view(tuple(shape))
+        block = draw(
+            kind, _words(self.seed, self.stream), first, steps, self.problem, shape[0], self.slot * size,
+            shape[1] * size, dtype, torch.device(device) if isinstance(device, str) else device,
+        )  # fmt: skip
+        return block[self.step - first].view(shape)
 
 
 def as_key(key: Key | int) -> Key:
@@ -84,36 +95,34 @@ def as_key(key: Key | int) -> Key:
 
 
 def philox(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four int32 words of Philox-4x32-10 for four broadcastable int32 counter words and a 64-bit key.
+    """Four words of Philox-4x32-10, int64 in [0, 2**32), for four broadcastable int64 counter words and a 64-bit key.
 
-    The bits are those of Random123's `philox4x32` (uint32 reinterpreted as int32).
+    The bits are those of Random123's `philox4x32`.
     """
-    shape = torch.broadcast_shapes(*(word.shape for word in counter))
-    device = counter[0].device
-    # Words 0 and 2 are multiplied, so they live zero-extended in int64; the halves of a product are then two strided
-    # int32 views of it, and no shift or mask is needed. Views are taken once: taking them costs as much as a small xor.
-    even = torch.zeros((2, *shape), dtype=torch.int64, device=device)
-    (word0, word2), _ = _halves(even)
-    word0.copy_(counter[0])
-    word2.copy_(counter[2])
-    multiplier = torch.tensor(_MULTIPLIERS, dtype=torch.int64, device=device).view(2, *(1 for _ in shape))
-    products = torch.empty_like(even), torch.empty_like(even)
-    halves = _halves(products[0]), _halves(products[1])
-    word1, word3 = counter[1], counter[3]
+    counter = torch.broadcast_tensors(*counter)
+    shape, device = counter[0].shape, counter[0].device
+    rows = (2, *(1 for _ in shape))
+    multiplier = torch.tensor(_MULTIPLIERS, dtype=torch.int64, device=device).view(rows)
+    round_key = torch.tensor(key, dtype=torch.int64, device=device).view(rows)
+    weyl = torch.tensor(_WEYL, dtype=torch.int64, device=device).view(rows)
+    even = torch.stack([counter[0], counter[2]])
+    even0, even1 = even
+    odd0, odd1 = counter[1], counter[3]
+    high = torch.empty_like(even)
+    high0, high1 = high
+    products = [(whole, *whole) for whole in (torch.empty_like(even), torch.empty_like(even))]
     for turn in range(10):
-        torch.mul(even, multiplier, out=products[turn % 2])
-        (low0, low2), (high0, high2) = halves[turn % 2]
-        torch.bitwise_xor(high2, word1, out=word0).bitwise_xor_(_signed(key[0] + turn * _WEYL[0]))
-        torch.bitwise_xor(high0, word3, out=word2).bitwise_xor_(_signed(key[1] + turn * _WEYL[1]))
-        word1, word3 = low2, low0
-    return word0, word1, word2, word3
-
-
-def _halves(wide: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Low and high int32 halves of the two rows of an int64 tensor."""
-    pairs = wide.view(torch.int32).view(*wide.shape, 2)
-    low, high = pairs.unbind(-1)
-    return (low[0], low[1]), (high[0], high[1])
+        # 32 x 32 -> 64 bits. The sign of a product and what stands above 32 bits in odd words fall to the mask. Views
+        # are taken once, because taking one costs as much as a small xor.
+        product, product0, product1 = products[turn % 2]
+        torch.mul(even, multiplier, out=product)
+        torch.bitwise_right_shift(product, 32, out=high)
+        torch.bitwise_xor(high1, odd0, out=even0)
+        torch.bitwise_xor(high0, odd1, out=even1)
+        even.bitwise_xor_(round_key).bitwise_and_(_MASK)
+        odd0, odd1 = product1, product0
+        round_key = round_key + weyl  # its carry above 32 bits falls to the mask too
+    return even0, odd0 & _MASK, even1, odd1 & _MASK
 
 
 @lru_cache(maxsize=256)
@@ -138,26 +147,33 @@ def _block(
     problems: int,
     first: int,
     count: int,
+    dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    """(steps, problems, count) numbers, float64: positions first..first+count of the line of each problem and step.
+    """(steps, problems, count) numbers: positions first..first+count of the line of each problem and step.
 
     A particle's numbers lie side by side on the line of its problem, four to a Philox call.
     """
     # Outside the caller's inference mode: a later call may need the same block under autograd.
     with torch.inference_mode(False), torch.no_grad():
-        axis = {"dtype": torch.int32, "device": device}
+        axis = {"dtype": torch.int64, "device": device}
         calls = torch.arange(first // 4, (first + count + 3) // 4, **axis)
         problem_word = torch.arange(problem, problem + problems, **axis)[:, None]
-        step_word = torch.arange(step, step + steps, dtype=torch.int64, device=device).to(torch.int32)[:, None, None]
-        bits = philox((calls, torch.zeros(1, **axis), problem_word, step_word), words)
-        # (word + 2**31 + .5) * 2**-32 maps the signed word to the open unit interval; multiples of one turn need no
-        # offset, because the cosine has that period.
-        numbers = torch.stack(bits, dim=-1).double()
+        step_word = torch.arange(step, step + steps, **axis)[:, None, None]
+        word0, word1, word2, word3 = philox((calls, torch.zeros_like(calls[:1]), problem_word, step_word), words)
+        out = torch.empty((*word0.shape, 4), dtype=dtype, device=device)
         if kind == "uniform":
-            numbers = numbers.add_(2.0**31 + 0.5).mul_(2.0**-32)
-        else:
-            radius = numbers[..., 0::2].add(2.0**31 + 0.5).mul_(2.0**-32).log_().mul_(-2.0).sqrt_()
-            angle = numbers[..., 1::2].mul(2.0 * math.pi * 2.0**-32)
-            numbers = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1)
-        return numbers.reshape(steps, problems, -1)[..., first % 4 : first % 4 + count]
+            for i, word in enumerate((word0, word1, word2, word3)):
+                out[..., i] = word
+            out.add_(0.5).mul_(2.0**-32)
+        else:  # Box-Muller; the angle, a multiple of one turn, needs no offset
+            radius = torch.empty((2, *word0.shape), dtype=torch.float64, device=device)
+            angle = torch.empty_like(radius)
+            for half, along, around in ((0, word0, word1), (1, word2, word3)):
+                radius[half], angle[half] = along, around
+            radius.add_(0.5).mul_(2.0**-32).log_().mul_(-2.0).sqrt_()
+            angle.mul_(2.0 * math.pi * 2.0**-32)
+            pairs = out.view(*word0.shape, 2, 2).movedim(-2, 0)
+            torch.mul(radius, angle.cos(), out=pairs[..., 0])
+            torch.mul(radius, angle.sin_(), out=pairs[..., 1])
+        return out.view(steps, problems, -1)[..., first % 4 : first % 4 + count].contiguous()

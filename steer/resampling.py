@@ -22,10 +22,12 @@ Resampler = Callable[[Tensor, Key, int], Tensor]
 def systematic(log_weight: Tensor, key: Key, count: int) -> Tensor:
     """One uniform per problem, count equally spaced points on the cumulative weights (Carpenter et al. 1999).
 
-    By offspring counts: copies of n are the points between two cumulative sums, so no search is needed.
+    By offspring counts: how many points lie below each cumulative weight is a floor, so no search is needed.
     """
-    points = _cumulative(log_weight) * count - key.uniform((log_weight.shape[0], 1), device=log_weight.device)
-    return _ancestors(torch.diff(points.ceil_(), dim=1, prepend=torch.zeros_like(points[:, :1])), count)
+    cumulative = torch.softmax(log_weight, 1).cumsum(1)
+    uniform = key.peek("uniform", (log_weight.shape[0], 1), torch.float64, log_weight.device)
+    below = torch.addcmul(uniform, cumulative, count / cumulative[:, -1:]).to(torch.int64)
+    return _slots(below, count)
 
 
 def stratified(log_weight: Tensor, key: Key, count: int) -> Tensor:
@@ -56,7 +58,7 @@ def residual(log_weight: Tensor, key: Key, count: int) -> Tensor:
     )
     position = torch.arange(count, device=log_weight.device)
     used = (position < count - sure.sum(1, keepdim=True)).to(sure.dtype)
-    return _ancestors(sure.scatter_add(1, drawn, used), count)
+    return _slots(sure.scatter_add(1, drawn, used).cumsum(1).to(torch.int64), count)
 
 
 def ssp(log_weight: Tensor, key: Key, count: int) -> Tensor:
@@ -88,7 +90,7 @@ def ssp(log_weight: Tensor, key: Key, count: int) -> Tensor:
         fraction[rows, left] = kept
     # The fractions sum to a whole number, so rounding of the last one settles what float64 left over.
     copies[rows, left] += (count - copies.sum(1)).clamp(0.0, 1.0)
-    return _ancestors(copies, count)
+    return _slots(copies.cumsum(1).to(torch.int64), count)
 
 
 def killing(log_weight: Tensor, key: Key, count: int) -> Tensor:
@@ -115,8 +117,11 @@ def _pick(log_weight: Tensor, points: Tensor) -> Tensor:
     return torch.searchsorted(_cumulative(log_weight), points, right=True)
 
 
-def _ancestors(copies: Tensor, count: int) -> Tensor:
-    problems, particles = copies.shape
-    flat = torch.arange(particles, device=copies.device).expand(problems, particles).reshape(-1)
-    repeats = copies.reshape(-1).to(torch.int64)
-    return torch.repeat_interleave(flat, repeats, output_size=problems * count).view(problems, count)
+def _slots(below: Tensor, count: int) -> Tensor:
+    """Ancestors (B, count) from the cumulative numbers of copies (B, N): slot j belongs to the first n above it."""
+    ends = below.new_zeros((below.shape[0], count + 1)).scatter_add_(1, below, _ones(below))
+    return ends.cumsum(1)[:, :count]
+
+
+def _ones(like: Tensor) -> Tensor:
+    return torch.ones((), dtype=like.dtype, device=like.device).expand_as(like)

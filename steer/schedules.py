@@ -183,8 +183,8 @@ def check_times(times: Sequence[float]) -> tuple[float, ...]:
     It ends at 0, the data, or wherever a pretrained model's own grid ends, whose last step may stay at its level.
     """
     grid = tuple(float(t) for t in times)
-    falls = len(grid) > 1 and all(a > b for a, b in itertools.pairwise(grid[:-1])) and grid[-1] <= min(grid)
-    if not falls or grid[-1] < 0.0 or grid[0] > 1.0:
+    falls = all(a > b for a, b in itertools.pairwise(grid[:-1])) and grid[-1:] == (min(grid, default=None),)
+    if len(grid) < 2 or not falls or grid[-1] < 0.0 or grid[0] > 1.0:
         raise SteerError(
             f"times must fall strictly from at most 1 (noise) to 0 (data), got {len(grid)} times "
             f"from {grid[:1]} to {grid[-1:]}; `steer.uniform_times(schedule, steps)` makes such a grid"

@@ -5,6 +5,7 @@ A run is a choice of four parts that compose: a start, a proposal, a weight and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
@@ -142,7 +143,7 @@ def smc(
     _check_stochastic(state, selection)
 
     seen: list[Seen] = []
-    noise = key.fold("step")
+    noise, ancestry = key.fold("step"), key.fold("resample")
     paid, interrupted = state, False  # paid: the last state with its prediction, for runs that end early
     try:
         try:
@@ -151,7 +152,7 @@ def smc(
                 state, scores = _evaluate(state, objective, temperature, proposal, weighted)
                 if scores is not None:
                     state = weight.apply(state, log_potential(scores, temperature))
-                    state = _select(state, scores, selection, key, seen)
+                    state = _select(state, scores, selection, ancestry, seen)
                 paid = state
                 model = process.transition(state.x, state.carried["x0"], k)
                 drawn = proposal(state, model) if "gradient" in state.carried else model
@@ -197,22 +198,27 @@ def _select(state: Trajectory, scores: Tensor, selection: Resample, key: Key, se
     # One problem on the host: reading the decision is free and saves the gather. Elsewhere some problem nearly always
     # resamples, or reading would stall the device: decide per problem by torch.where, and look for bad numbers once,
     # at the end. NaN, where every weight is zero, is not low.
-    low = size < selection.threshold * particles * (1.0 - weights.SLACK)
-    if state.x.device.type == "cpu" and state.x.shape[0] == 1 and not bool(low):
-        if bool(size.isnan()):
+    enough = selection.threshold * particles * (1.0 - weights.SLACK)
+    if state.x.device.type == "cpu" and state.x.shape[0] == 1:
+        size_now = size.item()
+        if math.isnan(size_now):
             _check(state, seen[-1:])
-        return state
+        if size_now >= enough:
+            return state
     if not selection.allowed(state.k) or particles == 1:
         return state
-    # A problem without weight cannot be resampled: its ancestors are not used, but must exist.
-    log_weight = torch.where((state.log_total.abs() < torch.inf)[:, None], state.log_weight, 0.0)
-    return state.resample(selection.resampler(log_weight, key.fold("resample").at(state.k), particles), low)
+    low = size < enough
+    # Where nothing is resampled, possibly for want of any weight, ancestors are not used but must exist.
+    log_weight = state.log_weight.masked_fill(~low[:, None], 0.0)
+    return state.resample(selection.resampler(log_weight, key.at(state.k), particles), low)
 
 
 def _check(state: Trajectory, seen: Sequence[Seen]) -> None:
     """Raises the error that bad scores or weights call for, naming step and particle. Reads the device."""
-    for k, _, scores in seen:
-        check_finite(scores, f"at level {k} of {state.process.steps}")
+    scores = torch.stack([entry.score for entry in seen])
+    if bool((scores.isnan() | (scores == torch.inf)).any()):
+        for k, _, scores in seen:
+            check_finite(scores, f"at level {k} of {state.process.steps}")
     dead = state.log_normaliser == -torch.inf
     if bool(dead.any()):
         raise CollapsedWeightsError(

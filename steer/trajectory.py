@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -115,13 +115,13 @@ class Trajectory:
                 f"{tuple(ancestors.shape)}"
             )
         evidence = self.log_normaliser
-        weight = torch.zeros_like(ancestors, dtype=torch.float64)
         if where is None:
             where = torch.ones_like(evidence, dtype=torch.bool)
+            weight = torch.zeros_like(ancestors, dtype=torch.float64)
         else:
             chosen = where[:, None]
-            ancestors = torch.where(chosen, ancestors, torch.arange(ancestors.shape[1], device=ancestors.device))
-            weight = torch.where(chosen, weight, self.log_weight)
+            ancestors = torch.where(chosen, ancestors, _range(ancestors.shape[1], 1, ancestors.device))
+            weight = self.log_weight.masked_fill(chosen, 0.0)
             evidence = torch.where(where, evidence, self.log_evidence)
         return self._take(ancestors, where, weight)._with(log_evidence=evidence)
 
@@ -244,8 +244,13 @@ def gather(tensor: Tensor, index: Tensor) -> Tensor:
 def _flat(index: Tensor, particles: int) -> Tensor:
     """Positions of particles index (B, M) on the merged axis (B * N), flat."""
     if index.shape[0] > 1:
-        index = index + torch.arange(0, index.shape[0] * particles, particles, device=index.device)[:, None]
+        index = index + _range(index.shape[0], particles, index.device)[:, None]
     return index.reshape(-1)
+
+
+@lru_cache(maxsize=64)
+def _range(count: int, step: int, device: torch.device) -> Tensor:
+    return torch.arange(0, count * step, step, device=device)
 
 
 def _rows(tensor: Tensor, rows: Tensor, index: Tensor) -> Tensor:

@@ -200,7 +200,7 @@ def test_a_problem_does_not_depend_on_its_batch(resampler):
 def test_systematic_equals_the_textbook():
     """Points (i + u) / count looked up on the cumulative weights, one problem and one point at a time."""
     log_weight, key, count = 2.0 * Key(10).normal((40, 17)), Key(11), 23
-    chosen, start = systematic(log_weight, key, count), key.uniform((40, 1))
+    chosen, start = systematic(log_weight, key, count), 1.0 - key.uniform((40, 1))
     for b in range(40):
         cumulative = torch.softmax(log_weight[b], 0).cumsum(0).tolist()
         for i in range(count):
