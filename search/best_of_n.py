@@ -74,7 +74,8 @@ def best_of_n(
     log_weight = torch.full_like(score, -torch.inf).scatter_(1, winners, -math.log(winners.shape[1]))
     none = torch.full_like(score[:, 0], torch.nan)
     return Result(
-        process=process, x=x, reward=score, log_weight=log_weight, log_evidence=none, cost=meter.cost(),
+        process=process, x=x, reward=score, log_weight=log_weight, log_evidence=none,
+        root=torch.arange(score.shape[1], device=score.device).expand_as(score), key=key, cost=meter.cost(),
         temperature=temperature, seen=(Seen(process.steps, torch.full_like(none, float(keep)), score),),
         interrupted=interrupted,
     )  # fmt: skip

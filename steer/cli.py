@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .progress import Abandoned, Interrupt, Watch
+from .progress import Interrupt, Watch
 
 if TYPE_CHECKING:
     from .process import GaussianProcess
@@ -149,7 +149,7 @@ def compare(
 ) -> None:
     """Runs several methods at equal budget: compare.json, report.html and an images.png per method.
 
-    Ctrl-C stops without writing: a comparison counts only when every method had every key.
+    Ctrl-C ends the comparison at the last key that every method has run, and writes that.
     """
     import steer
 
@@ -160,7 +160,7 @@ def compare(
         options = {name: _options(_method(name), name, n, None) for name in everyone}
         total = budget * keys * len(everyone)
         out.mkdir(parents=True, exist_ok=True)
-        with Interrupt(Abandoned) as interrupt, Watch(total, "compare", not (quiet or as_json), interrupt) as watch:
+        with Interrupt() as interrupt, Watch(total, "compare", not (quiet or as_json), interrupt) as watch:
             for name in everyone:
                 options[name] |= watch.hook(_method(name))
             table = steer.compare(
@@ -173,6 +173,9 @@ def compare(
         typer.echo(json.dumps(facts))
     elif not quiet:
         _print_comparison(table, out)
+    if table.interrupted:
+        _say(f"[yellow]interrupted:[/] {table.keys} of {keys} keys are in {escape(str(out))}")
+        raise typer.Exit(1)
 
 
 @app.command(epilog="Example: steer models --json")
@@ -198,13 +201,13 @@ def _errors(debug: bool, as_json: bool) -> Iterator[None]:
 
     try:
         yield
-    except (SteerError, OSError, KeyboardInterrupt, Abandoned, Stop) as error:
+    except (SteerError, OSError, KeyboardInterrupt, Stop) as error:
         if debug:
             raise
         message = " ".join(str(error).split())
         if isinstance(error, KeyboardInterrupt):
             message = "interrupted at once; what was not written yet is lost"
-        elif isinstance(error, Abandoned | Stop):
+        elif isinstance(error, Stop):
             message = "interrupted; nothing was written"
         if as_json:
             typer.echo(json.dumps({"error": {"type": type(error).__name__, "message": message}}))
@@ -293,15 +296,12 @@ def _write(
     result: Result, reference: Result | None, out: Path, n: int, about: dict[str, Any], metrics: dict[str, Any]
 ) -> dict[str, Any]:
     """The run's files, and its numbers. What was paid for comes first: the result, then pictures of it."""
-    import torch
-
     from .images import grid, is_images, to_png
     from .report import shown, summary, write_report
     from .saving import save_result, write_atomically
 
     index = shown(result, n)
-    root = torch.arange(result.reward.shape[1]).expand_as(result.reward) if about["method"] == "best_of_n" else None
-    save_result(result, out, key=about["seed"], root=root, reference=reference, **about, shown=index.tolist())
+    save_result(result, out, reference=reference, **about, shown=index.tolist())
     chosen = result.take(index)
     if is_images(chosen.decoded):
         write_atomically(out / "images.png", to_png(grid(chosen.decoded, least=96)))

@@ -15,18 +15,14 @@ if TYPE_CHECKING:
     from .trajectory import Trajectory
 
 
-class Abandoned(BaseException):
-    """Ends a comparison from within a step; not an Exception, and not what samplers turn into a partial result."""
-
-
 class Interrupt:
     """While open, a first Ctrl-C is noted, and asks the run to end after its step; a second acts at once.
 
     A callback calls `check`, which raises. Outside the main thread, where Python delivers no signals, it does nothing.
     """
 
-    def __init__(self, error: type[BaseException] | None = None):
-        self.error, self.asked, self._before = error, False, None
+    def __init__(self) -> None:
+        self.asked, self._before = False, None
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():
@@ -42,7 +38,7 @@ class Interrupt:
         from .types import Stop
 
         if self.asked:
-            raise (self.error or Stop)()
+            raise Stop
 
     def _note(self, *_: Any) -> None:
         self.asked = True

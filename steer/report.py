@@ -199,10 +199,8 @@ def _samples(result: Result, reference: Result | None, index: Tensor) -> str:
             figures = [(f"coordinate {i}", svg) for i, svg in enumerate(svgs)]
         cards = "".join(card(name, svg) for name, svg in figures)
         return f'<section><h2>Samples</h2><div class="plots">{cards}</div></section>'
-    notes = [f"particle {particle}" for particle in index.flatten().tolist()]
-    if result.trajectory is not None:
-        roots = result.trajectory.root.gather(1, index).flatten().tolist()
-        notes = [f"{note}, from noise {root}" for note, root in zip(notes, roots, strict=True)]
+    pairs = zip(index.flatten().tolist(), chosen.root.flatten().tolist(), strict=True)
+    notes = [f"particle {particle}, from noise {root}" for particle, root in pairs]
     panels = [_panel("Steered", chosen, notes)]
     if reference is not None:
         # Those that began from the noise of the steered run's own first particles.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -40,6 +40,8 @@ class Result:
     log_weight:   log-weights that sum to one within each problem, (B, N) float64. Samplers: of the law they target.
                   Searches: equal weights on what they chose, zero on the rest.
     log_evidence: estimate of log E_p[exp(r / temperature)], (B,); NaN for searches, which estimate none.
+    root:         slot of the noise each sample began from, (B, N).
+    key:          what names all the noise of the run.
     cost:         the ledger.
     temperature:  what rewards were divided by.
     trajectory:   the final population with its lineage, where the method keeps one.
@@ -52,6 +54,8 @@ class Result:
     reward: Tensor
     log_weight: Tensor
     log_evidence: Tensor
+    root: Tensor
+    key: Key
     cost: Cost
     temperature: float = 1.0
     trajectory: Trajectory | None = None
@@ -86,7 +90,7 @@ class Result:
         """Estimated variance of log_evidence, (B,); NaN where the run has no lineage. See `weights`."""
         if self.trajectory is None:
             return torch.full_like(self.log_evidence, torch.nan)
-        return weights.evidence_variance(self.log_weight, self.trajectory.root, self.trajectory.resamplings())
+        return weights.evidence_variance(self.log_weight, self.root, self.trajectory.resamplings())
 
     def mean(self, f: Callable[[Tensor], Tensor]) -> Tensor:
         """Weighted mean over particles of f, a function of states (M, *event) to (M, ...): (B, ...)."""
@@ -104,14 +108,13 @@ class Result:
 
     def take(self, index: Tensor) -> Result:
         """The particles at index (B, M), with equal weights and the same ledger; lineage is left behind."""
-        from dataclasses import replace
-
         equal = torch.zeros_like(index, dtype=torch.float64)
         return replace(
             self,
             x=gather(self.x, index),
             reward=self.reward.gather(1, index),
             log_weight=weights.normalise(equal),
+            root=self.root.gather(1, index),
             trajectory=None,
         )
 

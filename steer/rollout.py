@@ -52,7 +52,8 @@ def rollout(
     size = weights.ess(state.log_weight)
     return Result(
         process=process, x=state.x, reward=scores, log_weight=weights.normalise(state.log_weight),
-        log_evidence=state.log_normaliser, cost=meter.cost(), temperature=temperature, trajectory=state,
+        log_evidence=state.log_normaliser, root=state.root, key=key, cost=meter.cost(), temperature=temperature,
+        trajectory=state,
         seen=(Seen(process.steps, size, scores),), interrupted=interrupted,
     )  # fmt: skip
 

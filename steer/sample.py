@@ -13,7 +13,7 @@ import torch
 from .errors import SteerError
 from .key import Key, as_key
 from .result import Result
-from .types import ReverseProcess, Reward
+from .types import ReverseProcess, Reward, Stop
 
 Method = Callable[..., Result]
 
@@ -82,12 +82,16 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """Methods at equal budget: `rows` in the order run, and every run's Result in `results[method][i]`."""
+    """Methods at equal budget: `rows` in the order run, and every run's Result in `results[method][i]`.
+
+    keys: how many keys every method has run; fewer than asked for where `interrupted`.
+    """
 
     budget: int
     keys: int
     rows: tuple[Row, ...]
     results: dict[str, tuple[Result, ...]]
+    interrupted: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Budget, number of keys and rows as plain JSON types."""
@@ -133,22 +137,36 @@ def compare(
     keys:    independent repeats; their spread is the standard error.
     metrics: name -> function of decoded samples (M, ...) to (M,), reported as weighted means: a held-out reward, say.
     options: method name -> that method's own keyword arguments.
+
+    A run stopped by its `on_step` or from the keyboard ends the comparison at the last key that every method has run.
     """
     chosen: dict[str, Method] = {}
     for method in ("rollout", "best_of_n", *methods):
         chosen.setdefault(method if isinstance(method, str) else method.__name__, resolve(method))
-    rows, results = [], {}
-    for name, method in chosen.items():
-        runs = tuple(
-            sample(
-                process, reward, method=method, budget=budget, temperature=temperature, batch=batch,
-                key=as_key(key).fold("compare", i), **(options or {}).get(name, {}),
-            )
-            for i in range(keys)
+    finished: list[dict[str, Result]] = []
+    for i in range(keys):
+        runs = _round(
+            chosen, options or {}, process=process, reward=reward, budget=budget, temperature=temperature, batch=batch,
+            key=as_key(key).fold("compare", i),
         )  # fmt: skip
-        results[name] = runs
-        rows.append(_row(name, runs, metrics or {}))
-    return Comparison(budget, keys, tuple(rows), results)
+        if runs is None:
+            break
+        finished.append(runs)
+    if not finished:
+        raise Stop("interrupted before every method had run once")
+    results = {name: tuple(runs[name] for runs in finished) for name in chosen}
+    rows = tuple(_row(name, runs, metrics or {}) for name, runs in results.items())
+    return Comparison(budget, len(finished), rows, results, interrupted=len(finished) < keys)
+
+
+def _round(methods: dict[str, Method], options: dict[str, dict[str, Any]], **common: Any) -> dict[str, Result] | None:
+    """One run of every method on one key; None where one was interrupted, which would not be at equal budget."""
+    runs = {}
+    for name, method in methods.items():
+        runs[name] = sample(method=method, **common, **options.get(name, {}))
+        if runs[name].interrupted:
+            return None
+    return runs
 
 
 def _row(name: str, runs: Sequence[Result], metrics: dict[str, Callable]) -> Row:

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from .cost import Cost
 from .errors import SteerError
-from .key import Key, as_key
+from .key import Key
 from .trajectory import Ancestors
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ TENSORS, FACTS = "result.safetensors", "result.json"
 class Saved:
     """A run read back.
 
-    tensors: by name: x, reward, log_weight, log_evidence; scores, ess and seen_levels; with lineage also root,
+    tensors: by name: x, reward, log_weight, log_evidence, root; scores, ess and seen_levels; with lineage also
              ancestors, ancestor_levels and resampled; with a reference also reference_x and reference_reward.
     facts:   what result.json holds.
     """
@@ -47,9 +47,9 @@ class Saved:
         return Cost(**self.facts["cost"])
 
     @property
-    def key(self) -> Key | None:
-        """The key the run was started with, where it was noted."""
-        return None if (key := self.facts["key"]) is None else Key(key["seed"], tuple(key["stream"]))
+    def key(self) -> Key:
+        """The key the run was started with."""
+        return Key(self.facts["key"]["seed"], tuple(self.facts["key"]["stream"]))
 
     def slots(self) -> Tensor:
         """The slot each final particle's noise was drawn at, step by step: (B, N, steps).
@@ -75,24 +75,20 @@ def save_result(
     result: Result,
     directory: Path,
     *,
-    key: Key | int | None = None,
-    root: Tensor | None = None,
     reference: Result | None = None,
     **notes: Any,
 ) -> Path:
     """The directory, now holding result.safetensors (numbers) and, written last, result.json (facts and digest).
 
-    key:       what the run was started with, so that its noise can be drawn again.
-    root:      start slots (B, N) of the particles, where the result itself keeps no lineage.
     reference: unsteered samples to keep beside it.
     notes:     anything of plain JSON types: names of model, reward and method, options.
     """
     from safetensors.torch import save
 
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = _tensors(result, root, reference)
+    tensors = _tensors(result, reference)
     blob = save({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()})
-    facts = _facts(result, tensors.get("root"), None if key is None else as_key(key))
+    facts = _facts(result)
     facts["reference_cost"] = None if reference is None else reference.cost.to_dict()
     facts["sha256"] = {TENSORS: hashlib.sha256(blob).hexdigest()}
     facts["run"] = notes
@@ -179,20 +175,17 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def _tensors(result: Result, root: Tensor | None, reference: Result | None) -> dict[str, Tensor]:
-    tensors = {name: getattr(result, name) for name in ("x", "reward", "log_weight", "log_evidence")}
+def _tensors(result: Result, reference: Result | None) -> dict[str, Tensor]:
+    tensors = {name: getattr(result, name) for name in ("x", "reward", "log_weight", "log_evidence", "root")}
     if result.seen:
         tensors["seen_levels"] = torch.tensor([seen.k for seen in result.seen])
         tensors["ess"] = torch.stack([seen.ess for seen in result.seen])
         tensors["scores"] = _stacked([seen.score for seen in result.seen], math.nan)
     if result.trajectory is not None:
-        root = result.trajectory.root
         moves = [event for event in result.trajectory.past if isinstance(event, Ancestors)]
         tensors["ancestor_levels"] = torch.tensor([k for k, _, _ in moves], dtype=torch.int64)
         tensors["resampled"] = _stacked([happened for _, _, happened in moves], 0)
         tensors["ancestors"] = _stacked([index.int() for _, index, _ in moves], -1)
-    if root is not None:
-        tensors["root"] = root.int()
     if reference is not None:
         tensors |= {"reference_x": reference.x, "reference_reward": reference.reward}
     return tensors
@@ -206,9 +199,9 @@ def _stacked(levels: list[Tensor], blank: float) -> Tensor:
     return torch.stack([pad(level, (0, width - level.shape[-1]), value=blank) for level in levels])
 
 
-def _facts(result: Result, root: Tensor | None, key: Key | None) -> dict[str, Any]:
+def _facts(result: Result) -> dict[str, Any]:
     process, shares = result.process, result.log_weight.exp().tolist()
-    scores, slots = result.reward.tolist(), None if root is None else root.tolist()
+    scores, slots = result.reward.tolist(), result.root.tolist()
     problems, particles = result.reward.shape
     return {
         "schema": SCHEMA,
@@ -216,7 +209,7 @@ def _facts(result: Result, root: Tensor | None, key: Key | None) -> dict[str, An
         "temperature": result.temperature,
         "log_evidence": result.log_evidence,
         "log_evidence_variance": result.log_evidence_variance,
-        "key": None if key is None else {"seed": key.seed, "stream": list(key.stream)},
+        "key": {"seed": result.key.seed, "stream": list(result.key.stream)},
         "process": {
             "event": list(process.event),
             "steps": process.steps,
@@ -226,7 +219,7 @@ def _facts(result: Result, root: Tensor | None, key: Key | None) -> dict[str, An
         },
         # The starting noise of a candidate is Key(seed, (*stream, "prior"), problem=problem, slot=slot).
         "candidates": [
-            {"problem": b, "particle": n, "slot": None if slots is None else slots[b][n], "reward": scores[b][n],
+            {"problem": b, "particle": n, "slot": slots[b][n], "reward": scores[b][n],
              "weight": shares[b][n]}
             for b in range(problems)
             for n in range(particles)

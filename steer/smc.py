@@ -173,7 +173,7 @@ def smc(
         raise
     return Result(
         process=process, x=state.x, reward=scores, log_weight=weights.normalise(state.log_weight),
-        log_evidence=state.log_normaliser, cost=meter.cost(), temperature=temperature,
+        log_evidence=state.log_normaliser, root=state.root, key=key, cost=meter.cost(), temperature=temperature,
         trajectory=state, seen=tuple(seen), interrupted=interrupted,
     )  # fmt: skip
 

@@ -24,10 +24,7 @@ def run():
 
 def test_what_is_saved_comes_back(run, tmp_path):
     reference = steer.rollout(mixture(), score, particles=5, key=7)
-    assert (
-        run.save(tmp_path / "run", key=7, reference=reference, model="mixture", options={"steps": 8})
-        == tmp_path / "run"
-    )
+    assert run.save(tmp_path / "run", reference=reference, model="mixture", options={"steps": 8}) == tmp_path / "run"
     saved = load_result(tmp_path / "run")
     for name in ("x", "reward", "log_weight", "log_evidence"):
         assert torch.equal(saved.tensors[name], getattr(run, name)), name
@@ -45,7 +42,7 @@ def test_what_is_saved_comes_back(run, tmp_path):
 
 
 def test_a_single_candidate_is_made_again_from_the_file_alone(run, tmp_path):
-    saved = load_result(run.save(tmp_path, key=7))
+    saved = load_result(run.save(tmp_path))
     process, slots = mixture(), saved.slots()
     assert torch.equal(slots[:, :, 0], run.trajectory.root)
     assert not torch.equal(slots[:, :, 0], slots[:, :, -1])
@@ -121,8 +118,8 @@ def test_several_problems_without_lineage_and_forbidden_samples(tmp_path):
     result = steer.rollout(mixture(), lambda x: torch.where(x[:, 0] > 0, 0.0, -torch.inf), particles=6, batch=2)
     saved = load_result(result.take(result.ranked()[:, :4]).save(tmp_path))
     assert saved.tensors["x"].shape == (2, 4, 2)
-    assert saved.facts["candidates"][0]["slot"] is None
-    assert saved.key is None
+    assert saved.facts["candidates"][0]["slot"] == int(result.ranked()[0, 0])
+    assert saved.key == steer.Key(0)
     with pytest.raises(steer.SteerError, match="lineage"):
         saved.slots()
 

@@ -1,0 +1,103 @@
+"""One call for every method, and comparisons at equal budget."""
+
+import math
+
+import pytest
+import torch
+from exact import Linear, mixture_2d
+
+import search
+import steer
+
+REWARD = Linear([0.7, -0.5])
+
+
+def process(steps=5):
+    mixture = mixture_2d()
+    return steer.models.gaussian_mixture(mixture.means, mixture.covs, mixture.weights, steps=steps)
+
+
+@pytest.mark.parametrize("name", steer.methods())
+def test_a_name_is_its_function(name):
+    by_name = steer.sample(process(), REWARD, method=name, budget=40, key=2)
+    by_hand = steer.sample(process(), REWARD, method=steer.sample.__globals__["resolve"](name), budget=40, key=2)
+    assert torch.equal(by_name.x, by_hand.x)
+    assert by_name.cost.nfe == 40
+
+
+def test_options_reach_the_method():
+    result = steer.sample(process(), REWARD, method="best_of_n", budget=40, keep=3)
+    assert int((result.log_weight > -torch.inf).sum()) == 3
+    with pytest.raises(TypeError, match="keep"):
+        steer.sample(process(), REWARD, method="smc", keep=3)
+
+
+def test_an_unknown_name_lists_the_known():
+    with pytest.raises(steer.SteerError, match=r"no method is called 'dps'.*best_of_n.*smc"):
+        steer.sample(process(), REWARD, method="dps")
+
+
+def test_a_comparison_is_at_equal_budget_with_both_baselines():
+    table = steer.compare(
+        process(), REWARD, methods=[steer.smc, search.best_of_n], budget=43, keys=4, key=1, batch=2,
+        metrics={"first": lambda x: x[:, 0]}, options={"best_of_n": {"keep": 2}},
+    )  # fmt: skip
+    assert [row.method for row in table.rows] == ["rollout", "best_of_n", "smc"]
+    assert {row.nfe for row in table.rows} == {2 * 8 * 5}
+    smc = table.rows[2]
+    runs = table.results["smc"]
+    rewards = torch.stack([run.mean_reward.mean() for run in runs])
+    assert smc.reward[0] == pytest.approx(float(rewards.mean()))
+    assert smc.reward[1] == pytest.approx(float(rewards.std() / math.sqrt(4)))
+    firsts = [float(run.mean(lambda x: x[:, 0]).mean()) for run in runs]
+    assert smc.metrics["first"][0] == pytest.approx(sum(firsts) / 4)
+    assert str(table).splitlines()[0].split() == ["method", "reward", "best", "first", "ess", "nfe", "grads", "rewards",
+                                                  "seconds"]  # fmt: skip
+    assert table.to_dict()["rows"][1]["method"] == "best_of_n"
+
+
+def test_keys_of_a_comparison_are_independent_and_reproducible():
+    one, two = (steer.compare(process(), REWARD, budget=40, keys=2, key=3) for _ in range(2))
+    assert one.rows[2].reward == two.rows[2].reward
+    first, second = one.results["smc"]
+    assert not torch.equal(first.x, second.x)
+    # methods share the key, so that their difference is not the noise's
+    assert torch.equal(one.results["rollout"][0].x, one.results["best_of_n"][0].x)
+
+
+def test_an_interrupted_comparison_keeps_the_keys_that_all_methods_ran():
+    def stop_in_the_third_key(state):
+        stop_in_the_third_key.steps += 1
+        if stop_in_the_third_key.steps == 2 * 5 + 3:
+            raise steer.Stop
+
+    stop_in_the_third_key.steps = 0
+    table = steer.compare(
+        process(), REWARD, budget=40, keys=5, options={"smc": {"on_step": stop_in_the_third_key}}
+    )  # fmt: skip
+    assert table.interrupted
+    assert table.keys == 2
+    assert all(len(runs) == 2 for runs in table.results.values())
+    stop_in_the_third_key.steps = 2 * 5
+    with pytest.raises(steer.Stop):
+        steer.compare(process(), REWARD, budget=40, options={"smc": {"on_step": stop_in_the_third_key}})
+
+
+def test_drawing_from_a_result_follows_its_weights():
+    result = steer.importance_sampling(process(), REWARD, particles=64, key=1)
+    drawn = result.draw(6400, key=2)
+    counts = torch.bincount((drawn.x[0, :, None] == result.x[0]).all(2).nonzero()[:, 1], minlength=64)
+    assert bool(((counts / 100 - 64 * result.log_weight.exp()[0]).abs() < 1.0).all())
+    assert torch.equal(drawn.root[0].bincount(minlength=64), counts)
+    assert drawn.ess.item() == pytest.approx(6400)
+
+
+def test_a_result_shows_itself():
+    result = steer.smc(process(), REWARD, particles=4)
+    assert "1 x 4 samples" in repr(result)
+    assert result._repr_png_() is None
+    digits = steer.load("digits", steps=3)
+    shown = steer.smc(digits, lambda x: x.mean((1, 2, 3)), particles=4)
+    assert shown._repr_png_().startswith(b"\x89PNG")
+    assert len(shown.images) == 4
+    assert shown.images[0].size == (8, 8)
