@@ -221,11 +221,9 @@ def _say(markup: str) -> None:
 
 def _process(model: str, steps: int, label: int | None, device: str) -> GaussianProcess:
     import torch
-    from diffusers.utils import logging
 
     import steer
 
-    logging.disable_progress_bar()
     try:
         where = torch.device(device)
         torch.empty(0, device=where)

@@ -65,7 +65,7 @@ def difference(at: Collection[int] | None = None, tempering: Tempering | None = 
 
 
 def maximum(at: Collection[int] | None = None, tempering: Tempering | None = None) -> Weight:
-    """Potential exp(max of the values so far) (FK-steering's "max", Singhal et al. 2025, Sec. 3)."""
+    """Potential exp(max of the values so far) (FK-steering's "max", Singhal et al. 2025)."""
 
     def combine(value: Tensor, memory: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         highest = torch.maximum(memory["highest"], value) if "highest" in memory else value
@@ -89,28 +89,53 @@ def final_only() -> Weight:
     return Weight(lambda value, memory: (torch.zeros_like(value), {}), at=frozenset())
 
 
-def geometric_tempering(gamma: float = 0.008) -> Tempering:
-    """Exponent min((1 + gamma)^k - 1, 1) at level k (DAS, Kim et al. 2025, gamma = .008 at 100 steps)."""
+@dataclass(frozen=True)
+class GeometricTempering:
+    """Exponent min(lowest + (1 + gamma)^k - 1, 1) at level k. Built by `geometric_tempering`."""
+
+    gamma: float
+    lowest: float = 0.0
+
+    def at(self, k: int) -> float:
+        """The exponent at level k."""
+        # expm1 and log1p: (1 + gamma)^k - 1 for small gamma, without overflow for large k
+        return min(self.lowest + math.expm1(min(k * math.log1p(self.gamma), 1.0)), 1.0)
+
+    def __call__(self, state: Trajectory, value: Tensor) -> Tensor:
+        return torch.full_like(value[:, 0], self.at(state.k))
+
+
+def geometric_tempering(gamma: float = 0.008, *, lowest: float = 0.0) -> GeometricTempering:
+    """Exponent min(lowest + (1 + gamma)^k - 1, 1) at level k (DAS, Kim et al. 2025, gamma = .008 at 100 steps).
+
+    lowest: exponent to begin from, in [0, 1]. After a start at temperature T_m give it temperature / T_m, or the first
+    weights undo what the start has paid for (the law is the same, at a higher variance).
+    """
     if not gamma > 0.0:
         raise SteerError(f"gamma must be positive, got {gamma}")
+    return GeometricTempering(gamma, _share("lowest", lowest))
+
+
+def adaptive_tempering(share: float = 0.5, *, lowest: float = 0.0) -> Tempering:
+    """The largest exponent, never falling, that keeps the ESS at or above share * N. For `difference` potentials.
+
+    lowest: exponent to begin from, as in `geometric_tempering`.
+    """
+    lowest = _share("lowest", lowest)
 
     def exponent(state: Trajectory, value: Tensor) -> Tensor:
-        # expm1 and log1p: (1 + gamma)^k - 1 for small gamma, without overflow for large k
-        now = min(math.expm1(min(state.k * math.log1p(gamma), 1.0)), 1.0)
-        return torch.full_like(value[:, 0], now)
+        begin = torch.full_like(value[:, 0], lowest)
+        begin = state.memory["exponent"][:, 0] if "exponent" in state.memory else begin
+        at_begin = state.log_weight + begin[:, None] * value - state.memory["spent"]
+        return weights.temper(at_begin, value, begin, share=share)
 
     return exponent
 
 
-def adaptive_tempering(share: float = 0.5) -> Tempering:
-    """The largest exponent, never falling, that keeps the ESS at or above share * N. For `difference` potentials."""
-
-    def exponent(state: Trajectory, value: Tensor) -> Tensor:
-        lowest = state.memory["exponent"][:, 0] if "exponent" in state.memory else torch.zeros_like(value[:, 0])
-        at_lowest = state.log_weight + lowest[:, None] * value - state.memory["spent"]
-        return weights.temper(at_lowest, value, lowest, share=share)
-
-    return exponent
+def _share(name: str, value: float) -> float:
+    if not 0.0 <= value <= 1.0:
+        raise SteerError(f"{name} must be in [0, 1], got {value}")
+    return float(value)
 
 
 def _weight(combine: Combine, at: Collection[int] | None, tempering: Tempering | None) -> Weight:

@@ -201,7 +201,7 @@ def convert(
     Two paths differ only by the clock and a scale: with rho = alpha / sigma equal at times t and s, the state on the
     new path is c x_t with c = sigma_new(s) / sigma_old(t), and both have the same E[x_0]. The denoiser is therefore
     the old one at x / c; transition rule, decoder and conditioning carry over. Source: Kim et al. 2025 (RBF,
-    2503.19385), Sec. 4.2, in x_0 form, where no derivative of the clock is needed.
+    2503.19385), in x_0 form, where no derivative of the clock is needed.
 
     times: grid on the new path; default, as many steps, uniform in its time, from the noisiest level at which the
     old grid starts (or the new schedule starts, if that is less noisy).

@@ -96,7 +96,7 @@ def ssp(log_weight: Tensor, key: Key, count: int) -> Tensor:
 def killing(log_weight: Tensor, key: Key, count: int) -> Tensor:
     """Particle n survives in place with probability W_n / max W, else is replaced by a multinomial draw.
 
-    Keeps survivors in their slots; needs count = N. Source: Del Moral 2004, Sec. 5.
+    Keeps survivors in their slots; needs count = N. Source: Del Moral 2004.
     """
     problems, particles = log_weight.shape
     if count != particles:

@@ -161,7 +161,7 @@ class EulerMaruyama:
 class FlowSDE:
     """Flow-GRPO's SDE: Euler-Maruyama with g = a sqrt(sigma / alpha). Use through `steer.flow_sde(a)`.
 
-    Source: Liu et al. 2025 (Flow-GRPO), Eq. 9, a = .7. Where alpha = 0 the released code takes alpha from the next
+    Source: Liu et al. 2025 (Flow-GRPO), a = .7. Where alpha = 0 the released code takes alpha from the next
     level inside g, and so does this. Residual noise stays at t = 0 (about a tenth at 20 steps); `cps` has none.
     """
 

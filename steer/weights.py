@@ -32,8 +32,7 @@ def temper(log_weight: Tensor, log_likelihood: Tensor, lowest: Tensor, *, share:
     """The largest exponent lambda in [lowest, 1] that keeps ESS(log_weight + (lambda - lowest) log_likelihood).
 
     "Keeps" means at or above share * N; the lowest exponent where even that is below. Forty bisections for all
-    problems at once, with no host read: (B, N), (B, N), (B,) -> (B,). Source: Jasra et al. 2011; Dai et al. 2022,
-    Sec. 3.3.
+    problems at once, with no host read: (B, N), (B, N), (B,) -> (B,). Source: Jasra et al. 2011.
     """
     if not 0.0 < share <= 1.0:
         raise SteerError(f"share of N that the ESS must keep is in (0, 1], got {share}")
@@ -52,7 +51,7 @@ def evidence_variance(log_weight: Tensor, root: Tensor, resamplings: Tensor) -> 
 
     log_weight: final weights (B, N). root: index of each particle's ancestor at the start, (B, N). resamplings: how
     often each problem was resampled, (B,).
-    Source: Lee & Whiteley 2018, Eq. 3, V = 1 - (N / (N - 1))^(R + 1) (1 - sum_n S_n^2) with S_n the weight that
+    Source: Lee & Whiteley 2018, V = 1 - (N / (N - 1))^(R + 1) (1 - sum_n S_n^2) with S_n the weight that
     descends from root n. Unbiased for multinomial resampling; an overestimate for the others. It degenerates to 1 once
     one root is left; there is no fixed-lag remedy, since every generation adds to the variance of the evidence.
     """
@@ -70,7 +69,7 @@ def mean_variance(log_weight: Tensor, values: Tensor, ancestor: Tensor) -> Tenso
 
     ancestor: index (B, N) of each particle's ancestor; at the start, or a number of resamplings ago
     (`Trajectory.ancestor(lag)`) for the fixed-lag form, which forgets what has been forgotten and lives on when one
-    root is left. Source: Chan & Lai 2013; Lee & Whiteley 2018, Sec. 4; fixed lag: Olsson & Douc 2019.
+    root is left. Source: Chan & Lai 2013; Lee & Whiteley 2018; fixed lag: Olsson & Douc 2019.
     """
     weight = torch.softmax(log_weight, 1)
     spread = weight * (values - (weight * values).sum(1, keepdim=True))

@@ -33,9 +33,16 @@ def load(
     if name not in _NAMES:
         raise ModelError(f"no embedded model is called {name!r}; there are {', '.join(_NAMES)}")
     from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
+    from diffusers.utils import logging
 
-    with as_file(files("steer") / "assets" / name) as folder:
-        pipe = DDPMPipeline.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # two small files need no bar
+    try:
+        with as_file(files("steer") / "assets" / name) as folder:
+            pipe = DDPMPipeline.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
     pipe.unet.requires_grad_(False)
     return from_pipeline(
         pipe.to(device), steps=steps, transition=transition, class_labels=labels, guidance_scale=guidance_scale
