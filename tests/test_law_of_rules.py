@@ -1,7 +1,7 @@
 """Sampled laws under every transition rule and after conversion, against the exact law of the discretised chain.
 
-With Gaussian data every chain is affine, so `steer.models.chain_law` gives what the chain samples at its finite number of
-steps: no limit of small steps is taken, and |z| < 4 over 512 problems.
+With Gaussian data every chain is affine, so `steer.models.chain_law` gives what the chain samples at its finite number
+of steps: no limit of small steps is taken, and |z| < 4 over 512 problems.
 """
 
 import pytest
