@@ -100,22 +100,24 @@ class Meter:
         return Cost(self.nfe, self.grads, self.rewards, self.decodes, seconds, _peak_bytes())
 
 
-def affordable(per_particle: int, *, particles: int | None, budget: int | None, default: int = 16) -> int:
+def affordable(
+    per_particle: int, *, particles: int | None, budget: int | None, default: int = 16, before: int = 0
+) -> int:
     """How many particles per problem to run, each costing `per_particle` network rows.
 
     particles: the number itself; budget: network rows per problem, never exceeded. Giving neither means `default`;
-    giving both asks for `particles` and checks them against the budget.
+    giving both asks for `particles` and checks them against the budget. before: rows spent whatever their number.
     """
     if particles is not None and particles < 1:
         raise BudgetError(f"particles must be at least 1, got {particles}")
     if budget is None:
         return default if particles is None else particles
-    most = budget // per_particle
+    most = max(0, budget - before) // per_particle
     if most < (particles or 1):
         raise BudgetError(
             f"a budget of {budget} network rows per problem pays for {most} particle(s) at {per_particle} rows each, "
-            f"and {particles or 1} were asked for; raise the budget to {per_particle * (particles or 1)}, "
-            "or take fewer steps"
+            f"{f'after {before} for their start, ' if before else ''}and {particles or 1} were asked for; raise the "
+            f"budget to {before + per_particle * (particles or 1)}, or take fewer steps"
         )
     return particles or most
 

@@ -49,7 +49,7 @@ class Objective:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             x0 = self.process.denoise(x, k)
-            value = self(x0)
+            value = self(self.process.complete(x, x0))
             if not value.requires_grad:
                 raise NotDifferentiableError(
                     f"guidance needs the gradient of the reward {_name(self.reward)}, which returned scores without "

@@ -16,7 +16,7 @@ from .cost import Meter
 from .errors import ModelError, ShapeError, SteerError
 from .key import Key
 from .transitions import DDIM
-from .types import Denoiser, Level, Rule, Schedule, Transition
+from .types import Denoiser, GaussianTransition, Level, Rule, Schedule
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +92,11 @@ class GaussianProcess:
             )
         return x0 if x0.dtype == x.dtype else x0.to(x.dtype)
 
-    def transition(self, x: Tensor, x0: Tensor, k: int) -> Transition:
+    def complete(self, x: Tensor, x0: Tensor) -> Tensor:
+        """The prediction itself: it is a clean state."""
+        return x0
+
+    def transition(self, x: Tensor, x0: Tensor, k: int) -> GaussianTransition:
         """The law of the step from level k to k + 1."""
         return self.rule(x, x0, self.levels[k], self.levels[k + 1])
 

@@ -88,16 +88,17 @@ def advance(state: Trajectory, key: Key, on_step: OnStep | None = None) -> tuple
 
     A stopped population stands at its last predictions of the data.
     """
-    process, x0 = state.process, None
+    process, clean = state.process, None
     try:
         with torch.no_grad():
             for k in range(state.k, process.steps):
                 x0 = process.denoise(state.x, k)
+                clean = process.complete(state.x, x0)
                 state = state.step(process.transition(state.x, x0, k), key.fold("step"))
                 if on_step is not None:
                     on_step(state)
     except (Stop, KeyboardInterrupt):
-        if x0 is None:
+        if clean is None:
             raise
-        return replace(state, x=x0), True
+        return replace(state, x=clean), True
     return state, False

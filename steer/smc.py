@@ -8,23 +8,53 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from . import weights
 from .cost import affordable
-from .errors import CollapsedWeightsError, NonFiniteError, NotStochasticError, ShapeError, SteerError
+from .errors import CollapsedWeightsError, NonFiniteError, NotStochasticError, ShapeError, StateSpaceError, SteerError
 from .key import Key, as_key
 from .objective import Objective, check_finite, check_temperature, conditioned, log_potential, open_run
 from .potentials import Weight, difference
 from .resampling import Resampler, systematic
 from .result import Result, Seen
 from .trajectory import Trajectory
-from .types import OnStep, ReverseProcess, Reward, Stop, Transition
+from .types import GaussianTransition, OnStep, ReverseProcess, Reward, Stop
 
 Start = Callable[[ReverseProcess, Objective, Key, int, int], Trajectory]
-"""(process, objective, key, batch, particles) -> Trajectory. Weights it sets are kept."""
+"""(process, objective, key, batch, particles) -> Trajectory. Weights it sets are kept, and what it has spent.
+
+A start whose particles are already tilted by exp(v) says so in `memory["spent"] = v`: the potentials on the way
+multiply in what is missing, and no reward is counted twice. Where the normaliser of its law is not known it sets
+log_evidence to NaN, and the run's evidence is NaN.
+"""
+
+
+@runtime_checkable
+class PreparedStart(Protocol):
+    """A start that spends network rows, or that takes its temperature from the run unless it has its own."""
+
+    def __call__(
+        self, process: ReverseProcess, objective: Objective, key: Key, batch: int, particles: int, /
+    ) -> Trajectory: ...
+
+    def prepare(self, process: ReverseProcess, temperature: float) -> tuple[Start, int]:
+        """The start at the run's temperature, and the network rows per problem that it will spend."""
+        ...
+
+
+class Proposal(Protocol):
+    """What particles move by: a law for the next state from the state and the model's own transition."""
+
+    @property
+    def scale(self) -> float:
+        """Strength of the guidance; where it is not 0 the state carries the gradient of r(x0_hat) / temperature."""
+        ...
+
+    def __call__(self, state: Trajectory, model: GaussianTransition) -> GaussianTransition: ...
 
 
 @dataclass(frozen=True)
@@ -33,7 +63,7 @@ class Bootstrap:
 
     scale: float = 0.0
 
-    def __call__(self, state: Trajectory, model: Transition) -> Transition:
+    def __call__(self, state: Trajectory, model: GaussianTransition) -> GaussianTransition:
         return model
 
 
@@ -47,12 +77,17 @@ class Guided:
 
     scale: float = 1.0
 
-    def __call__(self, state: Trajectory, model: Transition) -> Transition:
-        gradient = state.carried["gradient"] * (self.scale * model.std**2)
-        if "exponent" in state.memory:
-            exponent = state.memory["exponent"]
-            gradient = gradient * exponent.to(gradient.dtype).view(*exponent.shape, *(1 for _ in gradient.shape[2:]))
-        return model.shift(gradient)
+    def __call__(self, state: Trajectory, model: GaussianTransition) -> GaussianTransition:
+        return model.shift(pull(state) * (self.scale * model.std**2))
+
+
+def pull(state: Trajectory) -> Tensor:
+    """Gradient (B, N, *event) of the tempered value at a state that carries one."""
+    gradient = state.carried["gradient"]
+    if "exponent" not in state.memory:
+        return gradient
+    exponent = state.memory["exponent"].to(gradient.dtype)
+    return gradient * exponent.view(*exponent.shape, *(1 for _ in gradient.shape[2:]))
 
 
 bootstrap = Bootstrap()
@@ -102,7 +137,7 @@ def smc(
     temperature: float = 1.0,
     key: Key | int = 0,
     start: Start | Trajectory = prior,
-    proposal: Bootstrap | Guided = bootstrap,
+    proposal: Proposal = bootstrap,
     weight: Weight | None = None,
     selection: Resample | None = None,
     keep_states: bool = False,
@@ -113,14 +148,16 @@ def smc(
     batch:       B independent problems (a conditioned process fixes it).
     particles:   N per problem, 16 by default; or budget, network rows per problem, never exceeded.
     temperature: > 0, in units of the reward; inf ignores the reward.
-    start:       where particles begin: `prior`, another start, or a Trajectory to go on from.
+    start:       where particles begin: `prior`, another start (`pcnl`, `mala`, `ula`, `top_k_of_n`), whose cost comes
+                 out of the budget, or a Trajectory to go on from.
     proposal:    `bootstrap`, or `guided(scale)` for the gradient of r(x0_hat).
     weight:      potential at intermediate levels: `difference()` by default, `maximum()`, `total()`, `final_only()`.
     selection:   `resample(resampler, threshold, at)`; systematic below half of N by default.
     keep_states: remember every state and density (for `Trajectory.states` and `.transitions`).
     on_step:     called with the Trajectory after each step; raising `Stop` ends the run with what there is.
 
-    Returns x (B, N, *event), reward (B, N), log_weight (B, N) that sum to one, log_evidence (B,).
+    Returns x (B, N, *event), reward (B, N), log_weight (B, N) that sum to one, log_evidence (B,), which is NaN after a
+    start of unknown normaliser.
     Cost per problem: N K network rows (K = process.steps), N K rewards at the default weight; with guidance also up
     to N K backward passes. One prediction per state serves its weight, its proposal and the next step.
     Raises NonFiniteError, CollapsedWeightsError, NotStochasticError, NotDifferentiableError, RewardError, ShapeError;
@@ -135,7 +172,8 @@ def smc(
     if isinstance(start, Trajectory):
         state = _resumed(start, process)
     else:
-        count = affordable(process.steps * process.rows, particles=particles, budget=budget)
+        start, rows = start.prepare(process, temperature) if isinstance(start, PreparedStart) else (start, 0)
+        count = affordable(process.steps * process.rows, particles=particles, budget=budget, before=rows)
         state = start(process, objective, key, conditioned(process, batch), count)
     state = replace(state, keep_states=keep_states)
     if "spent" not in state.memory:
@@ -155,14 +193,14 @@ def smc(
                     state = _select(state, scores, selection, ancestry, seen)
                 paid = state
                 model = process.transition(state.x, state.carried["x0"], k)
-                drawn = proposal(state, model) if "gradient" in state.carried else model
+                drawn = proposal(state, cast(GaussianTransition, model)) if "gradient" in state.carried else model
                 state = state.step(drawn, noise, model=None if drawn is model else model)
                 if on_step is not None:
                     on_step(state)
         except (Stop, KeyboardInterrupt):
             if "x0" not in paid.carried:
                 raise
-            state, interrupted = replace(paid, x=paid.carried["x0"]), True
+            state, interrupted = replace(paid, x=process.complete(paid.x, paid.carried["x0"])), True
         with torch.no_grad():
             scores = objective(state.x)
         state = weight.close(state, log_potential(scores, temperature))
@@ -179,16 +217,21 @@ def smc(
 
 
 def _evaluate(
-    state: Trajectory, objective: Objective, temperature: float, proposal: Bootstrap | Guided, weighted: bool
+    state: Trajectory, objective: Objective, temperature: float, proposal: Proposal, weighted: bool
 ) -> tuple[Trajectory, Tensor | None]:
     """The state carrying its prediction (and gradient, where it is needed), and its scores where it is weighted."""
     process, k = state.process, state.k
     if proposal.scale and process.stochastic(k):
+        if not hasattr(process, "levels"):
+            raise StateSpaceError(
+                f"a proposal that follows a gradient needs states on a Gaussian path, got {type(process).__name__}; "
+                "use proposal=steer.bootstrap"
+            )
         x0, scores, gradient = objective.value_and_grad(state.x, k, 1.0 / temperature)
         return state.carry(x0=x0, gradient=gradient), scores if weighted else None
     with torch.no_grad():
         x0 = process.denoise(state.x, k)
-        return state.carry(x0=x0), objective(x0) if weighted else None
+        return state.carry(x0=x0), objective(process.complete(state.x, x0)) if weighted else None
 
 
 def _select(state: Trajectory, scores: Tensor, selection: Resample, key: Key, seen: list[Seen]) -> Trajectory:
@@ -219,13 +262,15 @@ def _check(state: Trajectory, seen: Sequence[Seen]) -> None:
     if bool((scores.isnan() | (scores == torch.inf)).any()):
         for k, _, scores in seen:
             check_finite(scores, f"at level {k} of {state.process.steps}")
-    dead = state.log_normaliser == -torch.inf
+    # The weights carried, not the evidence: that is NaN by right where the start's normaliser is unknown, and what was
+    # collected was finite, or nothing would have been resampled.
+    dead = state.log_total == -torch.inf
     if bool(dead.any()):
         raise CollapsedWeightsError(
             f"every particle of problem {int(dead.nonzero()[0])} has weight zero at level {state.k}: the reward "
             "forbids (-inf) all of them; use more particles, or a reward that is finite on what the model makes"
         )
-    if not bool(state.log_normaliser.isfinite().all()):
+    if not bool(state.log_total.isfinite().all()):
         raise NonFiniteError(
             f"log-weights at level {state.k} are not finite although every score is: the transition's densities "
             "overflow; lower the guidance scale, or keep states in float32"

@@ -51,6 +51,7 @@ class Trajectory:
     memory:       per-particle tensors (B, N, ...) that belong to the path: statistics of the values seen so far.
     past:         what happened, oldest first: rearrangements always, steps where `keep_states`.
     keep_states:  whether steps remember states and densities (memory: one population per step).
+    diagnostics:  what the start or the sampler measured of itself, (B,) each: acceptance, step size, split R-hat.
     """
 
     process: ReverseProcess
@@ -62,6 +63,7 @@ class Trajectory:
     memory: Mapping[str, Tensor] = field(default_factory=dict)
     past: tuple[Ancestors | Stepped, ...] = ()
     keep_states: bool = False
+    diagnostics: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def begin(cls, process: ReverseProcess, x: Tensor, *, k: int = 0, keep_states: bool = False) -> Trajectory:
@@ -145,7 +147,7 @@ class Trajectory:
         weight, past = self.log_weight, self.past
         if self.keep_states or model is not None:
             log_prob = log_behaviour = None
-            if transition.std > 0.0:
+            if transition.stochastic:
                 log_behaviour = transition.log_prob(x)
                 log_prob = log_behaviour if model is None else model.log_prob(x)
                 weight = weight if model is None else weight + (log_prob - log_behaviour)

@@ -35,6 +35,11 @@ class Normal:
     mean: Tensor
     std: float
 
+    @property
+    def stochastic(self) -> bool:
+        """Whether std > 0."""
+        return self.std > 0.0
+
     def sample(self, key: Key) -> Tensor:
         """One draw per particle, named by the key; the mean itself where std = 0."""
         if self.std == 0.0:

@@ -57,23 +57,34 @@ class Reward(Protocol):
 
 @runtime_checkable
 class Transition(Protocol):
-    """The law of one step, x' given x, for every particle: shape (B, N, *event)."""
+    """The law of one step, x' given x, for every particle: shape (B, N, *event).
+
+    Laws on a Gaussian path also have `mean`, `std` (0 for a deterministic step) and `shift(delta)`, for proposals.
+    """
 
     @property
-    def mean(self) -> Tensor: ...
-
-    @property
-    def std(self) -> float:
-        """Noise scale per coordinate; 0 for a deterministic step."""
+    def stochastic(self) -> bool:
+        """Whether the step draws anything: only then does it have a density."""
         ...
 
     def sample(self, key: Key) -> Tensor: ...
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Log-density of x, summed over the event: shape (B, N), float64. NotStochasticError where std = 0."""
+        """Log-density of x, summed over the event: (B, N), float64. NotStochasticError where nothing is drawn."""
         ...
 
-    def shift(self, delta: Tensor) -> Transition:
+
+@runtime_checkable
+class GaussianTransition(Transition, Protocol):
+    """A step on a Gaussian path, which proposals can move."""
+
+    @property
+    def mean(self) -> Tensor: ...
+
+    @property
+    def std(self) -> float: ...
+
+    def shift(self, delta: Tensor) -> GaussianTransition:
         """The same law moved by delta."""
         ...
 
@@ -81,7 +92,7 @@ class Transition(Protocol):
 class Rule(Protocol):
     """How a step is taken between two levels of a Gaussian path, given the prediction x0."""
 
-    def __call__(self, x: Tensor, x0: Tensor, here: Level, there: Level) -> Transition: ...
+    def __call__(self, x: Tensor, x0: Tensor, here: Level, there: Level) -> GaussianTransition: ...
 
     def std(self, here: Level, there: Level) -> float:
         """The noise scale of that step, known without evaluating the network."""
@@ -115,7 +126,13 @@ class ReverseProcess(Protocol):
 
     def prior(self, key: Key, batch: int, particles: int) -> Tensor: ...
 
-    def denoise(self, x: Tensor, k: int) -> Tensor: ...
+    def denoise(self, x: Tensor, k: int) -> Tensor:
+        """The prediction of the data from states at level k, (B, N, ...)."""
+        ...
+
+    def complete(self, x: Tensor, x0: Tensor) -> Tensor:
+        """The clean state (B, N, *event) that a prediction stands for, which rewards can score."""
+        ...
 
     def transition(self, x: Tensor, x0: Tensor, k: int) -> Transition: ...
 

@@ -136,7 +136,7 @@ class _Averaged:
     """A law that reports log-densities averaged over coordinates instead of summed, as GRPO code does."""
 
     def __init__(self, law):
-        self.law, self.std = law, law.std
+        self.law, self.std, self.stochastic = law, law.std, law.stochastic
 
     def sample(self, key):
         return self.law.sample(key)
@@ -248,7 +248,7 @@ class _PushedBy:
     """Drawn from one law, weighted as another."""
 
     def __init__(self, law, drawn):
-        self.law, self.drawn, self.std = law, drawn, law.std
+        self.law, self.drawn, self.stochastic = law, drawn, law.stochastic
 
     def sample(self, key):
         return self.drawn.sample(key)

@@ -91,7 +91,7 @@ def test_every_field_moves_with_its_particle(verb):
     # fields that a future version adds must be listed here and in `names`, or be of the whole problem
     fields = {field.name for field in dataclasses.fields(Trajectory)}
     assert fields == {
-        "process", "x", "k", "log_weight", "log_evidence", "carried", "memory", "past", "keep_states"
+        "process", "x", "k", "log_weight", "log_evidence", "carried", "memory", "past", "keep_states", "diagnostics"
     }  # fmt: skip
     check_unchanged(state, before, 0)
 

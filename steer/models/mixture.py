@@ -167,6 +167,11 @@ class MixtureTransition:
         """Root mean variance of a component, averaged: the scale that guidance steps are measured by."""
         return math.sqrt(self.factors.square().sum((1, 2)).mean().item() / self.factors.shape[1])
 
+    @property
+    def stochastic(self) -> bool:
+        """Always: every mode has a variance."""
+        return True
+
     def sample(self, key: Key) -> Tensor:
         """One draw per particle."""
         chosen = (self.log_share + key.fold("mode").gumbel(self.log_share.shape)).argmax(2)
