@@ -17,6 +17,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .errors import SteerError
+
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
@@ -46,6 +48,8 @@ class Key:
 
     def at(self, step: int) -> Key:
         """This key at a step of the chain."""
+        if not 0 <= step <= _MASK:
+            raise SteerError(f"a key's step is a 32-bit counter, 0 <= step < 2**32, got {step}; fold the rest in")
         return Key(self.seed, self.stream, self.problem, self.slot, step)
 
     def shifted(self, *, problem: int = 0, slot: int = 0) -> Key:

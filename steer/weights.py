@@ -64,16 +64,19 @@ def evidence_variance(log_weight: Tensor, root: Tensor, resamplings: Tensor) -> 
     return 1.0 - inflation * (1.0 - descended.square().sum(1))
 
 
-def mean_variance(log_weight: Tensor, values: Tensor, ancestor: Tensor) -> Tensor:
+def mean_variance(log_weight: Tensor, values: Tensor, ancestor: Tensor, resamplings: Tensor) -> Tensor:
     """Estimated variance of the weighted mean of values (B, N), from one run: (B,).
 
-    ancestor: index (B, N) of each particle's ancestor; at the start, or a number of resamplings ago
-    (`Trajectory.ancestor(lag)`) for the fixed-lag form, which forgets what has been forgotten and lives on when one
-    root is left. Source: Chan & Lai 2013; Lee & Whiteley 2018; fixed lag: Olsson & Douc 2019.
+    ancestor: index (B, N) of each particle's ancestor at the start, or fewer resamplings ago
+    (`Trajectory.ancestor(lag)`) for the fixed-lag form, which forgets what the population has forgotten and lives on when
+    one root is left. resamplings: how many lie between, (B,).
+    Source: Lee & Whiteley 2018 (the same V, of centred values); fixed lag: Olsson & Douc 2019. Biased by O(1 / N).
     """
+    particles = log_weight.shape[1]
     weight = torch.softmax(log_weight, 1)
     spread = weight * (values - (weight * values).sum(1, keepdim=True))
-    return torch.zeros_like(weight).scatter_add_(1, ancestor, spread).square().sum(1)
+    inflation = (particles / max(1, particles - 1)) ** (resamplings.double() + 1.0)
+    return inflation * torch.zeros_like(weight).scatter_add_(1, ancestor, spread).square().sum(1)
 
 
 def weighted_mean(log_weight: Tensor, values: Tensor) -> Tensor:

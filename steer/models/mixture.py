@@ -284,4 +284,5 @@ def quadratic_form(reward: Any, size: int) -> QuadraticForm:
             "exact answers need a reward with a method quadratic_form(dim) -> steer.QuadraticForm, such as "
             f"rewards.Linear or rewards.Quadratic, got {type(reward).__name__}"
         )
-    return reward.quadratic_form(size)
+    form = reward.quadratic_form(size)
+    return form._replace(matrix=0.5 * (form.matrix + form.matrix.mT))  # r(x) depends on the symmetric part alone
