@@ -68,8 +68,8 @@ def mean_variance(log_weight: Tensor, values: Tensor, ancestor: Tensor, resampli
     """Estimated variance of the weighted mean of values (B, N), from one run: (B,).
 
     ancestor: index (B, N) of each particle's ancestor at the start, or fewer resamplings ago
-    (`Trajectory.ancestor(lag)`) for the fixed-lag form, which forgets what the population has forgotten and lives on when
-    one root is left. resamplings: how many lie between, (B,).
+    (`Trajectory.ancestor(lag)`) for the fixed-lag form, which forgets what the population has forgotten and lives on
+    when one root is left. resamplings: how many lie between, (B,).
     Source: Lee & Whiteley 2018 (the same V, of centred values); fixed lag: Olsson & Douc 2019. Biased by O(1 / N).
     """
     particles = log_weight.shape[1]
