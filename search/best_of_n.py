@@ -8,13 +8,12 @@ from dataclasses import replace
 
 import torch
 
-from steer.cost import affordable
 from steer.errors import SteerError
 from steer.key import Key, as_key
 from steer.objective import check_finite, check_temperature, conditioned, open_run
 from steer.result import Result, Seen
 from steer.rollout import advance
-from steer.smc import Start, prior
+from steer.smc import Start, prepared, prior
 from steer.trajectory import Trajectory
 from steer.types import ReverseProcess, Reward
 
@@ -42,16 +41,17 @@ def best_of_n(
     temperature is accepted for a common signature and changes nothing. log_evidence is NaN.
     Cost per problem: N K network rows and N rewards.
     """
-    check_temperature(temperature)
-    key = as_key(key)
+    temperature, key = check_temperature(temperature), as_key(key)
     process, objective, meter = open_run(process, reward)
-    count = affordable(process.steps * process.rows, particles=particles, budget=budget)
+    ready, count = prepared(start, process, temperature, particles=particles, budget=budget)
+    if ready is not start:
+        chunk = count  # a start that spends rows of its own is paid for once
     samples, scores, interrupted = [], [], False
     for first in range(0, count, chunk):
         size = min(chunk, count - first)
         here = key.shifted(slot=first)
         try:
-            state = start(process, objective, here, conditioned(process, batch), size)
+            state = ready(process, objective, here, conditioned(process, batch), size)
             state, interrupted = advance(state, here, on_step)
         except KeyboardInterrupt:
             if not samples:

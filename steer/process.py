@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import parameterization, schedules
 from .cost import Meter
-from .errors import ModelError, ShapeError, SteerError
+from .errors import ModelError, ShapeError, StateSpaceError, SteerError
 from .key import Key
 from .transitions import DDIM
 from .types import Denoiser, GaussianTransition, Level, Rule, Schedule
@@ -32,6 +32,8 @@ class GaussianProcess:
     problems:  number of conditionings the denoiser is closed over (axis 0), None where any batch runs.
     prompts:   their texts, handed to rewards that ask for them.
     rows:      network rows per prediction, for the ledger (2 under classifier-free guidance).
+    initial:   mean (broadcast to (B, N, *event)) and standard deviation of the prior, where a pipeline starts from
+               another law than N(0, sigma^2): image-to-image, or a scheduler with a scale of its own.
     reference: what knows exact answers about this model (analytic models), else None.
     meter:     the ledger of the run in progress; samplers set it.
     """
@@ -45,6 +47,7 @@ class GaussianProcess:
     problems: int | None = None
     prompts: tuple[str, ...] | None = None
     rows: int = 1
+    initial: tuple[Tensor, float] | None = None
     reference: Any = None
     device: torch.device | str = "cpu"
     dtype: torch.dtype = torch.float32
@@ -52,6 +55,8 @@ class GaussianProcess:
 
     def __post_init__(self) -> None:
         schedules.check_times(self.times)
+        if not hasattr(self.rule, "std"):
+            raise StateSpaceError(f"{self.rule} is no rule for a Gaussian path; use steer.ddim(eta=1.0) or another")
 
     def __repr__(self) -> str:
         first = self.levels[0]
@@ -71,10 +76,16 @@ class GaussianProcess:
         return len(self.times) - 1
 
     def prior(self, key: Key, batch: int, particles: int) -> Tensor:
-        """Starting states x_0 ~ N(0, sigma^2) at level 0, shape (B, N, *event)."""
+        """Starting states at level 0, shape (B, N, *event): N(0, sigma^2) unless `initial` says otherwise."""
         self.check_batch(batch)
-        shape = (batch, particles, *self.event)
-        return key.normal(shape, dtype=self.dtype, device=self.device) * self.levels[0].sigma
+        noise = key.normal((batch, particles, *self.event), dtype=self.dtype, device=self.device)
+        mean, std = self.prior_moments
+        return noise * std if mean is None else torch.add(mean.to(noise), noise, alpha=std)
+
+    @property
+    def prior_moments(self) -> tuple[Tensor | None, float]:
+        """Mean of the prior, (B or 1, 1, *event) or None for zero, and its standard deviation."""
+        return (None, self.levels[0].sigma) if self.initial is None else self.initial
 
     def denoise(self, x: Tensor, k: int) -> Tensor:
         """The prediction E[x_0 | x] at level k, same shape and dtype as x. Counted by the meter."""
@@ -147,11 +158,16 @@ class GaussianProcess:
 
     def check_batch(self, batch: int) -> None:
         """Raises ShapeError where the model's conditioning does not have that many problems."""
-        if self.problems is not None and batch != self.problems:
-            raise ShapeError(
-                f"this process is conditioned on {self.problems} problem(s), got batch={batch}; "
-                f"pass batch={self.problems}, or condition it on {batch} prompts or labels"
-            )
+        check_batch(self.problems, batch)
+
+
+def check_batch(problems: int | None, batch: int) -> None:
+    """Raises ShapeError where a process conditioned on that many problems is run on another number."""
+    if problems is not None and batch != problems:
+        raise ShapeError(
+            f"this process is conditioned on {problems} problem(s), got batch={batch}; "
+            f"pass batch={problems}, or condition it on {batch} prompts or labels"
+        )
 
 
 def from_denoiser(
@@ -210,6 +226,11 @@ def convert(
     times: grid on the new path; default, as many steps, uniform in its time, from the noisiest level at which the
     old grid starts (or the new schedule starts, if that is less noisy).
     """
+    if not hasattr(process, "levels"):
+        raise StateSpaceError(
+            f"only Gaussian paths can be exchanged, and {type(process).__name__} has none; a masked process takes "
+            "another masking schedule by with_times"
+        )
     old = process.schedule
     ceiling = min(schedules.angle(old, process.times[0]), schedules.angle(schedule, schedule.start))
     if times is None or isinstance(times, int):

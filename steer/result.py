@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import weights
 from .cost import Cost
+from .errors import StateSpaceError
 from .key import Key, as_key
 from .resampling import systematic
 from .trajectory import Trajectory, gather
@@ -47,6 +48,7 @@ class Result:
     trajectory:   the final population with its lineage, where the method keeps one.
     seen:         ESS and scores at the levels that were weighted.
     interrupted:  True where the run was stopped early: x then holds predictions, or fewer particles.
+    tree:         the search tree, which can be grown further, where the method grows one.
     """
 
     process: ReverseProcess
@@ -61,6 +63,7 @@ class Result:
     trajectory: Trajectory | None = None
     seen: tuple[Seen, ...] = ()
     interrupted: bool = False
+    tree: Any = None
 
     def __repr__(self) -> str:
         problems, particles = self.reward.shape
@@ -79,6 +82,16 @@ class Result:
     def ess(self) -> Tensor:
         """Effective sample size of the final weights, (B,)."""
         return weights.ess(self.log_weight)
+
+    @property
+    def pareto_k(self) -> Tensor:
+        """Pareto k-hat of the final weights, (B,): above .7 their tail is too heavy to trust (`weights.pareto_k`)."""
+        return weights.pareto_k(self.log_weight)
+
+    @property
+    def diagnostics(self) -> Mapping[str, Tensor]:
+        """What the start or the sampler measured of itself, (B,) each: acceptance, step size, split R-hat."""
+        return {} if self.trajectory is None else self.trajectory.diagnostics
 
     @property
     def mean_reward(self) -> Tensor:
@@ -130,6 +143,17 @@ class Result:
         from .images import to_images
 
         return to_images(self.decoded)
+
+    @property
+    def texts(self) -> list[str]:
+        """Samples as strings, problem by problem; for processes over tokens that say how to read them."""
+        read = getattr(self.process, "text", None)
+        if read is None:
+            raise StateSpaceError(
+                f"samples of this {type(self.process).__name__} are no text; a masked process reads its tokens by "
+                "the function steer.from_logits(text=...)"
+            )
+        return read(self.x.flatten(0, 1))
 
     def save(self, directory: str | Path, **extra: Any) -> Path:
         """Writes result.safetensors and result.json (seeds, lineage, ledger, versions, digest), atomically."""

@@ -7,13 +7,12 @@ from dataclasses import replace
 import torch
 
 from . import weights
-from .cost import affordable
 from .errors import SteerError
 from .key import Key, as_key
 from .objective import check_finite, check_temperature, conditioned, open_run
 from .potentials import final_only
 from .result import Result, Seen
-from .smc import Start, prior, resample, smc
+from .smc import Start, prepared, prior, resample, smc
 from .trajectory import Trajectory
 from .types import OnStep, ReverseProcess, Reward, Stop
 
@@ -39,7 +38,7 @@ def rollout(
     """
     temperature, key = check_temperature(temperature), as_key(key)
     process, objective, meter = open_run(process, reward)
-    count = affordable(process.steps * process.rows, particles=particles, budget=budget)
+    start, count = prepared(start, process, temperature, particles=particles, budget=budget)
     state = start(process, objective, key, conditioned(process, batch), count)
     state, interrupted = advance(replace(state, keep_states=keep_states), key, on_step)
     try:

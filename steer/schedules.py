@@ -81,6 +81,25 @@ class RectifiedFlow:
         return Coeffs(1.0 - t, t, -1.0, 1.0)
 
 
+@dataclass(frozen=True)
+class Trigonometric:
+    """x_t = cos(pi t / 2) x_0 + scale sin(pi t / 2) eps: every variance-preserving path, by the angle of its levels.
+
+    A path's clock changes nothing but its time grid, so the tables of variance-preserving schedulers, whatever their
+    betas and with or without a zero terminal SNR, are grids on this one path. scale: standard deviation of the noise
+    (TrigFlow's sigma_data, Lu & Song 2025). alpha(1) = 0: see `RectifiedFlow`.
+    """
+
+    scale: float = 1.0
+    start: float = 0.999
+
+    def __call__(self, t: float) -> Coeffs:
+        rate = 0.5 * math.pi
+        # sin of the complement, so that alpha(1) is 0 and not 6e-17
+        alpha, sine = math.sin(rate * (1.0 - t)), math.sin(rate * t)
+        return Coeffs(alpha, self.scale * sine, -rate * sine, self.scale * rate * alpha)
+
+
 class Tabulated:
     """Variance-preserving path through tabulated squared signal rates, as diffusers' `alphas_cumprod`.
 

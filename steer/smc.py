@@ -127,6 +127,14 @@ def prior(process: ReverseProcess, objective: Objective, key: Key, batch: int, p
     return Trajectory.begin(process, process.prior(key.fold("prior"), batch, particles))
 
 
+def prepared(
+    start: Start, process: ReverseProcess, temperature: float, *, particles: int | None, budget: int | None
+) -> tuple[Start, int]:
+    """A start ready for a run at that temperature, and how many whole chains it leaves the budget for."""
+    start, rows = start.prepare(process, temperature) if isinstance(start, PreparedStart) else (start, 0)
+    return start, affordable(process.steps * process.rows, particles=particles, budget=budget, before=rows)
+
+
 def smc(
     process: ReverseProcess,
     reward: Reward,
@@ -170,10 +178,9 @@ def smc(
     weight, selection = weight or difference(), selection or resample()
     process, objective, meter = open_run(process, reward)
     if isinstance(start, Trajectory):
-        state = _resumed(start, process)
+        state = resumed(start, process)
     else:
-        start, rows = start.prepare(process, temperature) if isinstance(start, PreparedStart) else (start, 0)
-        count = affordable(process.steps * process.rows, particles=particles, budget=budget, before=rows)
+        start, count = prepared(start, process, temperature, particles=particles, budget=budget)
         state = start(process, objective, key, conditioned(process, batch), count)
     state = replace(state, keep_states=keep_states)
     if "spent" not in state.memory:
@@ -190,7 +197,7 @@ def smc(
                 state, scores = _evaluate(state, objective, temperature, proposal, weighted)
                 if scores is not None:
                     state = weight.apply(state, log_potential(scores, temperature))
-                    state = _select(state, scores, selection, ancestry, seen)
+                    state = select(state, scores, selection, ancestry, seen)
                 paid = state
                 model = process.transition(state.x, state.carried["x0"], k)
                 drawn = proposal(state, cast(GaussianTransition, model)) if "gradient" in state.carried else model
@@ -205,7 +212,7 @@ def smc(
             scores = objective(state.x)
         state = weight.close(state, log_potential(scores, temperature))
         seen.append(Seen(process.steps, state.ess, scores))
-        _check(state, seen)
+        check(state, seen)
     except SteerError as error:
         error.keep(paid)
         raise
@@ -234,7 +241,7 @@ def _evaluate(
         return state.carry(x0=x0), objective(process.complete(state.x, x0)) if weighted else None
 
 
-def _select(state: Trajectory, scores: Tensor, selection: Resample, key: Key, seen: list[Seen]) -> Trajectory:
+def select(state: Trajectory, scores: Tensor, selection: Resample, key: Key, seen: list[Seen]) -> Trajectory:
     """The state resampled in the problems whose ESS is low."""
     particles, size = state.x.shape[1], state.ess
     seen.append(Seen(state.k, size, scores))
@@ -245,7 +252,7 @@ def _select(state: Trajectory, scores: Tensor, selection: Resample, key: Key, se
     if state.x.device.type == "cpu" and state.x.shape[0] == 1:
         size_now = size.item()
         if math.isnan(size_now):
-            _check(state, seen[-1:])
+            check(state, seen[-1:])
         if size_now >= enough:
             return state
     if not selection.allowed(state.k) or particles == 1:
@@ -256,7 +263,7 @@ def _select(state: Trajectory, scores: Tensor, selection: Resample, key: Key, se
     return state.resample(selection.resampler(log_weight, key.at(state.k), particles), low)
 
 
-def _check(state: Trajectory, seen: Sequence[Seen]) -> None:
+def check(state: Trajectory, seen: Sequence[Seen]) -> None:
     """Raises the error that bad scores or weights call for, naming step and particle. Reads the device."""
     scores = torch.stack([entry.score for entry in seen])
     if bool((scores.isnan() | (scores == torch.inf)).any()):
@@ -289,7 +296,7 @@ def _check_stochastic(state: Trajectory, selection: Resample) -> None:
         )
 
 
-def _resumed(state: Trajectory, process: ReverseProcess) -> Trajectory:
+def resumed(state: Trajectory, process: ReverseProcess) -> Trajectory:
     if tuple(state.x.shape[2:]) != tuple(process.event) or not 0 <= state.k <= process.steps:
         raise ShapeError(
             f"a trajectory to go on from must have event {tuple(process.event)} and a level in [0, {process.steps}], "

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from dataclasses import dataclass
+from math import inf
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -44,6 +46,27 @@ class Denoiser(Protocol):
     """E[x_0 | x_t] for x of shape (B, N, *event) at a scalar t; conditioning is closed over, aligned with axis 0."""
 
     def __call__(self, x: Tensor, t: float) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class RewardSpec:
+    """What a reward says of itself, in its attribute `spec`. A plain function has none and is taken as it comes.
+
+    unit: of the scores ("nat", "kB", "cos"); None where they have none that others could be added to.
+    bounds: the least and the greatest score.
+    gradient: "exact" where backpropagation through the samples gives the derivative of the scores, "surrogate" where
+        it gives that of something smoother, "none" where there is none (asking for one is an error), "" unsaid.
+    scope: "pointwise" where a score depends on its own sample alone, "groupwise" where it depends on the others in
+        the call: such a reward is no function of x, so no law can be tilted by it.
+    prompts: whether it reads them. version: weights and preprocessing, what a cached score must match.
+    """
+
+    unit: str | None = None
+    bounds: tuple[float, float] = (-inf, inf)
+    gradient: Literal["exact", "surrogate", "none", ""] = ""
+    scope: Literal["pointwise", "groupwise"] = "pointwise"
+    prompts: bool = False
+    version: str = ""
 
 
 class Reward(Protocol):

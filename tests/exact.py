@@ -110,3 +110,45 @@ def exact_chain(mixture: GaussianMixture, path: str, steps: int) -> steer.Gaussi
         mixture.means, mixture.covs, mixture.weights, schedule=PATHS[path], times=times(path, steps),
         transition=steer.models.ExactStep(mixture), dtype=torch.float64,
     )  # fmt: skip
+
+
+class Grid2D:
+    """A law on the plane by quadrature: normaliser, mean and variances of exp(log_density) on a square."""
+
+    def __init__(self, log_density, edge: float = 9.0, cells: int = 600):
+        cell = 2.0 * edge / cells
+        axis = (torch.arange(cells, dtype=torch.float64) + 0.5) * cell - edge
+        points = torch.cartesian_prod(axis, axis)
+        value = log_density(points)
+        self.log_evidence = float(value.logsumexp(0)) + 2.0 * math.log(cell)
+        self.mean = torch.softmax(value, 0) @ points
+        self.variance = torch.softmax(value, 0) @ (points - self.mean).square()
+
+
+def estimates(result: Result, law: Grid2D) -> tuple[Tensor, Tensor]:
+    """log evidence, means and variances less their true values, pooled over problems, (5,), and influences (B, 5).
+
+    Pooled by evidence: E[Z_hat f_hat] / E[Z_hat] is consistent in the number of problems at any number of particles.
+    An influence is what a problem contributes to an estimate, to first order: the variance of an estimate is theirs
+    over B.
+    """
+    relative = (result.log_evidence - law.log_evidence).exp()[:, None]
+    share = relative / relative.mean()
+    centred = result.mean(lambda x: x.double() - law.mean)
+    square = result.mean(lambda x: (x.double() - law.mean).square() - law.variance)
+    errors = torch.cat([centred, square], 1)
+    pooled = (share * errors).mean(0)
+    return torch.cat([relative.mean(0).log(), pooled]), torch.cat([share - 1.0, share * (errors - pooled)], 1)
+
+
+def extrapolated(run, law: Grid2D, steps: int) -> dict[str, tuple[float, float, float]]:
+    """What is left of every estimate's error when steps go to 0: (z, extrapolated error, bias of the finer run).
+
+    run(steps) -> Result. Bias is linear in the step to leading order, so 2 E(steps / 2) - E(step) is without it; the
+    two runs share no noise, so variances add.
+    """
+    (coarse, coarse_parts), (fine, fine_parts) = estimates(run(steps), law), estimates(run(2 * steps), law)
+    error = 2.0 * fine - coarse
+    spread = ((4.0 * fine_parts.var(0) + coarse_parts.var(0)) / len(fine_parts)).sqrt()
+    names = ["evidence", "mean0", "mean1", "variance0", "variance1"]
+    return {n: (float(error[i] / spread[i]), float(error[i]), float(coarse[i] - fine[i])) for i, n in enumerate(names)}

@@ -22,7 +22,7 @@ def test_a_name_is_its_function(name):
     by_name = steer.sample(process(), REWARD, method=name, budget=40, key=2)
     by_hand = steer.sample(process(), REWARD, method=steer.sample.__globals__["resolve"](name), budget=40, key=2)
     assert torch.equal(by_name.x, by_hand.x)
-    assert by_name.cost.nfe == 40
+    assert 0 < by_name.cost.nfe <= 40
 
 
 def test_options_reach_the_method():

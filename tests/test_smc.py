@@ -6,6 +6,7 @@ import pytest
 import torch
 from exact import Linear, exact_chain, mixture_2d
 
+import search
 import steer
 from steer.resampling import systematic
 
@@ -191,3 +192,11 @@ def test_prompts_reach_rewards_that_ask():
     steer.smc(process(), lambda x, *, prompts=None: REWARD(x), particles=2)  # may, and need not, have them
     with pytest.raises(steer.ShapeError, match="conditioned on 2"):
         steer.smc(conditioned, reward, particles=2, batch=3)
+
+
+@pytest.mark.parametrize("method", [steer.smc, steer.rollout, search.best_of_n, steer.importance_sampling])
+def test_a_start_that_spends_rows_is_paid_from_the_budget(method):
+    start = steer.pcnl(chains=2, burn_in=3, kept=4, x0_predictor=lambda x: 0.8 * x)
+    result = method(process(), REWARD, budget=100, start=start, key=1)
+    assert result.cost.nfe <= 100
+    assert result.x.shape[1] == (100 - 2 * (1 + 3 + 4)) // 6

@@ -252,3 +252,59 @@ def test_variance_of_a_weighted_mean():
     # what happened four rearrangements ago is forgotten here; what happened since is not
     assert abs(ratio(5) - ratio(None)) < 0.08
     assert ratio(0) < 0.5
+
+
+# --- Pareto k-hat -----------------------------------------------------------------------------------------------------
+
+
+def pareto_weights(shape: float, problems: int, count: int) -> torch.Tensor:
+    """Log-weights 1 + a generalized Pareto variable of that shape and scale 1, whose tails have that shape too."""
+    uniform = Key(10).uniform((problems, count))
+    return torch.log1p((uniform**-shape - 1.0) / shape if shape else -uniform.log())
+
+
+@pytest.mark.parametrize("shape", [-0.5, 0.0, 0.3, 0.5, 0.7, 1.0, 1.5])
+def test_pareto_k_of_known_tails(shape):
+    """Mean over 60 problems of 20,000: SE about (1 + k) / sqrt(425 * 60), and the prior pulls by 2 % towards .5."""
+    found = weights.pareto_k(pareto_weights(shape, 60, 20_000))
+    assert float(found.mean()) == pytest.approx(shape + 0.023 * (0.5 - shape), abs=0.05)
+
+
+@pytest.mark.parametrize("shape", [0.0, 0.4, 0.8, 1.2])
+def test_pareto_k_is_near_scipys_maximum_likelihood_fit(shape):
+    scipy = pytest.importorskip("scipy.stats")
+    log_weight = pareto_weights(shape, 3, 20_000)
+    tail = math.ceil(3.0 * math.sqrt(20_000))
+    for row, found in zip(log_weight.exp().sort(1).values, weights.pareto_k(log_weight).tolist(), strict=True):
+        fitted = scipy.genpareto.fit((row[-tail:] - row[-tail - 1]).numpy(), floc=0)[0]
+        assert found == pytest.approx((fitted * tail + 5.0) / (tail + 10.0), abs=0.03)
+
+
+def test_pareto_k_follows_the_fit_written_out():
+    """Zhang & Stephens in plain Python on small samples, batch and scale apart."""
+    log_weight = pareto_weights(0.6, 4, 60)
+    log_weight[3, 5] = -INF
+    for row, found in zip(log_weight.tolist(), weights.pareto_k(log_weight + 700.0).tolist(), strict=True):
+        ordered = sorted(math.exp(v) for v in row)
+        excess = [v - ordered[-13] for v in ordered[-12:]]  # the tail is 60 / 5
+        points, quartile = 33, excess[2]
+        thetas = [1 / excess[-1] + (1 - math.sqrt(points / (j + 0.5))) / (3 * quartile) for j in range(points)]
+        shapes = [sum(math.log1p(-theta * v) for v in excess) / 12 for theta in thetas]
+        profile = [12 * (math.log(-t / k) - k - 1) for t, k in zip(thetas, shapes, strict=True)]
+        share = [1 / sum(math.exp(other - this) for other in profile) for this in profile]
+        centre = sum(w * theta for w, theta in zip(share, thetas, strict=True))
+        fitted = sum(math.log1p(-centre * v) for v in excess) / 12
+        assert found == pytest.approx((12 * fitted + 5) / 22, rel=1e-9)
+
+
+def test_pareto_k_tells_good_importance_weights_from_bad():
+    """N(0, 1) weighted to a shift of .5 (k = 0) and to ten times the variance (k = .9), approached from below."""
+    x = Key(11).normal((20, 2000))
+    assert float(weights.pareto_k(0.5 * x).median()) < 0.2
+    assert float(weights.pareto_k(0.45 * x.square()).median()) > 0.65
+
+
+def test_pareto_k_is_nan_where_there_is_no_tail():
+    assert weights.pareto_k(torch.zeros(2, 100)).isnan().all()
+    assert weights.pareto_k(2.0 * Key(12).normal((3, 20))).isnan().all()
+    assert bool(weights.pareto_k(2.0 * Key(12).normal((3, 21))).isfinite().all())
