@@ -1,0 +1,54 @@
+"""Feynman-Kac steering: SMC with the model's own steps and potentials at a few levels; no gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+from .key import Key
+from .potentials import Weight, difference
+from .resampling import Resampler, systematic
+from .result import Result
+from .smc import Start, prior, resample, smc
+from .types import OnStep, ReverseProcess, Reward
+
+
+def fk_steering(
+    process: ReverseProcess,
+    reward: Reward,
+    *,
+    batch: int = 1,
+    particles: int | None = None,
+    budget: int | None = None,
+    temperature: float = 1.0,
+    key: Key | int = 0,
+    start: Start = prior,
+    potential: Callable[[Collection[int]], Weight] = difference,
+    levels: Collection[int] | None = None,
+    resampler: Resampler = systematic,
+    threshold: float = 1.0,
+    keep_states: bool = False,
+    on_step: OnStep | None = None,
+) -> Result:
+    """Weighted samples of p(x) exp(r(x) / temperature) by weighting and resampling at a few levels.
+
+    particles:   k per problem, 4 by default as in the paper; or budget, network rows per problem.
+    temperature: 1 / lambda; the paper's lambda = 10 is 0.1.
+    potential:   `steer.difference`, `steer.maximum` (the paper's choice for images) or `steer.total` (its "sum").
+    levels:      where rewards are evaluated and particles resampled, numbered from noise; by default a fifth of the
+                 way apart from the first, [0, 20, 40, 60, 80] of 100.
+    threshold:   resample at those levels where the ESS is below this share of k. The paper's adaptive mode is 0.5.
+    Others as `steer.smc`, of which this is a setting: smc(weight=potential(levels), selection=resample(..., levels)).
+
+    Cost per problem: k K network rows (K = process.steps) and k (levels + 1) rewards.
+    Source: Singhal et al. 2025 (2501.06848), Algorithm 1 and Sec. 3.2; transitions `ddim(1.0)`, 100 steps, there.
+    Differs: every potential closes on r(x_0), so that max and sum target the same law as difference; weights of
+    levels that do not resample are carried on; nothing is clamped, in particular not exp(lambda r); systematic
+    resampling, which leaves equal weights alone, in place of multinomial; the last population is weighted and not
+    resampled, so it has no copies.
+    """
+    at = range(0, process.steps, max(1, process.steps // 5)) if levels is None else levels
+    return smc(
+        process, reward, batch=batch, particles=4 if particles is None and budget is None else particles,
+        budget=budget, temperature=temperature, key=key, start=start, weight=potential(at),
+        selection=resample(resampler, threshold, at), keep_states=keep_states, on_step=on_step,
+    )  # fmt: skip

@@ -1,0 +1,179 @@
+"""Particle Gibbs: repeated SMC with one path pinned, which keeps the law of that path at any number of particles.
+
+One run of SMC with few particles has a bias that falls like 1 / N. A run in which slot 0 is forced along a given path,
+and from which a new path is then drawn, is a Markov kernel that leaves p(path) exp(r(x_0) / T) as it is at every N >= 2
+(Andrieu, Doucet & Holenstein 2010). Repeating it repairs what one run got wrong, and new particles come from the prior
+each time, which repairs diversity.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from .cost import Cost, affordable
+from .errors import ShapeError, StateSpaceError, SteerError
+from .key import Key, as_key
+from .objective import Objective, conditioned
+from .potentials import Weight
+from .process import GaussianProcess
+from .resampling import Resampler, multinomial
+from .result import Result
+from .smc import Proposal, Start, bootstrap, prior, resample, smc
+from .trajectory import Trajectory
+from .types import GaussianTransition, Level, OnStep, ReverseProcess, Reward, Rule
+
+
+@dataclass(frozen=True, eq=False)
+class Pinned:
+    """A law of which slot 0 is drawn to be the given state; densities are those of the law."""
+
+    law: GaussianTransition
+    state: Tensor  # (B, *event)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.law.mean
+
+    @property
+    def std(self) -> float:
+        return self.law.std
+
+    @property
+    def stochastic(self) -> bool:
+        return self.law.stochastic
+
+    def sample(self, key: Key) -> Tensor:
+        return torch.cat([self.state[:, None], self.law.sample(key)[:, 1:]], 1)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        return self.law.log_prob(x)
+
+    def shift(self, delta: Tensor) -> GaussianTransition:
+        return Pinned(self.law.shift(delta), self.state)
+
+
+@dataclass(frozen=True, eq=False)
+class PinnedRule:
+    """A transition rule under which slot 0 goes along a path (B, K + 1, *event)."""
+
+    rule: Rule
+    path: Tensor
+    levels: tuple[Level, ...]
+
+    def __call__(self, x: Tensor, x0: Tensor, here: Level, there: Level) -> GaussianTransition:
+        return Pinned(self.rule(x, x0, here, there), self.path[:, self.levels.index(here) + 1])
+
+    def std(self, here: Level, there: Level) -> float:
+        return self.rule.std(here, there)
+
+
+@dataclass(frozen=True, eq=False)
+class PinnedPrior:
+    """A start of prior draws but for slot 0, which begins a path."""
+
+    path: Tensor
+
+    def __call__(
+        self, process: ReverseProcess, objective: Objective, key: Key, batch: int, particles: int
+    ) -> Trajectory:
+        state = prior(process, objective, key, batch, particles)
+        return replace(state, x=torch.cat([self.path[:, :1], state.x[:, 1:]], 1))
+
+
+def conditional_multinomial(log_weight: Tensor, key: Key, count: int) -> Tensor:
+    """Multinomial resampling given that slot 0 descends from slot 0: the other slots are drawn as ever."""
+    ancestors = multinomial(log_weight, key, count)
+    return torch.cat([torch.zeros_like(ancestors[:, :1]), ancestors[:, 1:]], 1)
+
+
+def draw_path(trajectory: Trajectory, key: Key | int) -> Tensor:
+    """One path per problem, (B, K + 1, *event), drawn by the weights of a trajectory that kept its states."""
+    index = multinomial(trajectory.log_weight, as_key(key).fold("path"), 1)
+    return trajectory.select(index).states()[:, 0]
+
+
+def particle_gibbs(
+    process: ReverseProcess,
+    reward: Reward,
+    *,
+    batch: int = 1,
+    particles: int | None = None,
+    budget: int | None = None,
+    temperature: float = 1.0,
+    key: Key | int = 0,
+    sweeps: int = 4,
+    path: Tensor | None = None,
+    proposal: Proposal = bootstrap,
+    weight: Weight | None = None,
+    threshold: float = 0.5,
+    keep_states: bool = False,
+    on_step: OnStep | None = None,
+) -> Result:
+    """Weighted samples of p(x) exp(r(x) / temperature) from the last of several runs of SMC tied to one another.
+
+    particles: N >= 2 per problem and run, 16 by default; or budget, network rows per problem of all runs together.
+    sweeps:    runs. Without a path the first is plain SMC.
+    path:      states (B, K + 1, *event) to begin from, such as `draw_path` gives of a trajectory with kept states.
+    threshold: resample where the ESS falls below this share of N.
+    Others as `steer.smc`.
+
+    Returns the weighted population of the last run, whose slot 0 is the path it was given. Once the path follows the
+    target, E[weighted mean of f] = E f at every N. log_evidence is that of the first, plain run, and NaN where a path
+    was given: pinned runs overestimate it. `result.trajectory.diagnostics["renewed"]` is the share of pinned runs
+    from which a path with another beginning was drawn, (B,); near 0, the runs are too small for the reward and the
+    result is still where it began.
+    Cost per problem: sweeps N K network rows (K = process.steps), and rewards and gradients as that many runs of `smc`.
+    Raises ShapeError for a path of another shape, StateSpaceError where there is no transition rule to pin.
+    Source: Andrieu, Doucet & Holenstein 2010, Secs. 2.4.3 and 4.3 (conditional SMC, multinomial). Differs: resampling
+    by ESS, under which slot 0 keeps its ancestor as every slot does; the last population and not only one path.
+    Ancestor sampling is left out: its weights are densities of one pinned state given every particle, and in the
+    dimensions of an image they always choose the particle it came from.
+    """
+    key, free = as_key(key), cast(GaussianProcess, process)
+    if not hasattr(process, "levels"):
+        raise StateSpaceError(f"particle Gibbs pins Gaussian transitions, which {type(process).__name__} does not have")
+    if sweeps < 1:
+        raise SteerError(f"sweeps must be at least 1, got {sweeps}")
+    count = affordable(sweeps * process.steps * process.rows, particles=particles, budget=budget)
+    batch = conditioned(process, batch)
+    _check_path(path, (batch, process.steps + 1, *process.event))
+    cost, sweep, evidence = Cost(), 0, None
+    renewed: list[Tensor] = []
+    while True:
+        name, (run, begin, resampler) = key.fold("sweep", sweep), _tied(free, path)
+        result = smc(
+            run, reward, batch=batch, particles=count, temperature=temperature, key=name, start=begin,
+            proposal=proposal, weight=weight, selection=resample(resampler, threshold),
+            keep_states=keep_states or sweep < sweeps - 1, on_step=on_step,
+        )  # fmt: skip
+        cost, state = cost + result.cost, cast(Trajectory, result.trajectory)
+        index = multinomial(result.log_weight, name.fold("path"), 1)
+        if path is not None:
+            renewed.append((state.root.gather(1, index)[:, 0] != 0).double())
+        if evidence is None:
+            evidence = result.log_evidence if path is None else torch.full_like(result.log_evidence, torch.nan)
+        sweep += 1
+        if result.interrupted or sweep == sweeps:
+            break
+        path = state.select(index).states()[:, 0]
+    share = torch.stack(renewed).mean(0) if renewed else torch.full_like(evidence, torch.nan)
+    process = cast(GaussianProcess, result.process).with_rule(free.rule)
+    state = replace(state, process=process, diagnostics={**state.diagnostics, "renewed": share})
+    return replace(result, process=process, log_evidence=evidence, cost=cost, trajectory=state)
+
+
+def _tied(process: GaussianProcess, path: Tensor | None) -> tuple[GaussianProcess, Start, Resampler]:
+    """The process, start and resampler of a run whose slot 0 goes along a path; of a free run without one."""
+    if path is None:
+        return process, prior, multinomial
+    rule = PinnedRule(process.rule, path, process.levels)
+    return process.with_rule(rule), PinnedPrior(path), conditional_multinomial
+
+
+def _check_path(path: Tensor | None, shape: tuple[int, ...]) -> None:
+    if path is not None and tuple(path.shape) != shape:
+        raise ShapeError(f"a path to begin from has shape (B, K + 1, *event) = {shape}, got {tuple(path.shape)}")

@@ -1,0 +1,304 @@
+"""Starts that know the reward: MCMC on the prior tilted by it, at the noisiest level of a process.
+
+A chain of a diffusion begins at x ~ N(0, sigma^2 I), and what it begins with decides much of what it ends with. The
+starts below draw instead from
+
+    N(x; 0, sigma^2 I) exp(r(x0_predictor(x)) / T_m)
+
+(Ψ-Sampler, Yoon et al. 2025, Eq. 4), and say so in `memory["spent"] = r(x0_predictor(x)) / T_m`. That is all an exact
+run needs: the law wanted is p(path) exp(r(x_0) / T), the population at hand is p(path) exp(spent), and every `Weight`
+multiplies in what lies between, in whatever portions, since it closes on r(x_0) / T - spent. At the first level that is
+nothing where T_m = T and r / T - r / T_m elsewhere, with nothing to configure. What stays unknown is the normaliser of
+the tilted prior, and with it the evidence, which is NaN.
+
+All proposals are x' = keep x + pull G + sqrt(variance) z in units of the prior's standard deviation, G the gradient of
+the log-tilt, so one formula gives every Metropolis-Hastings ratio.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .errors import NonFiniteError, SteerError
+from .key import Key
+from .objective import Objective, check_finite
+from .smc import Start
+from .tilted import Predictor, Tilt, Tilted, given, norm, predicting, prior_moments, spread
+from .trajectory import Trajectory
+from .types import ReverseProcess
+
+
+class Move(NamedTuple):
+    """The proposal N(keep x + pull G, variance I): float64 tensors (B,), one step size per problem."""
+
+    keep: Tensor
+    pull: Tensor
+    variance: Tensor
+
+
+class Visit(NamedTuple):
+    """What a step is remembered by, (B, C) float64 each."""
+
+    proposed: Tensor  # log-tilt of the proposal
+    norm: Tensor  # of its gradient
+    rate: Tensor  # probability to accept it
+    held: Tensor  # log-tilt of the state after the decision
+
+
+def crank_nicolson(step: Tensor) -> Move:
+    """pCNL: the Crank-Nicolson discretisation of dx = (G - x) / 2 dt + dw. Leaves N(0, I) as it is at every step."""
+    keep = (1.0 - 0.25 * step) / (1.0 + 0.25 * step)
+    return Move(keep, 1.0 - keep, 1.0 - keep**2)
+
+
+def euler(step: Tensor) -> Move:
+    """MALA and ULA: the Euler discretisation of the same equation."""
+    return Move(1.0 - 0.5 * step, 0.5 * step, step)
+
+
+def log_acceptance(move: Move, here: Tilted, there: Tilted) -> Tensor:
+    """Log Metropolis-Hastings ratio of the step from here to there, (B, C) float64, from states of any dtype."""
+    return _one_way(move, there, here) - _one_way(move, here, there)
+
+
+def _one_way(move: Move, a: Tilted, b: Tilted) -> Tensor:
+    """log pi(a) q(b | a), without what is symmetric in a and b: at 65,536 coordinates that is nearly all of it.
+
+    Of -|a|^2/2 and -|b - keep a|^2 / (2 variance), `radius` |a|^2 remains; for Crank-Nicolson that is zero too.
+    """
+    keep, pull, variance = (coefficient[:, None] for coefficient in move)
+    start, end, gradient = (tensor.flatten(2).double() for tensor in (a.x, b.x, a.gradient))
+    radius = -0.5 * (1.0 - (1.0 - keep**2) / variance)
+    inner = ((end - keep[..., None] * start) * gradient).sum(2)
+    lost = 0.5 * pull**2 / variance * gradient.square().sum(2)
+    return a.value + radius * start.square().sum(2) + pull / variance * inner - lost
+
+
+@dataclass(frozen=True)
+class Langevin:
+    """A start by Langevin MCMC. Built by `pcnl`, `mala` and `ula`; `pcnl` says what the fields mean."""
+
+    move: Callable[[Tensor], Move]
+    corrected: bool
+    step_size: float
+    acceptance: float | None
+    temperature: float | None = None
+    chains: int = 5
+    burn_in: int | None = None
+    kept: int | None = None
+    clip: float | None = None
+    x0_predictor: Predictor | None = None
+    predictor_rows: int = 1
+
+    def __post_init__(self) -> None:
+        burn_in, kept = self.lengths
+        if self.chains < 1 or burn_in < 0 or kept < 1:
+            raise SteerError(f"MCMC needs chains >= 1, burn_in >= 0, kept >= 1, got {self.chains}, {burn_in}, {kept}")
+        if not self.step_size > 0.0:
+            raise SteerError(f"step_size must be positive, got {self.step_size}")
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Steps of burn-in and steps kept; 50 each (the released layout configuration) where nothing says otherwise."""
+        return 50 if self.burn_in is None else self.burn_in, 50 if self.kept is None else self.kept
+
+    def rows(self, process: ReverseProcess) -> int:
+        """Network rows per problem for one step of all chains."""
+        return self.chains * (process.rows if self.x0_predictor is None else self.predictor_rows)
+
+    def prepare(self, process: ReverseProcess, temperature: float) -> tuple[Start, int]:
+        """The start at its own or else the run's temperature, and the network rows per problem it spends."""
+        own = temperature if self.temperature is None else self.temperature
+        return replace(self, temperature=own), self.rows(process) * (1 + sum(self.lengths))
+
+    def __call__(
+        self, process: ReverseProcess, objective: Objective, key: Key, batch: int, particles: int
+    ) -> Trajectory:
+        """Runs the chains and spreads particles over the states they keep."""
+        state = Trajectory.begin(process, process.prior(key.fold("prior"), batch, self.chains))
+        judged = predicting(process, objective, self.x0_predictor, self.predictor_rows)
+        tilt = Tilt(judged, *prior_moments(process), state.x.dtype, given(self.temperature), self.clip)
+        rounds = math.ceil(particles / self.chains)
+        try:
+            visits, stops, log_step = self._walk(tilt, state.x, key.fold("mcmc"), rounds)
+        except SteerError as error:
+            error.keep(state)
+            raise
+        # Particle n is chain n mod C at the end of stretch n // C: chains share alike, and stretches are even.
+        x = tilt.latent(torch.cat([stop.x for stop in stops], 1)[:, :particles])
+        spent = torch.cat([stop.value for stop in stops], 1)[:, :particles]
+        kept = visits[-self.lengths[1] :]
+        # A chain that met nothing but forbidden predictions: its particles weigh nothing.
+        forbidden = spent == -torch.inf
+        return replace(
+            Trajectory.begin(process, x).remember(spent=spent.masked_fill(forbidden, 0.0)),
+            log_weight=torch.zeros_like(spent).masked_fill(forbidden, -torch.inf),
+            log_evidence=torch.full_like(log_step, torch.nan),
+            diagnostics={
+                "acceptance": torch.stack([visit.rate for visit in kept]).mean((0, 2)),
+                "step_size": log_step.exp(),
+                "split_rhat": split_rhat(torch.stack([visit.held for visit in kept], 1)),
+                "gradient": torch.stack([visit.norm for visit in kept]).mean((0, 2)),
+            },
+        )
+
+    def _walk(self, tilt: Tilt, first: Tensor, key: Key, rounds: int) -> tuple[list[Visit], list[Tilted], Tensor]:
+        """Every step, the states at the end of each of `rounds` even stretches, and the log of the last step size.
+
+        All chains of all problems move in one network call. The device is read twice, at the first gradient and after
+        the last step.
+        """
+        burn_in, kept = self.lengths
+        ends = [burn_in + math.ceil((j + 1) * kept / rounds) - 1 for j in range(rounds)]
+        at, x0 = tilt(tilt.units(first))
+        tilt.check_gradient(at, x0)
+        log_step = torch.full_like(at.value[:, 0], math.log(self.step_size))
+        visits = [Visit(at.value, norm(at.gradient), torch.ones_like(at.value), at.value)]
+        stops: dict[int, Tilted] = {}
+        for i in range(burn_in + kept):
+            at, visit = self._step(tilt, at, self.move(log_step.exp()), key.at(i))
+            visits.append(visit)
+            if i < burn_in and self.acceptance is not None:
+                # Robbins-Monro, per problem. Beyond a step size of 4 Crank-Nicolson turns back on itself (keep < 0).
+                log_step = log_step + (visit.rate.mean(1) - self.acceptance) * (i + 1) ** -0.6
+                log_step = log_step.clamp(max=math.log(max(4.0, self.step_size)))
+            if i in ends:
+                stops[i] = at._replace(gradient=at.value)  # its gradient is not needed any more
+        _check(visits)
+        return visits, [stops[i] for i in ends], log_step
+
+    def _step(self, tilt: Tilt, at: Tilted, move: Move, key: Key) -> tuple[Tilted, Visit]:
+        """One proposal and its decision: arithmetic in float64, states rounded once, before densities see them."""
+        keep, pull, variance = (spread(coefficient, at.x) for coefficient in move)
+        noise = key.fold("noise").peek("normal", at.x.shape, torch.float64, at.x.device)
+        to, _ = tilt((keep * at.x + pull * at.gradient + variance.sqrt() * noise).to(at.x.dtype))
+        if not self.corrected:
+            return to, Visit(to.value, norm(to.gradient), torch.ones_like(to.value), to.value)
+        # Out of a state that is forbidden, where only a prior draw can be, every move is accepted.
+        ratio = log_acceptance(move, at, to).masked_fill(at.value == -torch.inf, torch.inf)
+        accepted = key.fold("accept").peek("uniform", ratio.shape, torch.float64, ratio.device).log() < ratio
+        chosen = Tilted(*(torch.where(spread(accepted, new), new, old) for new, old in zip(to, at, strict=True)))
+        return chosen, Visit(to.value, norm(to.gradient), ratio.exp().clamp(max=1.0), chosen.value)
+
+
+def pcnl(
+    *,
+    temperature: float | None = None,
+    chains: int = 5,
+    burn_in: int | None = None,
+    kept: int | None = None,
+    step_size: float = 0.5,
+    acceptance: float | None = 0.57,
+    clip: float | None = None,
+    x0_predictor: Predictor | None = None,
+    predictor_rows: int = 1,
+) -> Langevin:
+    """A start from the tilted prior by preconditioned Crank-Nicolson Langevin, Metropolis-Hastings exact.
+
+    temperature:    T_m of the tilt; None takes the run's. Any other is allowed and corrected by the weights.
+    chains:         C per problem; several, because split R-hat compares them.
+    burn_in, kept:  steps discarded, and steps that particles are thinned from evenly; None for 50, or in `psi` for
+                    what the budget pays. With kept * chains = N every state is used ("waste-free", Dau & Chopin 2022).
+                    With fewer, particles share states and separate at the first noisy step.
+    step_size:      epsilon at the start.
+    acceptance:     mean acceptance that the step size is led to in burn-in, per problem, and then frozen; None to
+                    leave it alone.
+    clip:           largest norm of a state's gradient G, in units of the prior; longer ones are scaled to it. Still
+                    exact, since the clipped G is a function of the state alone.
+    x0_predictor:   what the reward judges x by; the model's own E[x_0 | x] if None. On a flow at alpha = 0 that is the
+                    same for every x: give a few-step model or a flow map.
+    predictor_rows: network rows that x0_predictor costs per state, for the ledger.
+
+    Returns a start for `steer.smc(start=...)` and every other sampler. Its trajectory's `diagnostics` hold, per
+    problem, `acceptance`, `step_size` (final), `split_rhat` of r / T_m over the kept steps, and `gradient`, the mean
+    norm of G: far below 1, the tilt is flat and the start is the prior. The run's log_evidence is NaN, since only its
+    ratio to the tilted prior's normaliser is seen.
+    Cost per problem: C (1 + burn_in + kept) network rows, rewards and backward passes.
+    Raises NotDifferentiableError where the gradient vanishes, StateSpaceError without a Gaussian prior, and what
+    rewards raise. Predictions the reward forbids (-inf) are never visited: a law that puts mass behind them is cut.
+    Source: Cotter et al. 2013 (pCNL); Yoon et al. 2025 (Ψ-Sampler, 2506.01320), Eqs. 12-13; epsilon = .5 there.
+    Differs: adapted step size, states in float32 or better and ratios in float64, clipping per sample and not per
+    batch, even thinning, and the reward is not counted again afterwards. Robust to the dimension of x but not to the
+    rank of the reward's Hessian: a tilt that curves in thousands of directions forces small steps on any of these.
+    """
+    return Langevin(
+        crank_nicolson, True, step_size, acceptance, temperature, chains, burn_in, kept, clip, x0_predictor,
+        predictor_rows,
+    )  # fmt: skip
+
+
+def mala(
+    *,
+    temperature: float | None = None,
+    chains: int = 5,
+    burn_in: int | None = None,
+    kept: int | None = None,
+    step_size: float = 0.05,
+    acceptance: float | None = 0.57,
+    clip: float | None = None,
+    x0_predictor: Predictor | None = None,
+    predictor_rows: int = 1,
+) -> Langevin:
+    """A start from the tilted prior by MALA: exact, but its step must shrink as the dimension grows. See `pcnl`.
+
+    Source: Roberts & Tweedie 1996; the comparison of Yoon et al. 2025, epsilon = .05 there.
+    """
+    return Langevin(
+        euler, True, step_size, acceptance, temperature, chains, burn_in, kept, clip, x0_predictor, predictor_rows
+    )
+
+
+def ula(
+    *,
+    temperature: float | None = None,
+    chains: int = 5,
+    burn_in: int | None = None,
+    kept: int | None = None,
+    step_size: float = 0.05,
+    clip: float | None = None,
+    x0_predictor: Predictor | None = None,
+    predictor_rows: int = 1,
+) -> Langevin:
+    """A start by unadjusted Langevin: MALA without the decision, of a biased law that nothing corrects. See `pcnl`.
+
+    For comparisons. The variance of the prior's free directions comes out as 1 / (1 - step_size / 4).
+    """
+    return Langevin(
+        euler, False, step_size, None, temperature, chains, burn_in, kept, clip, x0_predictor, predictor_rows
+    )
+
+
+def split_rhat(traces: Tensor) -> Tensor:
+    """Split R-hat of traces (B, steps, C), (B,): root of total over within-chain variance, halves counted as chains.
+
+    Near 1 where chains agree; above 1.01 (long chains) or 1.1 (short ones) they do not. NaN below 4 steps, and where
+    nothing moves. Source: Gelman et al. 2013, Sec. 11.4; without the rank normalisation of Vehtari et al. 2021.
+    """
+    half = traces.shape[1] // 2
+    if half < 2:
+        return torch.full_like(traces[:, 0, 0], torch.nan)
+    halves = torch.cat([traces[:, :half], traces[:, -half:]], 2)
+    within = halves.var(1).mean(1)
+    between = halves.mean(1).var(1)
+    return ((half - 1) / half + between / within).sqrt()
+
+
+def _check(visits: Sequence[Visit]) -> None:
+    """Raises the error that bad scores or gradients call for. One read of the device where all is well."""
+    scores, norms = (torch.stack(column) for column in list(zip(*visits, strict=True))[:2])
+    if bool((norms.isfinite() & (scores < torch.inf)).all()):
+        return
+    for i, visit in enumerate(visits):
+        check_finite(visit.proposed, f"(a chain of the start, at its step {i})")
+        if not bool(visit.norm.isfinite().all()):
+            problem, chain = (int(index) for index in (~visit.norm.isfinite()).nonzero()[0])
+            raise NonFiniteError(
+                f"the gradient of r(x0_predictor(x)) is not finite for problem {problem}, chain {chain} at step {i} "
+                "although the score is; make the reward smooth there (a square root at 0?), or use start=steer.prior"
+            )

@@ -1,0 +1,86 @@
+"""Ψ-Sampler: MCMC on the tilted prior, then guided SMC from what it found."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from .errors import BudgetError, SteerError
+from .key import Key
+from .mcmc import Langevin, pcnl
+from .potentials import Weight
+from .result import Result
+from .smc import Proposal, Resample, guided, smc
+from .types import OnStep, ReverseProcess, Reward
+
+
+def psi(
+    process: ReverseProcess,
+    reward: Reward,
+    *,
+    batch: int = 1,
+    particles: int | None = None,
+    budget: int | None = None,
+    temperature: float = 1.0,
+    key: Key | int = 0,
+    start: Langevin | None = None,
+    share: float = 0.5,
+    proposal: Proposal | None = None,
+    weight: Weight | None = None,
+    selection: Resample | None = None,
+    keep_states: bool = False,
+    on_step: OnStep | None = None,
+) -> Result:
+    """Weighted samples of p(x) exp(r(x) / temperature), from particles that begin where the reward is high.
+
+    particles: N of the SMC stage, 16 by default; MCMC then gets share / (1 - share) times its rows.
+    budget:    network rows per problem of both stages, never exceeded: N is what (1 - share) of it pays for, and MCMC
+               runs on the rest. Given with particles, MCMC runs on what they leave.
+    start:     `pcnl()` by default; `mala(...)` and `ula(...)`, or settings of their own: chains, step size,
+               x0_predictor, a temperature T_m other than the run's. burn_in and kept given there are kept to, and
+               share then says nothing; left at None they are half each of what MCMC can pay for.
+    share:     MCMC's share of the rows.
+    proposal:  `guided()` by default.
+    Others as `steer.smc`, of which this is a setting: smc(start=pcnl(...), proposal=guided()).
+
+    Returns what `smc` does; log_evidence is NaN, because MCMC does not see the normaliser of the law it samples.
+    `result.trajectory.diagnostics` has acceptance, step size, split R-hat and gradient norm, see `pcnl`.
+    Cost per problem: C (1 + burn_in + kept) rows, rewards and gradients, then those of guided `smc`.
+    Raises BudgetError where two rows per chain and one particle cannot be paid for; else as `smc` and `pcnl`.
+    Source: Yoon et al. 2025 (Ψ-Sampler, 2506.01320), Secs. 4-5: pCNL at epsilon = .5, rows half and half; five chains
+    from the released configuration. Differs: the start's reward is not counted again in the first weights, ancestors
+    and weights are kept between resamplings, the last reward is that of x_0, the step size is adapted, the SMC's
+    transitions are the process's own (convert a flow with `steer.convert` for the paper's VP-SDE), and the weighted
+    population is returned (`result.best` is the paper's answer).
+    """
+    if not 0.0 < share < 1.0:
+        raise SteerError(f"share of the rows that MCMC gets must be in (0, 1), got {share}")
+    start = start or pcnl()
+    if start.burn_in is None and start.kept is None:
+        particles, start = _planned(process, start, particles, budget, share)
+    return smc(
+        process, reward, batch=batch, particles=particles, budget=budget, temperature=temperature, key=key,
+        start=start, proposal=proposal or guided(), weight=weight, selection=selection, keep_states=keep_states,
+        on_step=on_step,
+    )  # fmt: skip
+
+
+def _planned(
+    process: ReverseProcess, start: Langevin, particles: int | None, budget: int | None, share: float
+) -> tuple[int, Langevin]:
+    """How many particles, and for how long the chains run."""
+    chain, per_step = process.steps * process.rows, start.rows(process)
+    if budget is None:
+        particles = particles or 16
+        rows = max(2 * per_step, round(particles * chain * share / (1.0 - share)))
+    else:
+        particles = particles or max(1, min(int((1.0 - share) * budget), budget - 2 * per_step) // chain)
+        rows = budget - particles * chain
+    evaluations = rows // per_step
+    if evaluations < 2:
+        raise BudgetError(
+            f"a budget of {particles * chain + rows} network rows per problem leaves {max(0, rows)} for MCMC beside "
+            f"{particles} particle(s), and {start.chains} chain(s) need {2 * per_step}; raise the budget to "
+            f"{particles * chain + 2 * per_step}, take fewer steps, or fewer chains (start=steer.pcnl(chains=1))"
+        )
+    burn_in = (evaluations - 1) // 2
+    return particles, replace(start, burn_in=burn_in, kept=evaluations - 1 - burn_in)

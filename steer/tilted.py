@@ -1,0 +1,146 @@
+"""The prior tilted by the reward of what the model predicts from it: its log-density and gradient, for starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from .errors import NotDifferentiableError, ShapeError, StateSpaceError, SteerError
+from .objective import Objective, check_temperature, log_potential
+from .types import ReverseProcess
+
+Predictor = Callable[[Tensor], Tensor]
+"""States x (B, N, *event) of level 0, in the process's dtype, to clean samples x0 of that shape. Differentiable."""
+
+
+class Tilted(NamedTuple):
+    """States x (B, C, *event) in units of the prior, their log-tilt r / T_m, (B, C) float64, and its gradient in x."""
+
+    x: Tensor
+    value: Tensor
+    gradient: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Tilt:
+    """The log-tilt and its gradient, as functions of states centred and in units of the prior's standard deviation.
+
+    mean, sigma: moments of the prior; a mean of None is zero.
+    clip: largest norm of a state's gradient, longer ones are scaled to it; None for no limit.
+    """
+
+    objective: Objective
+    mean: Tensor | None
+    sigma: float
+    dtype: torch.dtype
+    temperature: float
+    clip: float | None = None
+
+    def units(self, x: Tensor) -> Tensor:
+        """States of the process in units of the prior, float32 or better."""
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (x if self.mean is None else x - self.mean.to(x)) / self.sigma
+
+    def latent(self, x: Tensor) -> Tensor:
+        """And back, in the process's dtype, which is how the predictor gets them."""
+        x = x * self.sigma
+        return (x if self.mean is None else x + self.mean.to(x)).to(self.dtype)
+
+    def __call__(self, x: Tensor) -> tuple[Tilted, Tensor]:
+        """The tilt at x (B, C, *event), and the prediction x0 there."""
+        x0, scores, gradient = self.objective.value_and_grad(self.latent(x), 0, 1.0 / self.temperature)
+        gradient = gradient.to(x.dtype) * self.sigma
+        # Only a chain's first state can be a forbidden one, and its gradient may be anything.
+        gradient = torch.where(spread(scores == -torch.inf, gradient), 0.0, gradient)
+        if self.clip is not None:
+            gradient = gradient * spread((self.clip / norm(gradient)).clamp(max=1.0), gradient).to(x.dtype)
+        return Tilted(x, log_potential(scores, self.temperature), gradient), x0
+
+    def check_gradient(self, at: Tilted, x0: Tensor) -> None:
+        """Raises where the reward answers to the prediction, and the prediction not to the state."""
+        strongest = norm(at.gradient).amax(1)
+        if not bool((strongest < 1e-4).any()):
+            return
+        with torch.enable_grad():
+            x0 = x0.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(self.objective(x0).sum() / self.temperature, x0)
+        answer = norm(slope).masked_fill(at.value == -torch.inf, 0.0).amax(1)
+        lost = (strongest < 1e-4) & (answer > 1e4 * strongest)
+        if bool(lost.any()):
+            raise NotDifferentiableError(
+                f"the gradient of r(x0_predictor(x)) vanishes at the start of problem {int(lost.nonzero()[0])}: the "
+                "prediction does not depend on x there, as an exact posterior mean does not where alpha = 0 (flows), "
+                "so the tilted prior is the prior; give x0_predictor= a few-step model or a flow map, or start the "
+                "time grid lower"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class _Predicting:
+    """A process whose prediction is the user's function; ledger and decoder are the process's own."""
+
+    process: ReverseProcess
+    predictor: Predictor
+    rows: int
+
+    @property
+    def meter(self) -> Any:
+        return self.process.meter
+
+    @property
+    def prompts(self) -> Sequence[str] | None:
+        return self.process.prompts
+
+    def decode(self, x: Tensor) -> Tensor:
+        return self.process.decode(x)
+
+    def complete(self, x: Tensor, x0: Tensor) -> Tensor:
+        return self.process.complete(x, x0)
+
+    def denoise(self, x: Tensor, k: int) -> Tensor:
+        with self.meter.network(x.shape[0] * x.shape[1] * self.rows):
+            x0 = self.predictor(x)
+        if x0.shape != x.shape:
+            raise ShapeError(
+                f"x0_predictor must return samples of the shape of its states, {tuple(x.shape)}, got {tuple(x0.shape)}"
+            )
+        return x0
+
+
+def predicting(process: ReverseProcess, objective: Objective, predictor: Predictor | None, rows: int) -> Objective:
+    """The objective on a process that predicts by the user's function; the objective itself without one."""
+    if predictor is None:
+        return objective
+    return replace(objective, process=cast(Any, _Predicting(process, predictor, rows)))
+
+
+def prior_moments(process: ReverseProcess) -> tuple[Tensor | None, float]:
+    """Mean (None for zero) and standard deviation of the prior of a Gaussian process."""
+    moments = getattr(process, "prior_moments", None)
+    if moments is None:
+        raise StateSpaceError(
+            f"MCMC at the start needs a Gaussian prior, which {type(process).__name__} does not have; "
+            "use start=steer.prior, or steer.top_k_of_n"
+        )
+    return moments
+
+
+def given(temperature: float | None) -> float:
+    """The temperature of a start, checked to be there."""
+    if temperature is None:
+        raise SteerError("this sampler does not tell its start the temperature: write it down, pcnl(temperature=1.0)")
+    return check_temperature(temperature)
+
+
+def norm(gradient: Tensor) -> Tensor:
+    """Norm of each state's gradient, (B, C) float64."""
+    return torch.linalg.vector_norm(gradient.flatten(2), dim=2, dtype=torch.float64)
+
+
+def spread(tensor: Tensor, like: Tensor) -> Tensor:
+    """A tensor of leading axes, shaped to broadcast against another."""
+    return tensor.view(*tensor.shape, *(1 for _ in like.shape[tensor.ndim :]))

@@ -1,0 +1,68 @@
+"""The start by selection: the best of many prior draws."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from .errors import SteerError
+from .key import Key
+from .objective import Objective, check_finite, log_potential
+from .smc import Start
+from .tilted import Predictor, given, predicting
+from .trajectory import Trajectory, gather
+from .types import ReverseProcess
+
+
+@dataclass(frozen=True)
+class TopK:
+    """A start from the best of many prior draws. Built by `top_k_of_n`."""
+
+    candidates: int
+    temperature: float | None = None
+    x0_predictor: Predictor | None = None
+    predictor_rows: int = 1
+
+    def prepare(self, process: ReverseProcess, temperature: float) -> tuple[Start, int]:
+        """The start at its own or else the run's temperature, and the network rows per problem it spends."""
+        own = temperature if self.temperature is None else self.temperature
+        rows = process.rows if self.x0_predictor is None else self.predictor_rows
+        return replace(self, temperature=own), self.candidates * rows
+
+    def __call__(
+        self, process: ReverseProcess, objective: Objective, key: Key, batch: int, particles: int
+    ) -> Trajectory:
+        """Draws, scores, and keeps the best."""
+        if particles > self.candidates:
+            raise SteerError(f"top_k_of_n keeps N = {particles} of its {self.candidates} candidates; draw more")
+        objective = predicting(process, objective, self.x0_predictor, self.predictor_rows)
+        x = process.prior(key.fold("prior"), batch, self.candidates)
+        with torch.no_grad():
+            scores = objective(process.complete(x, objective.process.denoise(x, 0)))
+        check_finite(scores, "of the start's candidates")
+        best, index = scores.topk(particles, dim=1)
+        spent = log_potential(best, given(self.temperature))
+        state = Trajectory.begin(process, gather(x, index))
+        return replace(
+            state.remember(spent=spent.masked_fill(spent == -torch.inf, 0.0)),
+            log_evidence=torch.full_like(state.log_evidence, torch.nan),
+        )
+
+
+def top_k_of_n(
+    candidates: int,
+    *,
+    temperature: float | None = None,
+    x0_predictor: Predictor | None = None,
+    predictor_rows: int = 1,
+) -> TopK:
+    """A start from the N best of `candidates` prior draws, by r(x0_predictor(x)): greedy, and of no tilted law.
+
+    For comparisons. The choice is taken for the tilt at `temperature` (None: the run's), so that the reward is not
+    counted again; log_evidence is NaN. Cost per problem: `candidates` network rows and rewards, no gradients.
+    Source: the baseline of Yoon et al. 2025, Table 1.
+    """
+    if candidates < 1:
+        raise SteerError(f"candidates must be at least 1, got {candidates}")
+    return TopK(candidates, temperature, x0_predictor, predictor_rows)
