@@ -1,0 +1,55 @@
+"""Birth-death clocks: a selection that replaces few particles at a time, beside resampling."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .key import Key
+from .resampling import multinomial
+from .trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class BirthDeath:
+    """Particles die by clocks that weights below the mean run down, and are replaced by those above it.
+
+    With w the weights of a step over their mean, a particle's clock adds (-log w)+. When it passes an Exp(1) deadline,
+    so with probability (1 - w)+ in this step whatever came before, the particle becomes a copy of one drawn in
+    proportion to (w - 1)+, with a new deadline. The expected number of copies of each is w, so this is an unbiased
+    resampling at every step, of as few particles as possible; as steps shrink it becomes the jump process of rate
+    (g - E g)- and destination law (g - E g)+ for a rate g of the log-weights, which keeps their law (Skreta et al.
+    2025, Prop. 4.1). Weights are used up at every step, and their mean goes into the evidence.
+    Differs from the released code, where destinations are drawn by what each particle gained since the one that dies
+    was last replaced: states have moved on since, and the law is another one (a test has it as a mutant).
+    """
+
+    def __call__(self, state: Trajectory, key: Key) -> Trajectory:
+        """The state with the particles whose time is up replaced, and weights equal."""
+        batch, particles = state.log_weight.shape
+        key = key.at(state.k)
+        if "deadline" not in state.memory:
+            begun = self._deadline(state, key.fold("first"))
+            state = state.remember(clock=torch.zeros_like(begun), deadline=begun)
+        relative = state.log_weight - state.log_weight.logsumexp(1, keepdim=True) + math.log(particles)
+        clock = state.memory["clock"] + (-relative).clamp(min=0.0)
+        gain = relative.exp() - 1.0
+        # Without anyone above the mean nobody is below it either, but for rounding.
+        dies = (clock >= state.memory["deadline"]) & (gain > 0.0).any(1, keepdim=True)
+        source = multinomial(gain.clamp(min=0.0).log(), key.fold("source"), particles)
+        place = torch.arange(particles, device=gain.device).expand(batch, particles)
+        clock, deadline = (torch.where(dies, new, old) for new, old in (
+            (torch.zeros_like(clock), clock), (self._deadline(state, key.fold("next")), state.memory["deadline"]),
+        ))  # fmt: skip
+        return state.resample(torch.where(dies, source, place)).remember(clock=clock, deadline=deadline)
+
+    def _deadline(self, state: Trajectory, key: Key) -> Tensor:
+        return -key.uniform(state.log_weight.shape, device=state.log_weight.device).log()
+
+
+def birth_death() -> BirthDeath:
+    """Birth-death clocks as the `selection` of `steer.fkc` and `steer.driftlite`."""
+    return BirthDeath()

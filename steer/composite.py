@@ -1,0 +1,235 @@
+"""Products of powers of models: annealing, products of experts and guidance as one target on one path."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .cost import Meter
+from .errors import ModelError, SteerError
+from .key import Key
+from .models.mixture import GaussianMixture
+from .process import GaussianProcess
+from .span import span
+from .transitions import Normal
+from .types import Level
+
+Exponents = Callable[[Level], Sequence[float]]
+"""Exponent of every component at a level of the path."""
+
+
+@dataclass(frozen=True, eq=False)
+class Composite:
+    """The path of laws prod_i q_i(x)^a_i, where q_i is component i's marginal at each level. A ReverseProcess.
+
+    components: processes on one schedule, time grid and event shape. The first decodes and knows the prompts.
+    exponents:  a_i by level; their sum A must be positive.
+    meter:      the ledger of the run in progress.
+
+    A power A of a noised law is noised by A times less variance: the prior is N(0, sigma^2 / A), and the prediction of
+    the data is the average sum_i a_i x0_i / A, for which the path's score is A (alpha x0 - x) / sigma^2.
+    """
+
+    components: tuple[GaussianProcess, ...]
+    exponents: Exponents
+    meter: Meter | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        first = self.components[0]
+        for other in self.components[1:]:
+            if (other.schedule, other.times, other.event) != (first.schedule, first.times, first.event):
+                raise ModelError(
+                    "components of a composite need one schedule, one time grid and one event shape, got "
+                    f"{first} and {other}; steer.convert(process, schedule, times) moves a model to another path"
+                )
+            if other.problems is not None and first.problems is not None and other.problems != first.problems:
+                raise ModelError(
+                    f"components are conditioned on {first.problems} and {other.problems} problems; they must agree"
+                )
+        if not min(self.total(k) for k in range(self.steps + 1)) > 0.0:
+            raise SteerError(
+                "exponents of a composite must sum to more than 0 at every level, or the product has no normaliser; "
+                f"at the data they are {tuple(self.at(self.steps))}"
+            )
+
+    def __repr__(self) -> str:
+        powers = " x ".join(f"q{i}^{a:.4g}" for i, a in enumerate(self.at(self.steps)))
+        return f"Composite({powers}, {self.components[0]})"
+
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        return self.components[0].levels
+
+    @property
+    def steps(self) -> int:
+        return self.components[0].steps
+
+    @property
+    def event(self) -> tuple[int, ...]:
+        return self.components[0].event
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.components[0].dtype
+
+    @property
+    def problems(self) -> int | None:
+        return next((c.problems for c in self.components if c.problems is not None), None)
+
+    @property
+    def prompts(self) -> tuple[str, ...] | None:
+        return self.components[0].prompts
+
+    @property
+    def rows(self) -> int:
+        """Network rows of one prediction: the sum over components."""
+        return sum(component.rows for component in self.components)
+
+    @cached_property
+    def varying(self) -> bool:
+        """Whether an exponent changes along the path."""
+        return any(tuple(self.at(k)) != tuple(self.at(0)) for k in range(self.steps + 1))
+
+    def at(self, k: int) -> Sequence[float]:
+        """Exponents at level k."""
+        exponents = self.exponents(self.levels[k])
+        if len(exponents) != len(self.components):
+            raise SteerError(f"expected {len(self.components)} exponents, one per component, got {len(exponents)}")
+        return exponents
+
+    def total(self, k: int) -> float:
+        """A, the sum of the exponents at level k."""
+        return math.fsum(self.at(k))
+
+    def prior(self, key: Key, batch: int, particles: int) -> Tensor:
+        """Starting states N(0, sigma^2 / A), (B, N, *event)."""
+        for component in self.components:
+            component.check_batch(batch)
+        if self.components[0].initial is not None and self.total(0) != 1.0:
+            raise ModelError(
+                "this process starts from a law of its own, and powers of it are not known: only exponents that sum "
+                f"to 1 can start there, got {self.total(0):.4g}"
+            )
+        return self.components[0].prior(key, batch, particles) / math.sqrt(self.total(0))
+
+    @property
+    def prior_moments(self) -> tuple[Tensor | None, float]:
+        """Mean of the prior, None for zero, and its standard deviation."""
+        mean, std = self.components[0].prior_moments
+        return mean, std / math.sqrt(self.total(0))
+
+    @property
+    def log_prior_mass(self) -> float:
+        """Log of the integral of prod_i N(x; 0, sigma^2)^a_i, the path's normaliser at level 0."""
+        total, size = self.total(0), math.prod(self.event)
+        log_scale = math.log(2.0 * math.pi * self.levels[0].sigma ** 2)
+        return 0.5 * size * ((1.0 - total) * log_scale - math.log(total))
+
+    def predict(self, x: Tensor, k: int) -> list[Tensor]:
+        """Every component's E[x_0 | x] at level k."""
+        return [component.denoise(x, k) for component in self.components]
+
+    def average(self, predictions: Sequence[Tensor], k: int) -> Tensor:
+        """sum_i a_i x0_i / A of the components' predictions."""
+        if len(predictions) == 1:
+            return predictions[0]
+        total = self.total(k)
+        return torch.stack([p * (a / total) for p, a in zip(predictions, self.at(k), strict=True)]).sum(0)
+
+    def denoise(self, x: Tensor, k: int) -> Tensor:
+        """The composite's prediction of the data at level k."""
+        return self.average(self.predict(x, k), k)
+
+    def score(self, x: Tensor, x0: Tensor, k: int) -> Tensor:
+        """Score that a prediction x0 implies, of one component or (times A) of the composite's average."""
+        here = self.levels[k]
+        return torch.sub(here.alpha * x0, x) / here.sigma**2
+
+    def complete(self, x: Tensor, x0: Tensor) -> Tensor:
+        """The prediction itself: it is a clean state."""
+        return x0
+
+    def transition(self, x: Tensor, x0: Tensor, k: int) -> Normal:
+        """The law of a step of the unweighted sampler: what guidance and annealing do without correction.
+
+        As `transitions.DDIM(1)` where A = 1. At the last step, the prediction.
+        """
+        if not self.stochastic(k):
+            return Normal(x0, 0.0)
+        step, pull = span(self.levels[k], self.levels[k + 1], 0.0), 2.0 * self.total(k)
+        drift = self.score(x, x0, k) * (0.5 * pull * step.drift(pull))
+        return Normal((x + drift) / step.ratio, math.sqrt(step.noise(pull, 1.0)) / step.ratio)
+
+    def stochastic(self, k: int) -> bool:
+        return self.levels[k + 1].sigma > 0.0
+
+    def noise(self, x: Tensor, k_from: int, k_to: int, key: Key) -> Tensor:
+        return self.components[0].noise(x, k_from, k_to, key)
+
+    def decode(self, x: Tensor) -> Tensor:
+        return self.components[0].decode(x)
+
+    def metered(self, meter: Meter) -> Composite:
+        return replace(self, components=tuple(c.metered(meter) for c in self.components), meter=meter)
+
+    def normalisable(self) -> bool | None:
+        """Whether the target has a finite normaliser; None where it is not known (learned models).
+
+        Every exponent >= 0 suffices where A >= 1. With a negative one the sum of a_i times the precisions decides, for
+        analytic mixtures taken over their modes: in each direction the slowest tails must win.
+        """
+        exponents = self.at(self.steps)
+        if min(exponents) >= 0.0:
+            return True
+        mixtures = [component.reference for component in self.components]
+        if not all(isinstance(m, GaussianMixture) and bool((m.variances > 0).all()) for m in mixtures):
+            return None
+        precisions = [a * torch.linalg.inv(m.covs) for a, m in zip(exponents, mixtures, strict=True)]
+        pull = [p for p, a in zip(precisions, exponents, strict=True) if a > 0.0]
+        push = [p for p, a in zip(precisions, exponents, strict=True) if a < 0.0]
+        repulsions = [torch.stack(modes).sum(0) for modes in itertools.product(*push)]
+        return all(
+            any(
+                bool((torch.linalg.eigvalsh(torch.stack(modes).sum(0) + repulsion) > 0).all())
+                for repulsion in repulsions
+            )
+            for modes in itertools.product(*pull)
+        )
+
+
+def compose(
+    process: GaussianProcess | Sequence[GaussianProcess] | Composite,
+    *,
+    exponent: float | Sequence[float] | Exponents = 1.0,
+    unconditional: GaussianProcess | None = None,
+    guidance: float | None = None,
+) -> Composite:
+    """The composite that annealing, products and guidance ask for.
+
+    process:       one process, several (their product), or a Composite as it is.
+    exponent:      of every component: a number for all, one each, or a function of the Level that gives one each.
+    unconditional: with guidance w, the target unconditional^(1 - w) process^w, raised to `exponent`.
+    """
+    if isinstance(process, Composite):
+        if exponent != 1.0 or unconditional is not None or guidance is not None:
+            raise SteerError("a Composite has its exponents already: leave exponent, unconditional and guidance out")
+        return process
+    components = (process,) if isinstance(process, GaussianProcess) else tuple(process)
+    if (unconditional is None) != (guidance is None):
+        raise SteerError("unconditional= and guidance= go together: the target is unconditional^(1 - w) process^w")
+    if unconditional is not None and guidance is not None:
+        if len(components) != 1 or not isinstance(exponent, int | float):
+            raise SteerError("guidance takes one process and one number as exponent; build a steer.Composite for more")
+        components, exponent = (unconditional, *components), (exponent * (1.0 - guidance), exponent * guidance)
+    if callable(exponent):
+        return Composite(components, exponent)
+    fixed = (float(exponent),) * len(components) if isinstance(exponent, int | float) else tuple(map(float, exponent))
+    if len(fixed) != len(components):
+        raise SteerError(f"expected {len(components)} exponents, one per process, got {len(fixed)}")
+    return Composite(components, lambda level: fixed)

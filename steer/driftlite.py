@@ -1,0 +1,107 @@
+"""DriftLite: a drift, solved for at every step, that keeps the weights of a weighted SDE equal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+from torch import Tensor
+
+from .birth_death import BirthDeath
+from .composite import Composite, Exponents, compose
+from .cost import affordable
+from .errors import SteerError
+from .key import Key, as_key
+from .look_ahead import LookAhead, x0_hat
+from .objective import conditioned
+from .potentials import Tempering
+from .process import GaussianProcess
+from .result import Result
+from .smc import PreparedStart, Resample, Start, prior, resample
+from .trajectory import Trajectory
+from .transports import ecg, vcg
+from .types import OnStep, Reward
+from .weighted_loop import check_choices, rows_per_particle, weighted_loop
+from .weighted_sde import FeynmanKac, Noise
+
+
+def driftlite(
+    process: GaussianProcess | Sequence[GaussianProcess] | Composite,
+    reward: Reward | None = None,
+    *,
+    control: Literal["vcg", "ecg"] = "vcg",
+    exponent: float | Sequence[float] | Exponents = 1.0,
+    unconditional: GaussianProcess | None = None,
+    guidance: float | None = None,
+    batch: int = 1,
+    particles: int | None = None,
+    budget: int | None = None,
+    temperature: float = 1.0,
+    key: Key | int = 0,
+    start: Start | Trajectory = prior,
+    probes: int | None = 1,
+    passes: int = 1,
+    noise: Noise = 1.0,
+    look_ahead: LookAhead | None = None,
+    tempering: Tempering | None = None,
+    selection: Resample | BirthDeath | None = None,
+    sigma_data: float = 1.0,
+    keep_states: bool = False,
+    on_step: OnStep | None = None,
+) -> Result:
+    """Weighted samples of prod_i q_i(x)^a_i exp(r(x) / temperature) that hardly need their weights.
+
+    At every step, in every problem, a drift b = g^2 / 2 (theta_1 grad rho + theta_2 S_q + theta_3 x) is chosen by a
+    3 x 3 linear system over the particles, and the weights account for it.
+
+    control:   "vcg" minimises the variance of the weights' rate; "ecg" solves the energy form of the same problem, and
+               needs log q along the path (estimated; noise 1 only).
+    probes:    Rademacher probes for divergences, None for exact ones (D backward passes).
+    passes:    iterative refinement: a pass starts from the coefficients of the last one, with fresh noise, and corrects
+               them. All passes together stay within the budget; the last one is returned.
+    selection: `steer.resample(threshold=0)` is the paper's plain VCG and ECG, the default (half of N) its VCG-SMC.
+               For a reward tilt keep the default: three bases cannot make such weights equal.
+    Others as `steer.fkc`, of which this is the setting transport=vcg() or ecg().
+
+    Returns what `fkc` does. The coefficients come from the particles they move, so evidence and means are biased by
+    O(1 / N), beside O(1 / steps).
+    Cost per problem and pass: N K rows per component, N (K - 1) backward passes per probe; with a reward another N
+    (K - 1) rows (unless the look-ahead needs no prediction) and N (K - 1) (1 + probes) backward passes.
+    Raises and warns as `fkc`.
+    Source: Ren et al. 2025 (DriftLite, 2509.21655), Secs. 3 and 4. Differs: centred moments, unit-diagonal scaling and
+    a ridge of 1e-8 (see `vcg`); the state is a basis instead of f, which is proportional to it and zero on
+    variance-exploding paths; coefficients are integrated over steps.
+    """
+    if control not in ("vcg", "ecg"):
+        raise SteerError(f'control is "vcg" or "ecg", got {control!r}')
+    if passes < 1:
+        raise SteerError(f"passes must be at least 1, got {passes}")
+    if passes > 1 and isinstance(start, Trajectory):
+        raise SteerError("refinement begins every pass anew: give a start, not a Trajectory, or passes=1")
+    target = compose(process, exponent=exponent, unconditional=unconditional, guidance=guidance)
+    transport, look_ahead, key = vcg() if control == "vcg" else ecg(), look_ahead or x0_hat(), as_key(key)
+    weight = FeynmanKac(probes)
+    check_choices(target, transport, weight, noise, None)
+    if passes > 1:
+        per_pass = rows_per_particle(target, reward is not None, weight, look_ahead)
+        before = start.prepare(target, temperature)[1] if isinstance(start, PreparedStart) else 0
+        particles = affordable(passes * per_pass, particles=particles, budget=budget, before=passes * before)
+        budget, batch = None, conditioned(target, batch)
+
+    def run(key: Key, thetas: dict[int, Tensor] | None) -> tuple[Result, dict[int, Tensor]]:
+        return weighted_loop(
+            target, reward, batch=batch, particles=particles, budget=budget, temperature=temperature, key=key,
+            start=start, transport=replace(transport, memory=thetas), weight=weight, noise=noise,
+            look_ahead=look_ahead, tempering=tempering, selection=selection or resample(), active=None,
+            sigma_data=sigma_data, keep_states=keep_states, on_step=on_step,
+        )  # fmt: skip
+
+    result, thetas = run(key, None)
+    for i in range(1, passes):
+        if result.interrupted:
+            break
+        spent = result.cost
+        result, thetas = run(key.fold("pass", i), thetas)
+        result = replace(result, cost=spent + result.cost)
+    return result
