@@ -29,11 +29,14 @@ def _card(folder: Any) -> dict[str, Any]:
     config = json.loads(_text(folder / "config.json") or "{}")
     scheduler = json.loads(_text(folder / "model_index.json") or "{}").get("scheduler", ["", ""])[1]
     kind = "flow" if scheduler.startswith("FlowMatch") else "diffusion" if scheduler else "classifier"
+    kind = config.get("kind", kind)
     front = dict(line.split(": ", 1) for line in (_text(folder / "README.md") or "").splitlines()[:8] if ": " in line)
     measures = {
         "accuracy_held_out": "held-out accuracy {:.1%}",
         "judge_accuracy": "judge accuracy {:.1%}",
         "frechet_conditional": "Fréchet {:.2f}",
+        "words": "{:.1%} of samples are words",
+        "nll_per_letter": "{:.2f} nats a letter",
     }
     return {
         "name": folder.name,
@@ -41,7 +44,7 @@ def _card(folder: Any) -> dict[str, Any]:
         "parameters": sum(_parameters(file) for file in weights),
         "bytes": sum(len(file.read_bytes()) for file in weights),
         "measured": ", ".join(text.format(metrics[name]) for name, text in measures.items() if name in metrics) or "–",
-        "licence": front.get("license", "–"),
+        "licence": front.get("license_name", front.get("license", "–")),
         "metrics": metrics,
     }
 

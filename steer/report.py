@@ -191,6 +191,8 @@ def _tile(name: str, measured: dict[str, Any], note: str = "") -> str:
 
 def _samples(result: Result, reference: Result | None, index: Tensor) -> str:
     chosen = result.take(index)
+    if getattr(result.process, "text", None) is not None:
+        return _texts(chosen, reference)
     if not is_images(chosen.decoded):
         if math.prod(result.x.shape[2:]) == 2:
             figures = [("unsteered and steered", plots.samples_scatter(result, reference))]
@@ -213,6 +215,21 @@ def _samples(result: Result, reference: Result | None, index: Tensor) -> str:
         "Both groups: best reward first; the number is the reward.</p>"
         f'<div class="pair">{"".join(panels)}</div></section>'
     )
+
+
+def _texts(chosen: Result, reference: Result | None) -> str:
+    """Samples of a process over tokens as text, best first."""
+    runs = [("steered", chosen)]
+    if reference is not None:
+        count = min(chosen.reward.shape[1], reference.reward.shape[1])
+        first = torch.arange(count, device=reference.root.device).expand(len(reference.root), -1)
+        runs.insert(0, ("unsteered", reference.take(first)))
+    cards = []
+    for name, run in runs:
+        best = run.take(run.ranked())
+        pairs = zip(best.texts, best.reward.flatten().tolist(), strict=True)
+        cards.append(card(name, table(["sample", "reward"], [[text, number(score)] for text, score in pairs])))
+    return f'<section><h2>Samples</h2><div class="plots">{"".join(cards)}</div></section>'
 
 
 def _panel(name: str, run: Result, notes: list[str] | None) -> str:
@@ -265,6 +282,8 @@ def _law(result: Result, numbers: dict[str, Any]) -> str:
     if not found:
         return ""
     rows = [["temperature T", number(result.temperature)]]
+    rows += [["Pareto k̂ of the weights", number(k)] for k in plain(result.pareto_k[:1]) if k is not None]
+    rows += [[name.replace("_", " "), number(value.mean().item())] for name, value in result.diagnostics.items()]
     rows += [[f"problem {i}" if len(found) > 1 else "log evidence", text] for i, text in enumerate(found[:8])]
     note = (
         '<p class="note">log E<sub>p</sub>[exp(r(x) / T)] in nats. For a log-probability at T = 1: the log of how '

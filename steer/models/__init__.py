@@ -1,6 +1,19 @@
 """Models: analytic ones with exact answers, embedded pretrained ones, and diffusers pipelines."""
 
 from .chain import chain_law
+from .markov import MarkovLanguage, Table, markov_language, masked_chain_law
 from .mixture import Exact, ExactStep, GaussianMixture, finite_data, gaussian, gaussian_mixture
 
-__all__ = ["Exact", "ExactStep", "GaussianMixture", "chain_law", "finite_data", "gaussian", "gaussian_mixture"]
+__all__ = [
+    "Exact",
+    "ExactStep",
+    "GaussianMixture",
+    "MarkovLanguage",
+    "Table",
+    "chain_law",
+    "finite_data",
+    "gaussian",
+    "gaussian_mixture",
+    "markov_language",
+    "masked_chain_law",
+]

@@ -2,36 +2,57 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from importlib.resources import as_file, files
+from typing import Any, cast
 
 import torch
 
 from ..errors import ModelError
+from ..masked import MaskedProcess
+from ..pipelines import from_pipeline
 from ..process import GaussianProcess
 from ..types import Rule
-from .pipeline import from_pipeline
+from ..unmasking import UnmaskRule
+from .letters import LettersNet, letters_process
 
-_NAMES = ("digits", "digits-flow")
+_DIGITS = ("digits", "digits-flow")
 
 
 def load(
     name: str,
     *,
-    steps: int = 50,
-    transition: Rule | None = None,
+    steps: int | None = None,
+    transition: Rule | UnmaskRule | None = None,
     labels: int | Sequence[int] | None = None,
     guidance_scale: float = 1.0,
     device: torch.device | str = "cpu",
-) -> GaussianProcess:
-    """The process of an embedded pretrained model.
+) -> Any:
+    """The process of an embedded pretrained model: a GaussianProcess, or a MaskedProcess for "letters".
 
-    name:   "digits", a class-conditional DDPM of 8x8 scanned digits, or "digits-flow", its rectified-flow twin.
+    name:   "digits", a class-conditional DDPM of 8x8 scanned digits; "digits-flow", its rectified-flow twin; or
+            "letters", a masked model of English words of 3 to 8 letters.
+    steps:  50 for digits; for letters 8, one letter a step.
+    transition: a rule of the model's kind: `steer.ddim(...)` and others for digits, `steer.unmask(...)` for letters,
+            by default in a random order.
     labels: digit to draw, one for all problems or one per problem; None for any digit.
-    Other arguments as `steer.from_pipeline`, through which it is loaded. Images are (M, 1, 8, 8) in [0, 1].
+    Other arguments as `steer.from_pipeline`, through which digits are loaded. Images are (M, 1, 8, 8) in [0, 1];
+    words are tokens (M, 8), 0 to 25 for a to z and 26 behind the end, and `Result.texts` shows them.
     """
-    if name not in _NAMES:
-        raise ModelError(f"no embedded model is called {name!r}; there are {', '.join(_NAMES)}")
+    if name == "letters":
+        if labels is not None or guidance_scale != 1.0:
+            raise ModelError("letters has no classes: labels and guidance_scale are for the digits")
+        return _letters(8 if steps is None else steps, cast("UnmaskRule | None", transition), device)
+    if name not in _DIGITS:
+        raise ModelError(f"no embedded model is called {name!r}; there are {', '.join((*_DIGITS, 'letters'))}")
+    return _digits(
+        name, device, steps=50 if steps is None else steps, transition=cast("Rule | None", transition),
+        class_labels=labels, guidance_scale=guidance_scale,
+    )  # fmt: skip
+
+
+def _digits(name: str, device: torch.device | str, **options: Any) -> GaussianProcess:
     from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
     from diffusers.utils import logging
 
@@ -44,6 +65,15 @@ def load(
         if shown:
             logging.enable_progress_bar()
     pipe.unet.requires_grad_(False)
-    return from_pipeline(
-        pipe.to(device), steps=steps, transition=transition, class_labels=labels, guidance_scale=guidance_scale
-    )
+    return from_pipeline(pipe.to(device), **options)
+
+
+def _letters(steps: int, transition: UnmaskRule | None, device: torch.device | str) -> MaskedProcess:
+    from safetensors.torch import load as from_safetensors
+
+    folder = files("steer") / "assets" / "letters"
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    network = LettersNet(**{name: config[name] for name in ("width", "heads", "hidden", "layers")})
+    weights = from_safetensors((folder / "model.safetensors").read_bytes())
+    network.load_state_dict({name: tensor.float() for name, tensor in weights.items()})  # stored in float16
+    return letters_process(network.to(device).eval().requires_grad_(False), steps, transition, device)

@@ -1,0 +1,79 @@
+"""The network of `letters`: a small bidirectional transformer that fills in masked letters of short words."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from ..masked import MaskedProcess, from_logits
+from ..unmasking import UnmaskRule, unmask
+
+LENGTH = 8
+ALPHABET = "abcdefghijklmnopqrstuvwxyz "
+"""The vocabulary: token i is ALPHABET[i]; the space, token 26, fills words up to eight letters."""
+MASK = len(ALPHABET)
+
+
+class LettersNet(nn.Module):
+    """Letter logits for partly masked words.
+
+    width: channels. heads: of the attention. hidden: units of the feed-forward layers. layers: number of blocks.
+    """
+
+    def __init__(self, width: int, heads: int, hidden: int, layers: int) -> None:
+        super().__init__()
+        self.letter = nn.Embedding(MASK + 1, width)
+        self.place = nn.Parameter(torch.zeros(LENGTH, width))
+        self.blocks = nn.ModuleList(Block(width, heads, hidden) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, len(ALPHABET))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (M, 8, 27), any leading axes, of tokens (M, 8) in 0..27, where 27 is the mask."""
+        state = self.letter(x.flatten(0, -2)) + self.place
+        for block in self.blocks:
+            state = block(state)
+        return self.head(self.norm(state)).unflatten(0, x.shape[:-1])
+
+
+class Block(nn.Module):
+    """Attention to all places, then a feed-forward layer, each added to its input (pre-norm)."""
+
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width)
+        self.mix = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.feed = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+
+    def forward(self, state: Tensor) -> Tensor:
+        """States (M, 8, width) after the block."""
+        query, key, value = self.mix(self.norm(state)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        state = state + self.out(mixed)
+        return state + self.feed(state)
+
+
+def to_text(tokens: Tensor) -> list[str]:
+    """Words of tokens (M, 8): a mask reads "?", a gap inside a word "_", and trailing spaces are dropped."""
+    alphabet = ALPHABET + "?"
+    rows = tokens.reshape(-1, tokens.shape[-1]).tolist()
+    return ["".join(alphabet[i] for i in row).rstrip().replace(" ", "_") for row in rows]
+
+
+def to_tokens(words: list[str]) -> Tensor:
+    """Tokens (M, 8) of words of at most eight letters a-z; "?" is a mask."""
+    alphabet = ALPHABET + "?"
+    return torch.tensor([[alphabet.index(letter) for letter in word.ljust(LENGTH)] for word in words])
+
+
+def letters_process(
+    network: nn.Module, steps: int = LENGTH, transition: UnmaskRule | None = None, device: torch.device | str = "cpu"
+) -> MaskedProcess:
+    """The masked process of a letters network; a random order by default."""
+    return from_logits(
+        lambda x, t: network(x), steps, length=LENGTH, vocabulary=len(ALPHABET),
+        transition=transition or unmask("random"), text=to_text, device=device,
+    )  # fmt: skip

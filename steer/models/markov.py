@@ -1,0 +1,208 @@
+"""Enumerable languages: a masked process whose data is a Markov chain of tokens, and tables of exact answers."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ModelError, ShapeError
+from ..masked import MaskedProcess, masking_times
+from ..objective import check_temperature, log_potential
+from ..unmasking import Ancestral, UnmaskRule
+
+MOST = 1 << 20
+"""The largest number of strings that a table may have."""
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """A law over all strings of L tokens out of V.
+
+    strings:      (S, L) int64, S = V^L, in the order of numbers written in base V.
+    log_mass:     log of each string's probability, (S,) float64; they sum to one.
+    log_evidence: log E_p[exp(r / T)] where the law is p tilted by a reward, 0 where it is not tilted.
+    """
+
+    strings: Tensor
+    log_mass: Tensor
+    log_evidence: float = 0.0
+
+    @cached_property
+    def mass(self) -> Tensor:
+        """Probabilities, (S,)."""
+        return self.log_mass.exp()
+
+    def tilted(self, reward: Callable[[Tensor], Any], *, temperature: float = 1.0) -> Table:
+        """This law multiplied by exp(r(x) / temperature) and normalised; the reward sees all strings (S, L) at once."""
+        raw = reward(self.strings)
+        scores = raw if isinstance(raw, Tensor) else torch.as_tensor(raw)
+        if scores.shape != self.log_mass.shape:
+            raise ShapeError(
+                f"a reward of strings {tuple(self.strings.shape)} must return shape {tuple(self.log_mass.shape)}, "
+                f"got {tuple(scores.shape)}"
+            )
+        log_mass = self.log_mass + log_potential(scores.double(), check_temperature(temperature))
+        log_total = torch.logsumexp(log_mass, 0)
+        return Table(self.strings, log_mass - log_total, self.log_evidence + float(log_total))
+
+    def mean(self, f: Callable[[Tensor], Tensor]) -> Tensor:
+        """Exact mean of f, a function of strings (S, L) to (S, ...)."""
+        return torch.tensordot(self.mass, f(self.strings).double(), 1)
+
+    def index(self, x: Tensor) -> Tensor:
+        """The row of each string (..., L) in the table, (...)."""
+        length = self.strings.shape[1]
+        base = round(len(self.strings) ** (1.0 / length))
+        return (x * base ** torch.arange(length - 1, -1, -1)).sum(-1)
+
+    def shares(self, x: Tensor, log_weight: Tensor) -> Tensor:
+        """Weight of every string in weighted samples x (B, N, L), log_weight (B, N): (B, S)."""
+        weight = torch.softmax(log_weight, 1)
+        return weight.new_zeros(len(x), len(self.strings)).scatter_add_(1, self.index(x), weight)
+
+    def total_variation(self, x: Tensor, log_weight: Tensor) -> Tensor:
+        """Total variation between this law and weighted samples, (B,)."""
+        return 0.5 * (self.shares(x, log_weight) - self.mass).abs().sum(1)
+
+
+@dataclass(frozen=True, eq=False)
+class MarkovLanguage:
+    """Strings whose tokens are a Markov chain: p(x) = initial[x_1] prod_i matrix[x_i, x_(i+1)].
+
+    initial: (V,) float64. matrix: (V, V) float64, rows sum to one. length: L.
+    """
+
+    initial: Tensor
+    matrix: Tensor
+    length: int
+
+    def __post_init__(self) -> None:
+        size = len(self.initial)
+        if self.matrix.shape != (size, size):
+            raise ShapeError(
+                f"a chain of {size} tokens needs a matrix ({size}, {size}), got {tuple(self.matrix.shape)}"
+            )
+        rows = torch.cat([self.initial[None], self.matrix])
+        if bool((rows < 0).any()) or not torch.allclose(rows.sum(1), torch.ones(size + 1, dtype=rows.dtype)):
+            raise ModelError("initial and every row of the matrix are probabilities: none below 0, each summing to 1")
+
+    @property
+    def vocabulary(self) -> int:
+        """V."""
+        return len(self.initial)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log-probability of strings (..., L): (...) float64."""
+        return self.initial.log()[x[..., 0]] + self.matrix.log()[x[..., :-1], x[..., 1:]].sum(-1)
+
+    def log_marginals(self, x: Tensor) -> Tensor:
+        """log p(token i = v | the tokens that are not masked), (M, L, V), for strings (M, L) where V is the mask.
+
+        Forward and backward messages through the chain, normalised at every position: 2 L products (M, V) x (V, V).
+        Exact. Where no string agrees with what is visible, every token is equally likely: the data never looks so, but
+        a chain that reveals several tokens together can get there.
+        """
+        eye = torch.eye(self.vocabulary, dtype=torch.float64)
+        seen = torch.cat([eye, torch.ones(1, self.vocabulary, dtype=torch.float64)])[x]
+        forward, backward = [self.initial.expand_as(seen[:, 0])], [torch.ones_like(seen[:, 0])]
+        for i in range(self.length - 1):
+            forward.append(_unit(forward[-1] * seen[:, i]) @ self.matrix)
+            backward.append(_unit(backward[-1] * seen[:, self.length - 1 - i]) @ self.matrix.T)
+        marginal = torch.stack(forward, 1) * torch.stack(backward[::-1], 1) * seen
+        possible = marginal.sum(2, keepdim=True) > 0.0
+        return torch.where(possible, _unit(marginal), 1.0 / self.vocabulary).log()
+
+    @cached_property
+    def table(self) -> Table:
+        """Every string and its probability."""
+        strings = enumerate_strings(self.vocabulary, self.length)
+        return Table(strings, self.log_prob(strings))
+
+    def exact(self, reward: Any, *, temperature: float = 1.0) -> Table:
+        """The law p(x) exp(r(x) / temperature) with its evidence, for any reward of tokens (S, L)."""
+        return self.table.tilted(reward, temperature=temperature)
+
+
+def _unit(message: Tensor) -> Tensor:
+    """Non-negative numbers (..., V) that sum to one, or stay zero."""
+    total = message.sum(-1, keepdim=True)
+    return message / torch.where(total > 0.0, total, 1.0)
+
+
+def markov_language(
+    initial: Any,
+    matrix: Any,
+    length: int,
+    *,
+    steps: int | None = None,
+    times: Sequence[float] | None = None,
+    transition: UnmaskRule | None = None,
+) -> MaskedProcess:
+    """A masked process whose data is a Markov chain of tokens: exact conditionals, exact tilted law by `.exact`.
+
+    initial: probabilities of the first token, (V,). matrix: of the next one given a token, (V, V), rows sum to one.
+    steps:   one per token by default. times: the masking schedule, in place of an even one.
+    transition: `steer.unmask(...)`.
+
+    `.exact` is the law of the data. The chain samples it exactly where each step reveals one token, that is, by
+    `steer.unmask("random")`, `"confidence"` or any order at steps = length; where several are revealed together its
+    law is that of `masked_chain_law(process)`.
+    """
+    first, following = (torch.as_tensor(part, dtype=torch.float64) for part in (initial, matrix))
+    language = MarkovLanguage(first, following, length)
+
+    def logits(x: Tensor, t: float) -> Tensor:
+        return language.log_marginals(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+
+    grid = masking_times(times if times is not None else steps or length)
+    size = language.vocabulary
+    return MaskedProcess(logits, grid, length, size, size, transition or Ancestral(), reference=language)
+
+
+def masked_chain_law(process: MaskedProcess, *, chunk: int = 64) -> Table:
+    """The law of the chain's final state at its number of steps and rule, as a table: for small V and L only.
+
+    Sums exp(log_prob) of every step over all (V + 1)^L states, masks included, so it holds for any network and
+    includes what revealing several tokens at once does to the law: `.tilted(reward)` is what samplers target.
+    Cost: steps x (V + 1)^L predictions and steps x (V + 1)^(2 L) log-probs, `chunk` states at once.
+    """
+    base = process.vocabulary + 1
+    if process.mask != process.vocabulary:
+        raise ModelError(f"masked_chain_law counts states in base V + 1 and needs mask = V, got mask={process.mask}")
+    if base ** (2 * process.length) > MOST * 16:
+        raise ModelError(
+            f"a table of steps between {base}^{process.length} states is too large; take fewer tokens or a shorter "
+            "string, or reveal one token a step, where the chain has the law of its conditionals"
+        )
+    states = enumerate_strings(base, process.length)
+    mass = torch.zeros(len(states), dtype=torch.float64)
+    mass[-1] = 1.0  # all masks: every digit is V
+    for k in range(process.steps):
+        after = torch.zeros_like(mass)
+        for rows in mass.nonzero()[:, 0].split(chunk):
+            x = states[rows][:, None]
+            step = process.transition(x, process.denoise(x, k), k)
+            if not step.stochastic:
+                after[rows] += mass[rows]
+                continue
+            wide = x.expand(-1, len(states), -1)
+            step = process.transition(wide, step.log_token.expand(*wide.shape, -1), k)
+            after += mass[rows] @ step.log_prob(states.expand(len(rows), -1, -1)).exp()
+        mass = after
+    strings = enumerate_strings(process.vocabulary, process.length)
+    weights = base ** torch.arange(process.length - 1, -1, -1)
+    return Table(strings, mass[(strings * weights).sum(1)].log())
+
+
+def enumerate_strings(vocabulary: int, length: int) -> Tensor:
+    """All strings (V^L, L), counted upwards in base V. ModelError where they are too many."""
+    if length * math.log(vocabulary) > math.log(MOST):
+        raise ModelError(f"{vocabulary}^{length} strings are too many to list, at most {MOST}")
+    return torch.tensor(list(itertools.product(range(vocabulary), repeat=length)))
