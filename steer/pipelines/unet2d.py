@@ -1,8 +1,7 @@
-"""diffusers pipelines as reverse processes.
+"""Bare UNets by direct calls: a small override for unconditional and class-conditional pipelines.
 
-`from_pipeline` serves unconditional and class-conditional pipelines made of a `UNet2DModel` and a DDPM, DDIM or
-flow-match scheduler. The pipeline's own noise levels, time grid, prediction type and clipping are kept, so a
-deterministic run equals the pipeline's own output; the pipeline object is only read.
+Their pipeline's call cannot pass class labels on, so the general way cannot reach them; and it is the fastest way to
+run them. The scheduler's own noise levels, time grid, prediction type and clipping are kept.
 """
 
 from __future__ import annotations
@@ -20,6 +19,8 @@ from ..process import GaussianProcess
 from ..schedules import RectifiedFlow, Tabulated
 from ..transitions import CPS, DDIM, Churn, ClippedPrediction
 from ..types import Denoiser, Rule, Schedule
+
+_SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "FlowMatchEulerDiscreteScheduler")
 
 
 def from_pipeline(
@@ -45,14 +46,7 @@ def from_pipeline(
     States are float32 (B, N, C, H, W); `decode` gives images in [0, 1], as the pipeline does.
     Raises ModelError for pipelines and schedulers of other kinds.
     """
-    unet: Any = getattr(pipe, "unet", None)
-    scheduler: Any = getattr(pipe, "scheduler", None)
-    if type(unet).__name__ != "UNet2DModel" or scheduler is None:
-        raise ModelError(
-            "from_pipeline serves pipelines with a UNet2DModel and a scheduler (DDPM, DDIM, flow matching), got "
-            f"{type(pipe).__name__} with unet {type(unet).__name__}; wrap another network by steer.from_eps, from_v, "
-            "from_velocity or from_denoiser"
-        )
+    unet, scheduler = pipe.unet, pipe.scheduler
     schedule, times, to_timestep = _levels(scheduler, steps)
     network = _Network(unet, to_timestep, _labels(unet, class_labels), float(guidance_scale), chunk)
     denoiser, rule = _prediction(network, schedule, scheduler, transition or DDIM())
@@ -62,6 +56,16 @@ def from_pipeline(
         denoiser, schedule, times, (unet.config.in_channels, height, width), rule, _to_unit_range,
         problems=network.problems, rows=2 if network.guided else 1, device=unet.device,
     )  # fmt: skip
+
+
+def serves(pipe: Any) -> bool:
+    """Whether a pipeline is nothing but a UNet2DModel and a scheduler of those known here."""
+    modules = [part for part in getattr(pipe, "components", {}).values() if isinstance(part, torch.nn.Module)]
+    return (
+        len(modules) == 1
+        and type(getattr(pipe, "unet", None)).__name__ == "UNet2DModel"
+        and type(getattr(pipe, "scheduler", None)).__name__ in _SCHEDULERS
+    )
 
 
 class _Network:
@@ -103,11 +107,6 @@ def _levels(scheduler: Any, steps: int) -> tuple[Schedule, tuple[float, ...], An
     if type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler":
         length = scheduler.config.num_train_timesteps
         return RectifiedFlow(), tuple(scheduler.sigmas.double().tolist()), lambda t: t * length
-    if type(scheduler).__name__ not in ("DDPMScheduler", "DDIMScheduler"):
-        raise ModelError(
-            f"from_pipeline reads DDPM, DDIM and FlowMatchEuler schedulers, got {type(scheduler).__name__}; "
-            "for example pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)"
-        )
     length = len(scheduler.alphas_cumprod)
     times = [(n + 1) / length for n in scheduler.timesteps.tolist()]
     last = 0.0 if getattr(scheduler.config, "set_alpha_to_one", True) else 1 / length

@@ -1,0 +1,121 @@
+"""A pipeline's own call arguments, and those of them that belong to some of its problems."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..errors import ModelError
+
+_PER_PROBLEM = ("prompt", "negative_prompt", "pooled_prompt", "negative_pooled", "image", "mask_image", "control_image")
+_OWNED_BY_SAMPLERS = {
+    "num_inference_steps": "say steps=",
+    "latents": "start a sampler from them: start=steer.Trajectory.begin(process, latents)",
+    "return_dict": "a sampler returns a Result",
+    "callback_on_step_end": "give the sampler on_step=",
+    "callback": "give the sampler on_step=",
+    "callback_steps": "give the sampler on_step=",
+    "batch_size": "give the sampler batch= and particles=",
+}
+
+
+class Conditioning:
+    """The arguments of a pipeline's call, checked against its signature.
+
+    problems: how many prompts (or other per-prompt inputs) there are; None where the pipeline takes none.
+    prompts:  their texts, or None.
+    """
+
+    def __init__(self, pipe: Any, call: Mapping[str, Any], steps: int):
+        self.parameters = inspect.signature(type(pipe).__call__).parameters
+        _check(type(pipe).__name__, self.parameters, call)
+        self._call = {name: value for name, value in call.items() if name != "generator"}
+        if "num_inference_steps" in self.parameters:
+            self._call["num_inference_steps"] = steps
+        if "output_type" in self.parameters:
+            self._call["output_type"] = "latent" if call.get("output_type") == "latent" else "pt"
+        self._repeat = _repeat_argument(pipe, self.parameters)
+        prompt = call.get("prompt")
+        self.prompts = None if prompt is None else (prompt,) if isinstance(prompt, str) else tuple(prompt)
+        self.problems = _count(call)
+
+    @property
+    def any_batch(self) -> bool:
+        """Whether one call can hold several rows; else every row is a call of its own."""
+        return self._repeat is not None or "batch_size" in self.parameters or self._call.get("prompt") is not None
+
+    @property
+    def together(self) -> bool:
+        """Whether one call can hold several problems: pipelines repeat prompts row by row, but images as a whole."""
+        return not any("image" in name and isinstance(value, list) for name, value in self._call.items())
+
+    @property
+    def latent(self) -> bool:
+        """Whether the user asked for latents, which are not decoded."""
+        return self._call.get("output_type") == "latent"
+
+    def arguments(self, problems: tuple[int, ...], per: int) -> dict[str, Any]:
+        """The call's arguments for `per` rows of each of some problems, in order."""
+        repeat = 1 if self._repeat else per
+        chosen = [b for b in problems for _ in range(repeat)]
+        arguments = {name: self._select(name, value, chosen) for name, value in self._call.items()}
+        if self._repeat:
+            arguments[self._repeat] = per
+        elif "batch_size" in self.parameters:
+            arguments["batch_size"] = per
+        return arguments
+
+    def _select(self, name: str, value: Any, chosen: list[int]) -> Any:
+        if not name.startswith(_PER_PROBLEM) or not self.problems:
+            return value
+        if isinstance(value, str) and not self._repeat and "prompt" in name:
+            return [value] * len(chosen)
+        if isinstance(value, list) and len(value) == self.problems:
+            return [value[b] for b in chosen]
+        if torch.is_tensor(value) and value.ndim > 1 and len(value) == self.problems > 1:
+            return value[chosen]
+        return value
+
+
+def _check(kind: str, parameters: Mapping[str, Any], call: Mapping[str, Any]) -> None:
+    unknown = sorted(set(call) - set(parameters))
+    if unknown:
+        near = [name for name in parameters if name != "self"]
+        raise ModelError(f"{kind} takes no argument {', '.join(unknown)}; its own are {', '.join(near)}")
+    for name in call:
+        if _repeats(name):
+            raise ModelError(f"{name} is the number of particles: give the sampler particles=")
+        if name in _OWNED_BY_SAMPLERS:
+            raise ModelError(f"{name} does not belong to a process; {_OWNED_BY_SAMPLERS[name]}")
+    if isinstance(call.get("generator"), list):
+        raise ModelError("samplers draw the noise of every particle by key=; give at most one generator")
+
+
+def _repeat_argument(pipe: Any, parameters: Mapping[str, Any]) -> str | None:
+    """The argument that asks for several rows per prompt; None where there is none, and prompts are repeated instead.
+
+    Some pipelines (CogVideoX, AnimateDiff) take one and overwrite it by 1, which only their source tells.
+    """
+    name = next((name for name in parameters if _repeats(name)), None)
+    source = inspect.getsource(inspect.unwrap(type(pipe).__call__))
+    return None if name is None or re.search(rf"^\s*{name} = 1$", source, re.MULTILINE) else name
+
+
+def _repeats(name: str) -> bool:
+    return name.startswith("num_") and name.endswith("_per_prompt")
+
+
+def _count(call: Mapping[str, Any]) -> int | None:
+    """Number of problems in a call: of its prompts, else of their embeddings, else one where there is an image."""
+    prompt = call.get("prompt")
+    if prompt is not None:
+        return 1 if isinstance(prompt, str) else len(prompt)
+    embeds = call.get("prompt_embeds")
+    if embeds is not None:
+        return len(embeds)
+    image = call.get("image")
+    return None if image is None else len(image) if isinstance(image, list) else 1

@@ -1,0 +1,173 @@
+"""`steer.from_pipeline`: a diffusers pipeline and its call arguments as a Gaussian reverse process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import schedules
+from ..errors import ModelError, ShapeError
+from ..process import GaussianProcess
+from ..transitions import CPS, DDIM, Churn, ClippedPrediction
+from ..types import Rule
+from . import levels, unet2d
+from .call import PipelineCall
+from .chunks import Chunked
+
+
+def from_pipeline(
+    pipe: Any,
+    *,
+    steps: int = 50,
+    transition: Rule | None = None,
+    chunk: int | None = None,
+    checkpoint_decode: bool = False,
+    **call: Any,
+) -> GaussianProcess:
+    """A process that runs a diffusers pipeline, unmodified, on the pipeline's own noise levels.
+
+    pipe:       any pipeline whose loop runs one scheduler; it is only read, and stays usable beside the process. Set
+                its scheduler, adapters, offloading, VAE tiling or compiled modules up before opening it.
+    steps:      as the pipeline's num_inference_steps.
+    transition: a rule; ancestral sampling, `steer.ddim(eta=1.0)`, by default. eta = 0 equals the pipeline's own DDIM,
+                Euler and flow-match solvers.
+    chunk:      most rows per network or decoder call, 16 by default (256 for bare UNets); halved, with a warning to
+                the log "steer", whenever memory runs out.
+    checkpoint_decode: recompute the decoder in the backward pass instead of keeping its activations.
+    **call:     the pipeline's own call arguments: prompt, negative_prompt, guidance_scale, height, image, ... A list
+                of prompts makes that many problems (axis 0), each with all particles; other lists of that length, and
+                prompt embeddings, are taken per problem. Bare UNets (DDPMPipeline) take class_labels and
+                guidance_scale: see `unet2d`.
+
+    States are the latents of the pipeline's loop, float32 whatever the networks compute in, and start from the law the
+    pipeline starts from. `decode` gives what the pipeline returns with output_type="pt": images (M, 3, H, W) in
+    [0, 1], or frames (M, F, 3, H, W); latents with output_type="latent". Opening costs two evaluations of one row and
+    encodes the prompts, which are not encoded again. Not thread-safe.
+
+    Raises ModelError for pipelines that cannot be opened and for arguments that are not the pipeline's. Check a
+    pipeline that steer's tests do not cover by `steer.verify(process)`.
+    """
+    if unet2d.serves(pipe):
+        return unet2d.from_pipeline(pipe, steps=steps, transition=transition, chunk=chunk or 256, **call)
+    _check(pipe)
+    opened = PipelineCall(pipe, call, steps)
+    opened.begin()
+    mean, std = _initial(opened)
+    rows = opened.probe(mean[:1, 0] + std)
+    grid = levels.read(opened.scheduler.plain(), opened.scheduler.first, opened.scheduler.length)
+    conditioning = opened.conditioning
+    chunk = (chunk or 16) if conditioning.any_batch else 1
+    denoiser = PipelineDenoiser(opened, grid, chunk)
+    rule, denoiser.clamp = _clipping(pipe.scheduler, transition or DDIM())
+    return GaussianProcess(
+        denoiser, grid.schedule, grid.times, tuple(mean.shape[2:]), rule,
+        None if conditioning.latent else Decoder(opened, chunk, checkpoint_decode),
+        problems=conditioning.problems, prompts=conditioning.prompts, rows=rows, initial=(mean, std),
+        device=opened.device,
+    )  # fmt: skip
+
+
+class PipelineDenoiser:
+    """E[x_0 | x_t] by a pipeline, for states (B, N, *event), at a time of its grid or between two.
+
+    Off the grid the networks are told the interpolated timestep, and the loop's index is that of the step before.
+    """
+
+    def __init__(self, call: PipelineCall, grid: levels.Grid, chunk: int):
+        self.call, self.grid = call, grid
+        self.clamp: float | None = None
+        self._step, self._off_grid = 0, None
+        self._network = Chunked(
+            f"{type(call.user).__name__}'s networks", self._predict, chunk, call.conditioning.together
+        )
+
+    @property
+    def chunk(self) -> int:
+        """Most rows per network call."""
+        return self._network.chunk
+
+    def __call__(self, x: Tensor, t: float) -> Tensor:
+        at, step = schedules.level(self.grid.schedule, t), self.grid.step_at(t)
+        self._off_grid = None
+        if step is None:
+            step = self.grid.step_before(t)
+            scheduler = self.call.scheduler.plain()
+            timestep = torch.tensor(levels.timestep_at(scheduler, at), dtype=torch.float32, device=x.device)
+            self._off_grid = timestep, levels.input_scale(scheduler, at)
+        self._step = self.grid.indices[step]
+        output = self._network(x.flatten(0, 1), len(x) if self.call.conditioning.problems else 1).to(x.dtype)
+        x0 = levels.x0_of(output.view(x.shape), x, at, self.grid.kind, self.grid.data_std)
+        return x0 if self.clamp is None else x0.clamp(-self.clamp, self.clamp)
+
+    def _predict(self, rows: Tensor, problems: tuple[int, ...], per: int) -> Tensor:
+        output = self.call.predict(rows, problems, per, self._step, self._off_grid)
+        if output.shape[1] == 2 * rows.shape[1]:
+            output = output[:, : rows.shape[1]]  # learned variances follow the mean; a rule has its own
+        if output.shape != rows.shape:
+            raise ShapeError(f"the pipeline predicts {tuple(output.shape)} for latents of shape {tuple(rows.shape)}")
+        return output
+
+
+class Decoder:
+    """A pipeline's output for final latents (M, *event), in chunks, optionally checkpointed for the backward pass."""
+
+    def __init__(self, call: PipelineCall, chunk: int, checkpoint: bool):
+        self.call, self.checkpoint = call, checkpoint
+        self._chunked = Chunked(
+            f"{type(call.user).__name__}'s decoder", self._decode, chunk, call.conditioning.together
+        )
+
+    def __call__(self, flat: Tensor) -> Tensor:
+        return self._chunked(flat, self.call.conditioning.problems or 1)
+
+    def _decode(self, rows: Tensor, problems: tuple[int, ...], per: int) -> Tensor:
+        if not (self.checkpoint and torch.is_grad_enabled() and rows.requires_grad):
+            return self.call.decode(rows, problems, per)
+        from torch.utils.checkpoint import checkpoint
+
+        # Every call draws from generators at a fixed state, so there is none to put back.
+        return checkpoint(self.call.decode, rows, problems, per, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore[reportReturnType]
+
+
+def _initial(call: PipelineCall) -> tuple[Tensor, float]:
+    """Mean (B or 1, 1, *event) and standard deviation of the latents that the pipeline starts from."""
+    means, spreads = [], []
+    for problem in range(call.conditioning.problems or 1):
+        still, moved = (call.initial(problem, noise).float() for noise in (0.0, 1.0))
+        means.append(still)
+        spreads.append(moved - still)
+    spread = torch.stack(spreads)
+    std = float(spread.double().mean())
+    if not std > 0.0 or float((spread - std).abs().max()) > 1e-2 * std:
+        raise ModelError(
+            f"{type(call.user).__name__} starts from latents that are not Gaussian of one standard deviation (found "
+            f"{float(spread.min()):.3g} to {float(spread.max()):.3g}); steer has no prior for it"
+        )
+    return torch.stack(means), std
+
+
+def _clipping(scheduler: Any, rule: Rule) -> tuple[Rule, float | None]:
+    """The rule, and the limit to clamp x_0 to, as the scheduler clips: DDIM keeps eps as predicted, others do not."""
+    if not scheduler.config.get("clip_sample", False):
+        return rule, None
+    limit = float(scheduler.config.get("clip_sample_range", 1.0) or 1.0)
+    if type(scheduler).__name__.startswith("DDIM") and isinstance(rule, DDIM | CPS | Churn):
+        return ClippedPrediction(rule, limit), None
+    return rule, limit
+
+
+def _check(pipe: Any) -> None:
+    """Raises ModelError for what is no pipeline, and where a network answers from a cache of earlier steps."""
+    if not hasattr(pipe, "components") or getattr(pipe, "scheduler", None) is None:
+        raise ModelError(
+            f"from_pipeline opens diffusers pipelines that own a scheduler, got {type(pipe).__name__}; wrap a network "
+            "(a UNet2DModel, say) by steer.from_eps, from_v, from_velocity or from_denoiser"
+        )
+    for name, module in pipe.components.items():
+        if getattr(module, "is_cache_enabled", False):
+            raise ModelError(
+                f"pipe.{name} caches activations from step to step, and samplers visit states in any order; call "
+                f"pipe.{name}.disable_cache() before opening the pipeline"
+            )

@@ -1,0 +1,200 @@
+"""A scheduler that steers the loop of the pipeline which owns it.
+
+A pipeline's loop asks its scheduler for everything that matters here: which steps there are (`timesteps`), how states
+are scaled (`scale_model_input`), and what follows from a prediction (`step`). `SteeredScheduler` answers these for a
+copy of the user's scheduler, so that one call of the pipeline evaluates the one step that is wanted, and leaves.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ModelError
+
+
+class Captured(BaseException):
+    """Leaves a pipeline's call with what it handed to `scheduler.step`.
+
+    A BaseException, as a pipeline may catch Exception.
+    """
+
+    def __init__(self, output: Tensor, sample: Tensor):
+        super().__init__()
+        self.output, self.sample = output, sample
+
+
+class IgnoresInterrupt(BaseException):
+    """The pipeline ran a step that it was asked to skip: it does not look at `interrupt`."""
+
+
+class Stepped(tuple):
+    """What `step` returns to a pipeline: (x, x), under every name that schedulers give it."""
+
+    prev_sample = pred_original_sample = denoised = property(lambda self: self[0])
+
+
+@dataclass(eq=False)
+class Job:
+    """What one call of the pipeline is for.
+
+    problems:  the problem of each prompt in the call; per: rows of each.
+    index:     the loop's step to evaluate; None: none, the call goes on to decode.
+    x:         latents (len(problems) * per, *event) to put into the loop; None: the pipeline's own.
+    off_grid:  (timestep, input scale) to evaluate at instead of the step's own.
+    noise:     the number that stands for every draw of initial noise; None: draws.
+    by_step:   latents enter as the result of a first step on stubbed networks, not through prepare_latents.
+    skip:      earlier steps are passed by the pipeline's own `interrupt` flag, not on stubbed networks.
+    stubbed:   the step wanted runs on stubs too: only its latents are of interest.
+    after:     called with what `step` received; its answer is what `step` returns. None: the call ends there.
+    gradient:  whether the evaluation is recorded for differentiation.
+    rows:      network rows evaluated, filled in by the networks.
+    sent:      the latents as the pipeline got them.
+    """
+
+    problems: tuple[int, ...]
+    per: int
+    index: int | None = None
+    x: Tensor | None = None
+    off_grid: tuple[Tensor, float] | None = None
+    noise: float | None = None
+    by_step: bool = False
+    skip: bool = True
+    stubbed: bool = False
+    after: Callable[[Tensor, Tensor], Tensor] | None = None
+    gradient: bool = False
+    rows: int = 0
+    sent: Tensor | None = None
+
+
+class SteeredScheduler:
+    """Steers `copy`, a deep copy of a scheduler, through attributes of that instance.
+
+    Its class stays what it was, because pipelines ask `type(scheduler)`; and the methods put in its place are wrapped,
+    because pipelines look for `sigmas`, `mu`, `eta` or `generator` in their signatures.
+
+    stage: where the pipeline is. "before" its loop; at a step to "skip", to "stub" or to evaluate ("at"); "after".
+    """
+
+    def __init__(self, scheduler: Any, interrupt: Callable[[bool], None]):
+        self.copy, self.kind = copy.deepcopy(scheduler), type(scheduler)
+        self.interrupt = interrupt
+        self.job, self.stage = Job((0,), 1), "before"
+        self.timesteps: Tensor = torch.empty(0)
+        self.first, self.length = 0, 0
+        self._calls = 0
+        self._known: dict[int, dict[str, Any]] = {}
+        for name in ("set_timesteps", "step", "scale_model_input"):
+            if hasattr(self.copy, name):
+                replacement = functools.partial(getattr(self, f"_{name}"))
+                setattr(self.copy, name, functools.wraps(getattr(self.copy, name))(replacement))
+
+    def begin(self, job: Job) -> None:
+        """Prepares for the next call of the pipeline."""
+        self.job, self.stage, self._calls = job, "before", 0
+
+    def plain(self) -> Any:
+        """The scheduler on the pipeline's grid, not steered, before its first step."""
+        scheduler = copy.copy(self.copy)
+        for name in ("set_timesteps", "step", "scale_model_input"):
+            vars(scheduler).pop(name, None)
+        scheduler.timesteps = self.timesteps
+        return scheduler
+
+    def _set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+        # The same in every call of one pipeline, so computed once; restoring all attributes also rewinds the counters
+        # and empties the histories that an earlier call left in the copy.
+        self._calls += 1
+        if self._calls not in self._known:
+            self.kind.set_timesteps(self.copy, *args, **kwargs)
+            self.timesteps = self.copy.timesteps.clone()
+            self.copy.timesteps = steered_grid(self.timesteps.clone(), self._visit)
+            self._known[self._calls] = dict(vars(self.copy))
+        vars(self.copy).update(self._known[self._calls])
+
+    def _visit(self, grid: Tensor) -> Iterator[Tensor]:
+        """The timesteps of the loop as its `for` sees them, staged so that one body counts.
+
+        Every earlier step is visited, and passed, so the loop's own index is right in the body that counts.
+        """
+        job, steps = self.job, grid.unbind()
+        self.first, self.length = int(grid.storage_offset()), len(steps)
+        for k in range(self._passed(len(steps))):
+            if job.skip and not (job.by_step and k == 0):
+                self._enter("skip", False)
+            else:
+                self._enter("stub", False)
+            yield steps[k]
+        if job.index is not None:
+            self._enter("at", job.gradient)
+            yield steps[job.index] if job.off_grid is None else job.off_grid[0]
+            # No step followed: the pipeline only looked through its grid, before its loop.
+            self._enter("before", False)
+            yield from steps[max(job.index, 1 if job.by_step else 0) + 1 :]
+            return
+        self._enter("after", job.gradient)
+
+    def _passed(self, length: int) -> int:
+        """How many bodies are passed. Latents that enter by a step need one; a decoder may read loop variables."""
+        job = self.job
+        if job.index is None:
+            return 1 if job.by_step else length if job.skip else 0
+        return max(job.index, 1 if job.by_step else 0)
+
+    def _enter(self, stage: str, gradient: bool) -> None:
+        self.stage = stage
+        self.interrupt(stage == "skip")
+        # Pipelines run under no_grad; the body that counts may be differentiated. Restored when the call ends.
+        torch.set_grad_enabled(gradient)
+
+    def _scale_model_input(self, sample: Tensor, timestep: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+        if self.stage != "at":
+            return sample
+        if self.job.off_grid is not None:
+            return sample * self.job.off_grid[1]
+        if self.job.index is not None:
+            self.copy._step_index = self.first + self.job.index
+        return self.kind.scale_model_input(self.copy, sample, timestep, *args, **kwargs)
+
+    def _step(self, model_output: Any, timestep: Any, sample: Tensor, *args: Any, return_dict: bool = True, **kwargs):
+        job = self.job
+        if self.stage == "skip":
+            raise IgnoresInterrupt
+        if self.stage == "before":
+            raise ModelError("the pipeline's loop does not run over scheduler.timesteps, so steer cannot steer it")
+        if self.stage == "stub":
+            x = sample if job.x is None else job.x.to(sample.dtype)
+            job.sent = x
+        elif job.after is None:
+            raise Captured(model_output, sample)
+        else:
+            x = job.after(model_output, sample)
+        if hasattr(self.copy, "_step_index"):  # pipelines read the counter after a step
+            self.copy._step_index = self.first + (job.index or 0) + 1
+        return Stepped((x, x))
+
+
+def steered_grid(timesteps: Tensor, visit: Callable[[Tensor], Iterator[Tensor]]) -> Tensor:
+    """The timesteps as a tensor whose iteration is `visit`. So are its slices: image-to-image starts halfway.
+
+    Nothing else that is computed from them is: a pipeline makes latents and embeddings of its timesteps.
+    """
+
+    class SteeredGrid(torch.Tensor):
+        def __iter__(self) -> Iterator[Tensor]:
+            return visit(self.as_subclass(torch.Tensor))
+
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            with torch._C.DisableTorchFunctionSubclass():
+                result = func(*args, **(kwargs or {}))
+                sliced = func is torch.Tensor.__getitem__ and isinstance(args[1], slice)
+                return result.as_subclass(cls) if sliced else result
+
+    return timesteps.as_subclass(SteeredGrid)

@@ -1,0 +1,111 @@
+"""`steer.verify`: an opened pipeline against the pipeline itself, for the cases that would go wrong in silence."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import ModelError
+from ..process import GaussianProcess
+from .opening import Decoder, PipelineDenoiser
+from .steered import steered_grid
+
+
+class Verified(NamedTuple):
+    """Largest differences, relative to the largest value compared; 0 is bitwise equality.
+
+    prediction: from what the pipeline predicts in its own run. output: from what it returns for the same latents; None
+    where the process does not decode. batched: of a row among others from the row alone, None where every row is a
+    call of its own; networks compute batches of different sizes with different rounding.
+    """
+
+    steps: int
+    prediction: float
+    output: float | None
+    batched: float | None
+
+
+class _Seen(NamedTuple):
+    prediction: Tensor
+    latents: Tensor
+    following: Tensor
+
+
+def verify(process: GaussianProcess, *, steps: int = 3, tolerance: float = 1e-5) -> Verified:
+    """How far a process from `steer.from_pipeline` is from its pipeline, over its first steps and the decoder.
+
+    The pipeline runs its first `steps` steps and decodes, problem 0, one row, with its own scheduler and nothing of
+    steer's. The process then predicts from the same latents, last step first, and decodes the same final latents.
+    That finds networks that remember earlier steps, loops that keep state, and outputs made of more than the latents.
+    A row in a batch with another is compared with the row alone, which finds rows that see each other.
+    Cost: 2 `steps` + 2 network evaluations and two decodes of one row; a cheap insurance for a pipeline that is new
+    to you. `tolerance` suits float32; give about 1e-2 where the networks run in bfloat16.
+
+    Raises ModelError where they differ by more than `tolerance`, and for processes that no pipeline is behind.
+    """
+    denoiser = process.denoiser
+    if not isinstance(denoiser, PipelineDenoiser):
+        raise ModelError("verify compares a process with its pipeline; this one calls a network directly")
+    steps = min(steps, len(denoiser.grid.indices))
+    call = denoiser.call
+    with torch.no_grad():
+        seen, output = _plain_run(denoiser, denoiser.grid.indices[steps - 1] + 1)
+        worst = 0.0
+        for k in reversed(range(steps)):
+            index = denoiser.grid.indices[k]
+            ours = call.predict(seen[index].latents, (0,), 1, index)
+            worst = max(worst, _difference(ours, seen[index].prediction))
+        decoded = None
+        if isinstance(process.decoder, Decoder):
+            decoded = _difference(call.decode(seen[-1].following, (0,), 1), output)
+        batched = _batched(denoiser, seen) if call.conditioning.any_batch else None
+    for name, error in (("predictions", worst), ("output", decoded), ("batched predictions", batched)):
+        if error is not None and not error <= tolerance:
+            raise ModelError(
+                f"steer's {name} of {type(call.user).__name__} differ from the pipeline's own by {error:.2g} of the "
+                f"largest value (tolerance {tolerance:.2g}): the pipeline keeps state from step to step, or does more "
+                "than predict, step and decode; switch its caches off, or wrap its network by steer.from_denoiser"
+            )
+    return Verified(steps, worst, decoded, batched)
+
+
+def _batched(denoiser: PipelineDenoiser, seen: list[_Seen]) -> float:
+    """Difference of the first step's prediction in a batch with other latents from the same prediction alone."""
+    index = denoiser.grid.indices[0]
+    rows = torch.cat([seen[index].latents, seen[-1].following])
+    return _difference(denoiser.call.predict(rows, (0,), 2, index)[:1], seen[index].prediction)
+
+
+def _plain_run(denoiser: PipelineDenoiser, length: int) -> tuple[list[_Seen], Tensor]:
+    """What the pipeline itself does in the first `length` bodies of its loop, and its output after them."""
+    call = denoiser.call
+    pipe, scheduler, seen = copy.copy(call.user), copy.deepcopy(call.user.scheduler), []
+    pipe.set_progress_bar_config(disable=True)
+    vars(pipe)["scheduler"] = scheduler
+    set_timesteps, step = scheduler.set_timesteps, scheduler.step
+
+    def shortened(*args: Any, **kwargs: Any) -> None:
+        set_timesteps(*args, **kwargs)
+        # The loop ends early, and the pipeline decodes what it has.
+        scheduler.timesteps = steered_grid(scheduler.timesteps, lambda grid: iter(grid.unbind()[:length]))
+
+    def recorded(output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = step(output, timestep, sample, *args, **kwargs)
+        following = result[0] if isinstance(result, tuple) else result.prev_sample
+        seen.append(_Seen(output, sample, following))
+        return result
+
+    scheduler.set_timesteps = functools.wraps(set_timesteps)(shortened)
+    scheduler.step = functools.wraps(step)(recorded)
+    return seen, call.output(pipe, (0,), 1)
+
+
+def _difference(ours: Tensor, theirs: Tensor) -> float:
+    if ours.shape != theirs.shape:
+        return float("inf")
+    scale = float(theirs.float().abs().max())
+    return float((ours.float() - theirs.float()).abs().max()) / (scale or 1.0)

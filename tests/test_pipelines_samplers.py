@@ -1,0 +1,121 @@
+"""Samplers on opened pipelines: with and without gradients, on latents and on decoded pictures."""
+
+import pytest
+import torch
+from tiny_pipelines import build
+
+import search
+import steer
+
+FAMILIES = ["sd15", "sdxl", "flux", "wan"]
+RULES = {"sd15": steer.ddim(1.0), "sdxl": steer.ddim(1.0), "flux": steer.cps(0.7), "wan": steer.flow_sde(0.7)}
+
+
+def brightness(samples):
+    """Mean of pictures (M, C, H, W) or frames (M, F, C, H, W) in [0, 1], scaled to matter."""
+    return 40.0 * samples.flatten(1).mean(1)
+
+
+@pytest.fixture(scope="module")
+def processes():
+    made = {}
+    for name in FAMILIES:
+        pipe, call = build(name)
+        made[name] = steer.from_pipeline(pipe, steps=5, transition=RULES[name], **call)
+    return made
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_smc_weighs_decoded_pictures(processes, name):
+    process = processes[name]
+    result = steer.smc(process, brightness, particles=4, key=1)
+    assert result.x.shape == (1, 4, *process.event)
+    assert result.cost.nfe == 4 * 5 * process.rows
+    assert result.cost.decodes == result.cost.rewards == 4 * 6 - 4
+    assert result.cost.grads == 0
+    assert bool(result.log_evidence.isfinite().all())
+    torch.testing.assert_close(result.log_weight.exp().sum(1), torch.ones(1, dtype=torch.float64))
+    assert 0.0 <= float(result.decoded.min()) <= float(result.decoded.max()) <= 1.0
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_guided_smc_differentiates_the_whole_chain(processes, name):
+    process = processes[name]
+    result = steer.smc(process, brightness, particles=3, key=1, proposal=steer.guided())
+    assert result.cost.grads > 0
+    blind = steer.smc(process, brightness, particles=3, key=1)
+    assert not torch.equal(result.x, blind.x)
+    assert bool(result.reward.isfinite().all())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_results_do_not_depend_on_chunks_but_for_rounding(name):
+    pipe, call = build(name)
+    whole, pieces = (steer.from_pipeline(pipe, steps=4, chunk=chunk, **call) for chunk in (16, 2))
+    a, b = (steer.rollout(process, brightness, particles=5, key=3) for process in (whole, pieces))
+    torch.testing.assert_close(a.x, b.x, rtol=0, atol=1e-4 * float(a.x.abs().max()))
+    torch.testing.assert_close(a.reward, b.reward, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_guidance_moves_the_reward(processes, name):
+    """A strong pull on the first latent channel raises it over the blind chain with the same noise."""
+
+    def channel(latents):
+        return latents.flatten(1).mean(1)
+
+    pipe, call = build(name)
+    process = steer.from_pipeline(pipe, steps=5, transition=RULES[name], output_type="latent", **call)
+    options = {"particles": 4, "key": 2, "temperature": 0.01, "selection": steer.resample(threshold=0.0)}
+    blind = steer.smc(process, channel, **options)
+    pulled = steer.smc(process, channel, proposal=steer.guided(), **options)
+    assert float(pulled.reward.mean()) > float(blind.reward.mean())
+
+
+def test_two_prompts_run_as_two_problems(processes):
+    pipe, call = build("sd15")
+    seen = []
+
+    def reward(samples, *, prompts):
+        seen.append(prompts)
+        return brightness(samples)
+
+    process = steer.from_pipeline(pipe, steps=4, **{**call, "prompt": ["a cat", "two dogs"]})
+    result = steer.smc(process, reward, particles=3, key=0)
+    assert result.x.shape[:2] == (2, 3)
+    assert seen[0] == ["a cat"] * 3 + ["two dogs"] * 3
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_best_of_n_and_the_other_methods_run(processes, name):
+    process = processes[name]
+    best = search.best_of_n(process, brightness, particles=3, key=0)
+    assert float(best.reward.max()) == float(best.reward[0, best.reward.argmax()])
+    for method in ("fk_steering", "tds", "das"):
+        result = getattr(steer, method)(process, brightness, particles=2, key=0)
+        assert bool(result.reward.isfinite().all()), method
+
+
+def test_a_pipeline_runs_on_another_path_and_on_another_grid():
+    """Converted from the sigma space of Euler to a flow, and on a finer grid: levels between those of the pipeline."""
+    pipe, call = build("sdxl")
+    process = steer.from_pipeline(pipe, steps=6, transition=steer.ode(), output_type="latent", **call)
+    finer = process.with_times([t for a, b in zip(process.times, process.times[1:], strict=False)
+                                for t in (a, 0.5 * (a + b))] + [0.0])  # fmt: skip
+    x = process.prior(steer.Key(0), 1, 2)
+
+    def run(model, x):
+        with torch.no_grad():
+            for k in range(model.steps):
+                x = model.transition(x, model.denoise(x, k), k).mean
+        return x
+
+    coarse, fine = run(process, x), run(finer, x)
+    assert bool(fine.isfinite().all())
+    flow = steer.convert(process, steer.RectifiedFlow())
+    scale = flow.levels[0].sigma / process.schedule(steer.schedules.time_at(
+        process.schedule, steer.schedules.angle(flow.schedule, flow.times[0]))).sigma  # fmt: skip
+    converted = run(flow, x * scale)
+    size = float(coarse.abs().max())
+    assert float((fine - coarse).abs().max()) < size
+    assert float((converted - coarse).abs().max()) < size
