@@ -1,0 +1,120 @@
+"""Search over paths: nearly finished samples are noised back, brought down again, and the best go on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from steer.errors import SteerError
+from steer.trajectory import Trajectory, gather
+from steer.types import OnStep, ReverseProcess
+
+from .candidates import Run
+from .noise_search import Found, carried_on, joined
+from .values import x0_hat
+
+
+@dataclass(frozen=True)
+class Paths:
+    """N paths that compete. Built by `paths`."""
+
+    copies: int
+    first: float
+    back: float
+    ahead: float
+    chains: int = 2
+
+    def least(self, process: ReverseProcess) -> int:
+        """One sample per path."""
+        return process.steps
+
+    def __call__(self, run: Run, particles: int, calls: int, on_step: OnStep | None) -> Found:
+        """Paths to near the data, then rounds of re-noising until the calls are spent."""
+        steps, left, turn = run.process.steps, calls * particles, 0
+        until = min(steps, max(1, round((1.0 - self.first) * steps)))
+        state, stopped = carried_on(run, run.begin(particles), until, run.key.fold("step"), on_step)
+        left -= until * particles
+        best: Found | None = None  # finished samples
+        try:
+            while not stopped:
+                if state.k == steps and best is None:
+                    with torch.no_grad():
+                        best = Found(state.x, run.score(state.x), state.root)
+                    state = Trajectory.begin(run.process, best.x, k=steps)
+                start, end = self._move(steps, state.k, left // particles)
+                if start == end:
+                    break
+                # Of one copy of every path: its steps, and a prediction to be scored by, unless it is finished.
+                each = particles * (end - start + (end < steps))
+                copies = min(self.copies, (left - particles * max(0, steps - end - 1)) // each)
+                if copies < 1:  # what is left pays for finishing and for shorter rounds from there
+                    left -= particles * (steps - state.k - ("x0" in state.carried))
+                    state, stopped = carried_on(run, state, steps, run.key.fold("step", "last"), on_step)
+                    continue
+                left -= copies * each
+                state, best, stopped = self._round(run, state, best, (start, end), copies, turn, on_step)
+                turn += 1
+        except KeyboardInterrupt:
+            stopped = True
+            if best is None:
+                state = replace(state, x=state.memory["clean"])
+        if best is None:
+            with torch.no_grad():
+                best = Found(state.x, run.score(state.x, "of the predictions"), state.root)
+        return best._replace(interrupted=stopped)
+
+    def _move(self, steps: int, k: int, left: int) -> tuple[int, int]:
+        """The levels between which the next round goes, from paths at level k with `left` predictions each."""
+        back = max(1, round(self.back * steps))
+        if k == steps:
+            return steps - min(back, left), steps
+        start = max(0, k - back)
+        return start, min(steps, max(k + 1, start + round(self.ahead * steps)))
+
+    def _round(
+        self, run: Run, state: Trajectory, best: Found | None, move: tuple[int, int], copies: int, turn: int,
+        on_step: OnStep | None,
+    ) -> tuple[Trajectory, Found | None, bool]:  # fmt: skip
+        """The best N of `copies` re-noisings of every path; finished ones compete with those found before."""
+        (start, end), count, steps = move, state.x.shape[1], run.process.steps
+        index = torch.arange(count, device=state.x.device).repeat(copies).expand(state.x.shape[0], -1)
+        tried = state.select(index).renoise(start, run.key.fold("renoise", turn))
+        tried, stopped = carried_on(run, tried, end, run.key.fold("step", turn), on_step)
+        if stopped:
+            return tried, best, True
+        with torch.no_grad():
+            if end < steps:
+                x0, score = run.evaluate(tried.x, end, x0_hat())
+                assert x0 is not None
+                return tried.carry(x0=x0).select(_first(score, count)), best, False
+            root = tried.root if best is None else best.root.gather(1, tried.root)
+            found = Found(tried.x, run.score(tried.x), root)
+        if best is not None:
+            found = joined(best, found)
+        winners = _first(found.reward, count)
+        best = Found(gather(found.x, winners), found.reward.gather(1, winners), found.root.gather(1, winners))
+        return Trajectory.begin(run.process, best.x, k=steps), best, False
+
+
+def paths(copies: int = 5, *, first: float = 0.11, back: float = 0.78, ahead: float = 0.81) -> Paths:
+    """Search over paths: N samples are brought to near the data; then rounds of `copies` re-noisings of each, of which
+    the best N by r(x0_hat) go on, until the data is reached; from there on rounds begin and end at the data.
+
+    first: share of the grid at which the first round begins, counted from the data. back, ahead: shares of the grid by
+    which a round goes back, and forward again. N is `particles`; 2 by default.
+    Goes on until the budget is spent, with shorter and smaller rounds at its end: the smallest move is one prediction
+    per path. Runs on every process, deterministic ones too.
+    Source: Ma et al. 2025 (2501.09732), search over paths: to sigma = .11, back by .78, forward by .81. Differs: in
+    levels of the grid, not in sigma; it does not stop at the data, where finished samples compete with new ones.
+    """
+    if copies < 1 or not (0.0 <= first < 1.0 and 0.0 < back <= 1.0 and ahead >= back):
+        raise SteerError(
+            f"paths takes copies >= 1, 0 <= first < 1 and 0 < back <= ahead, got copies={copies}, first={first}, "
+            f"back={back}, ahead={ahead}"
+        )
+    return Paths(copies, first, back, ahead)
+
+
+def _first(score: torch.Tensor, count: int) -> torch.Tensor:
+    return torch.sort(score, dim=1, descending=True, stable=True).indices[:, :count]
