@@ -1,0 +1,173 @@
+"""Diffusion tree sampling: weighted samples from trees of denoising chains that share their beginnings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from steer.errors import SteerError
+from steer.key import Key, as_key
+from steer.objective import check_temperature, conditioned, log_potential, open_run
+from steer.resampling import systematic
+from steer.result import Result
+from steer.smc import Proposal, Start, bootstrap, prior
+from steer.types import OnStep, ReverseProcess, Reward
+
+from .descent import Descent
+from .growth import Choose, Growth, Plan, branching_levels, plantable, planted, segment_rows
+from .tree import Tree
+
+
+def dts(
+    process: ReverseProcess,
+    reward: Reward,
+    *,
+    batch: int = 1,
+    particles: int | None = None,
+    budget: int | None = None,
+    temperature: float = 1.0,
+    key: Key | int = 0,
+    build: str = "unbiased",
+    levels: int | Sequence[int] = 9,
+    walkers: int = 16,
+    widening: tuple[float, float] = (2.0, 0.8),
+    defence: float = 0.5,
+    proposal: Proposal = bootstrap,
+    start: Start = prior,
+    tree: Tree | None = None,
+    store: torch.device | str | None = None,
+    on_step: OnStep | None = None,
+) -> Result:
+    """Weighted samples of p(x) exp(r(x) / temperature): the leaves of a tree, with its exact leaf weights.
+
+    particles: walks per tree, 16 by default; each adds a leaf, but where a "boltzmann" walk ends at an old one.
+    budget:    or network rows per tree, never exceeded, and used to within the cheapest walk.
+    build:     where walks expand. "unbiased" (below), "uniform" (the least visited child), or the paper's "boltzmann"
+               (child c with probability proportional to exp(v_c / temperature)), which is biased.
+    levels:    branching levels, or how many (equally spaced); between them a chain is one edge. Many cost rewards and
+               memory, no network rows; few cannot follow a reward that is decided late. The paper has four.
+    walkers:   walks per sweep, W. They share network calls. "unbiased" does not depend on rewards found, so W may be
+               as large as memory allows; the others learn only between sweeps.
+    widening:  (C, alpha) of "uniform" and "boltzmann": a node of N visits expands below C N^alpha children.
+    defence:   share of "unbiased" growth that ignores predicted rewards, in (0, 1].
+    proposal:  `steer.bootstrap`, or `steer.guided(scale)`, corrected by p / q on every edge.
+    start:     where chains begin; it may set weights, not spend network rows.
+    tree:      `result.tree` of an earlier run, grown on from where it stands (and changed). Its levels stand; a budget
+               is what this run may add. The same key goes on with fresh noise: a walk's noise is named by its number.
+    store:     device to keep nodes' states on, "cpu" to offload them; default, the network's.
+    on_step:   called with the Trajectory of the walks under way after each step. Raising `Stop` returns the tree as of
+               the last whole sweep; stopped in the first, its predictions.
+
+    Returns the leaves x (B, N, *event), reward (B, N), log_weight (B, N) that sum to one,
+        w(leaf) = exp(r / T) prod_ancestors 1 / |C| / Z_hat,        Z_hat = exp(v(root) / T),
+    log_evidence = log Z_hat (B,), and `tree`. Trees with fewer leaves than N repeat one at weight zero.
+
+    **Why "unbiased" is.** With log-mean-exp values, Z_hat is the mean over the root's children of the mean over
+    theirs, ... of exp(r / T). If the numbers of children are fixed by what is known *above* them, every mean is over
+    independent draws of the model given its node, so E[Z_hat] = Z and E[sum of Z_hat w f] = E_p[exp(r / T) f], for any
+    number of walks: condition on all states down to depth d, replace each node's mean by its expectation, and go up.
+    Boltzmann building breaks this: it returns to children whose value is high, which then regress, and leaves those
+    with unlucky first leaves as they are, so values are low for ever. So here walks are dealt to depths in turn, by
+    rows spent; at depth d they go to nodes by *where the tree is too thin for the weight it predicts*. A node's fair
+    share of the children at its depth is
+        (1 - defence) softmax(log s + r(x0_hat) / T) + defence softmax(log s),      s = prod_ancestors 1 / |C|,
+    proportional to the spread it adds to Z_hat were the prediction right, and walks are drawn (systematically) by what
+    nodes lack of that share. All of it is a function of states at depths up to d. Wrong predictions cost variance,
+    at most 1 / defence times that of growth by s alone.
+
+    Cost per tree: a walk expanding the root takes K rows (K = process.steps), one expanding a node at level k takes
+    K - k - 1, since a node keeps its prediction; one reward per leaf, and one per inner node for "unbiased". A model
+    conditioned on several problems also computes (and counts) columns that idle because trees differ: never for
+    "unbiased". Memory: two states a node.
+    Raises BudgetError, CollapsedWeightsError, NonFiniteError, NotDifferentiableError, NotStochasticError, RewardError,
+    ShapeError, StateSpaceError; each carries what was paid for in `.partial`.
+    Source: Jain et al. 2025 (Diffusion Tree Sampling, 2506.20701), Algorithms 1 and 2. Differs: the default build;
+    many walks a sweep, with visits counted on the way down; readout is the exact weights, of which the paper's
+    stochastic descent is one draw. log-mean-exp as in the camera-ready (the first version's log-sum-exp is biased).
+    """
+    temperature, key = check_temperature(temperature), as_key(key)
+    if not 0.0 < defence <= 1.0:
+        raise SteerError(f"defence is a share of growth in (0, 1], got {defence}")
+    process, objective, meter = open_run(process, reward)
+    tree = planted(tree, conditioned(process, batch), branching_levels(process, levels))
+    growth = Growth(
+        process, objective, meter, tree, key, temperature, plantable(start), proposal, looks=build == "unbiased",
+        live=build == "boltzmann", store=store, on_step=on_step,
+    )  # fmt: skip
+    return growth.run(_builder(build, growth, widening, defence), walkers, particles, budget)
+
+
+def _builder(build: str, growth: Growth, widening: tuple[float, float], defence: float) -> Choose:
+    rows = segment_rows(growth.process, growth.tree.levels)
+    cost = tuple(sum(rows[depth:]) for depth in range(len(rows)))
+    if build == "unbiased":
+        if any("look" not in layer.columns for layer in growth.tree.layers[1:-1] if layer.size):
+            raise SteerError("a tree built by another rule keeps no predicted rewards; grow it by that rule")
+        return Apportionment(cost, growth.temperature, defence)
+    if build == "boltzmann":
+        return Descent(_soft_value, True, widening, revisit=True, rows=cost)
+    if build == "uniform":
+        return Descent(_least_visited, False, widening, revisit=False, rows=cost)
+    raise SteerError(f'build is "unbiased", "uniform" or "boltzmann", got {build!r}')
+
+
+def _soft_value(tree: Tree, depth: int, problem: Tensor, parent: Tensor, child: Tensor) -> Tensor:
+    layer = tree.layers[depth]
+    return layer["value"][problem, child] + layer["correction"][problem, child]
+
+
+def _least_visited(tree: Tree, depth: int, problem: Tensor, parent: Tensor, child: Tensor) -> Tensor:
+    return -tree.layers[depth]["visits"][problem, child]
+
+
+@dataclass(frozen=True)
+class Apportionment:
+    """The "unbiased" build: depths in turn by rows spent, nodes by what they lack of their share.
+
+    rows: network rows of expanding a node of each depth.
+    """
+
+    rows: tuple[int, ...]
+    temperature: float
+    defence: float
+
+    def __call__(self, tree: Tree, walks: int, left: Tensor, key: Key) -> Plan:
+        depths = self._depths(tree, walks, int(left.min()))
+        entry = torch.tensor(depths, dtype=torch.int64).expand(tree.problems, -1).clone()
+        path = [torch.zeros_like(entry) for _ in range(tree.depth + 1)]
+        for depth in range(1, tree.depth):
+            first, count = sum(d < depth for d in depths), depths.count(depth)
+            if count:
+                draw = key.fold("grow", depth).at(tree.sweeps)
+                slots = systematic(self._lacking(tree, depth, count), draw, count)
+                for d in range(depth, 0, -1):  # and the way there
+                    path[d][:, first : first + count] = slots
+                    slots = tree.layers[d]["parent"].gather(1, slots)
+        return entry, path
+
+    def _depths(self, tree: Tree, walks: int, left: int) -> list[int]:
+        """Depths to expand at, rising: each walk goes where the fewest rows were spent, if they are left to spend."""
+        spent = [int(made[0]) * rows for made, rows in zip(tree.expansions, self.rows, strict=True)]
+        chosen: list[int] = []
+        for _ in range(walks):
+            open_to = range(tree.depth if tree.leaves.size else 1)
+            possible = [depth for depth in open_to if self.rows[depth] <= left]
+            if not possible:
+                break
+            chosen.append(min(possible, key=lambda depth: spent[depth]))
+            spent[chosen[-1]] += self.rows[chosen[-1]]
+            left -= self.rows[chosen[-1]]
+        return sorted(chosen)
+
+    def _lacking(self, tree: Tree, depth: int, more: int) -> Tensor:
+        """Log of the children that nodes of a depth lack of their share once there are `more` at it, (B, size)."""
+        layer, share = tree.layers[depth], tree.log_share(depth)
+        tilted = share + log_potential(layer["look"], self.temperature)
+        hopeless = (tilted == -torch.inf).all(1, keepdim=True)
+        fair = torch.softmax(torch.where(hopeless, share, tilted), 1)
+        fair = (1.0 - self.defence) * fair + self.defence * torch.softmax(share, 1)
+        children = layer["children"] * layer.filled
+        return (fair * (children.sum(1, keepdim=True) + more) - children).clamp(min=0.0).log()

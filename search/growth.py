@@ -1,0 +1,315 @@
+"""Growing trees: sweeps of walks that roll out together, within a budget; what `dts` and `dts_star` share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from steer import weights
+from steer.cost import Meter, affordable
+from steer.errors import BudgetError, CollapsedWeightsError, NotStochasticError, StateSpaceError, SteerError
+from steer.key import Key
+from steer.objective import Objective, check_finite, log_potential
+from steer.result import Result, Seen
+from steer.smc import PreparedStart, Proposal, Start
+from steer.trajectory import Trajectory
+from steer.types import GaussianTransition, OnStep, ReverseProcess, Stop
+
+from .tree import Tree, even_levels
+
+Plan = tuple[Tensor, list[Tensor]]
+"""Where the walks of a sweep go: entry (B, W), the depth of the node each expands (`depth` for a walk that ends at an
+old leaf, `depth + 1` for no walk), rising along W; and for each depth the slots (B, W) walked through."""
+
+Choose = Callable[[Tree, int, Tensor, Key], Plan]
+"""(tree, walks, rows left to each tree (B,), key) -> Plan."""
+
+
+@dataclass(eq=False)
+class Growth:
+    """One run that grows trees: what walks are made of, and the ledger.
+
+    looks:  score the prediction at every node, for builds that ask for it.
+    greedy: values are best rewards, not soft values.
+    live:   keep values current after every sweep, for builds that select by them.
+    store:  device of the nodes' states, None for the network's.
+    """
+
+    process: ReverseProcess
+    objective: Objective
+    meter: Meter
+    tree: Tree
+    key: Key
+    temperature: float
+    start: Start
+    proposal: Proposal
+    looks: bool = False
+    greedy: bool = False
+    live: bool = False
+    store: torch.device | str | None = None
+    on_step: OnStep | None = None
+    paid: Trajectory | None = field(default=None, init=False)
+
+    def run(self, choose: Choose, walkers: int, particles: int | None, budget: int | None) -> Result:
+        """Sweeps until the particles are made, the budget is spent, or `on_step` asks to stop."""
+        tree, rows = self.tree, segment_rows(self.process, self.tree.levels)
+        self._check_affordable(sum(rows), rows[-1], particles, budget)
+        made, most = 0, particles or (16 if budget is None else None)
+        left = torch.full((tree.problems,), 2**62 if budget is None else budget)
+        interrupted = False
+        try:
+            while most is None or made < most:
+                width = walkers if most is None else min(walkers, most - made)
+                entry, path = self._fitted(choose(tree, width, left, self.key), rows, left)
+                if not bool((entry <= tree.depth).any()):
+                    break
+                self._sweep(entry, path)
+                made, left = made + width, left - self._spent(entry, rows)
+        except (Stop, KeyboardInterrupt):
+            if self.paid is None:
+                raise
+            interrupted = True
+        except SteerError as error:
+            if tree.leaves.size:
+                error.keep(self._result(interrupted=True))
+            error.keep(self.paid)
+            raise
+        return self._result(interrupted=interrupted)
+
+    def _sweep(self, entry: Tensor, path: list[Tensor]) -> None:
+        """Every walk goes on from the node it chose; each network call has one level, and walks join on the way."""
+        tree, key = self.tree, self.key.shifted(slot=self.tree.iterations)
+        before = tree.counts()
+        try:
+            for depth in range(tree.depth):
+                live = entry <= depth
+                width = int(live.sum(1).max())
+                if width:
+                    live, above = live[:, :width], path[depth][:, :width]
+                    state = self._enter(depth, above, live, key)
+                    state = self._along_edge(state, live, tree.levels[depth], key.fold("step"))
+                    slots = self._attach(depth + 1, live, above, state)
+                    path[depth + 1][:, :width] = torch.where(live, slots, path[depth + 1][:, :width])
+        except BaseException:
+            tree.rollback(before)  # the tree holds whole walks only, so that it can be grown again
+            raise
+        tree.commit(entry, path)
+        if self.live:
+            tree.backup_paths(path, entry <= tree.depth, greedy=self.greedy)
+
+    def _enter(self, depth: int, slots: Tensor, live: Tensor, key: Key) -> Trajectory:
+        """The walks that are under way at this depth, at their nodes, with what is remembered there."""
+        if depth == 0:
+            state = self.start(self.process, self.objective, key, *live.shape)
+            if state.k > self.tree.levels[0]:
+                raise SteerError(
+                    f"the start puts particles at level {state.k}, past the first branching level "
+                    f"{self.tree.levels[0]}; pass levels that begin there or later"
+                )
+            return state
+        kept = self.tree.states(depth, slots, getattr(self.process, "device", None))
+        return Trajectory.begin(self.process, kept.pop("x"), k=self.tree.levels[depth - 1]).carry(**kept)
+
+    def _along_edge(self, state: Trajectory, live: Tensor, until: int, noise: Key) -> Trajectory:
+        while state.k < until:
+            if "x0" not in state.carried:
+                state, _ = self._predict(state, live, score=False)
+            self.paid = state
+            model = self.process.transition(state.x, state.carried["x0"], state.k)
+            guided = "gradient" in state.carried
+            drawn = self.proposal(state, cast(GaussianTransition, model)) if guided else model
+            state = state.step(drawn, noise, model=None if drawn is model else model)
+            if self.on_step is not None:
+                self.on_step(state)
+        return state
+
+    def _attach(self, depth: int, live: Tensor, parent: Tensor, state: Trajectory) -> Tensor:
+        """New nodes at the end of an edge: predicted there once, and for ever; scored, where they are leaves."""
+        tree, columns = self.tree, {"correction": state.log_weight.cpu()}
+        if depth == tree.depth:
+            with torch.no_grad():
+                scores = self._on_live(self.objective, state.x, live).cpu()
+            check_finite(scores, "of the finished samples", first=tree.leaves.size)
+            columns |= {"reward": scores, "value": scores if self.greedy else log_potential(scores, self.temperature)}
+            return tree.attach(depth, live, parent, x=self._stored(state.x), **columns)
+        state, scores = self._predict(state, live, score=self.looks)
+        if self.looks and scores is not None:
+            check_finite(scores, f"of the predictions at level {state.k}", first=tree.layers[depth].size)
+            columns["look"] = scores.cpu()
+        columns |= {name: self._stored(tensor) for name, tensor in state.carried.items()}
+        return tree.attach(depth, live, parent, x=self._stored(state.x), **columns)
+
+    def _predict(self, state: Trajectory, live: Tensor, *, score: bool) -> tuple[Trajectory, Tensor | None]:
+        """The state with its prediction (and the gradient a proposal needs), and scores where they are asked for."""
+        process, k = self.process, state.k
+        if self.proposal.scale and process.stochastic(k):
+            if not hasattr(process, "levels"):
+                raise StateSpaceError(
+                    "a proposal that follows a gradient needs states on a Gaussian path, got "
+                    f"{type(process).__name__}; use proposal=steer.bootstrap"
+                )
+            x0, scores, gradient = self._on_live(
+                lambda x: self.objective.value_and_grad(x, k, 1.0 / self.temperature), state.x, live
+            )
+            return state.carry(x0=x0, gradient=gradient), scores
+
+        def predict(x: Tensor) -> tuple[Tensor, ...]:
+            x0 = process.denoise(x, k)
+            return (x0, self.objective(process.complete(x, x0))) if score else (x0,)
+
+        with torch.no_grad():
+            x0, *scores = self._on_live(predict, state.x, live)
+        return state.carry(x0=x0), scores[0] if scores else None
+
+    def _on_live(self, function: Callable[[Tensor], Any], x: Tensor, live: Tensor) -> Any:
+        """A function of states on the live rows alone, 0 elsewhere, so that idle columns cost nothing.
+
+        A conditioned network needs every problem's rows in place; there idle columns are computed, and paid for.
+        """
+        if self.process.problems is not None or bool(live.all()):
+            return function(x)
+        live = live.to(x.device)
+        packed = function(x[live][None])
+
+        def unpacked(rows: Tensor) -> Tensor:
+            return rows.new_zeros((*live.shape, *rows.shape[2:])).index_put((live,), rows[0])
+
+        return tuple(map(unpacked, packed)) if isinstance(packed, tuple) else unpacked(packed)
+
+    def _stored(self, tensor: Tensor) -> Tensor:
+        return tensor if self.store is None else tensor.to(self.store)
+
+    def _spent(self, entry: Tensor, rows: Sequence[int]) -> Tensor:
+        """Network rows of a sweep for each tree, (B,)."""
+        running = torch.stack([(entry <= depth).sum(1) for depth in range(len(rows))])  # (D, B)
+        if self.process.problems is not None:
+            running = running.amax(1, keepdim=True).expand_as(running)
+        return torch.tensor(rows) @ running
+
+    def _fitted(self, plan: Plan, rows: Sequence[int], left: Tensor) -> Plan:
+        """The plan without its last walks, where a conditioned network's idle columns would overdraw the budget."""
+        entry, path = plan
+        while entry.shape[1] and bool((self._spent(entry, rows) > left).any()):
+            entry, path = entry[:, :-1], [slots[:, :-1] for slots in path]
+        return entry, path
+
+    def _check_affordable(self, whole: int, cheapest: int, particles: int | None, budget: int | None) -> None:
+        if not self.tree.leaves.size or budget is None:
+            affordable(whole, particles=particles, budget=budget)
+        elif budget < cheapest:
+            raise BudgetError(
+                f"a budget of {budget} network rows per problem pays for no walk: growing this tree from its last "
+                f"branching level takes {cheapest}; raise the budget to {cheapest}"
+            )
+
+    def _result(self, *, interrupted: bool) -> Result:
+        tree, leaves = self.tree, self.tree.leaves
+        if not leaves.size:
+            return self._predictions()
+        filled, reward = leaves.filled, leaves["reward"]
+        # Trees of fewer leaves repeat their first one, at weight zero.
+        slots = torch.where(filled, torch.arange(leaves.size), 0)
+        tree.set_leaf_values(reward if self.greedy else log_potential(reward, self.temperature))
+        root_value = tree.backup(greedy=self.greedy)
+        if bool((root_value == -torch.inf).any()):
+            raise CollapsedWeightsError(
+                f"every leaf of problem {int((root_value == -torch.inf).nonzero()[0])} has weight zero: the reward "
+                "forbids (-inf) all of them; grow the tree further, or give a reward that is finite on what the "
+                "model makes"
+            )
+        reward, ancestor = reward.gather(1, slots), slots
+        for layer in tree.layers[:1:-1]:
+            ancestor = layer["parent"].gather(1, ancestor)
+        x = tree.states(tree.depth, slots, getattr(self.process, "device", None))["x"]
+        if self.greedy:
+            log_weight = torch.full_like(reward, -torch.inf).scatter_(1, reward.argmax(1, keepdim=True), 0.0)
+            root_value = torch.full_like(root_value, math.nan)
+        else:
+            log_weight = weights.normalise(tree.log_share(tree.depth) + leaves["value"])
+        return self._on_device(x, reward, log_weight, root_value, ancestor, interrupted)
+
+    def _predictions(self) -> Result:
+        """What a run has that was stopped in its first sweep: the last predictions of its walks, as leaves."""
+        assert self.paid is not None
+        with torch.no_grad():
+            x = self.process.complete(self.paid.x, self.paid.carried["x0"])
+            scores = self.objective(x)
+        check_finite(scores, "of the predictions")
+        potential = log_potential(scores, self.temperature)
+        chosen = torch.full_like(scores, -torch.inf).scatter_(1, scores.argmax(1, keepdim=True), 0.0)
+        log_weight = chosen if self.greedy else weights.normalise(potential)
+        evidence = weights.log_mean_exp(potential)
+        root = torch.arange(scores.shape[1]).expand(scores.shape)
+        return self._on_device(x, scores, log_weight, evidence * math.nan if self.greedy else evidence, root, True)
+
+    def _on_device(
+        self, x: Tensor, reward: Tensor, log_weight: Tensor, evidence: Tensor, root: Tensor, interrupted: bool
+    ) -> Result:
+        reward, log_weight, evidence, root = (part.to(x.device) for part in (reward, log_weight, evidence, root))
+        return Result(
+            process=self.process, x=x, reward=reward, log_weight=log_weight, log_evidence=evidence, root=root,
+            key=self.key, cost=self.meter.cost(), temperature=self.temperature,
+            seen=(Seen(self.process.steps, weights.ess(log_weight), reward),), interrupted=interrupted, tree=self.tree,
+        )  # fmt: skip
+
+
+def segment_rows(process: ReverseProcess, levels: Sequence[int]) -> list[int]:
+    """Network rows that one walk spends on each edge: a node's prediction belongs to the edge that made it."""
+    ends = [-1, *levels[:-1], process.steps - 1]
+    return [process.rows * (there - here) for here, there in pairwise(ends)]
+
+
+def branching_levels(process: ReverseProcess, levels: int | Sequence[int]) -> tuple[int, ...]:
+    """Levels at which nodes are kept, the last one the data, from their number (equally spaced) or themselves.
+
+    A node needs a noisy step behind it, or its children are copies, and a prediction behind it, or they are free.
+    """
+    if not any(process.stochastic(k) for k in range(process.steps)):
+        raise NotStochasticError(
+            "the children of a node differ by the noise of its transitions, and this process's add none; use a "
+            "stochastic rule, for instance process.with_rule(steer.ddim(eta=1.0))"
+        )
+    asked = None if isinstance(levels, int) else [int(k) for k in levels]
+    chosen = even_levels(process.steps, cast(int, levels)) if asked is None else asked
+    rising = sorted({k for k in chosen if 0 <= k <= process.steps - 2})
+    edges = zip(rising, [*rising, process.steps][1:], strict=True)
+    useful = [k for k, end in edges if any(process.stochastic(j) for j in range(k, end))]
+    if asked is not None and asked != useful:
+        raise SteerError(
+            f"branching levels must rise within [0, {process.steps - 2}], with a step that adds noise after each, got "
+            f"{asked}"
+        )
+    return (*useful, process.steps)
+
+
+def plantable(start: Start) -> Start:
+    """A start that trees can use."""
+    if isinstance(start, PreparedStart):
+        raise SteerError(
+            f"a tree draws its roots a few at a time, and {type(start).__name__} spends network rows on each draw; run "
+            "the start once and pass a function that hands its particles out, or use steer.prior"
+        )
+    return start
+
+
+def planted(tree: Any, problems: int, levels: tuple[int, ...]) -> Tree:
+    """New trees, or the given ones, which then must fit."""
+    if tree is None:
+        return Tree(problems, levels)
+    if not isinstance(tree, Tree) or tree.problems != problems or tree.levels[-1] != levels[-1]:
+        raise SteerError(
+            f"a tree to grow on must be {problems} trees over {levels[-1]} steps (result.tree), got {tree!r}"
+        )
+    return tree
+
+
+def resorted(entry: Tensor, path: list[Tensor]) -> Plan:
+    """A plan with its walks in order of the depth they enter at, so that those under way are the first columns."""
+    entry, order = entry.sort(dim=1, stable=True)
+    return entry, [slots.gather(1, order) for slots in path]
