@@ -1,7 +1,11 @@
 """steer: inference-time reward alignment of frozen diffusion and flow models."""
 
 from . import models
+from .birth_death import BirthDeath, birth_death
+from .composite import Composite, compose
 from .cost import Cost
+from .das import das
+from .driftlite import driftlite
 from .errors import (
     BudgetError,
     CollapsedWeightsError,
@@ -14,35 +18,53 @@ from .errors import (
     StateSpaceError,
     SteerError,
 )
+from .fk_steering import fk_steering
+from .fkc import fkc
+from .gibbs import draw_path, particle_gibbs
 from .key import Key
+from .look_ahead import LookAhead, at_state, flow_map, ode_steps, x0_hat
+from .masked import MaskedProcess, from_logits
+from .mcmc import mala, pcnl, ula
 from .models.embedded import load
-from .models.pipeline import from_pipeline
+from .pipelines import from_pipeline, verify
 from .potentials import adaptive_tempering, difference, final_only, geometric_tempering, maximum, total
 from .process import GaussianProcess, convert, from_denoiser, from_eps, from_score, from_v, from_velocity
+from .psi import psi
 from .resampling import killing, multinomial, residual, ssp, stratified, systematic
 from .result import Result
 from .rollout import importance_sampling, rollout
 from .sample import compare, methods, sample
 from .schedules import VE, VP, Cosine, RectifiedFlow, Tabulated, log_snr_times, sigma_times, uniform_times
 from .smc import bootstrap, guided, prior, resample, smc
+from .tds import tds, twisted
+from .top_k import top_k_of_n
 from .trajectory import Trajectory
 from .transitions import Normal, churn, cps, ddim, euler_maruyama, flow_sde, ode
+from .transports import Transport, base_transport, ecg, flow_transport, half_transport, score_transport, vcg
 from .types import Coeffs, Denoiser, Level, QuadraticForm, ReverseProcess, Reward, Rule, Schedule, Stop, Transition
+from .unmasking import Unmasking, unmask
+from .weighted_sde import FeynmanKac, KernelRatio
 
 __version__ = "0.1.0"
 
 __all__ = [
     "VE",
     "VP",
+    "BirthDeath",
     "BudgetError",
     "Coeffs",
     "CollapsedWeightsError",
+    "Composite",
     "Cosine",
     "Cost",
     "Denoiser",
+    "FeynmanKac",
     "GaussianProcess",
+    "KernelRatio",
     "Key",
     "Level",
+    "LookAhead",
+    "MaskedProcess",
     "ModelError",
     "NonFiniteError",
     "Normal",
@@ -63,44 +85,74 @@ __all__ = [
     "Tabulated",
     "Trajectory",
     "Transition",
+    "Transport",
+    "Unmasking",
     "adaptive_tempering",
+    "at_state",
+    "base_transport",
+    "birth_death",
     "bootstrap",
     "churn",
     "compare",
+    "compose",
     "convert",
     "cps",
+    "das",
     "ddim",
     "difference",
+    "draw_path",
+    "driftlite",
+    "ecg",
     "euler_maruyama",
     "final_only",
+    "fk_steering",
+    "fkc",
+    "flow_map",
     "flow_sde",
+    "flow_transport",
     "from_denoiser",
     "from_eps",
+    "from_logits",
     "from_pipeline",
     "from_score",
     "from_v",
     "from_velocity",
     "geometric_tempering",
     "guided",
+    "half_transport",
     "importance_sampling",
     "killing",
     "load",
     "log_snr_times",
+    "mala",
     "maximum",
     "methods",
     "models",
     "multinomial",
     "ode",
+    "ode_steps",
+    "particle_gibbs",
+    "pcnl",
     "prior",
+    "psi",
     "resample",
     "residual",
     "rollout",
     "sample",
+    "score_transport",
     "sigma_times",
     "smc",
     "ssp",
     "stratified",
     "systematic",
+    "tds",
+    "top_k_of_n",
     "total",
+    "twisted",
+    "ula",
     "uniform_times",
+    "unmask",
+    "vcg",
+    "verify",
+    "x0_hat",
 ]

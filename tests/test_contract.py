@@ -17,12 +17,59 @@ METHODS = {
     "smc_guided": functools.partial(steer.smc, proposal=steer.guided(0.5)),
     "smc_max": functools.partial(steer.smc, weight=steer.maximum(at=[1, 2])),
     "smc_tempered": functools.partial(steer.smc, weight=steer.difference(tempering=steer.adaptive_tempering())),
+    "smc_pcnl": functools.partial(steer.smc, start=steer.pcnl(chains=3, burn_in=2, kept=2)),
+    "smc_top_k": functools.partial(steer.smc, start=steer.top_k_of_n(9)),
+    "psi": functools.partial(steer.psi, start=steer.pcnl(chains=3)),
+    "fk_steering": steer.fk_steering,
+    "tds": steer.tds,
+    "das": steer.das,
+    "fkc": steer.fkc,
+    "fkc_birth_death": functools.partial(steer.fkc, selection=steer.birth_death(), transport=steer.base_transport),
+    "fkc_feynman_kac": functools.partial(steer.fkc, weight=steer.FeynmanKac(), look_ahead=steer.at_state()),
+    "driftlite": functools.partial(steer.driftlite, look_ahead=steer.at_state()),
+    "particle_gibbs": functools.partial(steer.particle_gibbs, sweeps=1),
+    "particle_gibbs_pinned": functools.partial(steer.particle_gibbs, sweeps=2),
     "best_of_n": search.best_of_n,
     "best_of_n_chunked": functools.partial(search.best_of_n, chunk=3, keep=2),
+    "svdd": functools.partial(search.svdd, candidates=2),
+    "svdd_replacing": functools.partial(search.svdd, candidates=2, select="argmax", replace=0.3, chunk=5),
+    "beam": search.beam,
+    "beam_blocks": functools.partial(search.beam, block=2, keep=2),
+    "beam_top": functools.partial(search.beam, candidates=3, select=search.selection.top()),
+    "rbf": functools.partial(search.rbf, quota=1),
+    "depth_first": search.depth_first,
+    "dts": search.dts,
+    "dts_uniform": functools.partial(search.dts, build="uniform"),
+    "dts_boltzmann": functools.partial(search.dts, build="boltzmann"),
+    "dts_guided": functools.partial(search.dts, proposal=steer.guided(0.5)),
+    "dts_star": functools.partial(search.dts_star, walkers=16),
+    "noise_zero_order": search.noise_search,
+    "noise_paths": functools.partial(search.noise_search, strategy=search.paths()),
+    "noise_epsilon_greedy": functools.partial(search.noise_search, strategy=search.epsilon_greedy()),
 }
-SAMPLERS = [name for name in METHODS if not name.startswith("best_of")]
+SEARCHES = ("best_of", "svdd", "beam", "rbf", "depth_first", "noise", "dts_star")
+SAMPLERS = [name for name in METHODS if not name.startswith(SEARCHES)]
 STEPS = 5
 REWARD = Linear([0.7, -0.5])
+
+# What differs from one chain of STEPS rows per particle. Rows of the start: psi gives its MCMC as much as its SMC, in
+# whole steps of 3 chains and at least 2 of them.
+START_ROWS = {
+    "smc_pcnl": lambda particles: 15,
+    "smc_top_k": lambda particles: 9,
+    "psi": lambda n: max(6, n * STEPS // 3 * 3),
+}
+SWEEPS = {"particle_gibbs_pinned": 2}
+CANDIDATES = {"svdd": 2, "svdd_replacing": 2, "beam_top": 3}  # rows per particle and level
+WITHOUT_BUDGET = {name: 16 for name in METHODS if name.startswith(("depth_first", "noise"))}  # samples' worth of rows
+GRADIENTS = {"fkc", "fkc_feynman_kac", "driftlite", "smc_guided", "dts_guided", "smc_pcnl", "psi", "tds", "das"}
+NO_EVIDENCE = {"rollout", "smc_pcnl", "smc_top_k", "psi"}
+
+
+def rows(name, particles):
+    """Network rows of a run, per problem."""
+    start = START_ROWS.get(name, lambda particles: 0)(particles)
+    return start + SWEEPS.get(name, 1) * CANDIDATES.get(name, 1) * STEPS * particles
 
 
 def mixture_process(dtype=torch.float32, **options):
@@ -44,7 +91,10 @@ class Spy:
 
     def denoise(self, x, t):
         self.rows += x.shape[0] * x.shape[1]
-        return self.denoiser(x, t)
+        x0 = self.denoiser(x, t)
+        if x0.requires_grad:  # a backward pass reaches the network through its output, whatever it comes from
+            x0.register_hook(lambda grad: setattr(self, "grads", self.grads + grad.shape[0] * grad.shape[1]))
+        return x0
 
     def decode(self, x):
         self.decoded += len(x)
@@ -52,33 +102,38 @@ class Spy:
 
     def score(self, x):
         self.scored += len(x)
-        if x.requires_grad:
-            x.register_hook(lambda grad: setattr(self, "grads", self.grads + len(grad)))
         return self.reward(x)
 
 
 @pytest.fixture(params=METHODS)
-def method(request):
-    return METHODS[request.param]
+def name(request):
+    return request.param
 
 
-def test_ledger_equals_a_spys_count(method):
+@pytest.fixture
+def method(name):
+    return METHODS[name]
+
+
+def test_ledger_equals_a_spys_count(method, name):
     spy = Spy(mixture_process(), REWARD)
     cost = method(spy.process, spy.score, particles=7, batch=2).cost
     assert (cost.nfe, cost.rewards, cost.decodes, cost.grads) == (spy.rows, spy.scored, spy.decoded, spy.grads)
-    assert cost.nfe == 2 * 7 * STEPS
+    assert cost.nfe == 2 * rows(name, 7) * WITHOUT_BUDGET.get(name, 1)
     assert cost.seconds["total"] > 0
 
 
-@pytest.mark.parametrize("budget", [STEPS, 7 * STEPS + 3])
-def test_budget_is_never_exceeded_and_used_up_to_a_particle(method, budget):
+@pytest.mark.parametrize("more", [0, 6 * STEPS + 3])
+def test_budget_is_never_exceeded_and_used_up_to_a_particle(method, name, more):
+    budget = rows(name, 1) + more
     result = method(mixture_process(), REWARD, budget=budget, batch=2)
-    assert budget - STEPS < result.cost.nfe / 2 <= budget
+    assert budget - SWEEPS.get(name, 1) * CANDIDATES.get(name, 1) * STEPS < result.cost.nfe / 2 <= budget
 
 
-def test_budget_too_small_says_what_is_needed(method):
-    with pytest.raises(steer.BudgetError, match=r"budget of 4 .* raise the budget to 5"):
-        method(mixture_process(), REWARD, budget=4)
+def test_budget_too_small_says_what_is_needed(method, name):
+    least = rows(name, 1)
+    with pytest.raises(steer.BudgetError, match=rf"budget of {least - 1} .* raise the budget to {least}"):
+        method(mixture_process(), REWARD, budget=least - 1)
 
 
 def test_same_key_same_result_other_key_other_result(method):
@@ -111,7 +166,7 @@ def test_constant_reward_leaves_weights_equal_and_evidence_exact(name):
 
     result = METHODS[name](mixture_process(), constant, particles=8, batch=2)
     torch.testing.assert_close(result.log_weight, torch.full((2, 8), -math.log(8.0), dtype=torch.float64))
-    if name != "rollout":
+    if name not in NO_EVIDENCE:
         torch.testing.assert_close(result.log_evidence, torch.full((2,), 2.0, dtype=torch.float64))
 
 
@@ -143,7 +198,7 @@ def test_a_bad_score_is_named(method, bad, word):
 
 
 def test_a_reward_of_wrong_shape_is_named(method):
-    with pytest.raises(steer.ShapeError, match=r"must return shape \(3,\).*got \(3, 2\)"):
+    with pytest.raises(steer.ShapeError, match=r"must return shape \((\d+),\).*got \(\1, 2\)"):
         method(mixture_process(), lambda x: 1.0 * x, particles=3)
 
 
@@ -174,15 +229,15 @@ def test_temperature_must_be_positive(method, temperature):
         method(mixture_process(), REWARD, particles=2, temperature=temperature)
 
 
-def test_lists_and_arrays_are_rewards(method):
-    if method.__class__ is functools.partial and "proposal" in method.keywords:
+def test_lists_and_arrays_are_rewards(method, name):
+    if name in GRADIENTS:
         pytest.skip("guidance needs a gradient")
     as_list = method(mixture_process(), lambda x: REWARD(x).tolist(), particles=4)
     as_array = method(mixture_process(), lambda x: REWARD(x).numpy(), particles=4)
     torch.testing.assert_close(as_list.reward, as_array.reward)
 
 
-def test_every_step_is_reported_and_stop_keeps_what_was_paid_for(method):
+def test_every_step_is_reported_and_stop_keeps_what_was_paid_for(method, name):
     seen = []
 
     def watch(state):
@@ -195,7 +250,8 @@ def test_every_step_is_reported_and_stop_keeps_what_was_paid_for(method):
     assert result.interrupted
     assert result.x.shape == (1, 3, 2)
     assert bool(result.reward.isfinite().all())
-    assert result.cost.nfe == 3 * 3
+    wide = 16 if name == "noise_epsilon_greedy" else CANDIDATES.get(name, 1)
+    assert result.cost.nfe == 3 * 3 * wide + START_ROWS.get(name, lambda particles: 0)(3)
 
 
 def test_half_a_best_of_n_is_a_result():

@@ -10,6 +10,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted(p for package in ("steer", "rewards", "search") for p in (ROOT / package).rglob("*.py"))
 KNOWS_ALL = ROOT / "steer" / "cli.py"
+# A law that the user asked for and that is biased, or may not exist, is no numerical failure: it runs, with a warning.
+WARNINGS_MEANT = {("weighted_loop.py", "warnings.warn")}
 AT_MODULE_LEVEL = {
     "steer": {"torch", "steer"},
     "rewards": {"torch", "steer", "rewards"},
@@ -69,6 +71,8 @@ def test_nothing_unsafe_or_global(path):
     banned_calls |= {"torch.rand_like", "torch.manual_seed", "torch.nan_to_num", "warnings.warn"}
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
+            if (path.name, ast.unparse(node.func)) in WARNINGS_MEANT:
+                continue
             assert ast.unparse(node.func) not in banned_calls, f"line {node.lineno}: {ast.unparse(node)}"
             assert not any(keyword.arg == "trust_remote_code" for keyword in node.keywords)
     assert not imports(tree, path) & {"pickle", "cloudpickle", "dill", "shelve"}
