@@ -229,7 +229,7 @@ class Coins(Table):
             chance = table[x] if above is None else table[above.gather(1, layer["parent"]), x]
             total = total + torch.where(layer.filled, chance.log(), 0.0).sum(1)
             unused, above = unused - layer.count, x
-        return total - unused * math.log(2.0)
+        return total - unused.double() * math.log(2.0)
 
 
 def _bits(key, level, batch, particles):

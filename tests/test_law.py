@@ -190,13 +190,13 @@ def test_mutant_wider_steps_are_rejected():
 
 def test_mutant_weights_dropped_without_resampling_are_rejected(monkeypatch):
     """FK-steering's adaptive mode: weights of levels that do not resample are forgotten."""
-    select = smc_module._select
+    select = smc_module.select
 
     def forgetful(state, *args):
         after = select(state, *args)
         return dataclasses.replace(after, log_weight=torch.zeros_like(after.log_weight))
 
-    monkeypatch.setattr(smc_module, "_select", forgetful)
+    monkeypatch.setattr(smc_module, "select", forgetful)
     assert worst_of(exact_chain(MIXTURES[2], "vp", STEPS)) > LIMIT
 
 

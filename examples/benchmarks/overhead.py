@@ -5,17 +5,22 @@
 Three figures, each against a bare torch loop (predict, score, ancestral step with torch.randn) in the same run, as the
 minimum CPU time over interleaved rounds on one thread: a ratio or a difference, never an absolute speed. Kernels are
 dispatched operations that compute (views are free); reads are device-to-host scalars, which stall an accelerator.
+Then every sampler beside `steer.smc` at equal particles on the null network, and how both grow with particles and
+problems: the exponent of time against their number, at most 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -60,7 +65,7 @@ def bare_loop(process: steer.GaussianProcess, reward: Callable, batch: int, part
     return x
 
 
-def fastest(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def fastest(runs: Mapping[Any, Callable[[], object]], rounds: int) -> dict[Any, float]:
     """Least CPU seconds of each run over interleaved rounds, after one that warms up."""
     best = dict.fromkeys(runs, float("inf"))
     for i in range(rounds + 1):
@@ -127,9 +132,47 @@ def resampling(rounds: int) -> dict[str, float]:
     return {"steer_us": best["steer"] * 1e4, "torch_multinomial_us": best["torch.multinomial"] * 1e4}
 
 
+SAMPLERS: dict[str, Callable[..., object]] = {
+    "smc": steer.smc,
+    "smc, guided": partial(steer.smc, proposal=steer.guided(1.0)),
+    "fk_steering": steer.fk_steering,
+    "tds": steer.tds,
+    "das": steer.das,
+    "psi": steer.psi,
+    "fkc, kernel ratio": steer.fkc,
+    "fkc, annealing": lambda process, reward, **options: steer.fkc(process, exponent=2.0, **options),
+    "driftlite, vcg": steer.driftlite,
+    "driftlite, ecg": partial(steer.driftlite, control="ecg"),
+    "particle_gibbs": steer.particle_gibbs,
+}
+
+
+def samplers(rounds: int) -> dict[str, dict[str, float]]:
+    """Microseconds per step of every sampler at 8 x 8 particles, what that adds to SMC, and exponents of growth."""
+    process = steer.from_denoiser(lambda x, t: 0.5 * x, steer.VP(), 40, event=(64,))
+    figures: dict[str, dict[str, float]] = {}
+    shapes = {"8x8": (8, 8), "8x512": (8, 512), "8x2048": (8, 2048), "128x32": (128, 32), "512x32": (512, 32)}
+    runs = {
+        (name, shape): partial(sampler, process, lambda x: x.mean(1), batch=batch, particles=count, temperature=0.05)
+        for name, sampler in SAMPLERS.items()
+        for shape, (batch, count) in shapes.items()
+    }
+    best = fastest(runs, rounds)
+    for name in SAMPLERS:
+        base, smc = best[name, "8x8"], best["smc", "8x8"]
+        figures[name] = {
+            "us_per_step": base / process.steps * 1e6,
+            "added_to_smc_us": (base - smc) / process.steps * 1e6,
+            "growth_in_particles": math.log(best[name, "8x2048"] / best[name, "8x512"], 4),
+            "growth_in_problems": math.log(best[name, "512x32"] / best[name, "128x32"], 4),
+        }
+    return figures
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--samplers", action="store_true", help="every sampler beside smc too (minutes)")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -138,6 +181,8 @@ def main() -> None:
         "null network 8x8, 8x8x1 (goal added <= 110 us, kernels <= 50, reads 0)": null_network(arguments.rounds),
         "systematic resampling 16x8 (goal <= 30 us)": resampling(arguments.rounds),
     }
+    if arguments.samplers:
+        figures |= {f"sampler {name}": figure for name, figure in samplers(arguments.rounds).items()}
     for name, figure in figures.items():
         print(name)
         print("   " + "  ".join(f"{key} {value:.4g}" for key, value in figure.items()))
