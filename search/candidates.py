@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -50,6 +50,11 @@ class Run:
         temperature = check_temperature(temperature)
         process, objective, meter = open_run(process, reward)
         return cls(process, objective, meter, conditioned(process, batch), temperature, as_key(key), chunk)
+
+    def only(self, problem: int) -> Run:
+        """The run of one problem of a conditioned process, for searches whose problems move at their own pace."""
+        process = self.process.only(problem)
+        return replace(self, process=process, objective=replace(self.objective, process=process))
 
     def begin(self, count: int) -> Trajectory:
         """`count` draws of the prior per problem."""

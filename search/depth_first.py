@@ -48,7 +48,7 @@ def depth_first(
     Returns x (B, N, *event), reward, log_weight (B, N); log_evidence NaN.
     Cost per problem: budget network rows and as many rewards: every prediction is scored.
     Runs on any process, also deterministic ones: going back is what draws.
-    Raises ShapeError on processes conditioned on several problems, BudgetError, NonFiniteError, RewardError.
+    Raises BudgetError, NonFiniteError, RewardError; ShapeError as `search.rbf`.
     Source: Zhang et al. 2025 (2505.23614), depth-first search. Differs: the threshold's default; the budget is used up,
     where the paper stops at the first sample that passes; a chain goes back only where it can still reach the data.
     """
@@ -64,7 +64,7 @@ def depth_first(
     calls = spread(budget // rows, particles or 1)
     limit = threshold if callable(threshold) or threshold is None else lambda k: float(threshold)
 
-    def chain(name: Name) -> Walker:
+    def chain(run: Run, name: Name) -> Walker:
         return _chain(run, name, len(calls), calls[name[1]], limit, every, back)
 
     return collect(run, *walk(run, len(calls), chain, on_step), keep)

@@ -52,8 +52,8 @@ def rbf(
     Returns x (B, N, *event), reward, log_weight (B, N); log_evidence NaN.
     Cost per problem: budget, or N (initial + quota (K - 1)) network rows; as many rewards.
     Raises NotStochasticError on deterministic processes (a flow: process.with_rule(steer.euler_maruyama(g)), or
-    steer.convert to a variance-preserving path); ShapeError on processes conditioned on several problems, BudgetError,
-    NonFiniteError, RewardError.
+    steer.convert to a variance-preserving path), BudgetError, NonFiniteError, RewardError; ShapeError where a denoiser
+    conditioned on several problems cannot be asked about one (see `GaussianProcess.only`).
     Source: Kim et al. 2025 (2503.19385), Alg. 2. The paper compares with "the current sample" in words, with the
     running maximum in pseudo-code and code. As in the code, `initial` candidates are tried at the first level (25, of
     500 calls over 10 steps and 2 chains) and the last level spends all that is left. Differs: quotas that do not
@@ -70,7 +70,7 @@ def rbf(
     quotas = _quotas(run.process, branches, particles, budget, quota, initial)
     count, lower, integrate = len(quotas), threshold == "current", finish == "integration"
 
-    def chain(name: Name) -> Walker:
+    def chain(run: Run, name: Name) -> Walker:
         return _chain(run, name, count, quotas[name[1]], branches, lower, integrate)
 
     return collect(run, *walk(run, count, chain, on_step), keep)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from steer.errors import ShapeError, SteerError
+from steer.errors import SteerError
 from steer.key import Key
 from steer.objective import check_finite
 from steer.result import Result
@@ -45,23 +45,21 @@ Walker = Generator[Ask, Answer, Held]
 
 
 def walk(
-    run: Run, particles: int, start: Callable[[Name], Walker], on_step: OnStep | None
+    run: Run, particles: int, start: Callable[[Run, Name], Walker], on_step: OnStep | None
 ) -> tuple[list[list[Held]], bool]:
-    """Runs the walkers `start((problem, slot))` to their end: what each holds, and whether they were stopped early."""
-    process = run.process
-    if process.problems not in (None, 1):
-        raise ShapeError(
-            f"chains of this search move at their own pace, and this process ties its rows to {process.problems} "
-            "conditionings; run it on one conditioning at a time"
-        )
+    """Runs the walkers `start(run, (problem, slot))` to their end: what each holds, and whether they were stopped.
+
+    Problems of an unconditioned process share network calls; those of a conditioned one are asked about one by one.
+    """
+    runs = [run.only(problem) for problem in range(run.batch)]
     names = [(problem, slot) for problem in range(run.batch) for slot in range(particles)]
-    walkers = {name: start(name) for name in names}
+    walkers = {name: start(runs[name[0]], name) for name in names}
     held: dict[Name, Held | None] = dict.fromkeys(names)
     try:
         with torch.no_grad():
             asks = {name: next(walker) for name, walker in walkers.items()}
             while asks:
-                answers = _answers(run, particles, asks)
+                answers = _answers(run, runs, particles, asks)
                 for name, answer in answers.items():
                     try:
                         asks[name] = walkers[name].send(answer)
@@ -70,7 +68,7 @@ def walk(
                         held[name] = end.value
                         del asks[name]
                 if on_step is not None and asks:
-                    on_step(_population(run, asks))
+                    on_step(_population(runs, asks))
     except (Stop, KeyboardInterrupt):
         if any(found is None for found in held.values()):
             raise
@@ -116,28 +114,43 @@ def _span(slots: range) -> int:
     return slots[-1] - slots[0] + 1
 
 
-def _answers(run: Run, particles: int, asks: dict[Name, Ask]) -> dict[Name, Answer]:
+def _answers(run: Run, runs: list[Run], particles: int, asks: dict[Name, Ask]) -> dict[Name, Answer]:
     """Predictions and scores of what was asked at the noisiest level: who is ahead waits, and is met there again."""
-    process, k = run.process, min(ask.k for ask in asks.values())
+    k = min(ask.k for ask in asks.values())
     names = [name for name, ask in asks.items() if ask.k == k]
+    if run.process.problems in (None, 1):
+        return _evaluated(run, runs[0], particles, asks, names, k)
+    groups = [[name for name in names if name[0] == problem] for problem in range(run.batch)]
+    found = [_evaluated(run, runs[group[0][0]], particles, asks, group, k) for group in groups if group]
+    return {name: answer for answers in found for name, answer in answers.items()}
+
+
+def _evaluated(
+    run: Run, own: Run, particles: int, asks: dict[Name, Ask], names: list[Name], k: int
+) -> dict[Name, Answer]:
+    """Answers to some walkers at level k, by one run's network and reward."""
+    process = own.process
     sizes = [asks[name].x.shape[1] for name in names]
-    x = torch.cat([asks[name].x for name in names], 1)  # all problems in one row: no conditioning tells them apart
-    x0 = run.predict(x, k) if k < process.steps else x
+    x = torch.cat([asks[name].x for name in names], 1)  # in one row: no conditioning tells them apart
+    x0 = own.predict(x, k) if k < process.steps else x
     clean = process.complete(x, x0) if k < process.steps else x
-    scores = torch.cat([run.objective(part) for part in clean.split(run.chunk, 1)], 1)[0].cpu().split(sizes)
+    scores = torch.cat([own.objective(part) for part in clean.split(run.chunk, 1)], 1)[0].cpu().split(sizes)
     worst = torch.zeros(run.batch, particles, dtype=torch.float64)
-    for (problem, slot), own in zip(names, scores, strict=True):
-        worst[problem, slot] = own.max()  # NaN and +inf come through
+    for (problem, slot), each in zip(names, scores, strict=True):
+        worst[problem, slot] = each.max()  # NaN and +inf come through
     check_finite(worst, f"at level {k} of {process.steps}")
     answers = zip(names, x0.split(sizes, 1), scores, strict=True)
-    return {name: (predictions, own.tolist()) for name, predictions, own in answers}
+    return {name: (predictions, each.tolist()) for name, predictions, each in answers}
 
 
-def _population(run: Run, asks: dict[Name, Ask]) -> Trajectory:
-    """What `on_step` gets: the states about to be valued at the noisiest level, of all problems, as one row."""
+def _population(runs: list[Run], asks: dict[Name, Ask]) -> Trajectory:
+    """What `on_step` gets: the states about to be valued at the noisiest level, as one row; of one problem if problems
+    differ."""
     k = min(ask.k for ask in asks.values())
-    x = torch.cat([ask.x for ask in asks.values() if ask.k == k], 1)
-    return Trajectory.begin(run.process, x, k=k)
+    first = next(problem for (problem, _), ask in asks.items() if ask.k == k)
+    alone = runs[0].process is not runs[-1].process
+    x = torch.cat([ask.x for (problem, _), ask in asks.items() if ask.k == k and (problem == first or not alone)], 1)
+    return Trajectory.begin(runs[first].process, x, k=k)
 
 
 def _by_problem(held: dict[Name, Held | None], batch: int) -> list[list[Held]]:

@@ -178,6 +178,10 @@ class Composite:
     def metered(self, meter: Meter) -> Composite:
         return replace(self, components=tuple(c.metered(meter) for c in self.components), meter=meter)
 
+    def only(self, problem: int) -> Composite:
+        """The composite conditioned on one of its problems alone."""
+        return replace(self, components=tuple(component.only(problem) for component in self.components))
+
     def normalisable(self) -> bool | None:
         """Whether the target has a finite normaliser; None where it is not known (learned models).
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from .cost import Meter
 from .errors import ModelError, ShapeError, StateSpaceError, SteerError
 from .key import Key
+from .parameterization import only
 from .process import check_batch
 from .unmasking import Ancestral, MaskLevel, Unmasking, UnmaskRule
 
@@ -161,6 +162,13 @@ class MaskedProcess:
     def metered(self, meter: Meter) -> MaskedProcess:
         """This process, counting into a meter."""
         return replace(self, meter=meter)
+
+    def only(self, problem: int) -> MaskedProcess:
+        """This process conditioned on one of its problems alone, as `GaussianProcess.only`."""
+        if self.problems in (None, 1):
+            return self
+        prompts = None if self.prompts is None else (self.prompts[problem],)
+        return replace(self, network=only(self.network, problem), problems=1, prompts=prompts)
 
     def with_rule(self, rule: UnmaskRule) -> MaskedProcess:
         """This process revealing its tokens in another way."""

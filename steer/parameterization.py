@@ -8,43 +8,56 @@ models must not be run at alpha = 0.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
-from .errors import ModelError
-from .types import Denoiser, Level, Schedule
+from .errors import ModelError, ShapeError
+from .types import Coeffs, Denoiser, Level, Schedule
 
 Network = Callable[[Tensor, float], Tensor]
 
 
+@dataclass(frozen=True, eq=False)
+class Predicting:
+    """The denoiser around a network: solve(x, output, schedule, t) is the x0 that its output stands for."""
+
+    network: Network
+    schedule: Schedule
+    solve: Callable[[Tensor, Tensor, Coeffs], Tensor]
+    needs_signal: str = ""
+
+    def __call__(self, x: Tensor, t: float) -> Tensor:
+        at = self.schedule(t)
+        if self.needs_signal and at.alpha <= 0.0:
+            raise ModelError(
+                f"a model that predicts {self.needs_signal} says nothing about x0 where alpha = 0, got t = {t} on "
+                f"{self.schedule}; start the time grid at or below {self.schedule.start} "
+                "(times=steer.uniform_times(schedule, steps))"
+            )
+        return self.solve(x, self.network(x, t), at)
+
+    def only(self, problem: int) -> Predicting:
+        """The denoiser of one problem, where the network is conditioned on several: see `only`."""
+        return replace(self, network=only(self.network, problem))
+
+
 def from_eps(network: Network, schedule: Schedule) -> Denoiser:
     """x0 = (x - sigma eps) / alpha for a network that predicts the noise."""
-
-    def denoise(x: Tensor, t: float) -> Tensor:
-        alpha, sigma, _, _ = _with_signal(schedule, t, "eps")
-        return (x - sigma * network(x, t)) / alpha
-
-    return denoise
+    return Predicting(network, schedule, lambda x, out, at: (x - at.sigma * out) / at.alpha, "eps")
 
 
 def from_score(network: Network, schedule: Schedule) -> Denoiser:
     """x0 = (x + sigma^2 score) / alpha for a network that predicts the gradient of log p_t (Tweedie)."""
-
-    def denoise(x: Tensor, t: float) -> Tensor:
-        alpha, sigma, _, _ = _with_signal(schedule, t, "score")
-        return (x + sigma**2 * network(x, t)) / alpha
-
-    return denoise
+    return Predicting(network, schedule, lambda x, out, at: (x + at.sigma**2 * out) / at.alpha, "score")
 
 
 def from_v(network: Network, schedule: Schedule) -> Denoiser:
     """x0 = (alpha x - sigma v) / (alpha^2 + sigma^2) for v = alpha eps - sigma x_0 (Salimans & Ho 2022)."""
-
-    def denoise(x: Tensor, t: float) -> Tensor:
-        alpha, sigma, _, _ = schedule(t)
-        return (alpha * x - sigma * network(x, t)) / (alpha**2 + sigma**2)
-
-    return denoise
+    return Predicting(
+        network, schedule, lambda x, out, at: (at.alpha * x - at.sigma * out) / (at.alpha**2 + at.sigma**2)
+    )
 
 
 def from_velocity(network: Network, schedule: Schedule) -> Denoiser:
@@ -53,11 +66,25 @@ def from_velocity(network: Network, schedule: Schedule) -> Denoiser:
     A model trained for data minus noise has the opposite sign: negate it first.
     """
 
-    def denoise(x: Tensor, t: float) -> Tensor:
-        alpha, sigma, d_alpha, d_sigma = schedule(t)
-        return (sigma * network(x, t) - d_sigma * x) / (d_alpha * sigma - d_sigma * alpha)
+    def solve(x: Tensor, out: Tensor, at: Coeffs) -> Tensor:
+        return (at.sigma * out - at.d_sigma * x) / (at.d_alpha * at.sigma - at.d_sigma * at.alpha)
 
-    return denoise
+    return Predicting(network, schedule, solve)
+
+
+def only(function: Any, problem: int) -> Any:
+    """A function closed over several conditionings, restricted to one of them by its own method `only(problem)`.
+
+    Searches whose problems move at their own pace ask about one at a time. Raises ShapeError where there is no method.
+    """
+    restrict = getattr(function, "only", None)
+    if restrict is None:
+        name = getattr(function, "__name__", type(function).__name__)
+        raise ShapeError(
+            f"this search asks about one problem at a time, and {name} is closed over several: give it a method only(problem) that returns the function of that problem, or run "
+            "one conditioning at a time"
+        )
+    return restrict(problem)
 
 
 def eps(x: Tensor, x0: Tensor, at: Level) -> Tensor:
@@ -78,13 +105,3 @@ def velocity(x: Tensor, x0: Tensor, at: Level) -> Tensor:
 def v_prediction(x: Tensor, x0: Tensor, at: Level) -> Tensor:
     """alpha eps - sigma x0."""
     return at.alpha * eps(x, x0, at) - at.sigma * x0
-
-
-def _with_signal(schedule: Schedule, t: float, kind: str):
-    coeffs = schedule(t)
-    if coeffs.alpha <= 0.0:
-        raise ModelError(
-            f"a model that predicts {kind} says nothing about x0 where alpha = 0, got t = {t} on {schedule}; "
-            f"start the time grid at or below {schedule.start} (times=steer.uniform_times(schedule, steps))"
-        )
-    return coeffs

@@ -140,6 +140,24 @@ class GaussianProcess:
         """This process, counting into a meter."""
         return replace(self, meter=meter)
 
+    def only(self, problem: int) -> GaussianProcess:
+        """This process conditioned on one of its problems alone; itself where it is conditioned on no more than one.
+
+        Denoisers, and decoders that are conditioned too, say by a method `only(problem)` what they are for one problem;
+        ShapeError where the denoiser has none.
+        """
+        if self.problems in (None, 1):
+            return self
+        mean, std = self.initial or (None, 1.0)
+        return replace(
+            self,
+            denoiser=parameterization.only(self.denoiser, problem),
+            decoder=parameterization.only(self.decoder, problem) if hasattr(self.decoder, "only") else self.decoder,
+            problems=1,
+            prompts=None if self.prompts is None else (self.prompts[problem],),
+            initial=None if mean is None else (mean if len(mean) == 1 else mean[problem : problem + 1], std),
+        )
+
     def with_rule(self, rule: Rule) -> GaussianProcess:
         """This process with another transition rule."""
         return replace(self, rule=rule)
@@ -244,8 +262,20 @@ def convert(
                 f"start it at or below {schedules.time_at(schedule, ceiling):.6g}"
             )
 
-    def denoise(x: Tensor, s: float) -> Tensor:
-        t = schedules.time_at(old, schedules.angle(schedule, s))
-        return process.denoiser(x * (old(t).sigma / schedule(s).sigma), t)
+    return replace(process, denoiser=_Moved(process.denoiser, old, schedule), schedule=schedule, times=grid)
 
-    return replace(process, denoiser=denoise, schedule=schedule, times=grid)
+
+@dataclass(frozen=True, eq=False)
+class _Moved:
+    """A denoiser of one path, asked about states of another."""
+
+    denoiser: Denoiser
+    old: Schedule
+    new: Schedule
+
+    def __call__(self, x: Tensor, s: float) -> Tensor:
+        t = schedules.time_at(self.old, schedules.angle(self.new, s))
+        return self.denoiser(x * (self.old(t).sigma / self.new(s).sigma), t)
+
+    def only(self, problem: int) -> _Moved:
+        return replace(self, denoiser=parameterization.only(self.denoiser, problem))

@@ -167,6 +167,10 @@ class ReverseProcess(Protocol):
 
     def metered(self, meter: Any) -> ReverseProcess: ...
 
+    def only(self, problem: int) -> ReverseProcess:
+        """The process conditioned on one of its problems alone; itself where `problems` is None or 1."""
+        ...
+
 
 class QuadraticForm(NamedTuple):
     """A reward r(x) = -x'Ax/2 + b'x + c on flattened events, A (D, D), b (D,): analytic models tilt by it."""

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -175,10 +176,26 @@ def test_steps_without_noise_hand_their_quota_on():
     assert search.rbf(half, REWARD, budget=101, batch=2).cost.nfe == 2 * 101
 
 
-def test_conditioned_problems_are_run_one_at_a_time():
-    from dataclasses import replace
+@pytest.mark.parametrize("method", [search.rbf, search.depth_first])
+@pytest.mark.parametrize("name", ["digits", "digits-flow"])
+def test_problems_of_a_conditioned_process_are_each_alone(name, method):
+    def opened(labels):
+        model = steer.load(name, steps=4, labels=labels)
+        return model if name == "digits" else steer.convert(model, steer.VP(), 4)
 
-    with pytest.raises(steer.ShapeError, match="one conditioning at a time"):
+    def brightness(images):
+        return images.mean((1, 2, 3))
+
+    both = method(opened([3, 8]), brightness, budget=15, particles=2)
+    assert both.cost.nfe == 30
+    for problem, label in enumerate((3, 8)):
+        alone = method(opened(label), brightness, budget=15, particles=2, key=steer.Key(0).shifted(problem=problem))
+        torch.testing.assert_close(both.x[problem], alone.x[0])
+        torch.testing.assert_close(both.reward[problem], alone.reward[0])
+
+
+def test_a_denoiser_that_cannot_be_asked_about_one_problem_is_refused():
+    with pytest.raises(steer.ShapeError, match=r"give it a method only\(problem\)"):
         search.rbf(replace(process(), problems=3), REWARD, budget=60)
     assert search.rbf(replace(process(), problems=1), REWARD, budget=60).cost.nfe == 60
 

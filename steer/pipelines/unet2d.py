@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -81,6 +82,12 @@ class _Network:
     def problems(self) -> int | None:
         return len(self.labels) if self.labels is not None and len(self.labels) > 1 else None
 
+    def only(self, problem: int) -> _Network:
+        """The network with one problem's label."""
+        other = copy.copy(self)
+        other.labels = None if self.labels is None else self.labels[problem : problem + 1]
+        return other
+
     def __call__(self, x: Tensor, t: float) -> Tensor:
         # A tensor: given a Python float, the network would truncate it to an integer.
         flat, timestep = x.flatten(0, 1), torch.tensor(self.to_timestep(t), device=self.unet.device)
@@ -135,7 +142,21 @@ def _prediction(network: _Network, schedule: Schedule, scheduler: Any, rule: Rul
     limit = config.clip_sample_range
     if type(scheduler).__name__ == "DDIMScheduler" and isinstance(rule, DDIM | CPS | Churn):
         return denoise, ClippedPrediction(rule, limit)  # DDIM clips x_0 and keeps eps as predicted
-    return lambda x, t: denoise(x, t).clamp(-limit, limit), rule
+    return _Clamped(denoise, limit), rule
+
+
+@dataclass(frozen=True, eq=False)
+class _Clamped:
+    """A denoiser whose predictions are kept within +-limit."""
+
+    denoiser: Denoiser
+    limit: float
+
+    def __call__(self, x: Tensor, t: float) -> Tensor:
+        return self.denoiser(x, t).clamp(-self.limit, self.limit)
+
+    def only(self, problem: int) -> _Clamped:
+        return replace(self, denoiser=parameterization.only(self.denoiser, problem))
 
 
 def _labels(unet: Any, class_labels: int | Sequence[int] | None) -> Tensor | None:
