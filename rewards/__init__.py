@@ -4,36 +4,98 @@ Higher is better and -inf forbids a sample. A plain function of yours is as good
 prompts of its samples names an argument `prompts`.
 
     Linear, Quadratic, LogDensity       in closed form; the first two make analytic models' answers exact
-    Ink, Symmetry, JPEGSize             of an image alone
+    Ink, Symmetry, Sharpness, Saturation, JPEGSize, PNGSize     of an image alone
     DigitLogProb, DigitProb, judge      embedded digit classifiers: one to steer by, one held out to report with
+    CLIPScore, PickScore, HPS, ImageReward, Aesthetic   pretrained: of an image and its prompt; of an image
+    VQAScore, VLMJudge                  what a vision-language model thinks, run here or behind an API
+    GenEval, Count, Layout              of objects that a detector finds; TransformersDetector is one
+    OCR                                 of the text in an image; TransformersReader reads it
+    InWords, LetterCount, Matches, TextLogProb, QED     of texts and molecules that tokens are decoded to
+    Remote, serve                       any reward in another process or on another machine
     weighted, Weighted                  sums with units
+    zscore, clip, target, log, minimum, softmin, product, gate  functions of rewards, with units
+    rank, group_zscore                  a sample against the others of its problem: for search, not for tilting
     chunked, timeout, full_precision    around any reward
     from_spec                           rewards by name: "digit:3", "jpeg:+"
 
-Built-in rewards declare their unit in an attribute `unit` and give scores of at least float32.
+Built-in rewards say their unit, bounds and gradient in an attribute `spec` and give scores of at least float32.
 """
 
+from .aesthetic import Aesthetic
+from .algebra import Composed, clip, gate, group_zscore, log, minimum, product, rank, softmin, target, zscore
 from .analytic import Linear, LogDensity, Quadratic
 from .classifier import DigitLogProb, DigitProb, judge
+from .clip_score import CLIPScore
+from .colors import CLIPColors
 from .compose import Weighted, weighted
-from .image import Ink, JPEGSize, Symmetry
+from .detect import Detection, TransformersDetector
+from .file_size import JPEGSize, PNGSize
+from .geneval import GenEval
+from .hps import HPS
+from .image import Ink, Saturation, Sharpness, Symmetry
+from .image_reward import ImageReward
+from .layout import Count, Layout
+from .molecule import QED
+from .ocr import OCR, TransformersReader
 from .parse import from_spec
+from .pick_score import PickScore
+from .remote import Remote
+from .serve import serve
+from .text import InWords, LetterCount, Matches, TextLogProb
+from .vlm_judge import VLMJudge
+from .vqa_score import VQAScore
 from .wrap import chunked, full_precision, timeout
 
 __all__ = [
+    "HPS",
+    "OCR",
+    "QED",
+    "Aesthetic",
+    "CLIPColors",
+    "CLIPScore",
+    "Composed",
+    "Count",
+    "Detection",
     "DigitLogProb",
     "DigitProb",
+    "GenEval",
+    "ImageReward",
+    "InWords",
     "Ink",
     "JPEGSize",
+    "Layout",
+    "LetterCount",
     "Linear",
     "LogDensity",
+    "Matches",
+    "PNGSize",
+    "PickScore",
     "Quadratic",
+    "Remote",
+    "Saturation",
+    "Sharpness",
     "Symmetry",
+    "TextLogProb",
+    "TransformersDetector",
+    "TransformersReader",
+    "VLMJudge",
+    "VQAScore",
     "Weighted",
     "chunked",
+    "clip",
     "from_spec",
     "full_precision",
+    "gate",
+    "group_zscore",
     "judge",
+    "log",
+    "minimum",
+    "product",
+    "rank",
+    "serve",
+    "softmin",
+    "target",
     "timeout",
     "weighted",
+    "zscore",
 ]

@@ -13,21 +13,24 @@ import torch
 from torch import Tensor
 
 from steer.errors import ShapeError
-from steer.types import QuadraticForm
+from steer.types import QuadraticForm, RewardSpec
+
+NATS = RewardSpec("nat", gradient="exact")
+UNSAID = RewardSpec("nat")
 
 
 @dataclass(frozen=True, eq=False)
 class Linear:
     """r(x) = w . x + offset on flattened events.
 
-    weight: D numbers in any shape, kept as float64 (D,). offset: a number. unit: of the scores.
+    weight: D numbers in any shape, kept as float64 (D,). offset: a number. spec: say so if the unit is not nats.
     Scores (M,) of samples (M, *event): float64 for float64 samples, else float32. Raises ShapeError where the event
     has not D numbers.
     """
 
     weight: Any
     offset: float = 0.0
-    unit: str = "nat"
+    spec: RewardSpec = NATS
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weight", torch.as_tensor(self.weight, dtype=torch.float64).flatten())
@@ -46,7 +49,7 @@ class Linear:
 class Quadratic:
     """r(x) = -(x - c)' P (x - c) / 2 on flattened events: highest at c where P is positive.
 
-    center: D numbers in any shape, kept as float64 (D,). unit: of the scores.
+    center: D numbers in any shape, kept as float64 (D,). spec: say so if the unit is not nats.
     precision: a number, a diagonal of shape (D,) or of center's shape, or a matrix (D, D); kept as the matrix's
     symmetric part, on which alone r depends, float64 (D, D). Negative curvature is allowed.
     Scores (M,) of samples (M, *event): float64 for float64 samples, else float32. Raises ShapeError where sizes differ.
@@ -54,7 +57,7 @@ class Quadratic:
 
     center: Any
     precision: Any = 1.0
-    unit: str = "nat"
+    spec: RewardSpec = NATS
 
     def __post_init__(self) -> None:
         center = torch.as_tensor(self.center, dtype=torch.float64)
@@ -89,13 +92,13 @@ class LogDensity:
     """r(x) = log q(x), or log q(x) - log p(x) with a reference p: at temperature 1 it tilts p into q.
 
     log_prob, reference: functions of flattened samples (M, D) to log-densities (M,) in nats, for instance the
-    `log_prob` of a steer.models.GaussianMixture. Half-precision samples are cast to float32 first.
-    Raises ShapeError where one does not return (M,).
+    `log_prob` of a steer.models.GaussianMixture; differentiable where these are. Half-precision samples are cast to
+    float32 first. Raises ShapeError where one does not return (M,).
     """
 
     log_prob: Callable[[Tensor], Tensor]
     reference: Callable[[Tensor], Tensor] | None = None
-    unit: str = "nat"
+    spec: RewardSpec = UNSAID
 
     def __call__(self, samples: Tensor) -> Tensor:
         x = flat(samples)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
+from math import inf
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from steer.errors import RewardError
+from steer.types import RewardSpec
 
 from .image import pixels
 
@@ -29,7 +31,7 @@ class DigitLogProb:
 
     label: int | Collection[int]
     net: str = "digits-classifier"
-    unit: ClassVar[str] = "nat"
+    spec: ClassVar[RewardSpec] = RewardSpec("nat", bounds=(-inf, 0.0), gradient="exact")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "label", _labels(self.label))
@@ -50,7 +52,7 @@ class DigitProb:
 
     label: int | Collection[int]
     net: str = "digits-judge"
-    unit: ClassVar[str] = "1"
+    spec: ClassVar[RewardSpec] = RewardSpec("1", bounds=(0.0, 1.0), gradient="exact")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "label", _labels(self.label))

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from steer.errors import NotDifferentiableError, RewardError
-from steer.types import QuadraticForm
+from steer.errors import RewardError
+from steer.types import QuadraticForm, RewardSpec
 
-from .calling import Scorer, name_of, score, signature, takes_prompts, unit_of
+from .calling import Scorer, joined, name_of, needs_prompts, score, score_part, signature, spec_of
 
 
 class Term(NamedTuple):
@@ -30,16 +30,16 @@ class Term(NamedTuple):
 class Weighted:
     """A sum of weighted rewards. Built by `weighted`, which checks the units.
 
-    terms: the parts. unit: of the sum, None where no part declares one.
+    terms: the parts. spec: of the sum; its unit is None where no part declares one.
     """
 
     terms: tuple[Term, ...]
-    unit: str | None
+    spec: RewardSpec
 
     def __post_init__(self) -> None:
         # What `inspect.signature` answers for this object; a class has one `__call__`, but only some sums take prompts.
-        wants_prompts = any(takes_prompts(term.reward) for term in self.terms)
-        object.__setattr__(self, "__signature__", signature(wants_prompts))
+        needed = any(needs_prompts(term.reward) for term in self.terms)
+        object.__setattr__(self, "__signature__", signature(self.spec.prompts, needed))
 
     @property
     def __name__(self) -> str:
@@ -51,19 +51,16 @@ class Weighted:
         Raises NotDifferentiableError where a gradient is recorded and a part has none: half a gradient would pass for
         the whole.
         """
-        asked = torch.is_grad_enabled() and samples.requires_grad
-        weighed = []
-        for term in self.terms:
-            scores = score(term.reward, samples, prompts)
-            if asked and term.weight and not scores.requires_grad:
-                raise NotDifferentiableError(
-                    f"the gradient of {self.__name__} would leave out {term.name}, whose scores carry none; use a "
-                    "sampler or a proposal without gradients (proposal=steer.bootstrap), or leave this part out"
-                )
-            # A weight of zero silences a part but does not lift what it forbids; 0 * -inf would be NaN.
-            value = term.weight * scores if term.weight else scores.where(scores == -torch.inf, 0.0 * scores)
-            weighed.append(value.to(samples.device))
+        weighed = [self._weigh(term, samples, prompts) for term in self.terms]
         return sum(weighed[1:], start=weighed[0])
+
+    def _weigh(self, term: Term, samples: Tensor, prompts: Sequence[str] | None) -> Tensor:
+        if term.weight:
+            return term.weight * score_part(self.__name__, term.name, term.reward, samples, prompts)
+        # A weight of zero silences a part but does not lift what it forbids; 0 * -inf would be NaN.
+        with torch.no_grad():
+            scores = score(term.reward, samples, prompts).to(samples.device)
+            return scores.where(scores == -torch.inf, 0.0 * scores)
 
     def parts(self, samples: Tensor, *, prompts: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Each part's own scores (M,) by name, unweighted and in the part's own unit."""
@@ -107,9 +104,13 @@ def weighted(*terms: tuple[float, Scorer] | tuple[float, Scorer, str]) -> Weight
             cured, unit = (term, first.unit) if first.unit else (first, term.unit)
             raise RewardError(
                 f"weighted(...) cannot add {_spell(term)} to {_spell(first)}; say what unit the weight converts to, "
-                f'for instance ({cured.weight:g}, {cured.name}, "{_rate(unit, unit_of(cured.reward))}")'
+                f'for instance ({cured.weight:g}, {cured.name}, "{_rate(unit, spec_of(cured.reward).unit)}")'
             )
-    return Weighted(checked, first.unit)
+    heard, silenced = ([t for t in checked if bool(t.weight) is wanted] for wanted in (True, False))
+    ends = [sorted(term.weight * bound for bound in spec_of(term.reward).bounds) for term in heard]
+    bounds = float(sum(low for low, _ in ends)), float(sum(high for _, high in ends))
+    judges = [term.reward for term in silenced]  # they may forbid, and take part in no gradient
+    return Weighted(checked, joined([term.reward for term in heard], first.unit, bounds, judges))
 
 
 def _reward(term: Any) -> Scorer:
@@ -127,7 +128,7 @@ def _reward(term: Any) -> Scorer:
 
 def _term(term: Any, name: str) -> Term:
     weight, reward, rate = float(term[0]), term[1], term[2] if len(term) == 3 else None
-    declared = unit_of(reward)
+    declared = spec_of(reward).unit
     if rate is None:
         return Term(weight, reward, name, declared)
     out, slash, per = (piece.strip() for piece in rate.partition("/"))

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 from steer.errors import RewardError
 
+from .aesthetic import Aesthetic
 from .calling import Scorer
 from .classifier import DigitLogProb
+from .clip_score import CLIPScore
 from .compose import weighted
-from .image import Ink, JPEGSize, Symmetry
+from .file_size import JPEGSize, PNGSize
+from .hps import HPS
+from .image import Ink, Saturation, Sharpness, Symmetry
+from .image_reward import ImageReward
+from .pick_score import PickScore
+from .remote import Remote
 
 
 def from_spec(spec: str) -> Scorer:
@@ -18,7 +27,13 @@ def from_spec(spec: str) -> Scorer:
     digit:3  digit:1,7  digit:even  digit:odd   log-probability of the digit, or of any of the digits, in nats
     ink  ink:-1                                 mean brightness times the argument (1)
     symmetry  symmetry:vertical                 horizontal (the default): left-right mirror; vertical: top-bottom
+    sharpness  saturation                       variance of the Laplacian; mean saturation
     jpeg  jpeg:-  jpeg:+                        small files ("-", the default) or large ones, in kB
+    png  png:-  png:+                           the same of lossless files
+    clip  hps  pickscore  imagereward           fit to the process's own prompts, by pretrained networks
+    aesthetic                                   rating of an image, about 1 to 10
+    clip:download  clip:FILE                    of these five: fetch what is not in the hub's cache; weights from a file
+    remote:http://127.0.0.1:8000                of `steer serve-reward`; its token from STEER_REWARD_TOKEN, if set
 
     Raises RewardError that lists the names for an unknown one, and what an argument may be for a bad one.
     """
@@ -47,12 +62,45 @@ def _symmetry(argument: str) -> Scorer:
 
 
 def _jpeg(argument: str) -> Scorer:
-    return JPEGSize(sign={"": -1, "-": -1, "+": 1}[argument])
+    return JPEGSize(sign=_SIGNS[argument])
+
+
+def _png(argument: str) -> Scorer:
+    return PNGSize(sign=_SIGNS[argument])
+
+
+def _pretrained(name: str, make: Callable[..., Scorer], weights: str) -> tuple[Callable[[str], Scorer], str]:
+    """The builder and the form of a pretrained reward. weights: what its argument for a file (or a folder) is."""
+
+    def build(argument: str) -> Scorer:
+        if argument in ("", "download"):
+            return make(download=argument == "download")
+        if Path(argument).exists():
+            return make(**{weights: argument})
+        raise RewardError(f"there is no file {argument!r}, and prompts come from the process, not from the reward")
+
+    return build, f"{name} | {name}:download | {name}:FILE"
+
+
+def _remote(argument: str) -> Scorer:
+    return Remote(argument, token=os.environ.get("STEER_REWARD_TOKEN"))
+
+
+_SIGNS = {"": -1, "-": -1, "+": 1}
 
 
 _BUILDERS: dict[str, tuple[Callable[[str], Scorer], str]] = {
     "digit": (_digit, "digit:3 | digit:1,7 | digit:even | digit:odd"),
     "ink": (_ink, "ink | ink:-1"),
     "symmetry": (_symmetry, "symmetry | symmetry:horizontal | symmetry:vertical"),
+    "sharpness": (lambda argument: {"": Sharpness()}[argument], "sharpness"),
+    "saturation": (lambda argument: {"": Saturation()}[argument], "saturation"),
     "jpeg": (_jpeg, "jpeg | jpeg:- | jpeg:+"),
+    "png": (_png, "png | png:- | png:+"),
+    "clip": _pretrained("clip", CLIPScore, "weights"),
+    "hps": _pretrained("hps", HPS, "weights"),
+    "pickscore": _pretrained("pickscore", PickScore, "model"),
+    "imagereward": _pretrained("imagereward", ImageReward, "weights"),
+    "aesthetic": _pretrained("aesthetic", Aesthetic, "head"),
+    "remote": (_remote, "remote:http://HOST:PORT"),
 }

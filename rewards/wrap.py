@@ -1,6 +1,6 @@
 """Rewards around rewards: fewer samples at a time, a deadline, full precision.
 
-Each keeps the wrapped reward's unit, closed form and wish for prompts, and carries its name.
+Each keeps the wrapped reward's spec, closed form and wish for prompts, and carries its name.
 """
 
 from __future__ import annotations
@@ -15,16 +15,22 @@ from torch import Tensor
 
 from steer.errors import RewardError
 
-from .calling import Scorer, name_of, score, signature, takes_prompts
+from .calling import Scorer, name_of, needs_prompts, score, signature, spec_of, takes_prompts
 
 
 def chunked(reward: Scorer, rows: int) -> Scorer:
     """The reward called on at most `rows` samples at a time, in order: less memory, the same scores (M,).
 
-    Every chunk must give one score per sample; ShapeError names the reward where it does not.
+    Every chunk must give one score per sample; ShapeError names the reward where it does not. RewardError for a
+    groupwise reward, whose scores chunks would change.
     """
     if rows < 1:
         raise RewardError(f"chunked(reward, rows) needs rows >= 1, got {rows}")
+    if spec_of(reward).scope == "groupwise":
+        raise RewardError(
+            f"{name_of(reward)} compares samples with the others in its call, so chunks would change its scores; "
+            "chunk the reward inside it"
+        )
 
     def call(samples: Tensor, *, prompts: Sequence[str] | None = None) -> Tensor:
         starts = range(0, max(len(samples), 1), rows)  # no samples are still one call, which knows dtype and device
@@ -91,6 +97,6 @@ def _like(reward: Scorer, call: Scorer, name: str) -> Scorer:
     """`call`, standing in for the reward under another name."""
     call.__name__ = call.__qualname__ = name
     call.__doc__ = reward.__doc__
-    vars(call)["__signature__"] = signature(takes_prompts(reward))
-    vars(call).update({key: getattr(reward, key) for key in ("unit", "quadratic_form") if hasattr(reward, key)})
+    vars(call)["__signature__"] = signature(takes_prompts(reward), needs_prompts(reward))
+    vars(call).update({key: getattr(reward, key) for key in ("spec", "quadratic_form") if hasattr(reward, key)})
     return call

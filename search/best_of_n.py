@@ -42,10 +42,10 @@ def best_of_n(
     Cost per problem: N K network rows and N rewards.
     """
     temperature, key = check_temperature(temperature), as_key(key)
-    process, objective, meter = open_run(process, reward)
+    process, objective, meter = open_run(process, reward, groupwise=True)
     ready, count = prepared(start, process, temperature, particles=particles, budget=budget)
-    if ready is not start:
-        chunk = count  # a start that spends rows of its own is paid for once
+    if ready is not start or objective.groupwise:
+        chunk = count  # a start that spends rows of its own is paid for once, and a group is scored in one call
     samples, scores, interrupted = [], [], False
     for first in range(0, count, chunk):
         size = min(chunk, count - first)

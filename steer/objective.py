@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .cost import Meter
 from .errors import NonFiniteError, NotDifferentiableError, RewardError, ShapeError, SteerError
-from .types import ReverseProcess
+from .types import ReverseProcess, RewardSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,7 +20,8 @@ class Objective:
     """A reward as samplers use it: clean states (B, N, *event) to scores (B, N), float64, on the states' device.
 
     Built by `open_run`. What it checks at once: the reward's exceptions, type and shape. NaN and +inf are looked for
-    by `check_finite`, where reading the scores does not stall the device.
+    by `check_finite`, where reading the scores does not stall the device. A groupwise reward is called once per
+    problem: its group is the particles of one problem.
     """
 
     process: ReverseProcess
@@ -30,22 +31,29 @@ class Objective:
     def __call__(self, x: Tensor) -> Tensor:
         """Scores of clean states, through the decoder."""
         problems, particles = x.shape[:2]
-        samples = self.process.decode(x)
-        rows = problems * particles
-        with self.process.meter.scoring(rows):
-            try:
-                raw = self.reward(samples, **self._prompts(particles))
-            except (SteerError, KeyboardInterrupt):
-                raise
-            except Exception as error:
-                raise RewardError(
-                    f"the reward {_name(self.reward)} raised {type(error).__name__}: {error} "
-                    f"on samples of shape {tuple(samples.shape)}"
-                ) from error
-        return self._checked(raw, samples, rows).to(x.device, torch.float64).view(problems, particles)
+        if torch.is_grad_enabled() and x.requires_grad:
+            self._check_differentiable()
+        samples, prompts = self.process.decode(x), self._prompts(particles)
+        with self.process.meter.scoring(problems * particles):
+            if self.groupwise:
+                starts = range(0, problems * particles, particles)
+                texts = ({name: every[i : i + particles] for name, every in prompts.items()} for i in starts)
+                scores = torch.cat([self._score(*group) for group in zip(samples.split(particles), texts, strict=True)])
+            else:
+                scores = self._score(samples, prompts)
+        return scores.to(x.device, torch.float64).view(problems, particles)
+
+    @property
+    def groupwise(self) -> bool:
+        """Whether a score depends on the other samples in its call."""
+        return _spec(self.reward).scope == "groupwise"
 
     def value_and_grad(self, x: Tensor, k: int, strength: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Prediction x0, score of it, and the gradient of strength * score with respect to x at level k."""
+        """Prediction x0, score of it, and the gradient of strength * score with respect to x at level k.
+
+        NotDifferentiableError, before the network is called where the reward says that it has no gradient.
+        """
+        self._check_differentiable()
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             x0 = self.process.denoise(x, k)
@@ -59,6 +67,25 @@ class Objective:
             with self.process.meter.gradient(x.shape[0] * x.shape[1] * self.process.rows):
                 (gradient,) = torch.autograd.grad((strength * value).sum(), x)
         return x0.detach(), value.detach(), gradient
+
+    def _check_differentiable(self) -> None:
+        if _spec(self.reward).gradient == "none":
+            raise NotDifferentiableError(
+                f"guidance needs the gradient of the reward {_name(self.reward)}, which says that it has none "
+                '(spec.gradient is "none"); use proposal=steer.bootstrap, or a differentiable reward'
+            )
+
+    def _score(self, samples: Tensor, prompts: dict[str, Any]) -> Tensor:
+        try:
+            raw = self.reward(samples, **prompts)
+        except (SteerError, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            raise RewardError(
+                f"the reward {_name(self.reward)} raised {type(error).__name__}: {error} "
+                f"on samples of shape {tuple(samples.shape)}"
+            ) from error
+        return self._checked(raw, samples, samples.shape[0])
 
     def _prompts(self, particles: int) -> dict[str, Any]:
         if not self.prompts or (self.process.prompts is None and self.prompts == "welcome"):
@@ -85,10 +112,22 @@ class Objective:
         return scores
 
 
-def open_run(process: ReverseProcess, reward: Callable[..., Any]) -> tuple[ReverseProcess, Objective, Meter]:
-    """A metered process, the objective on it, and their meter: the first line of every sampler."""
+def open_run(
+    process: ReverseProcess, reward: Callable[..., Any], *, groupwise: bool = False
+) -> tuple[ReverseProcess, Objective, Meter]:
+    """A metered process, the objective on it, and their meter: the first line of every sampler.
+
+    groupwise: whether the method only ranks or reports finished samples, and so can do with a reward whose scores
+    depend on the other samples in the call. Such a reward is no function of x: p(x) exp(r(x) / T) is not defined.
+    """
     if not callable(reward):
         raise RewardError(f"a reward is a callable from samples to scores, got {type(reward).__name__}")
+    if _spec(reward).scope == "groupwise" and not groupwise:
+        raise RewardError(
+            f"the reward {_name(reward)} scores a sample against the others in its group, so it is no function of one "
+            "sample and there is no law to tilt by it; steer by the reward inside it, or use search.best_of_n or "
+            "steer.rollout, which score finished samples once"
+        )
     meter = Meter()
     process = process.metered(meter)
     return process, Objective(process, reward, _prompts_of(reward)), meter
@@ -135,6 +174,11 @@ def _prompts_of(reward: Callable[..., Any]) -> str:
     if parameter is None:
         return ""
     return "needed" if parameter.default is inspect.Parameter.empty else "welcome"
+
+
+def _spec(reward: Callable[..., Any]) -> RewardSpec:
+    spec = getattr(reward, "spec", None)
+    return spec if isinstance(spec, RewardSpec) else RewardSpec()
 
 
 def _name(reward: Callable[..., Any]) -> str:

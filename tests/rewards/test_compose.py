@@ -34,7 +34,7 @@ def test_sum_and_parts_are_those_of_the_terms():
     assert list(parts) == ["DigitLogProb(3)", "JPEGSize", "Ink"]
     for scores, reward in zip(parts.values(), (digit, jpeg, Ink()), strict=True):
         assert torch.equal(scores, reward(images))
-    assert total.unit == "nat"
+    assert total.spec.unit == "nat"
     assert total.__name__ == "1.5*DigitLogProb(3) + 0.5*JPEGSize + -2*Ink"
 
 
@@ -42,7 +42,7 @@ def test_equal_units_add_without_a_rate_and_sums_nest():
     total = weighted((1.0, Ink()), (2.0, Symmetry()), (1.0, weighted((3.0, Ink()), (1.0, Ink()))))
     images = rows(2, 1, 4, 4)
     torch.testing.assert_close(total(images), 5 * Ink()(images) + 2 * Symmetry()(images))
-    assert total.unit == "1"
+    assert total.spec.unit == "1"
     assert list(weighted((3.0, Ink()), (1.0, Ink())).parts(images)) == ["Ink", "Ink 2"]
 
 
@@ -50,7 +50,7 @@ def test_plain_functions_declare_nothing_and_add_among_themselves():
     total = weighted((2.0, plain), (1.0, lambda samples: samples.flatten(1).amax(1).tolist()))
     x = rows(3, 2)
     torch.testing.assert_close(total(x), 2 * x.sum(1) + x.amax(1))
-    assert total.unit is None
+    assert total.spec.unit is None
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_terms_of_different_units_are_refused_with_a_cure_that_works(terms, mess
         for weight, reward in [term[:2]]
     ]
     assert cured != terms
-    assert weighted(*cured).unit == rate.strip('")').split("/")[0]
+    assert weighted(*cured).spec.unit == rate.strip('")').split("/")[0]
 
 
 @pytest.mark.parametrize("rate", ["nat/MB", "nat", "nat/", "/kB", ""])
@@ -95,7 +95,7 @@ def test_a_rate_must_match_the_declared_unit(rate: str):
 
 
 def test_a_rate_for_a_plain_function_may_name_what_it_counts():
-    assert weighted((1.0, plain, "nat/grey level")).unit == weighted((1.0, plain, "nat")).unit == "nat"
+    assert weighted((1.0, plain, "nat/grey level")).spec.unit == weighted((1.0, plain, "nat")).spec.unit == "nat"
     with pytest.raises(RewardError, match=r'plain must be given as "nat", as plain is in no declared unit, got .nat/.'):
         weighted((1.0, plain, "nat/"))
 
@@ -174,4 +174,4 @@ def test_built_by_weighted_only_in_the_unit_it_says():
     total = weighted((1.0, JPEGSize(), "nat/kB"), (1.0, plain, "nat"))
     assert isinstance(total, Weighted)
     assert [term.unit for term in total.terms] == ["nat", "nat"]
-    assert total.unit == "nat"
+    assert total.spec.unit == "nat"

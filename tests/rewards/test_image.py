@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from rewards import Ink, JPEGSize, Symmetry
-from steer.errors import RewardError, ShapeError
+from rewards import Ink, JPEGSize, PNGSize, Saturation, Sharpness, Symmetry
+from steer.errors import NotDifferentiableError, RewardError, ShapeError
 
 
 def pictures(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -17,7 +17,7 @@ def pictures(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 SMALL = [Ink(), Symmetry("horizontal"), Symmetry("vertical")]
-EVERY = [*SMALL, JPEGSize(size=16)]
+EVERY = [*SMALL, Sharpness(), JPEGSize(size=16), PNGSize()]
 
 
 def test_ink_is_the_mean_pixel():
@@ -55,6 +55,7 @@ def test_gradient_is_that_of_finite_differences(reward):
 @pytest.mark.parametrize("reward", EVERY, ids=repr)
 def test_scores_do_not_depend_on_batch_or_order(reward):
     images, order = pictures(5, 1, 8, 8), torch.tensor([4, 2, 0, 3, 1])
+    images[1] = images[1].round()  # any two noises make PNG files of one size
     whole = reward(images)
     torch.testing.assert_close(torch.cat([reward(image[None]) for image in images]), whole)
     torch.testing.assert_close(reward(images[order]), whole[order])
@@ -73,6 +74,72 @@ def test_half_precision_images_score_in_float32(reward):
 def test_what_is_no_image_is_refused_by_name(reward):
     with pytest.raises(ShapeError, match=rf"{type(reward).__name__} reads images of .* got \(3, 4\); give .* decod"):
         reward(torch.rand(3, 4))
+
+
+def test_sharpness_is_the_variance_of_the_laplacian():
+    images = pictures(2, 3, 5, 6)
+    grey = (images * torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64).view(1, 3, 1, 1)).sum(1).tolist()
+
+    def mirrored(i: int, size: int) -> int:
+        return -i if i < 0 else 2 * (size - 1) - i if i >= size else i
+
+    for m in range(2):
+        at = lambda i, j: grey[m][mirrored(i, 5)][mirrored(j, 6)]  # noqa: B023, E731
+        around = [
+            at(i - 1, j) + at(i + 1, j) + at(i, j - 1) + at(i, j + 1) - 4 * at(i, j) for i in range(5) for j in range(6)
+        ]
+        mean = sum(around) / 30
+        expected = sum((a - mean) ** 2 for a in around) / 30
+        assert Sharpness()(images)[m].item() == pytest.approx(expected)
+    flat, noise = torch.full((1, 1, 8, 8), 0.5), pictures(1, 1, 8, 8).float()
+    assert Sharpness()(torch.cat([flat, noise]))[0] == 0.0 < Sharpness()(noise).item()
+    with pytest.raises(ShapeError, match="at least 2x2 pixels"):
+        Sharpness()(torch.rand(1, 1, 1, 8))
+
+
+def test_saturation_is_that_of_hsv():
+    import colorsys
+
+    images = pictures(2, 3, 4, 4)
+    images[0, :, 0, 0] = 0.0  # black is grey
+    for m in range(2):
+        pixels = images[m].flatten(1).T.tolist()
+        expected = sum(colorsys.rgb_to_hsv(*pixel)[1] for pixel in pixels) / 16
+        assert Saturation()(images)[m].item() == pytest.approx(expected)
+    assert Saturation()(torch.full((1, 3, 2, 2), 0.3)).item() == 0.0
+    with pytest.raises(ShapeError, match=r"Saturation reads images of shape \(M, 3, H, W\)"):
+        Saturation()(torch.rand(1, 1, 4, 4))
+
+
+def test_gradients_of_colour_rewards():
+    for reward in (Sharpness(), Saturation()):
+        assert torch.autograd.gradcheck(reward, pictures(2, 3, 4, 4).requires_grad_())
+    black = torch.zeros(1, 3, 2, 2, requires_grad=True)
+    assert torch.autograd.grad(Saturation()(black).sum(), black)[0].isfinite().all()
+
+
+def test_png_size_is_that_of_the_file_pillow_writes():
+    levels = torch.randint(0, 256, (3, 20, 24), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    for image, picture in (
+        (levels, Image.fromarray(levels.permute(1, 2, 0).numpy())), (levels[:1], Image.fromarray(levels[0].numpy()))
+    ):  # fmt: skip
+        file = io.BytesIO()
+        picture.save(file, format="PNG", compress_level=9)
+        assert PNGSize()(image[None] / 255.0).item() == pytest.approx(-len(file.getvalue()) / 1000)
+    flat, noise = torch.full((1, 1, 8, 8), 0.5), pictures(1, 1, 8, 8).float()
+    small = PNGSize()(torch.cat([flat, noise]))
+    assert small[0] > small[1]
+    assert torch.equal(PNGSize(sign=1)(torch.cat([flat, noise])), -small)
+    for wrong in ({"level": 10}, {"level": -1}, {"sign": 0}):
+        with pytest.raises(RewardError, match="level 0 to 9 and sign -1"):
+            PNGSize(**wrong)
+
+
+def test_bounds_hold():
+    images = pictures(20, 3, 8, 8)
+    for reward in (*SMALL, Sharpness(), Saturation()):
+        low, high = reward.spec.bounds
+        assert low <= reward(images).min() <= reward(images).max() <= high
 
 
 def kilobytes(picture: Image.Image, quality: int) -> float:
@@ -108,8 +175,14 @@ def test_jpeg_prefers_flat_images_and_its_sign_the_opposite():
     assert (large > 0).all()
 
 
-def test_jpeg_scores_carry_no_gradient():
-    assert not JPEGSize(size=8)(torch.rand(2, 1, 8, 8, requires_grad=True)).requires_grad
+@pytest.mark.parametrize("reward", [JPEGSize(size=8), PNGSize()])
+def test_files_have_no_gradient_and_say_so(reward):
+    images = torch.rand(2, 1, 8, 8, requires_grad=True)
+    with pytest.raises(NotDifferentiableError, match=rf"{type(reward).__name__} has no gradient; .*torch.no_grad"):
+        reward(images)
+    with torch.no_grad():
+        assert reward(images).shape == (2,)
+    assert reward.spec.gradient == "none"
 
 
 def test_jpeg_refuses_other_ranges_and_passes_nan_on():

@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 
+import rewards
 import steer
 from rewards import DigitLogProb, JPEGSize, Linear, Quadratic, chunked, timeout, weighted
 from steer.errors import CollapsedWeightsError, NonFiniteError, NotDifferentiableError, RewardError, ShapeError
@@ -103,7 +104,7 @@ def test_guidance_by_a_reward_without_gradient_is_refused():
     jpeg = JPEGSize(size=8)
     with pytest.raises(NotDifferentiableError, match=r"gradient of the reward JPEGSize.* proposal=steer.bootstrap"):
         steer.smc(squares, jpeg, **guided)
-    with pytest.raises(NotDifferentiableError, match="would leave out JPEGSize"):
+    with pytest.raises(NotDifferentiableError, match=r"gradient of the reward 1\*DigitLogProb\(1\) \+ 1\*JPEGSize"):
         steer.smc(squares, weighted((1.0, DigitLogProb(1)), (1.0, jpeg, "nat/kB")), **guided)
     assert steer.smc(squares, DigitLogProb(1), **guided).reward.shape == (1, 2)
     assert steer.smc(squares, jpeg, particles=2, key=0).reward.shape == (1, 2)
@@ -122,3 +123,20 @@ def test_a_wrapped_analytic_reward_gives_the_exact_law():
     assert abs(error.mean() / standard) < 4.0
     means = result.mean(lambda x: x.double())
     assert (abs((means.mean(0) - exact.mean) / (means.std(0) / 8**0.5)) < 5.0).all()
+
+
+def aligned(samples, *, prompts):
+    """A reward that cannot do without prompts."""
+    return samples.sum(1) + len(prompts)
+
+
+@pytest.mark.parametrize(
+    "reward",
+    [
+        aligned, chunked(aligned, 3), timeout(aligned, 9.0), weighted((1.0, aligned), (1.0, lambda x: x.sum(1))),
+        rewards.clip(aligned, -1.0, 1.0), rewards.product(aligned, aligned),
+    ],
+)  # fmt: skip
+def test_a_process_without_prompts_is_refused_by_what_needs_them(reward):
+    with pytest.raises(RewardError, match="asks for prompts, and this process has none"):
+        run(reward)

@@ -5,7 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rewards import DigitLogProb, Ink, JPEGSize, Symmetry, from_spec
+from rewards import (
+    HPS,
+    Aesthetic,
+    CLIPScore,
+    DigitLogProb,
+    ImageReward,
+    Ink,
+    JPEGSize,
+    PickScore,
+    PNGSize,
+    Saturation,
+    Sharpness,
+    Symmetry,
+    from_spec,
+)  # fmt: skip
 from steer.errors import RewardError
 
 
@@ -23,6 +37,10 @@ from steer.errors import RewardError
         ("jpeg", JPEGSize(sign=-1)),
         ("jpeg:-", JPEGSize(sign=-1)),
         ("jpeg:+", JPEGSize(sign=1)),
+        ("png", PNGSize(sign=-1)),
+        ("png:+", PNGSize(sign=1)),
+        ("sharpness", Sharpness()),
+        ("saturation", Saturation()),
     ],
 )
 def test_specs_stand_for_rewards(spec: str, reward):
@@ -52,9 +70,30 @@ def test_an_unknown_name_lists_what_exists(spec: str):
         ("ink:dark", r"ink \| ink:-1"),
         ("ink:nan", r"ink \| ink:-1"),
         ("symmetry:both", "symmetry:vertical"),
+        ("png:9", r"png \| png:- \| png:\+"),
+        ("sharpness:2", "sharpness"),
+        ("clip:a photo of a cat", r"clip \| clip:download .*no file 'a photo of a cat', and prompts come from the pro"),
         ("jpeg:95", r"jpeg \| jpeg:- \| jpeg:\+"),
     ],
 )
 def test_a_bad_argument_is_answered_with_the_form(spec: str, form: str):
     with pytest.raises(RewardError, match=f"the reward '{spec}' must have the form .*{form}"):
         from_spec(spec)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "weights"),
+    [
+        ("clip", CLIPScore, "weights"), ("hps", HPS, "weights"), ("imagereward", ImageReward, "weights"),
+        ("pickscore", PickScore, "model"), ("aesthetic", Aesthetic, "head"),
+    ],
+)  # fmt: skip
+def test_pretrained_rewards_read_nothing_until_they_are_called(name, kind, weights, tmp_path):
+    reward, fetched = from_spec(name), from_spec(f"{name}:download")
+    assert type(reward) is type(fetched) is kind
+    assert (reward.download, fetched.download) == (False, True)
+    path = tmp_path / "weights.safetensors"
+    path.touch()
+    assert getattr(from_spec(f"{name}:{path}"), weights) == str(path)
+    assert reward.spec.version != from_spec(f"{name}:{path}").spec.version
+    assert reward.spec.prompts == (name != "aesthetic")

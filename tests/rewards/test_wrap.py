@@ -45,10 +45,10 @@ def test_scores_prompts_and_gradients_pass_through(wrap):
 @pytest.mark.parametrize("wrap", WRAPPERS)
 def test_what_a_reward_declares_is_kept(wrap):
     linear = wrap(Linear([1.0, 2.0]))
-    assert linear.unit == "nat"
+    assert linear.spec.unit == "nat"
     assert linear.quadratic_form(2).vector.tolist() == [1.0, 2.0]
-    assert wrap(Ink()).unit == "1"
-    assert not hasattr(wrap(total), "unit")
+    assert wrap(Ink()).spec == Ink.spec
+    assert not hasattr(wrap(total), "spec")
     assert not hasattr(wrap(Ink()), "quadratic_form")
     assert "total" in wrap(total).__name__
     assert wrap(total).__doc__ == "Sums each sample."
