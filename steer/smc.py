@@ -279,8 +279,9 @@ def check(state: Trajectory, seen: Sequence[Seen]) -> None:
         )
     if not bool(state.log_total.isfinite().all()):
         raise NonFiniteError(
-            f"log-weights at level {state.k} are not finite although every score is: the transition's densities "
-            "overflow; lower the guidance scale, or keep states in float32"
+            f"log-weights at level {state.k} are not finite although every score is: states ran away, or densities "
+            "overflow; lower the guidance scale, start below the noise that the model was trained on, or keep states "
+            "in float32"
         )
 
 

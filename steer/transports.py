@@ -17,7 +17,10 @@ import torch
 from torch import Tensor
 
 REWARD, SCORE, STATE = 0, 1, 2  # the order of the bases
-RIDGE = 1e-8
+VARIANCE_RIDGE, ENERGY_RIDGE = 1e-8, 1e-3
+"""Of the scaled systems. Score and state are collinear in the noise. VCG's equations stay consistent there; ECG's do not
+where a learned score is no gradient field: its right side has what log q, followed along the path, says of the little
+that is left of one basis beside the other, and coefficients of 1e4 came of an error of 1e-3 in the denoiser."""
 
 
 class Fields(NamedTuple):
@@ -98,7 +101,7 @@ def _least_variance(fields: Fields, log_weight: Tensor, theta: Tensor) -> Tensor
     rate = fields.rate + (fields.cost * theta[:, None]).sum(2)
     rate = rate - (weight * rate).sum(1, keepdim=True)
     weighted = weight[..., None] * cost
-    return _solve(weighted.mT @ cost, -(weighted * rate[..., None]).sum(1))
+    return _solve(weighted.mT @ cost, -(weighted * rate[..., None]).sum(1), VARIANCE_RIDGE)
 
 
 def _least_energy(fields: Fields, log_weight: Tensor, theta: Tensor) -> Tensor:
@@ -109,13 +112,13 @@ def _least_energy(fields: Fields, log_weight: Tensor, theta: Tensor) -> Tensor:
     # Centring the potentials changes no expectation, since the rate is centred, and spares digits.
     potentials = fields.potentials - (weight[..., None] * fields.potentials).sum(1, keepdim=True)
     energy = torch.einsum("bn,bnid,bnjd->bij", weight, fields.bases, fields.bases)
-    return _solve(energy, torch.einsum("bn,bn,bnj->bj", weight, rate, potentials))
+    return _solve(energy, torch.einsum("bn,bn,bnj->bj", weight, rate, potentials), ENERGY_RIDGE)
 
 
-def _solve(matrix: Tensor, right: Tensor) -> Tensor:
+def _solve(matrix: Tensor, right: Tensor, ridge: float) -> Tensor:
     """Solutions (B, 3) of (scaled matrix + ridge) theta = right; a basis that is zero everywhere gets 0."""
     size = matrix.diagonal(dim1=1, dim2=2).sqrt()
     scale = torch.where(size > 0.0, 1.0 / size, 0.0)
-    ridge = RIDGE * torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
-    scaled = matrix * scale[:, :, None] * scale[:, None, :] + ridge
+    eye = torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
+    scaled = matrix * scale[:, :, None] * scale[:, None, :] + ridge * eye
     return torch.linalg.solve(scaled, (right * scale)[..., None])[..., 0] * scale

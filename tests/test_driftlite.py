@@ -8,6 +8,7 @@ import torch
 from exact import LIMIT, PATHS, Grid2D, Linear, Quadratic, extrapolated, mixture_2d
 
 import steer
+from steer import transports
 from steer.models import GaussianMixture
 from steer.transports import Fields, _least_energy, _least_variance
 from steer.weighted_sde import Engine
@@ -181,3 +182,24 @@ def test_the_ledger_and_refusals():
         steer.driftlite(model, control="neural")
     with pytest.raises(steer.SteerError, match="passes"):
         steer.driftlite(model, passes=0)
+
+
+@pytest.mark.parametrize("control", ["vcg", "ecg"])
+def test_controls_bear_an_imperfect_denoiser(control, monkeypatch):
+    """Exact for N(0, I) but for .001 sin 3x. Score and state are collinear in the noise: hardly a ridge, hardly ESS."""
+    schedule = steer.VP()
+    start = steer.schedules.time_at(schedule, math.atan(20.0))
+    times = steer.log_snr_times(schedule, 60, start=start, end=2e-3)
+
+    def denoise(x, t):
+        return schedule(t).alpha * x + 0.001 * torch.sin(3.0 * x)
+
+    def run():
+        model = steer.from_denoiser(denoise, schedule, times, event=(6,))
+        result = steer.driftlite(model, control=control, exponent=2.0, particles=300)
+        return min(float(seen.ess.min()) for seen in result.seen) / 300
+
+    assert run() > 0.9
+    if control == "ecg":
+        monkeypatch.setattr(transports, "ENERGY_RIDGE", 1e-8)
+        assert run() < 0.5
