@@ -1,4 +1,17 @@
-"""Diffusion tree sampling: weighted samples from trees of denoising chains that share their beginnings."""
+"""Diffusion tree sampling: weighted samples from trees of denoising chains that share their beginnings.
+
+**Why the "unbiased" build is.** For a node a let s(a) = prod 1 / |C| over its ancestors, V(a) = E_p[exp(r / T) | a] and
+M_d = sum s(a) V(a) over the nodes at depth d. M_0 = Z, and at the leaves M_D = Z_hat = exp(v(root) / T). Let F_d be all
+states at depths up to d. Where the children a node is given are a function of F_d, they are, given F_d, independent
+draws of the model, so E[M_(d+1) | F_d] = M_d: a martingale. Hence E[Z_hat] = Z for any number of walks, and, with
+exp(r / T) f in place of exp(r / T), E[Z_hat f_hat] = E_p[exp(r / T) f]. Increments are uncorrelated,
+    Var Z_hat = sum_d E[ sum_(a at d) s(a)^2 Var(V(child) | a) / |C(a)| ].
+Every depth d is given a fixed share of the rows, thus n_d ~ budget walks, and a node some `defence` s(a) n_d of them or
+more: the sum is of the order of sum_d E_p[Var(V(child) | a)] / (defence n_d) ~ 1 / budget, and so f_hat converges.
+It is least where |C(a)| ~ s(a) sd(V(child) | a), which the build predicts by s(a) exp(r(x0_hat) / T).
+Boltzmann building breaks the supposition: it returns to children whose leaves were lucky, whose values then regress,
+and leaves those with unlucky first leaves as they are, so that values stay low.
+"""
 
 from __future__ import annotations
 
@@ -65,18 +78,12 @@ def dts(
         w(leaf) = exp(r / T) prod_ancestors 1 / |C| / Z_hat,        Z_hat = exp(v(root) / T),
     log_evidence = log Z_hat (B,), and `tree`. Trees with fewer leaves than N repeat one at weight zero.
 
-    **Why "unbiased" is.** With log-mean-exp values, Z_hat is the mean over the root's children of the mean over
-    theirs, ... of exp(r / T). If the numbers of children are fixed by what is known *above* them, every mean is over
-    independent draws of the model given its node, so E[Z_hat] = Z and E[sum of Z_hat w f] = E_p[exp(r / T) f], for any
-    number of walks: condition on all states down to depth d, replace each node's mean by its expectation, and go up.
-    Boltzmann building breaks this: it returns to children whose value is high, which then regress, and leaves those
-    with unlucky first leaves as they are, so values are low for ever. So here walks are dealt to depths in turn, by
-    rows spent; at depth d they go to nodes by *where the tree is too thin for the weight it predicts*. A node's fair
-    share of the children at its depth is
+    "unbiased": E[Z_hat] = Z and E[sum of Z_hat w f] = E_p[exp(r / T) f] at any number of walks (proof above), because
+    growth at depth d looks at states down to depth d only. Walks are dealt to depths in turn, by rows spent; at depth d
+    they go to nodes, systematically, by what these lack of their fair share of the children there,
         (1 - defence) softmax(log s + r(x0_hat) / T) + defence softmax(log s),      s = prod_ancestors 1 / |C|,
-    proportional to the spread it adds to Z_hat were the prediction right, and walks are drawn (systematically) by what
-    nodes lack of that share. All of it is a function of states at depths up to d. Wrong predictions cost variance,
-    at most 1 / defence times that of growth by s alone.
+    proportional to the spread a node adds to Z_hat were its prediction right. Wrong predictions cost variance, about
+    1 / defence times that of growth by s alone at the worst.
 
     Cost per tree: a walk expanding the root takes K rows (K = process.steps), one expanding a node at level k takes
     K - k - 1, since a node keeps its prediction; one reward per leaf, and one per inner node for "unbiased". A model
@@ -141,7 +148,7 @@ class Apportionment:
         for depth in range(1, tree.depth):
             first, count = sum(d < depth for d in depths), depths.count(depth)
             if count:
-                draw = key.fold("grow", depth).at(tree.sweeps)
+                draw = key.fold("grow").at(tree.sweeps * tree.depth + depth)
                 slots = systematic(self._lacking(tree, depth, count), draw, count)
                 for d in range(depth, 0, -1):  # and the way there
                     path[d][:, first : first + count] = slots

@@ -101,7 +101,7 @@ class Growth:
             raise
         tree.commit(entry, path)
         if self.live:
-            tree.backup_paths(path, entry <= tree.depth, greedy=self.greedy)
+            tree.backup_paths(entry, path, greedy=self.greedy)
 
     def _enter(self, depth: int, slots: Tensor, live: Tensor, key: Key) -> Trajectory:
         """The walks that are under way at this depth, at their nodes, with what is remembered there."""
@@ -117,9 +117,10 @@ class Growth:
         return Trajectory.begin(self.process, kept.pop("x"), k=self.tree.levels[depth - 1]).carry(**kept)
 
     def _along_edge(self, state: Trajectory, live: Tensor, until: int, noise: Key) -> Trajectory:
+        whole = bool(live.all())
         while state.k < until:
             if "x0" not in state.carried:
-                state, _ = self._predict(state, live, score=False)
+                state, _ = self._predict(state, None if whole else live, score=False)
             self.paid = state
             model = self.process.transition(state.x, state.carried["x0"], state.k)
             guided = "gradient" in state.carried
@@ -145,7 +146,7 @@ class Growth:
         columns |= {name: self._stored(tensor) for name, tensor in state.carried.items()}
         return tree.attach(depth, live, parent, x=self._stored(state.x), **columns)
 
-    def _predict(self, state: Trajectory, live: Tensor, *, score: bool) -> tuple[Trajectory, Tensor | None]:
+    def _predict(self, state: Trajectory, live: Tensor | None, *, score: bool) -> tuple[Trajectory, Tensor | None]:
         """The state with its prediction (and the gradient a proposal needs), and scores where they are asked for."""
         process, k = self.process, state.k
         if self.proposal.scale and process.stochastic(k):
@@ -167,12 +168,12 @@ class Growth:
             x0, *scores = self._on_live(predict, state.x, live)
         return state.carry(x0=x0), scores[0] if scores else None
 
-    def _on_live(self, function: Callable[[Tensor], Any], x: Tensor, live: Tensor) -> Any:
-        """A function of states on the live rows alone, 0 elsewhere, so that idle columns cost nothing.
+    def _on_live(self, function: Callable[[Tensor], Any], x: Tensor, live: Tensor | None) -> Any:
+        """A function of states on the live rows alone (None: all are), 0 elsewhere, so that idle columns cost nothing.
 
         A conditioned network needs every problem's rows in place; there idle columns are computed, and paid for.
         """
-        if self.process.problems is not None or bool(live.all()):
+        if live is None or self.process.problems is not None or bool(live.all()):
             return function(x)
         live = live.to(x.device)
         packed = function(x[live][None])

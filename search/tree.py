@@ -32,16 +32,12 @@ class Layer:
 
     def __init__(self, problems: int):
         self.count = torch.zeros(problems, dtype=torch.int64)
+        self.size = 0  # of the largest tree
         self.columns: dict[str, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
         """The filled part of a column, (B, most nodes of a tree, ...): a view."""
         return self.columns[name][:, : self.size]
-
-    @property
-    def size(self) -> int:
-        """Nodes of the largest tree."""
-        return int(self.count.max())
 
     @property
     def filled(self) -> Tensor:
@@ -50,11 +46,11 @@ class Layer:
 
     def append(self, live: Tensor, **values: Tensor) -> Tensor:
         """New nodes for the columns that are live (B, W), with values (B, W, ...): their slots, (B, W)."""
-        first, width = int(self.count.max()), live.shape[1]
+        first, width = self.size, live.shape[1]
         if bool(live.all()) and int(self.count.min()) == first:  # the common case is a block
             for name, value in values.items():
                 self._roomy(name, value, first + width)[:, first : first + width] = value
-            self.count = self.count + width
+            self.resize(self.count + width)
             return torch.arange(first, first + width).expand(live.shape)
         slots = self.count[:, None] + live.long().cumsum(1) - 1
         index = live.nonzero(as_tuple=True)
@@ -62,8 +58,12 @@ class Layer:
         for name, value in values.items():
             kept = self._roomy(name, value, int(slots.max()) + 1)
             kept[tuple(i.to(kept.device) for i in place)] = value[tuple(i.to(value.device) for i in index)]
-        self.count = self.count + live.sum(1)
+        self.resize(self.count + live.sum(1))
         return slots
+
+    def resize(self, count: Tensor) -> None:
+        """Says how many slots are filled, (B,)."""
+        self.count, self.size = count, int(count.max())
 
     def _roomy(self, name: str, like: Tensor, need: int) -> Tensor:
         column = self.columns.get(name)
@@ -108,6 +108,15 @@ class ChildLists:
         self.pool[(start[owner] + before).repeat_interleave(more) + _within(more)] = child[order]
         length[owner] = before + more
 
+    def add_first(self, problem: Tensor, parent: Tensor, child: Tensor, size: int) -> None:
+        """The one child of each of some new parents: what a rollout makes nearly everywhere, without sorting."""
+        self._widen(size)
+        place = torch.arange(self.used, self.used + len(child))
+        self._reserve(self.used + len(child))
+        self.pool[place] = child
+        for column, value in ((self.start, place), (self.room, 1), (self.length, 1)):
+            column[problem, parent] = value
+
     def of(self, problem: Tensor, node: Tensor) -> tuple[Tensor, Tensor]:
         """All children of some nodes (M,): their slots, and which of the nodes each belongs to."""
         length = self.length[problem, node]
@@ -145,7 +154,7 @@ class Tree:
         self.lists: list[ChildLists] | None = None
         self.iterations = self.sweeps = 0
         self.expansions = [torch.zeros(problems, dtype=torch.int64) for _ in levels]
-        self._append_nodes(0, torch.ones(problems, 1, dtype=torch.bool), torch.zeros(problems, 1, dtype=torch.int64))
+        self.attach(0, torch.ones(problems, 1, dtype=torch.bool), torch.zeros(problems, 1, dtype=torch.int64))
 
     def __repr__(self) -> str:
         leaves = int(self.leaves.count.sum())
@@ -176,7 +185,10 @@ class Tree:
 
     def attach(self, depth: int, live: Tensor, parent: Tensor, **columns: Tensor) -> Tensor:
         """New nodes at a depth, (B, W) where live: their slots. They count as children only from `commit` on."""
-        return self._append_nodes(depth, live, parent, **columns)
+        zero = torch.zeros(live.shape, dtype=torch.float64)
+        columns = {"correction": zero, "value": zero, **columns}
+        whole = torch.zeros(live.shape, dtype=torch.int32)
+        return self.layers[depth].append(live, parent=parent, children=whole, visits=whole + 1, **columns)
 
     def commit(self, entry: Tensor, path: list[Tensor]) -> None:
         """Ends a sweep: visits along every walk, and new nodes known to their parents.
@@ -190,9 +202,11 @@ class Tree:
             above["visits"].scatter_add_(1, path[d], used)
             above["children"].scatter_add_(1, path[d], fresh.int())
             self.expansions[d] = self.expansions[d] + (entry == d).sum(1)
-            if self.lists is not None and bool(fresh.any()):
-                problem, column = fresh.nonzero(as_tuple=True)
-                self.lists[d].add(problem, path[d][problem, column], path[d + 1][problem, column], above.size)
+            if self.lists is not None:
+                for add, which in ((self.lists[d].add, entry == d), (self.lists[d].add_first, entry < d)):
+                    if bool(which.any()):
+                        problem, column = which.nonzero(as_tuple=True)
+                        add(problem, path[d][problem, column], path[d + 1][problem, column], above.size)
         self.iterations, self.sweeps = self.iterations + walks, self.sweeps + 1
 
     def counts(self) -> list[Tensor]:
@@ -202,7 +216,7 @@ class Tree:
     def rollback(self, counts: list[Tensor]) -> None:
         """Forgets the nodes attached since `counts`."""
         for layer, count in zip(self.layers, counts, strict=True):
-            layer.count = count
+            layer.resize(count)
 
     def keep_lists(self) -> list[ChildLists]:
         """Child lists, built once from the parents and kept up by `commit` from then on."""
@@ -242,23 +256,37 @@ class Tree:
             above["value"].copy_(top)
         return self.layers[0]["value"][:, 0].clone()
 
-    def backup_paths(self, path: list[Tensor], walked: Tensor, *, greedy: bool = False) -> None:
+    def backup_paths(self, entry: Tensor, path: list[Tensor], *, greedy: bool = False) -> None:
         """`backup` of the nodes on walks (B, W) only, in time proportional to their children. Needs child lists."""
         assert self.lists is not None
-        walks, column = walked.nonzero(as_tuple=True)
         for d in range(self.depth - 1, -1, -1):
             above, below = self.layers[d], self.layers[d + 1]
-            node = torch.unique(walks * above.size + path[d][walks, column])
-            problem, node = node // above.size, node % above.size
-            child, owner = self.lists[d].of(problem, node)
-            value = below["value"][problem[owner], child] + below["correction"][problem[owner], child]
-            above["value"][problem, node] = _pool(value, owner, len(node), greedy)
+            walks, column = (entry < d).nonzero(as_tuple=True)  # new nodes, of one child
+            if len(walks):
+                child = path[d + 1][walks, column]
+                above["value"][walks, path[d][walks, column]] = (
+                    below["value"][walks, child] + below["correction"][walks, child]
+                )
+            walks, column = ((entry >= d) & (entry <= self.depth)).nonzero(as_tuple=True)
+            if len(walks):
+                node = torch.unique(walks * above.size + path[d][walks, column])
+                problem, node = node // above.size, node % above.size
+                child, owner = self.lists[d].of(problem, node)
+                value = below["value"][problem[owner], child] + below["correction"][problem[owner], child]
+                above["value"][problem, node] = _pool(value, owner, len(node), greedy)
 
     def states(self, depth: int, slots: Tensor, device: torch.device | None = None) -> dict[str, Tensor]:
         """States, predictions and gradients of nodes (B, W), on a device."""
         columns = self.layers[depth].columns
         kept = {name: columns[name] for name in ("x", "x0", "gradient") if name in columns}
         return {name: gather(column, slots.to(column.device)).to(device) for name, column in kept.items()}
+
+    def nodes_at(self, depth: int, problem: int = 0) -> dict[str, Tensor]:
+        """What is known of one tree's nodes of a depth, (n,) each: parent, children, visits, value, and where they are
+        scored look or reward. With `levels` and `states`, all that the report's figure reads."""
+        layer = self.layers[depth]
+        names = ("parent", "children", "visits", "value", "look", "reward")
+        return {name: layer[name][problem, : layer.count[problem]] for name in names if name in layer.columns}
 
     def to_networkx(self, problem: int = 0) -> networkx.DiGraph:
         """One tree as a networkx graph: nodes (depth, slot) with level, visits, value, reward; edges to children."""
@@ -277,12 +305,6 @@ class Tree:
                 if depth:
                     graph.add_edge((depth - 1, int(layer["parent"][problem, slot])), (depth, slot))
         return graph
-
-    def _append_nodes(self, depth: int, live: Tensor, parent: Tensor, **columns: Tensor) -> Tensor:
-        zero = torch.zeros(live.shape, dtype=torch.float64)
-        columns = {"correction": zero, "value": zero, **columns}
-        whole = torch.zeros(live.shape, dtype=torch.int32)
-        return self.layers[depth].append(live, parent=parent, children=whole, visits=whole + 1, **columns)
 
 
 def _within(length: Tensor) -> Tensor:

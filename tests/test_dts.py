@@ -191,6 +191,16 @@ def test_error_falls_with_the_root_of_the_budget(method):
     assert 2.9 < variation(300) / variation(4800) < 5.5
 
 
+@pytest.mark.parametrize("particles", [300, 2400])
+def test_growth_keeps_up_with_shares(particles):
+    """sum s^2 / |C|, what multiplies a depth's variance, stays a constant times 1 / (defence n): it is consistent."""
+    tree = search.dts(chain(), Quadratic([1.5, 1.0], 9.0), particles=particles, walkers=30, defence=0.5).tree
+    for depth in range(1, tree.depth):
+        children = tree.layers[depth]["children"].double()
+        factor = (tree.log_share(depth).mul(2.0).exp() / children).sum() * 0.5 * children.sum()
+        assert 0.4 < float(factor) < 3.0
+
+
 # -- expectations without sampling ----------------------------------------------------------------------------------
 
 

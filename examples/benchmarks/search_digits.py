@@ -1,4 +1,4 @@
-"""Reward against network rows for every search without a tree, on the embedded digits.
+"""Reward against network rows for every search, on the embedded digits.
 
     python examples/benchmarks/search_digits.py [--reward jpeg | digit] [--budgets 1000 4000] [--keys 5] [--json FILE]
 
@@ -50,6 +50,8 @@ METHODS: dict[str, tuple[Callable[..., steer.Result], bool]] = {
         ), False,
     ),
     "RBF": (search.rbf, False),
+    "DTS*": (search.dts_star, False),
+    "DTS*, the paper's widening": (functools.partial(search.dts_star, widening=(2.0, 0.8)), False),
     "depth-first": (functools.partial(search.depth_first, particles=4), False),
     "noise: zero-order (ODE)": (search.noise_search, True),
     "noise: paths (ODE)": (functools.partial(search.noise_search, strategy=search.paths()), True),
