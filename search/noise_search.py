@@ -129,7 +129,7 @@ class ZeroOrder:
 
     def __call__(self, run: Run, particles: int, calls: int, on_step: OnStep | None) -> Found:
         """Rounds of neighbours until the calls are spent; N pivots return."""
-        if not hasattr(run.process, "levels"):
+        if not hasattr(run.process, "prior_moments"):
             raise StateSpaceError(
                 "zero_order moves a Gaussian starting noise a little, which the states of "
                 f"{type(run.process).__name__} do not begin from; use strategy=search.random_search() or search.paths()"

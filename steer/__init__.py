@@ -6,6 +6,7 @@ from .composite import Composite, compose
 from .cost import Cost
 from .das import das
 from .driftlite import driftlite
+from .edm import from_edm, karras_sigmas
 from .errors import (
     BudgetError,
     CollapsedWeightsError,
@@ -21,13 +22,15 @@ from .errors import (
 from .fk_steering import fk_steering
 from .fkc import fkc
 from .gibbs import draw_path, particle_gibbs
+from .hub import from_hub
 from .key import Key
 from .look_ahead import LookAhead, at_state, flow_map, ode_steps, x0_hat
 from .masked import MaskedProcess, from_logits
 from .mcmc import mala, pcnl, ula
 from .models.embedded import load
-from .pipelines import from_pipeline, verify
+from .pipelines import from_latents, from_pipeline, own_solver, verify
 from .potentials import adaptive_tempering, difference, final_only, geometric_tempering, maximum, total
+from .preflight import Preflight, preflight
 from .process import GaussianProcess, convert, from_denoiser, from_eps, from_score, from_v, from_velocity
 from .psi import psi
 from .resampling import killing, multinomial, residual, ssp, stratified, systematic
@@ -70,6 +73,7 @@ __all__ = [
     "Normal",
     "NotDifferentiableError",
     "NotStochasticError",
+    "Preflight",
     "QuadraticForm",
     "RectifiedFlow",
     "Result",
@@ -111,7 +115,10 @@ __all__ = [
     "flow_sde",
     "flow_transport",
     "from_denoiser",
+    "from_edm",
     "from_eps",
+    "from_hub",
+    "from_latents",
     "from_logits",
     "from_pipeline",
     "from_score",
@@ -121,6 +128,7 @@ __all__ = [
     "guided",
     "half_transport",
     "importance_sampling",
+    "karras_sigmas",
     "killing",
     "load",
     "log_snr_times",
@@ -131,8 +139,10 @@ __all__ = [
     "multinomial",
     "ode",
     "ode_steps",
+    "own_solver",
     "particle_gibbs",
     "pcnl",
+    "preflight",
     "prior",
     "psi",
     "resample",

@@ -70,8 +70,8 @@ def driftlite(
     (K - 1) rows (unless the look-ahead needs no prediction) and N (K - 1) (1 + probes) backward passes.
     Raises and warns as `fkc`.
     Source: Ren et al. 2025 (DriftLite, 2509.21655), Secs. 3 and 4. Differs: centred moments, unit-diagonal scaling and
-    a ridge (see `vcg`, and `transports` for that of ECG); the state is a basis instead of f, which is proportional to it and zero on
-    variance-exploding paths; coefficients are integrated over steps.
+    a ridge (see `vcg`, and `transports` for that of ECG); the state is a basis instead of f, which is proportional to
+    it and zero on variance-exploding paths; coefficients are integrated over steps.
     """
     if control not in ("vcg", "ecg"):
         raise SteerError(f'control is "vcg" or "ecg", got {control!r}')

@@ -81,8 +81,8 @@ def only(function: Any, problem: int) -> Any:
     if restrict is None:
         name = getattr(function, "__name__", type(function).__name__)
         raise ShapeError(
-            f"this search asks about one problem at a time, and {name} is closed over several: give it a method only(problem) that returns the function of that problem, or run "
-            "one conditioning at a time"
+            f"this search asks about one problem at a time, and {name} is closed over several: give it a method "
+            "only(problem) that returns the function of that problem, or run one conditioning at a time"
         )
     return restrict(problem)
 

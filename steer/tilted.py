@@ -126,6 +126,11 @@ def prior_moments(process: ReverseProcess) -> tuple[Tensor | None, float]:
             f"MCMC at the start needs a Gaussian prior, which {type(process).__name__} does not have; "
             "use start=steer.prior, or steer.top_k_of_n"
         )
+    if moments[1] == 0.0:
+        raise StateSpaceError(
+            "MCMC at the start moves the starting noise, and this process starts from given latents; open the pipeline "
+            "without latents=, or use start=steer.prior"
+        )
     return moments
 
 

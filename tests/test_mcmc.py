@@ -393,6 +393,8 @@ def test_a_process_without_a_gaussian_prior_is_refused():
 
     with pytest.raises(steer.StateSpaceError, match="Gaussian prior, which Tokens does not have"):
         prior_moments(Tokens())
+    with pytest.raises(steer.StateSpaceError, match="starts from given latents"):
+        prior_moments(replace(flat_process(2), initial=(torch.zeros(1, 1, 2), 0.0)))
 
 
 def test_a_reward_that_breaks_in_the_chains_leaves_what_there_is():

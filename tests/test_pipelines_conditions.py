@@ -3,7 +3,17 @@
 import diffusers
 import pytest
 import torch
-from tiny_pipelines import autoencoder, build, clip_encoder, clip_tokenizer, conditional_unet, prepared, steps_recorded
+from tiny_pipelines import (
+    FAMILIES,
+    autoencoder,
+    build,
+    clip_encoder,
+    clip_tokenizer,
+    conditional_unet,
+    cosmos,
+    prepared,
+    steps_recorded,
+)
 from tiny_pipelines import sd15 as make_sd15
 
 import steer
@@ -106,7 +116,7 @@ def prepared_unet(channels):
 def test_a_loop_that_alters_latents_after_its_step_is_refused():
     pipe = prepared(make_sd15(diffusers.StableDiffusionInpaintPipeline))
     call = {"prompt": "a cat", "image": picture(), "mask_image": (picture(3)[:, :1] > 0.5).float()}
-    with pytest.raises(steer.ModelError, match="changes the latents between its steps"):
+    with pytest.raises(steer.ModelError, match=r"changes the latents between its steps.*9 channels"):
         steer.from_pipeline(pipe, steps=4, height=16, width=16, **call)
 
 
@@ -145,7 +155,8 @@ def test_verify_finds_rows_that_see_each_other():
     [
         ({"guidance": 3.0}, "takes no argument guidance"),
         ({"num_images_per_prompt": 4}, "particles="),
-        ({"latents": torch.zeros(1, 4, 8, 8)}, "start=steer.Trajectory.begin"),
+        ({"latents": torch.zeros(3, 4, 8, 8)}, "start=steer.from_latents"),
+        ({"latents": "noise.pt"}, "one starting point per prompt"),
         ({"callback_on_step_end": print}, "on_step="),
         ({"generator": [torch.Generator()]}, "at most one generator"),
     ],
@@ -153,6 +164,107 @@ def test_verify_finds_rows_that_see_each_other():
 def test_arguments_that_do_not_fit_say_what_does(arguments, message):
     with pytest.raises(steer.ModelError, match=message):
         process_of("sd15", **arguments)
+
+
+def test_bare_networks_say_who_owns_what():
+    pipe, _ = build("ddpm")
+    with pytest.raises(steer.ModelError, match=r"got generator, latents; .*start=steer\.from_latents"):
+        steer.from_pipeline(pipe, latents=noise(1), generator=torch.Generator())
+    process = steer.from_pipeline(pipe, steps=2)
+    x = torch.randn(2, *process.event, generator=torch.Generator().manual_seed(0))
+    seen = []
+    steer.rollout(process, mean, particles=2, start=steer.from_latents(x), on_step=seen.append)
+    assert torch.equal(seen[0].past[0].x[0], x)
+
+
+def test_the_cures_are_what_works():
+    """The run that each refusal above asks for."""
+    process = process_of("sd15", steps=2)
+    seen = []
+    result = steer.smc(process, mean, particles=3, start=steer.from_latents(noise(3)), on_step=seen.append)
+    assert result.reward.shape == (1, 3)
+    assert [state.k for state in seen] == [1, 2]
+
+
+def mean(samples):
+    return samples.flatten(1).mean(1)
+
+
+def noise(rows, seed=0):
+    return torch.randn(rows, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "flux"])
+def test_latents_are_where_the_pipeline_would_start_from_them(name):
+    """Euler scales them, FLUX takes them packed: the pipeline's own run with the same latents is the reference."""
+    pipe, call = build(name)
+    given = noise(1) if name != "flux" else torch.randn(1, 16, 4, generator=torch.Generator().manual_seed(0))
+    process = steer.from_pipeline(pipe, steps=3, transition=steer.ddim(0.0), latents=given, **call)
+    assert process.initial is not None
+    assert process.initial[1] == 0.0
+    with steps_recorded(pipe) as seen:
+        output = pipe(**call, latents=given.clone(), num_inference_steps=3, output_type="pt", return_dict=False)[0]
+    assert torch.equal(process.prior(steer.Key(0), 1, 2)[0], seen[0][1].expand(2, *seen[0][1].shape[1:]))
+    result = steer.rollout(process, mean, particles=1)
+    near(process.decode(result.x), output)
+    assert steer.verify(process)[:2] == (3, 0.0)
+
+
+def test_latents_of_their_own_for_every_particle():
+    pipe, call = build("sdxl")
+    call["prompt"] = ["a cat", "two dogs"]
+    process = steer.from_pipeline(pipe, steps=2, **call)
+    rows = noise(6)
+    start = steer.from_latents(rows)
+    x = start(process, None, steer.Key(0), 2, 3).x
+    scale = process.levels[0].sigma ** 2 + 1.0  # of Euler's spacing "leading"
+    near(x.flatten(0, 1), rows * scale**0.5)
+    assert torch.equal(start(process, None, steer.Key(0).shifted(slot=1), 2, 2).x, x[:, 1:])  # a later chunk
+    with pytest.raises(steer.ShapeError, match="height, width"):
+        steer.from_latents(torch.zeros(6, 4, 5, 5))(process, None, steer.Key(0), 2, 3)
+    with pytest.raises(steer.ShapeError, match="particles=3"):
+        start(process, None, steer.Key(0), 2, 4)
+    one = steer.from_pipeline(pipe, steps=2, latents=rows[:2], **call)
+    near(one.prior(steer.Key(0), 2, 3)[:, 2], rows[:2] * scale**0.5)
+    plain = steer.models.gaussian([0.0, 0.0], 1.0, steps=3)
+    assert steer.from_latents(torch.ones(4, 2))(plain, None, steer.Key(0), 2, 2).x.shape == (2, 2, 2)
+
+
+def test_a_pipeline_that_keeps_a_frame_aside_is_refused_in_words():
+    """LTX steps all frames but the first, which is the image."""
+    pipe, call = build("ltx")
+    pipe = prepared(diffusers.LTXImageToVideoPipeline(**pipe.components))
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(
+        steer.ModelError, match=r"LTXImageToVideoPipeline cannot be steered.*steer\.from_velocity"
+    ) as caught:
+        steer.from_pipeline(pipe, steps=4, **call, image=image)
+    assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+def test_a_pipeline_that_steps_twice_is_refused_in_words():
+    """Cosmos asks its scheduler for x_0, guides that, and steps again."""
+    pipe, (_, call) = prepared(cosmos()), FAMILIES["ltx"]
+    with pytest.raises(steer.ModelError, match="CosmosTextToWorldPipeline cannot be steered"):
+        steer.from_pipeline(pipe, steps=4, **call)
+
+
+def test_a_pipeline_of_pipelines_names_them():
+    class Combined(diffusers.DiffusionPipeline):
+        def __init__(self, unet, scheduler):
+            super().__init__()
+            self.register_modules(unet=unet, scheduler=scheduler)
+
+    pipe, call = build("sd15")
+    combined = Combined(pipe.unet, pipe.scheduler)
+    combined.decoder_pipe = pipe
+    with pytest.raises(steer.ModelError, match=r"Combined runs other pipelines.*pipe\.decoder_pipe"):
+        steer.from_pipeline(combined, **call)
+
+
+def test_the_pipelines_own_complaints_are_passed_on():
+    with pytest.raises(ValueError, match="divisible by 8"):
+        process_of("sd15", height=13)
 
 
 def test_caches_are_refused():

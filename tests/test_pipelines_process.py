@@ -282,6 +282,79 @@ def test_model_offload_goes_on_as_the_user_set_it_up():
     assert hasattr(pipe.unet, "_hf_hook")
 
 
+def test_sequential_offload_goes_on_as_the_user_set_it_up():
+    """accelerate's hooks on every submodule, as enable_sequential_cpu_offload sets them, with the CPU to compute on."""
+    plain = process_of("sd15")
+    x = states(plain)
+    expected, picture = plain.denoise(x, 2), plain.decode(x)
+    pipe, call = build("sd15")
+    for module in (pipe.unet, pipe.vae, pipe.text_encoder):
+        accelerate.cpu_offload(module, torch.device("cpu"), offload_buffers=True)
+    hooked = sum(hasattr(module, "_hf_hook") for module in pipe.unet.modules())
+    assert next(pipe.unet.parameters()).device.type == "meta"  # only there while it computes
+    process = steer.from_pipeline(pipe, steps=4, **call)
+    for _ in range(2):
+        assert torch.equal(process.denoise(x, 2), expected)
+        assert torch.equal(process.decode(x), picture)
+    assert steer.verify(process)[:3] == (3, 0.0, 0.0)
+    assert next(pipe.unet.parameters()).device.type == "meta"
+    assert sum(hasattr(module, "_hf_hook") for module in pipe.unet.modules()) == hooked > 1
+
+
+class Int8Linear(torch.nn.Module):
+    """A linear layer whose weights are stored as int8, as quantisers replace them."""
+
+    def __init__(self, linear):
+        super().__init__()
+        scale = linear.weight.abs().amax(1, keepdim=True) / 127.0
+        self.register_buffer("weight", (linear.weight / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", linear.bias)
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype), self.bias)
+
+
+def test_quantised_modules_run_as_they_are():
+    pipe, call = build("sd15")
+    replaced = 0
+    for module in list(pipe.unet.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is torch.nn.Linear and not name.startswith("linear_"):
+                setattr(module, name, Int8Linear(child))
+                replaced += 1
+    assert replaced > 5
+    full = process_of("sd15")
+    process = steer.from_pipeline(pipe, steps=4, **call)
+    assert steer.verify(process)[:3] == (3, 0.0, 0.0)
+    x = states(process)
+    out = process.denoise(x, 1)
+    assert out.dtype == torch.float32
+    near(out, full.denoise(x, 1), 0.05)
+    assert not torch.equal(out, full.denoise(x, 1))
+    y = x.clone().requires_grad_()
+    assert float(torch.autograd.grad(process.denoise(y, 1).sum(), y)[0].abs().max()) > 0.0
+
+
+def test_opening_that_fails_leaves_no_trace():
+    pipe, call = build("sd15")
+    before = snapshot(pipe)
+
+    def broken(module, arguments):
+        raise RuntimeError("the device fell off")
+
+    handle = pipe.unet.register_forward_pre_hook(broken)
+    with pytest.raises(RuntimeError, match="fell off"):
+        steer.from_pipeline(pipe, steps=4, **call)
+    handle.remove()
+    with pytest.raises(steer.ModelError):
+        steer.from_pipeline(pipe, steps=4, **call, latents=torch.zeros(5, 4, 8, 8))
+    with pytest.raises(ValueError, match="divisible by 8"):
+        steer.from_pipeline(pipe, steps=4, **{**call, "height": 13})
+    assert snapshot(pipe) == before
+    assert diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion.randn_tensor.__name__ == "randn_tensor"
+
+
 def test_compiled_networks_see_one_shape():
     pipe, call = build("sd15")
     plain = steer.from_pipeline(pipe, steps=4, **call)
@@ -308,6 +381,10 @@ def test_half_precision_networks_keep_float32_states():
     x = states(process)
     assert process.denoise(x, 1).dtype == x.dtype == torch.float32
     assert steer.verify(process, tolerance=2e-2)[:3] == (3, 0.0, 0.0)
+    result = steer.rollout(process, lambda pictures: pictures.flatten(1).mean(1), particles=2)
+    kept = [event.x for event in result.trajectory.past if hasattr(event, "log_prob")]
+    assert {tensor.dtype for tensor in (result.x, *kept)} == {torch.float32}
+    assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in kept)  # not rounded on the way
 
 
 def test_tiling_and_slicing_of_the_decoder_are_the_users():

@@ -232,6 +232,38 @@ def ltx():
     )  # fmt: skip
 
 
+class Unguarded(torch.nn.Module):
+    """In the place of Cosmos' safety checker."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def check_text_safety(self, prompt):
+        return True
+
+    def check_video_safety(self, video):
+        return video
+
+
+def cosmos():
+    transformer = diffusers.CosmosTransformer3DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=1, mlp_ratio=2,
+        text_embed_dim=WIDTH, adaln_lora_dim=4, max_size=(4, 32, 32), patch_size=(1, 2, 2), rope_scale=(2.0, 1.0, 1.0),
+        concat_padding_mask=True, extra_pos_embed_type="learnable",
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKLCosmos(
+        in_channels=3, out_channels=3, latent_channels=4, encoder_block_out_channels=(8, 8, 8, 8), patch_size=4,
+        decode_block_out_channels=(8, 8, 8, 8), attention_resolutions=(8,), resolution=64, num_layers=2,
+        patch_type="haar", scaling_factor=1.0, spatial_compression_ratio=4, temporal_compression_ratio=4,
+    )  # fmt: skip
+    scheduler = diffusers.EDMEulerScheduler(
+        sigma_min=0.002, sigma_max=80.0, sigma_data=0.5, final_sigmas_type="sigma_min"
+    )
+    return diffusers.CosmosTextToWorldPipeline(
+        text_encoder=t5_encoder(), tokenizer=character_tokenizer(), transformer=transformer, vae=vae,
+        scheduler=scheduler, safety_checker=Unguarded(),
+    )  # fmt: skip
+
+
 def ddpm():
     unet = diffusers.UNet2DModel(
         sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 16), layers_per_block=1,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ModelError, ShapeError
+from ..errors import ModelError, ShapeError, SteerError
 from .conditioning import Conditioning
 from .network import Network, is_network
 from .steered import Captured, IgnoresInterrupt, Job, SteeredScheduler
@@ -56,6 +56,7 @@ class PipelineCall:
         self._entered: dict[tuple[str, int], Tensor] = {}
         self._count: dict[str, int] = {}
         self._generator: torch.Generator | None = None
+        self._event = torch.Size()
         self._by_step, self._skip = not hasattr(pipe, "prepare_latents"), True
 
     @property
@@ -68,12 +69,31 @@ class PipelineCall:
 
         Costs one evaluation of one row, for the form of the networks' output.
         """
-        self._capture(Job((0,), 1, index=0, stubbed=True))
+        self._event = self._capture(Job((0,), 1, index=0, stubbed=True)).sample.shape[1:]
 
     def initial(self, problem: int, noise: float) -> Tensor:
         """The latents (1, *event) that a problem starts from if each of the pipeline's draws of noise were `noise`."""
         with _noise_replaced(type(self.user), noise):
             return self._capture(Job((problem,), 1, index=0, noise=noise, stubbed=True)).sample.detach()
+
+    def entering(self, latents: Tensor, problem: int) -> Tensor:
+        """What the loop of a problem starts from, (1, *event), given one row of its `latents` argument.
+
+        The pipeline scales and packs them as it does for its user.
+        """
+        kept = dict(self._known)  # what it makes of these latents is no use to the next ones
+        try:
+            job = Job((problem,), 1, index=0, noise=0.0, given=True, stubbed=True)
+            x = self._capture(job, latents=latents).sample.detach()
+        finally:
+            self._known = kept
+        if x.shape[1:] != self._event:
+            raise ShapeError(
+                f"latents of shape {tuple(latents.shape)} make {type(self.user).__name__} start from "
+                f"{tuple(x.shape)}, and its own start has shape {(1, *self._event)}; give latents of the height, width "
+                "and number of frames that the process was opened with"
+            )
+        return x
 
     def predict(
         self, x: Tensor, problems: tuple[int, ...], per: int, index: int, off_grid: tuple[Tensor, float] | None = None
@@ -113,14 +133,25 @@ class PipelineCall:
         x: one row (1, *event). Raises ModelError for pipelines whose loop does more with latents than predict and
         step. Costs one or two evaluations.
         """
-        rows = self._enters(x)
-        if rows is None and not self._by_step:
-            self._by_step = True  # what prepare_latents returns is not what the loop works on
+        try:
             rows = self._enters(x)
+            if rows is None and not self._by_step:
+                self._by_step = True  # what prepare_latents returns is not what the loop works on
+                rows = self._enters(x)
+        except (SteerError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # its own call went through up to here, so it is steering that it does not stand
+            raise ModelError(
+                f"{type(self.user).__name__} cannot be steered: given latents in the form of those that it hands to "
+                f"scheduler.step, it raised {type(error).__name__}: {error}; pipelines that keep part of the latents "
+                "aside (a first frame, say), or that call scheduler.step twice in a step, have to be opened by their "
+                "network: steer.from_velocity, from_eps, from_edm or from_denoiser"
+            ) from error
         if rows is None:
             raise ModelError(
                 f"{type(self.user).__name__} changes the latents between its steps, which steer would have to copy; "
-                "wrap its network by steer.from_eps, from_v, from_velocity or from_denoiser"
+                "for inpainting, load a checkpoint whose network is given mask and image (9 channels); else wrap the "
+                "network by steer.from_eps, from_v, from_velocity or from_denoiser"
             )
         return rows
 
@@ -191,7 +222,9 @@ class PipelineCall:
         def prepared(*args: Any, **kwargs: Any) -> Any:
             job = self.scheduler.job
             self._count[name] = self._count.get(name, 0) + 1
-            key = (name, self._count[name], job.problems, job.per, job.noise if name.startswith("prepare_") else None)
+            key = (name, self._count[name], job.problems, job.per)
+            if name.startswith("prepare_"):
+                key = (*key, job.noise, job.given)
             if key not in self._known:
                 if self._generator is not None:
                     # Initial noise takes more random numbers in a larger batch; what is drawn after it, an encoded

@@ -46,7 +46,8 @@ def pieces(problems: int, particles: int, chunk: int, together: bool = True) -> 
 class Chunked:
     """Applies a function of (rows, problems, per) to flat rows, in chunks.
 
-    name: what it does, for the log. chunk: most rows per call; halved, for good, whenever memory runs out.
+    name: what it does, for the log. chunk: most rows per call; halved, for good, whenever memory runs out, and one
+    where several rows raise: many pipelines take an image, a video or lyrics for one row only.
     together: whether a call may hold rows of several problems.
     """
 
@@ -56,7 +57,7 @@ class Chunked:
         self.name, self.function, self.chunk, self.together = name, function, chunk, together
 
     def __call__(self, flat: Tensor, problems: int) -> Tensor:
-        """The function's rows for rows (problems * particles, ...). Raises OutOfMemoryError where one row is too many.
+        """The function's rows for rows (problems * particles, ...). Raises what the function raises for single rows.
 
         Memory that runs out later, in a backward pass, is the caller's to handle: give a smaller chunk.
         """
@@ -68,6 +69,12 @@ class Chunked:
             except torch.OutOfMemoryError:
                 if min(self.chunk, len(flat)) == 1:
                     raise
+            except Exception as error:
+                if min(self.chunk, len(flat)) == 1:
+                    raise
+                self.chunk = 1
+                log.warning("%s take one row per call: several raised %s: %s", self.name, type(error).__name__, error)
+                continue
             # Outside the handler, where the failed call's frames, and the memory that they hold, are gone.
             self.chunk = min(self.chunk, len(flat)) // 2
             if torch.cuda.is_available():

@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import ModelError
 
 _PER_PROBLEM = ("prompt", "negative_prompt", "pooled_prompt", "negative_pooled", "image", "mask_image", "control_image")
 _OWNED_BY_SAMPLERS = {
     "num_inference_steps": "say steps=",
-    "latents": "start a sampler from them: start=steer.Trajectory.begin(process, latents)",
     "return_dict": "a sampler returns a Result",
     "callback_on_step_end": "give the sampler on_step=",
     "callback": "give the sampler on_step=",
@@ -28,12 +28,13 @@ class Conditioning:
 
     problems: how many prompts (or other per-prompt inputs) there are; None where the pipeline takes none.
     prompts:  their texts, or None.
+    latents:  those given to start from, one row per problem, in the pipeline's own form; or None.
     """
 
     def __init__(self, pipe: Any, call: Mapping[str, Any], steps: int):
         self.parameters = inspect.signature(type(pipe).__call__).parameters
         _check(type(pipe).__name__, self.parameters, call)
-        self._call = {name: value for name, value in call.items() if name != "generator"}
+        self._call = {name: value for name, value in call.items() if name not in ("generator", "latents")}
         if "num_inference_steps" in self.parameters:
             self._call["num_inference_steps"] = steps
         if "output_type" in self.parameters:
@@ -42,6 +43,7 @@ class Conditioning:
         prompt = call.get("prompt")
         self.prompts = None if prompt is None else (prompt,) if isinstance(prompt, str) else tuple(prompt)
         self.problems = _count(call)
+        self.latents = _checked_latents(call.get("latents"), self.problems or 1)
 
     @property
     def any_batch(self) -> bool:
@@ -92,7 +94,21 @@ def _check(kind: str, parameters: Mapping[str, Any], call: Mapping[str, Any]) ->
         if name in _OWNED_BY_SAMPLERS:
             raise ModelError(f"{name} does not belong to a process; {_OWNED_BY_SAMPLERS[name]}")
     if isinstance(call.get("generator"), list):
-        raise ModelError("samplers draw the noise of every particle by key=; give at most one generator")
+        raise ModelError(
+            "samplers draw the noise of every particle by key=, and name it by slot; give at most one generator, for "
+            "what the pipeline itself draws before its loop"
+        )
+
+
+def _checked_latents(latents: Any, problems: int) -> Tensor | None:
+    if latents is None or (torch.is_tensor(latents) and len(latents) == problems):
+        return latents
+    given = f"of shape {tuple(latents.shape)}" if torch.is_tensor(latents) else f"of type {type(latents).__name__}"
+    raise ModelError(
+        f"latents= takes one starting point per prompt, a tensor of {problems} row(s), where every particle of that "
+        f"prompt begins; got latents {given}; to begin each particle at latents of its own, open the pipeline without "
+        "them and give the sampler start=steer.from_latents(latents)"
+    )
 
 
 def _repeat_argument(pipe: Any, parameters: Mapping[str, Any]) -> str | None:

@@ -39,7 +39,10 @@ def from_pipeline(
     **call:     the pipeline's own call arguments: prompt, negative_prompt, guidance_scale, height, image, ... A list
                 of prompts makes that many problems (axis 0), each with all particles; other lists of that length, and
                 prompt embeddings, are taken per problem. Bare UNets (DDPMPipeline) take class_labels and
-                guidance_scale: see `unet2d`.
+                guidance_scale: see `unet2d`. `latents`, one row per prompt as the pipeline takes them, are where all
+                particles of that prompt start (`steer.from_latents` gives each its own); only the transition's noise
+                then separates them. A generator fixes what the pipeline draws before its loop, an encoded image say;
+                all other noise is named by the sampler's key.
 
     States are the latents of the pipeline's loop, float32 whatever the networks compute in, and start from the law the
     pipeline starts from. `decode` gives what the pipeline returns with output_type="pt": images (M, 3, H, W) in
@@ -50,12 +53,19 @@ def from_pipeline(
     pipeline that steer's tests do not cover by `steer.verify(process)`.
     """
     if unet2d.serves(pipe):
+        unknown = sorted(set(call) - {"class_labels", "guidance_scale"})
+        if unknown:
+            raise ModelError(
+                f"a bare UNet takes class_labels and guidance_scale, got {', '.join(unknown)}; samplers own the rest: "
+                "key= names the noise, batch= and particles= say how many, start=steer.from_latents(...) where they "
+                "begin"
+            )
         return unet2d.from_pipeline(pipe, steps=steps, transition=transition, chunk=chunk or 256, **call)
     _check(pipe)
     opened = PipelineCall(pipe, call, steps)
     opened.begin()
     mean, std = _initial(opened)
-    rows = opened.probe(mean[:1, 0] + std)
+    rows = opened.probe(mean[:1, 0] + (std or 1.0))
     grid = levels.read(opened.scheduler.plain(), opened.scheduler.first, opened.scheduler.length)
     conditioning = opened.conditioning
     chunk = (chunk or 16) if conditioning.any_batch else 1
@@ -75,8 +85,8 @@ class PipelineDenoiser:
     Off the grid the networks are told the interpolated timestep, and the loop's index is that of the step before.
     """
 
-    def __init__(self, call: PipelineCall, grid: levels.Grid, chunk: int):
-        self.call, self.grid = call, grid
+    def __init__(self, call: PipelineCall, grid: levels.Grid, chunk: int, problem: int | None = None):
+        self.call, self.grid, self.problem = call, grid, problem
         self.clamp: float | None = None
         self._step, self._off_grid = 0, None
         self._network = Chunked(
@@ -90,18 +100,30 @@ class PipelineDenoiser:
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
         at, step = schedules.level(self.grid.schedule, t), self.grid.step_at(t)
-        self._off_grid = None
+        off_grid = None
         if step is None:
             step = self.grid.step_before(t)
             scheduler = self.call.scheduler.plain()
             timestep = torch.tensor(levels.timestep_at(scheduler, at), dtype=torch.float32, device=x.device)
-            self._off_grid = timestep, levels.input_scale(scheduler, at)
-        self._step = self.grid.indices[step]
-        output = self._network(x.flatten(0, 1), len(x) if self.call.conditioning.problems else 1).to(x.dtype)
-        x0 = levels.x0_of(output.view(x.shape), x, at, self.grid.kind, self.grid.data_std)
+            off_grid = timestep, levels.input_scale(scheduler, at)
+        output = self.output(x, self.grid.indices[step], off_grid)
+        x0 = levels.x0_of(output, x, at, self.grid.kind, self.grid.data_std)
         return x0 if self.clamp is None else x0.clamp(-self.clamp, self.clamp)
 
+    def output(self, x: Tensor, index: int, off_grid: tuple[Tensor, float] | None = None) -> Tensor:
+        """What the pipeline hands its scheduler at the loop's step `index`, for states (B, N, *event)."""
+        self._step, self._off_grid = index, off_grid
+        several = self.call.conditioning.problems and self.problem is None
+        return self._network(x.flatten(0, 1), len(x) if several else 1).to(x.dtype).view(x.shape)
+
+    def only(self, problem: int) -> PipelineDenoiser:
+        """The denoiser of one problem."""
+        other = PipelineDenoiser(self.call, self.grid, self.chunk, problem)
+        other.clamp = self.clamp
+        return other
+
     def _predict(self, rows: Tensor, problems: tuple[int, ...], per: int) -> Tensor:
+        problems = problems if self.problem is None else (self.problem,)
         output = self.call.predict(rows, problems, per, self._step, self._off_grid)
         if output.shape[1] == 2 * rows.shape[1]:
             output = output[:, : rows.shape[1]]  # learned variances follow the mean; a rule has its own
@@ -113,16 +135,21 @@ class PipelineDenoiser:
 class Decoder:
     """A pipeline's output for final latents (M, *event), in chunks, optionally checkpointed for the backward pass."""
 
-    def __init__(self, call: PipelineCall, chunk: int, checkpoint: bool):
-        self.call, self.checkpoint = call, checkpoint
+    def __init__(self, call: PipelineCall, chunk: int, checkpoint: bool, problem: int | None = None):
+        self.call, self.checkpoint, self.problem = call, checkpoint, problem
         self._chunked = Chunked(
             f"{type(call.user).__name__}'s decoder", self._decode, chunk, call.conditioning.together
         )
 
     def __call__(self, flat: Tensor) -> Tensor:
-        return self._chunked(flat, self.call.conditioning.problems or 1)
+        return self._chunked(flat, self.call.conditioning.problems or 1 if self.problem is None else 1)
+
+    def only(self, problem: int) -> Decoder:
+        """The decoder of one problem."""
+        return Decoder(self.call, self._chunked.chunk, self.checkpoint, problem)
 
     def _decode(self, rows: Tensor, problems: tuple[int, ...], per: int) -> Tensor:
+        problems = problems if self.problem is None else (self.problem,)
         if not (self.checkpoint and torch.is_grad_enabled() and rows.requires_grad):
             return self.call.decode(rows, problems, per)
         from torch.utils.checkpoint import checkpoint
@@ -132,9 +159,12 @@ class Decoder:
 
 
 def _initial(call: PipelineCall) -> tuple[Tensor, float]:
-    """Mean (B or 1, 1, *event) and standard deviation of the latents that the pipeline starts from."""
+    """Mean (B or 1, 1, *event) and standard deviation, 0 for given latents, of what the pipeline starts from."""
     means, spreads = [], []
-    for problem in range(call.conditioning.problems or 1):
+    problems, latents = call.conditioning.problems or 1, call.conditioning.latents
+    if latents is not None:
+        return torch.stack([call.entering(latents[b : b + 1], b).float() for b in range(problems)]), 0.0
+    for problem in range(problems):
         still, moved = (call.initial(problem, noise).float() for noise in (0.0, 1.0))
         means.append(still)
         spreads.append(moved - still)
@@ -164,6 +194,12 @@ def _check(pipe: Any) -> None:
         raise ModelError(
             f"from_pipeline opens diffusers pipelines that own a scheduler, got {type(pipe).__name__}; wrap a network "
             "(a UNet2DModel, say) by steer.from_eps, from_v, from_velocity or from_denoiser"
+        )
+    inner = sorted(name for name, part in vars(pipe).items() if hasattr(part, "components") and callable(part))
+    if inner:
+        raise ModelError(
+            f"{type(pipe).__name__} runs other pipelines ({', '.join(inner)}), each with a loop and a scheduler of its "
+            f"own; open the one to steer, for instance steer.from_pipeline(pipe.{inner[0]}, ...)"
         )
     for name, module in pipe.components.items():
         if getattr(module, "is_cache_enabled", False):

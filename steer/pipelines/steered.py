@@ -49,6 +49,7 @@ class Job:
     x:         latents (len(problems) * per, *event) to put into the loop; None: the pipeline's own.
     off_grid:  (timestep, input scale) to evaluate at instead of the step's own.
     noise:     the number that stands for every draw of initial noise; None: draws.
+    given:     the call carries latents of the user's to start from.
     by_step:   latents enter as the result of a first step on stubbed networks, not through prepare_latents.
     skip:      earlier steps are passed by the pipeline's own `interrupt` flag, not on stubbed networks.
     stubbed:   the step wanted runs on stubs too: only its latents are of interest.
@@ -64,6 +65,7 @@ class Job:
     x: Tensor | None = None
     off_grid: tuple[Tensor, float] | None = None
     noise: float | None = None
+    given: bool = False
     by_step: bool = False
     skip: bool = True
     stubbed: bool = False
@@ -102,6 +104,10 @@ class SteeredScheduler:
     def plain(self) -> Any:
         """The scheduler on the pipeline's grid, not steered, before its first step."""
         scheduler = copy.copy(self.copy)
+        begin = vars(self.copy).get("_begin_index")
+        vars(scheduler).update(self._known[max(self._known)])
+        if begin is not None:
+            scheduler._begin_index = begin
         for name in ("set_timesteps", "step", "scale_model_input"):
             vars(scheduler).pop(name, None)
         scheduler.timesteps = self.timesteps

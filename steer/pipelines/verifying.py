@@ -62,22 +62,32 @@ def verify(process: GaussianProcess, *, steps: int = 3, tolerance: float = 1e-5)
         decoded = None
         if isinstance(process.decoder, Decoder):
             decoded = _difference(call.decode(seen[-1].following, (0,), 1), output)
-        batched = _batched(denoiser, seen) if call.conditioning.any_batch else None
-    for name, error in (("predictions", worst), ("output", decoded), ("batched predictions", batched)):
+        batched = _batched(denoiser, seen) if denoiser.chunk > 1 else None
+    for name, error in (("predictions", worst), ("output", decoded)):
         if error is not None and not error <= tolerance:
             raise ModelError(
                 f"steer's {name} of {type(call.user).__name__} differ from the pipeline's own by {error:.2g} of the "
                 f"largest value (tolerance {tolerance:.2g}): the pipeline keeps state from step to step, or does more "
                 "than predict, step and decode; switch its caches off, or wrap its network by steer.from_denoiser"
             )
+    if batched is not None and not batched <= tolerance:
+        raise ModelError(
+            f"a row in a batch differs from the row alone by {batched:.2g} of the largest value (tolerance "
+            f"{tolerance:.2g}): {type(call.user).__name__} mixes rows, or repeats its inputs for one row only; open it "
+            "with chunk=1"
+        )
     return Verified(steps, worst, decoded, batched)
 
 
-def _batched(denoiser: PipelineDenoiser, seen: list[_Seen]) -> float:
-    """Difference of the first step's prediction in a batch with other latents from the same prediction alone."""
-    index = denoiser.grid.indices[0]
-    rows = torch.cat([seen[index].latents, seen[-1].following])
-    return _difference(denoiser.call.predict(rows, (0,), 2, index)[:1], seen[index].prediction)
+def _batched(denoiser: PipelineDenoiser, seen: list[_Seen]) -> float | None:
+    """Difference of the first step's prediction in a batch with other latents from the same prediction alone.
+
+    None where several rows in one call raise, so that every row is a call of its own.
+    """
+    denoiser, index = denoiser.only(0), denoiser.grid.indices[0]
+    rows = torch.stack([seen[index].latents, seen[-1].following], 1)
+    output, alone = denoiser.output(rows, index)[:, 0], seen[index].prediction
+    return _difference(output, alone[:, : output.shape[1]]) if denoiser.chunk > 1 else None
 
 
 def _plain_run(denoiser: PipelineDenoiser, length: int) -> tuple[list[_Seen], Tensor]:

@@ -1,0 +1,84 @@
+"""A process from the name of a pretrained pipeline: a repository of the Hugging Face Hub, or a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import ModelError
+from .pipelines import from_pipeline
+from .process import GaussianProcess
+
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
+
+
+def from_hub(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    local_files_only: bool = False,
+    **options: Any,
+) -> GaussianProcess:
+    """The process of a pretrained diffusers pipeline, by its repository ("owner/name") or its folder.
+
+    revision: branch, tag or commit; a commit is what makes a run repeatable. variant: "fp16", say: which files.
+    dtype:    of the networks, float32 by default; states stay float32. device: where the pipeline goes.
+    local_files_only: load from the folder or the cache, and never over the network.
+    **options: as `steer.from_pipeline`: steps, transition, chunk, and the pipeline's own prompt, guidance_scale, ...
+
+    Weights are read from safetensors files and from nothing else, and no code comes from the repository. To set up the
+    scheduler, adapters or offloading first, load the pipeline yourself and open it by `steer.from_pipeline`.
+
+    Raises ModelError where there is no such pipeline, where weights are pickled, and where code would have to run.
+    """
+    import diffusers
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+    folder = Path(name)
+    if folder.is_dir():
+        _check_folder(folder)
+    renamed = tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 42)
+    given = {"revision": revision, "variant": variant, "dtype" if renamed else "torch_dtype": dtype or torch.float32}
+    try:
+        pipe = DiffusionPipeline.from_pretrained(
+            str(name), use_safetensors=True, local_files_only=local_files_only or folder.is_dir(),
+            **{key: value for key, value in given.items() if value is not None},
+        )  # fmt: skip
+    except (OSError, ValueError) as error:  # what diffusers, transformers and the hub's client raise
+        raise ModelError(
+            f"no pipeline could be loaded from {str(name)!r} ({type(error).__name__}: {_first_line(error)}); steer "
+            "reads model_index.json and safetensors weights, and runs no code of a repository; a gated or private one "
+            "needs `hf auth login`"
+        ) from error
+    for module in pipe.components.values():
+        if isinstance(module, torch.nn.Module):
+            module.eval().requires_grad_(False)
+    if device is not None:
+        pipe.to(device)
+    return from_pipeline(pipe, **options)
+
+
+def _check_folder(folder: Path) -> None:
+    """Raises ModelError for a folder that is no pipeline, or where a component has pickled weights only."""
+    if not (folder / "model_index.json").is_file():
+        raise ModelError(
+            f"{folder} holds no pipeline: it has no model_index.json; pipe.save_pretrained({str(folder)!r}) makes one"
+        )
+    for part in sorted(path for path in folder.iterdir() if path.is_dir()):
+        files = [path for path in part.iterdir() if path.is_file()]
+        pickled = sorted(path.name for path in files if path.suffix in _PICKLED)
+        if pickled and not any(path.suffix == ".safetensors" for path in files):
+            raise ModelError(
+                f"{part} has its weights as {', '.join(pickled)} only, and opening such a file can run code; save them "
+                "as safetensors, which only holds numbers: pipe.save_pretrained(folder, safe_serialization=True), on a "
+                "machine where you trust the file"
+            )
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "no message")

@@ -1,0 +1,86 @@
+"""A pipeline's own solver, its memory in the particle."""
+
+import diffusers
+import pytest
+import torch
+from tiny_pipelines import build, steps_recorded
+
+import search
+import steer
+
+DIFFUSION = [
+    "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler", "DPMSolverSinglestepScheduler",
+    "HeunDiscreteScheduler", "LMSDiscreteScheduler", "PNDMScheduler", "EulerDiscreteScheduler",
+    "DDIMScheduler",
+]  # fmt: skip
+FLOW = ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "UniPCMultistepScheduler"]
+CASES = [("sd15", name) for name in DIFFUSION] + [("wan", name) for name in FLOW]
+STEPS = 6
+
+
+def opened(family, name):
+    pipe, call = build(family)
+    options = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"} if name.startswith("UniPC") else {}
+    kind = getattr(diffusers, name)
+    shared = pipe.scheduler.config if family == "sd15" else {}
+    pipe.scheduler = kind.from_config(shared, **(options if family == "wan" else {}))
+    return pipe, call, steer.own_solver(steer.from_pipeline(pipe, steps=STEPS, **call))
+
+
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_it_is_the_pipelines_own_run(family, name):
+    pipe, call, process = opened(family, name)
+    with steps_recorded(pipe) as seen:
+        pipe(**call, num_inference_steps=STEPS, output_type="latent", generator=torch.Generator().manual_seed(3))
+    assert process.steps == len(seen)
+    latents = torch.stack([seen[0][1], 0.5 * seen[0][1]], 1)  # another particle beside it
+    x = torch.cat([latents[:, :, None], torch.zeros(1, 2, process.slots, *latents.shape[2:])], 2)
+    with torch.no_grad():
+        for k in range(process.steps):
+            torch.testing.assert_close(x[:, 0, 0], seen[k][1], rtol=1e-4, atol=1e-4 * float(seen[k][1].abs().max()))
+            x = process.transition(x, process.denoise(x, k), k).mean
+            if k == process.steps // 2:
+                x = x.flip(1).flip(1)[:, [0, 0, 1]][:, [1, 2]]  # resampled and put back
+    torch.testing.assert_close(x[:, 0, 0], seen[-1][2], rtol=1e-4, atol=1e-4 * float(seen[-1][2].abs().max()))
+
+
+def test_memory_moves_with_its_particle():
+    """Forgetting it changes the run, so the equality above is one of memory too."""
+    _, _, process = opened("sd15", "DPMSolverMultistepScheduler")
+    assert process.slots == 2
+    x = process.prior(steer.Key(0), 1, 3)
+    with torch.no_grad():
+        for k in range(3):
+            x = process.transition(x, process.denoise(x, k), k).mean
+        straight = process.transition(x, process.denoise(x, 3), 3).mean
+        moved = x[:, [2, 0, 1]]
+        torch.testing.assert_close(process.transition(moved, process.denoise(moved, 3), 3).mean, straight[:, [2, 0, 1]])
+        mixed = torch.cat([x[:, [2, 0, 1], :1], x[:, :, 1:]], 2)
+        wrong = process.transition(mixed, process.denoise(mixed, 3), 3).mean
+    assert float((wrong - straight[:, [2, 0, 1]]).abs().max()) > 1e-2
+
+
+def test_searches_of_noise_run_on_it_and_others_say_why_not():
+    _, _, process = opened("sd15", "DPMSolverMultistepScheduler")
+
+    def reward(images):
+        return images.mean((1, 2, 3))
+
+    result = search.best_of_n(process, reward, particles=3)
+    assert result.cost.nfe == 3 * STEPS * 2
+    assert len(result.images) == 3
+    assert result.images[0].size == (16, 16)
+    assert search.noise_search(process, reward, budget=2 * 4 * STEPS).cost.nfe == 2 * 4 * STEPS
+    with pytest.raises(steer.NotStochasticError):
+        steer.smc(process, reward, particles=3)
+    with pytest.raises(steer.StateSpaceError, match="noised back"):
+        search.depth_first(process, reward, budget=4 * 2 * STEPS)
+
+
+def test_what_has_no_solver_of_its_own_is_refused():
+    pipe, call = build("sd15")
+    pipe.scheduler = diffusers.EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(steer.ModelError, match="draws noise in its steps"):
+        steer.own_solver(steer.from_pipeline(pipe, steps=4, **call))
+    with pytest.raises(steer.ModelError, match="this process has none"):
+        steer.own_solver(steer.from_denoiser(lambda x, t: x, steer.VP(), 4, event=(2,)))
