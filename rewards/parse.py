@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from steer.errors import RewardError
@@ -19,9 +20,10 @@ from .image import Ink, Saturation, Sharpness, Symmetry
 from .image_reward import ImageReward
 from .pick_score import PickScore
 from .remote import Remote
+from .text import LetterCount, Matches, ToText
 
 
-def from_spec(spec: str) -> Scorer:
+def from_spec(spec: str, text: ToText | None = None) -> Scorer:
     """The reward that a spec "name" or "name:argument" stands for.
 
     digit:3  digit:1,7  digit:even  digit:odd   log-probability of the digit, or of any of the digits, in nats
@@ -33,14 +35,21 @@ def from_spec(spec: str) -> Scorer:
     clip  hps  pickscore  imagereward           fit to the process's own prompts, by pretrained networks
     aesthetic                                   rating of an image, about 1 to 10
     clip:download  clip:FILE                    of these five: fetch what is not in the hub's cache; weights from a file
+    letters:e  letters:aeiou                    how often these letters occur, for models of text
+    matches:.*ing                               1 for texts that a regular expression matches, else 0
     remote:http://127.0.0.1:8000                of `steer serve-reward`; its token from STEER_REWARD_TOKEN, if set
 
+    text: decodes samples to strings, for the two of text (`process.text`).
     Raises RewardError that lists the names for an unknown one, and what an argument may be for a bad one.
     """
     name, _, argument = spec.strip().partition(":")
     if name not in _BUILDERS:
         raise RewardError(f"unknown reward {spec!r}; there are {', '.join(form for _, form in _BUILDERS.values())}")
     build, form = _BUILDERS[name]
+    if name in ("letters", "matches"):
+        if text is None:
+            raise RewardError(f"the reward {spec!r} reads text, and this model's samples are none; try --model letters")
+        build = partial(build, text=text)
     try:
         return build(argument.strip())
     except (KeyError, ValueError) as error:  # RewardError is a ValueError: its text says what was wrong
@@ -82,6 +91,16 @@ def _pretrained(name: str, make: Callable[..., Scorer], weights: str) -> tuple[C
     return build, f"{name} | {name}:download | {name}:FILE"
 
 
+def _letters(argument: str, text: ToText) -> Scorer:
+    if not argument:
+        raise RewardError("which letters?")
+    return LetterCount(argument, text)
+
+
+def _matches(argument: str, text: ToText) -> Scorer:
+    return Matches(argument, text)
+
+
 def _remote(argument: str) -> Scorer:
     return Remote(argument, token=os.environ.get("STEER_REWARD_TOKEN"))
 
@@ -89,7 +108,7 @@ def _remote(argument: str) -> Scorer:
 _SIGNS = {"": -1, "-": -1, "+": 1}
 
 
-_BUILDERS: dict[str, tuple[Callable[[str], Scorer], str]] = {
+_BUILDERS: dict[str, tuple[Callable[..., Scorer], str]] = {
     "digit": (_digit, "digit:3 | digit:1,7 | digit:even | digit:odd"),
     "ink": (_ink, "ink | ink:-1"),
     "symmetry": (_symmetry, "symmetry | symmetry:horizontal | symmetry:vertical"),
@@ -102,5 +121,7 @@ _BUILDERS: dict[str, tuple[Callable[[str], Scorer], str]] = {
     "pickscore": _pretrained("pickscore", PickScore, "model"),
     "imagereward": _pretrained("imagereward", ImageReward, "weights"),
     "aesthetic": _pretrained("aesthetic", Aesthetic, "head"),
+    "letters": (_letters, "letters:e | letters:aeiou"),
+    "matches": (_matches, "matches:.*ing"),
     "remote": (_remote, "remote:http://HOST:PORT"),
 }

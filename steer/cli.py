@@ -1,4 +1,5 @@
-"""The command line: `steer generate`, `steer compare`, `steer models`.
+"""The command line: `steer generate`, `steer compare`, `steer preflight`, `steer models`, `steer methods`,
+`steer serve-reward`.
 
 Exit codes: 0 done; 1 failed or interrupted at run time; 2 wrong usage. With --json, stdout holds one JSON object and
 nothing else; progress and errors go to stderr.
@@ -8,8 +9,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,12 +21,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .cli_output import print_comparison, print_run, write_comparison_files, write_run
 from .progress import Interrupt, Watch
 
 if TYPE_CHECKING:
     from .process import GaussianProcess
     from .result import Result
-    from .sample import Comparison
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -54,7 +56,7 @@ Temperature = Annotated[
         help="Divides the reward. For log-probabilities (digit:...) 1 is Bayes' posterior; lower is greedier.",
     ),
 ]
-Steps = Annotated[int, typer.Option(min=1, help="Denoising steps per sample.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps per sample; default: the model's own.")]
 Seed = Annotated[int, typer.Option(help="Names all noise of the run: same seed, same samples.")]
 Label = Annotated[int | None, typer.Option(help="Condition a class-conditional model on this class; default: none.")]
 Shown = Annotated[int, typer.Option("--n", min=1, help="How many pictures to show.")]
@@ -83,9 +85,15 @@ def generate(
     particles: Annotated[int | None, typer.Option(min=1, help="Instead of a budget; 16 without either.")] = None,
     n: Shown = 16,
     temperature: Temperature = 1.0,
-    steps: Steps = 50,
+    steps: Steps = None,
     seed: Seed = 0,
     label: Label = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="NAME=VALUE", help="An option of the method, as often as needed; see `steer methods`."
+        ),
+    ] = None,
     guided: Annotated[
         float | None, typer.Option(min=0.0, help="Guide proposals by this multiple of the reward's gradient (smc).")
     ] = None,
@@ -102,9 +110,10 @@ def generate(
     if budget is not None and particles is not None:
         raise typer.BadParameter("give --budget or --particles, not both", param_hint="--particles")
     with _errors(debug, as_json):
-        process, score = _process(model, steps, label, device), _reward(reward)
+        process = _process(model, steps, label, device)
+        score = _reward(reward, process)
         sampler = _method(method)
-        options = _options(sampler, method, n, guided)
+        options = _options(sampler, method, n, guided) | _set(sampler, method, settings or [])
         options |= {"budget": budget, "particles": particles, "temperature": temperature, "key": seed}
         rows = budget or (particles or 16) * process.steps * process.rows
         show, unsteered = not (quiet or as_json), None
@@ -115,10 +124,11 @@ def generate(
             if reference and method != "rollout" and not interrupt.asked:
                 with Watch(reference * process.steps * process.rows, "unsteered", show, interrupt) as watch:
                     unsteered = _reference(process, score, reference, seed, watch)
-        about = {"model": model, "reward": reward, "method": method, "seed": seed, "steps": steps, "label": label}
-        about |= {"temperature": temperature, "guided": guided, "command": _command(context)}
-        numbers = _write(result, unsteered, out, min(n, result.reward.shape[1]), about, _metrics(reward, score))
-        _print_run(numbers, out, about, as_json, quiet)
+        about = {"model": model, "reward": reward, "method": method, "seed": seed, "steps": process.steps}
+        about |= {"label": label, "temperature": temperature, "guided": guided}
+        about |= {"options": ", ".join(settings) if settings else None, "command": _command(context)}
+        numbers = write_run(result, unsteered, out, min(n, result.reward.shape[1]), about, _metrics(reward, score))
+        print_run(numbers, out, about, as_json, quiet)
     if interrupt.asked:
         what = "what was paid for" if result.interrupted else "the finished run, without all of its report,"
         _say(f"[yellow]interrupted:[/] {what} is in {escape(str(out))}")
@@ -135,13 +145,19 @@ def compare(
     reward: RewardSpec,
     out: Out,
     methods: Annotated[str, typer.Option(help="Names, separated by commas; rollout and best_of_n always run.")] = "smc",
-    budget: Annotated[int, typer.Option(min=1, help="Network rows for each method and key, never exceeded.")] = 2000,
+    budget: Annotated[
+        str, typer.Option(help="Network rows for each method and key, never exceeded; several: 500,1000,2000.")
+    ] = "2000",
     keys: Annotated[int, typer.Option(min=1, help="Independent repeats; their spread is the standard error.")] = 5,
     n: Annotated[int, typer.Option("--n", min=1, help="Pictures per method; best_of_n keeps this many.")] = 16,
     temperature: Temperature = 1.0,
-    steps: Steps = 50,
+    steps: Steps = None,
     seed: Seed = 0,
     label: Label = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="METHOD.NAME=VALUE", help="An option of a method, as often as needed."),
+    ] = None,
     device: Device = "cpu",
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -149,33 +165,110 @@ def compare(
 ) -> None:
     """Runs several methods at equal budget: compare.json, report.html and an images.png per method.
 
+    Several budgets, --budget 500,1000,2000, give the reward of each method against what it costs.
+
     Ctrl-C ends the comparison at the last key that every method has run, and writes that.
     """
     import steer
 
-    names = [name.strip() for name in methods.split(",") if name.strip()]
+    names, budgets = [name.strip() for name in methods.split(",") if name.strip()], _budgets(budget)
     with _errors(debug, as_json):
-        process, score = _process(model, steps, label, device), _reward(reward)
+        process = _process(model, steps, label, device)
+        score = _reward(reward, process)
         everyone = list(dict.fromkeys(["rollout", "best_of_n", *names]))
         options = {name: _options(_method(name), name, n, None) for name in everyone}
-        total = budget * keys * len(everyone)
+        for name, own in _by_method(settings or [], everyone).items():
+            options[name] |= _set(_method(name), name, own)
+        total = sum(budgets) * keys * len(everyone)
         out.mkdir(parents=True, exist_ok=True)
         with Interrupt() as interrupt, Watch(total, "compare", not (quiet or as_json), interrupt) as watch:
             for name in everyone:
                 options[name] |= watch.hook(_method(name))
             table = steer.compare(
-                process, watch.watching(score), methods=names, budget=budget, temperature=temperature, key=seed,
-                keys=keys, metrics=_metrics(reward, score), options=options,
+                process, watch.watching(score), methods=names, budget=budgets if len(budgets) > 1 else budgets[0],
+                temperature=temperature, key=seed, keys=keys, metrics=_metrics(reward, score), options=options,
             )  # fmt: skip
-        about = {"model": model, "reward": reward, "seed": seed, "steps": steps, "label": label}
-        facts = _write_comparison(table, out, n, {**about, "command": _command(context)})
+        about = {"model": model, "reward": reward, "seed": seed, "steps": process.steps, "label": label}
+        about |= {"options": ", ".join(settings)} if settings else {}
+        facts = write_comparison_files(table, out, n, {**about, "command": _command(context)})
     if as_json:
         typer.echo(json.dumps(facts))
     elif not quiet:
-        _print_comparison(table, out)
+        print_comparison(table, out)
     if table.interrupted:
-        _say(f"[yellow]interrupted:[/] {table.keys} of {keys} keys are in {escape(str(out))}")
+        at = f" at {len(table.at)} of {len(budgets)} budgets" if len(budgets) > 1 else ""
+        _say(f"[yellow]interrupted:[/] {table.keys} of {keys} keys{at} are in {escape(str(out))}")
         raise typer.Exit(1)
+
+
+@app.command("preflight", epilog="Example: steer preflight --model digits --reward digit:3 --samples 16")
+def preflight_(
+    model: Model,
+    reward: RewardSpec,
+    samples: Annotated[int, typer.Option(min=4, help="Unsteered samples to look at; their ranks are compared.")] = 4,
+    temperature: Temperature = 1.0,
+    steps: Steps = None,
+    seed: Seed = 0,
+    label: Label = None,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Looks before a run: do seeds matter, how early does the reward know, is there a gradient, what does it all cost.
+
+    Prints what it found, and the method and budget that it recommends.
+    """
+    from .preflight import preflight
+
+    with _errors(debug, as_json):
+        process = _process(model, steps, label, device)
+        score = _reward(reward, process)
+        found = preflight(process, score, samples=samples, temperature=temperature, key=seed)
+    if as_json:
+        about = {"model": model, "reward": reward, "seed": seed, "steps": steps, "label": label}
+        typer.echo(json.dumps({"about": about, **found.to_dict()}))
+    else:
+        typer.echo(str(found))
+
+
+@app.command(epilog="Example: steer report runs/threes")
+def report(
+    directory: Annotated[Path, typer.Argument(file_okay=False, help="A directory that `steer generate` wrote.")],
+    out: Annotated[Path | None, typer.Option(file_okay=False, help="Where to write; default: there.")] = None,
+    n: Shown = 16,
+    device: Device = "cpu",
+    debug: Debug = False,
+) -> None:
+    """Writes report.html of a saved run again: after an update of steer, or with another number of pictures.
+
+    What was not saved is not shown: search trees, and the states on the way.
+    """
+    from .report import shown, write_report
+    from .saving import load_result
+
+    with _errors(debug, as_json=False):
+        saved = load_result(directory)
+        about = {name: fact for name, fact in saved.facts["run"].items() if name != "shown"}
+        if "model" not in about or "reward" not in about:
+            raise typer.BadParameter(
+                f"{directory} names no model and reward, so it was saved from Python; there Saved.result(process) "
+                "gives the run back, and its .report(...) the page"
+            )
+        out = out or directory
+        if saved.facts.get("tree") and (out / "report.html").exists():
+            raise typer.BadParameter(
+                f"{out / 'report.html'} shows a search tree, which is not saved and would be lost; give another "
+                "directory", param_hint="--out",
+            )  # fmt: skip
+        process = _process(about["model"], saved.facts["process"]["steps"], about.get("label"), device)
+        result, metrics = saved.result(process), _metrics(about["reward"], _reward(about["reward"], process))
+        index = shown(result, min(n, result.reward.shape[1]))
+        title = f"{about['reward']} on {about['model']}"
+        path = write_report(
+            result, out, reference=saved.reference(process), metrics=metrics, index=index, title=title,
+            about=about,
+        )  # fmt: skip
+    _say(f"report  {escape(str(path))}")
 
 
 @app.command(epilog="Example: steer models --json")
@@ -191,6 +284,60 @@ def models(as_json: AsJson = False) -> None:
     for card in found:
         table.add_row(card["name"], card["kind"], f"{card['parameters']:,}", card["measured"], card["licence"])
     Console().print(table)
+
+
+@app.command(epilog="Example: steer methods --json")
+def methods(as_json: AsJson = False) -> None:
+    """Lists the methods and the options that `--set NAME=VALUE` gives them."""
+    from .options import listed
+    from .sample import methods as names
+
+    found = [listed(name, _method(name)) for name in names()]
+    if as_json:
+        typer.echo(json.dumps({"methods": found}))
+        return
+    table = Table("name", "returns", "--set", box=None, header_style="bold", show_lines=False)
+    for entry in found:
+        own = ", ".join(f"{name}={default}" for name, default in entry["options"].items())
+        table.add_row(entry["name"], escape(entry["returns"]), escape(own))
+    Console().print(table)
+
+
+@app.command("serve-reward", epilog="Example: steer serve-reward jpeg:- --port 8000")
+def serve_reward(
+    reward: Annotated[str, typer.Argument(metavar="SPEC", help="What to serve: digit:3, clip, jpeg, ...")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 8000,
+    host: Annotated[str, typer.Option(help="127.0.0.1 is this machine alone; others need a token.")] = "127.0.0.1",
+    token_env: Annotated[
+        str | None, typer.Option(help="The environment variable with the token that clients must send; default: none.")
+    ] = None,
+    queue: Annotated[int, typer.Option(min=1, help="Requests held at once; more are told to come again.")] = 64,
+    threads: Annotated[int, typer.Option(min=1, help="Calls of the reward at once.")] = 1,
+    debug: Debug = False,
+) -> None:
+    """Serves a reward over HTTP, for --reward remote:URL and rewards.Remote, until Ctrl-C. Prints its address.
+
+    Clients on the command line send the token in STEER_REWARD_TOKEN.
+    """
+    from rewards import serve
+
+    from .errors import RewardError
+
+    token = None if token_env is None else os.environ.get(token_env)
+    if token_env is not None and not token:
+        raise typer.BadParameter(f"the environment variable {token_env} is not set", param_hint="--token-env")
+    score = _reward(reward)
+    with _errors(debug, as_json=False):
+        try:
+            server = serve(score, host=host, port=port, token=token, queue=queue, threads=threads)
+        except RewardError as error:
+            raise typer.BadParameter(str(error), param_hint="--host") from error
+    with server:
+        typer.echo(server.url)
+        try:
+            server.wait()
+        except KeyboardInterrupt:
+            _say("stopped")
 
 
 @contextmanager
@@ -219,7 +366,7 @@ def _say(markup: str) -> None:
     Console(stderr=True, soft_wrap=True, highlight=False).print(markup)
 
 
-def _process(model: str, steps: int, label: int | None, device: str) -> GaussianProcess:
+def _process(model: str, steps: int | None, label: int | None, device: str) -> GaussianProcess:
     import torch
 
     import steer
@@ -237,13 +384,13 @@ def _process(model: str, steps: int, label: int | None, device: str) -> Gaussian
         raise typer.BadParameter(str(error), param_hint="--model") from error
 
 
-def _reward(spec: str) -> Callable[..., Any]:
+def _reward(spec: str, process: Any = None) -> Callable[..., Any]:
     from rewards import from_spec
 
     from .errors import SteerError
 
     try:
-        return from_spec(spec)
+        return from_spec(spec, getattr(process, "text", None))
     except SteerError as error:
         raise typer.BadParameter(str(error), param_hint="--reward") from error
 
@@ -280,6 +427,38 @@ def _options(sampler: Callable[..., Any], name: str, n: int, guided: float | Non
     return options
 
 
+def _set(sampler: Callable[..., Any], name: str, settings: Sequence[str]) -> dict[str, Any]:
+    """A method's own options from NAME=VALUE."""
+    from .errors import SteerError
+    from .options import parsed
+
+    try:
+        return parsed(name, sampler, settings)
+    except SteerError as error:
+        raise typer.BadParameter(str(error), param_hint="--set") from error
+
+
+def _by_method(settings: Sequence[str], names: Sequence[str]) -> dict[str, list[str]]:
+    """METHOD.NAME=VALUE as the NAME=VALUE of each method."""
+    own: dict[str, list[str]] = {}
+    for setting in settings:
+        method, dot, rest = setting.partition(".")
+        if not dot or method not in names:
+            raise typer.BadParameter(
+                f"{setting!r} must be METHOD.NAME=VALUE of a method compared: {', '.join(names)}", param_hint="--set"
+            )
+        own.setdefault(method, []).append(rest)
+    return own
+
+
+def _budgets(text: str) -> list[int]:
+    """Budgets, rising, from "2000" or "500,1000,2000"."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) >= 1 for part in parts):
+        raise typer.BadParameter(f"whole numbers from 1 on, as 500,1000,2000; got {text!r}", param_hint="--budget")
+    return sorted({int(part) for part in parts})
+
+
 def _reference(
     process: GaussianProcess, reward: Callable[..., Any], count: int, seed: int, watch: Watch
 ) -> Result | None:
@@ -290,79 +469,12 @@ def _reference(
     return None if unsteered.interrupted else unsteered
 
 
-def _write(
-    result: Result, reference: Result | None, out: Path, n: int, about: dict[str, Any], metrics: dict[str, Any]
-) -> dict[str, Any]:
-    """The run's files, and its numbers. What was paid for comes first: the result, then pictures of it."""
-    from .images import grid, is_images, to_png
-    from .report import shown, summary, write_report
-    from .saving import save_result, write_atomically
-
-    index = shown(result, n)
-    save_result(result, out, reference=reference, **about, shown=index.tolist())
-    chosen = result.take(index)
-    if is_images(chosen.decoded):
-        write_atomically(out / "images.png", to_png(grid(chosen.decoded, least=96)))
-    title = f"{about['reward']} on {about['model']}"
-    write_report(result, out, reference=reference, metrics=metrics, index=index, title=title, about=about)
-    return summary(result, reference, metrics)
-
-
-def _write_comparison(comparison: Comparison, out: Path, n: int, about: dict[str, Any]) -> dict[str, Any]:
-    from .images import grid, is_images, to_png
-    from .report import shown, write_comparison
-    from .saving import plain, to_json, versions, write_atomically
-
-    facts = plain({"about": about, **comparison.to_dict(), "versions": versions()})
-    write_atomically(out / "compare.json", to_json(facts))
-    pictures = {}
-    for name, (first, *_) in comparison.results.items():
-        chosen = first.take(shown(first, min(n, first.reward.shape[1])))
-        if is_images(chosen.decoded):
-            pictures[name] = grid(chosen.decoded, least=96)
-            write_atomically(out / name / "images.png", to_png(pictures[name]))
-    title = f"{about['reward']} on {about['model']}, methods at equal budget"
-    write_comparison(comparison, out, pictures=pictures, title=title, about=about)
-    return {"out": str(out), **facts}
-
-
-def _print_run(numbers: dict[str, Any], out: Path, about: dict[str, Any], as_json: bool, quiet: bool) -> None:
-    from .page import number
-
-    if as_json:
-        files = sorted(path.name for path in out.iterdir() if path.is_file())
-        typer.echo(json.dumps({"out": str(out), "files": files, "about": about, **numbers}))
-    elif not quiet:
-        lines = Table.grid(padding=(0, 2))
-        for name, measured in {"mean reward": numbers["reward"], **numbers["metrics"]}.items():
-            before = f"{number(measured['unsteered'])} → " if "unsteered" in measured else ""
-            lines.add_row(escape(name), f"{before}[bold]{number(measured['steered'])}[/]")
-        apart = numbers["reference_cost"]
-        aside = f", and {apart['nfe']:,} for the unsteered samples" if apart else ""
-        lines.add_row("network rows", f"{numbers['cost']['nfe']:,}{aside}")
-        lines.add_row("report", escape(str(out / "report.html")))
-        Console(highlight=False).print(lines)
-
-
-def _print_comparison(comparison: Comparison, out: Path) -> None:
-    from .page import number, with_error
-
-    names = list(comparison.rows[0].metrics)
-    heads = ["method", "reward", "best", *map(escape, names), "ess", "rows", "seconds"]
-    table = Table(*heads, box=None, header_style="bold")
-    for row in comparison.rows:
-        measured = (row.reward, row.best, *(row.metrics[name] for name in names))
-        cells = (with_error(mean, error) for mean, error in measured)
-        table.add_row(row.method, *cells, number(row.ess), f"{row.nfe:,.0f}", f"{row.seconds:.2f}")
-    Console().print(table)
-    Console(soft_wrap=True, highlight=False).print(f"report  {escape(str(out / 'report.html'))}")
-
-
 def _command(context: typer.Context) -> str:
     """The command line of this run, without flags and options left at their defaults."""
     words = ["steer", context.info_name or ""]
     for option in context.command.params:
         value = context.params.get(option.name or "")
         if value is not None and value != option.default and not isinstance(value, bool):
-            words += [option.opts[0], str(value)]
+            for one in value if isinstance(value, list | tuple) else [value]:
+                words += [option.opts[0], str(one)]
     return shlex.join(words)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -85,7 +85,7 @@ class Differentiator:
         """The population x (B, N, *event) at level k."""
         target = self.target
         nothing = torch.zeros(x.shape[:2], dtype=torch.float64, device=x.device)
-        with torch.set_grad_enabled(needs.gradient or needs.divergence):
+        with torch.set_grad_enabled(needs.gradient or needs.divergence), _twice(needs.laplacian):
             x = x.detach().requires_grad_() if torch.is_grad_enabled() else x
             predictions = target.predict(x, k)
             x0 = target.average(predictions, k)
@@ -146,3 +146,12 @@ class Differentiator:
             return
         with self.target.meter.gradient(x.shape[0] * x.shape[1] * self.target.rows):
             yield
+
+
+def _twice(needed: bool) -> AbstractContextManager[object]:
+    """Attention in plain operations where second derivatives are needed: torch's fused kernels have none."""
+    if not needed:
+        return nullcontext()
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel(SDPBackend.MATH)

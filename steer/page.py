@@ -32,16 +32,17 @@ def img(image: Image, alt: str) -> str:
     return f'<img alt="{escape(alt)}" width="{image.width}" height="{image.height}" src="data:image/png;base64,{data}">'
 
 
-def page(title: str, body: str, facts: dict[str, Any]) -> bytes:
+def page(title: str, body: str, facts: dict[str, Any], *, style: str = "", script: str = "") -> bytes:
+    """The page. facts: its numbers, as JSON within. style, script: what its figures need; it must read without them."""
     # "<" is escaped so that no string can close the script element.
     data = json.dumps(plain({**facts, "versions": versions()}), allow_nan=False).replace("<", "\\u003c")
     made = ", ".join(f"{name} {version}" for name, version in versions().items() if version)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body><main>{body}"
+        f"<title>{escape(title)}</title><style>{_STYLE}{style}</style></head><body><main>{body}"
         f'<footer>{escape(made)}</footer></main><script type="application/json" id="numbers">{data}</script>'
-        "</body></html>\n"
+        f"{f'<script>{script}</script>' if script else ''}</body></html>\n"
     ).encode()
 
 
@@ -98,6 +99,16 @@ pre{overflow-x:auto;background:var(--card);border:1px solid var(--rule);border-r
 .grid figure{margin:0}
 .grid img{display:block;width:100%;height:auto;image-rendering:pixelated;border-radius:3px}
 .grid figcaption{font-size:.74rem;text-align:center;color:var(--soft);font-variant-numeric:tabular-nums}
+.plots.wide{grid-template-columns:minmax(0,1fr)}
+.strip{display:flex;gap:.7rem;overflow-x:auto;padding-bottom:.3rem}
+.strip figure{margin:0;flex:0 0 auto;text-align:center}
+.strip img{display:block;width:auto;height:80px;image-rendering:pixelated;border-radius:4px}
+.strip span{display:block;font:600 1.05rem ui-monospace,monospace;white-space:pre;background:var(--card);
+  border:1px solid var(--rule);border-radius:6px;padding:.35rem .6rem}
+.strip figcaption{font-size:.78rem;color:var(--soft);margin-top:.2rem;font-variant-numeric:tabular-nums}
+.strip b{display:block;color:var(--ink);font-weight:500}
+details{margin-bottom:.6rem}
+summary{cursor:pointer;margin-bottom:.4rem}
 .card svg,.card>img{display:block;width:100%;height:auto;margin-top:.3rem}
 .card>img{image-rendering:pixelated}
 .scroll{overflow-x:auto}

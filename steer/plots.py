@@ -20,6 +20,7 @@ STEERED, UNSTEERED, BEST = "#2b8cbe", "#9a9a9a", "#e6822e"
 # Stand-ins while drawing: the page's text and rule colours, which differ between light and dark.
 _INK, _RULE = "#010203", "#040506"
 _WIDTH = 4.4
+_POINTS = 500  # of a line, or of a cloud: what a page of bearable size holds
 
 
 def effective_size(result: Result) -> str:
@@ -59,10 +60,11 @@ def reward_by_rows(result: Result, reference: Result | None) -> str:
         best = [_finite(seen.score).max().item() for seen in result.seen]
         axes.plot(rows, mean, color=STEERED, lw=1.6, label="mean of predictions")
     else:
-        rows = [result.cost.nfe * (n + 1) / particles for n in range(particles)]
+        drawn = torch.linspace(0, particles - 1, min(particles, _POINTS)).round().long()
+        rows = (result.cost.nfe * (drawn + 1) / particles).tolist()
         scores = result.reward.cpu()
-        mean = (scores.cumsum(1) / torch.arange(1, particles + 1)).mean(0)
-        best = scores.cummax(1).values.mean(0)
+        mean = (scores.cumsum(1) / torch.arange(1, particles + 1)).mean(0)[drawn]
+        best = scores.cummax(1).values.mean(0)[drawn]
         axes.plot(rows, mean, color=STEERED, lw=1.6, label="mean of samples so far")
     axes.plot(rows, best, color=BEST, lw=1.6, label="best prediction" if len(result.seen) > 1 else "best so far")
     if reference is not None:
@@ -89,11 +91,13 @@ def reward_histogram(result: Result, reference: Result | None) -> str:
 
 
 def samples_scatter(result: Result, reference: Result | None) -> str:
-    """Two-dimensional samples, area proportional to weight."""
+    """Two-dimensional samples, area proportional to weight; of many, those of largest weight."""
     figure, axes = _figure(height=3.6)
     for run, colour, label in [(reference, UNSTEERED, "unsteered"), (result, STEERED, "steered")]:
         if run is not None:
-            points, share = run.x.flatten(0, 1).float().cpu(), run.log_weight.exp().flatten().cpu()
+            share = run.log_weight.exp().flatten().cpu()
+            shown = share.argsort(descending=True, stable=True)[:_POINTS]
+            points, share = run.x.flatten(0, 1).float().cpu()[shown], share[shown]
             area = 18.0 * share / share.max()
             axes.scatter(points[:, 0], points[:, 1], s=area, color=colour, alpha=0.7, lw=0, label=label)
     axes.set(xlabel="x[0]", ylabel="x[1]", aspect="equal")
@@ -135,6 +139,43 @@ def by_method(comparison: Comparison, measures: Sequence[tuple[str, Any]]) -> li
         axes.grid(visible=False, axis="y")
         svgs.append((name, _svg(figure, f"{name} by method, with standard errors")))
     return svgs
+
+
+def by_budget(stages: Sequence[Comparison], measures: Sequence[tuple[str, Any]]) -> list[tuple[str, str]]:
+    """(name, SVG) for each measure (name, Row -> (mean, standard error)): a line per method against network rows."""
+    svgs = []
+    names = [row.method for row in stages[0].rows]
+    steered = [name for name in names if name not in ("rollout", "best_of_n")]
+    for name, measure in measures:
+        figure, axes = _figure(height=2.7 + 0.16 * math.ceil(len(names) / 4))
+        for i, method in enumerate(names):
+            rows = [stage.rows[i] for stage in stages]
+            mean, error = (torch.tensor(column) for column in zip(*map(measure, rows), strict=True))
+            # Side by side, a little, so that error bars do not hide one another.
+            spent = [row.nfe * (1.0 + 0.012 * (i - (len(names) - 1) / 2.0)) for row in rows]
+            colour, style = UNSTEERED, "-"
+            if method in steered:
+                place = steered.index(method)
+                colour, style = _COLOURS[place % len(_COLOURS)], ("-", "--", ":")[place // len(_COLOURS) % 3]
+            elif method == "best_of_n":
+                colour = BEST
+            axes.errorbar(
+                spent, mean, yerr=error.nan_to_num(0.0), fmt="o", ls=style, color=colour, ms=3.5, lw=1.5, capsize=2,
+                elinewidth=1.0,
+            )  # fmt: skip
+            axes.plot([], [], "o", ls=style, color=colour, ms=3.5, lw=1.5, label=method)
+        if stages[-1].budget >= 3 * stages[0].budget:
+            axes.set_xscale("log")
+        ticks = [max(stage.rows[0].nfe, 1.0) for stage in stages]
+        axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
+        axes.minorticks_off()
+        axes.set(xlabel="network rows", ylabel=name)
+        figure.legend(loc="outside lower center", ncols=4, **_LEGEND)
+        svgs.append((name, _svg(figure, f"{name} against network rows by method, with standard errors")))
+    return svgs
+
+
+_COLOURS = (STEERED, "#2ca25f", "#8856a7", "#c51b8a", "#8c6d31", "#1d4f91")
 
 
 def _figure(height: float = 2.3) -> tuple[Any, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from html import escape
 from pathlib import Path
@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 
 from . import plots
+from .best_path import best_path
 from .images import enlarged, is_images, to_images
 from .key import as_key
 from .page import card, img, number, page, table, whole, with_error
 from .resampling import systematic
 from .saving import plain, write_atomically
+from .tree_figure import LEAVES, NODES, drawable, tree_figure
+from .tree_script import SCRIPT, STYLE
 from .weights import weighted_mean
 
 if TYPE_CHECKING:
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
 
     from .cost import Cost
     from .result import Result
-    from .sample import Comparison
+    from .sample import Comparison, Comparisons
 
 Metrics = Mapping[str, Callable[[Tensor], Tensor]]
 """Name -> function of decoded samples (M, ...) to (M,): measures the run was not steered by."""
@@ -54,6 +57,10 @@ def summary(result: Result, reference: Result | None = None, metrics: Metrics | 
         "ess": result.ess.mean(),
         "log_evidence": result.log_evidence,
         "log_evidence_std": torch.where(variance >= 0, variance, torch.nan).sqrt(),
+        "pareto_k": result.pareto_k,
+        "unique_roots": _unique_roots(result),
+        "forbidden": int((result.reward == -torch.inf).sum()),
+        "diagnostics": dict(result.diagnostics),
         "cost": result.cost.to_dict(),
         "reference_cost": reference.cost.to_dict() if reference else None,
     }
@@ -71,7 +78,8 @@ def write_report(
     title: str = "A steered run",
     about: Mapping[str, Any] | None = None,
 ) -> Path:
-    """report.html in the directory: samples beside unsteered ones, reward, diagnostics over steps, the ledger.
+    """report.html in the directory: samples beside unsteered ones, the way to the best one, the search tree, reward,
+    diagnostics over steps, the ledger.
 
     reference: unsteered samples of the same process and reward.
     metrics:   name -> function of decoded samples (M, ...) to (M,), such as a held-out judge.
@@ -83,55 +91,76 @@ def write_report(
     body = "".join(
         [
             _head(title, about or {}, result.interrupted),
-            _headline(numbers),
+            _headline(numbers, _searched(result)),
             _samples(result, reference, index),
+            _way(result),
+            _trees(result),
             _figures(result, reference),
-            '<section><h2>Ledger</h2><div class="plots">',
+            '<section><h2>Account</h2><div class="plots">',
             _ledger(result.cost, reference.cost if reference else None),
-            _law(result, numbers),
+            _known(result, numbers),
             "</div></section>",
         ]
     )
-    return write_atomically(directory / "report.html", page(title, body, {"about": about or {}, **numbers}))
+    facts = {"about": about or {}, **numbers}
+    style, script = (STYLE, SCRIPT) if '<div class="tree">' in body else ("", "")
+    return write_atomically(directory / "report.html", page(title, body, facts, style=style, script=script))
 
 
 def write_comparison(
-    comparison: Comparison,
+    comparison: Comparison | Comparisons,
     directory: Path,
     *,
     pictures: Mapping[str, Image] | None = None,
+    texts: Mapping[str, Sequence[str]] | None = None,
     title: str = "A comparison at equal budget",
     about: Mapping[str, Any] | None = None,
 ) -> Path:
-    """report.html of a comparison: the table with standard errors, a plot of each measure, a picture per method."""
-    names = list(comparison.rows[0].metrics)
+    """report.html of a comparison: tables with standard errors, a plot of each measure, samples per method.
+
+    Of a comparison at several budgets, each measure against network rows, and every table at the largest budget.
+    """
+    stages, last = comparison.at, comparison.at[-1]
     picks: list[tuple[str, Any]] = [("mean reward", lambda row: row.reward), ("best reward", lambda row: row.best)]
-    picks += [(name, lambda row, name=name: row.metrics[name]) for name in names]
+    picks += [(name, lambda row, name=name: row.metrics[name]) for name in last.rows[0].metrics]
     heads = ["method", *(name for name, _ in picks), "ESS", "network rows", "gradients", "rewards", "seconds"]
     rows = []
-    for row in comparison.rows:
+    for row in last.rows:
         measured = [with_error(*pick(row)) for _, pick in picks]
         counted = [number(row.ess), *(whole(n) for n in (row.nfe, row.grads, row.rewards)), f"{row.seconds:.2f}"]
         rows.append([row.method, *measured, *counted])
-    best = max(comparison.rows, key=lambda row: row.reward[0])
+    best = max(last.rows, key=lambda row: row.reward[0])
     lead = (
-        f"At {whole(comparison.budget)} network rows each, <b>{escape(best.method)}</b> reaches the highest mean "
-        f"reward, <b>{number(best.reward[0])}</b>; unsteered samples have {number(comparison.rows[0].reward[0])}."
+        f"At {whole(last.budget)} network rows each, <b>{escape(best.method)}</b> reaches the highest mean "
+        f"reward, <b>{number(best.reward[0])}</b>; unsteered samples have {number(last.rows[0].reward[0])}."
     )
-    cards = "".join(card(name, svg) for name, svg in plots.by_method(comparison, picks))
+    note = f'<p class="note">Means over {last.keys} keys ± standard error of the mean.</p>'
+    if len(stages) > 1:
+        curves = "".join(card(f"{name} against network rows", svg) for name, svg in plots.by_budget(stages, picks))
+        grid = "".join(card(name, _by_budget(stages, pick)) for name, pick in picks)
+        measures = f'<section><h2>Reward against network rows</h2>{note}<div class="plots">{curves}</div></section>'
+        measures += f'<section><h2>At every budget</h2><div class="plots wide">{grid}</div></section>'
+        methods = f"<section><h2>At {whole(last.budget)} network rows</h2>{table(heads, rows)}</section>"
+    else:
+        cards = "".join(card(name, svg) for name, svg in plots.by_method(last, picks))
+        measures = f'<section><h2>Measures</h2><div class="plots small">{cards}</div></section>'
+        methods = f"<section><h2>Methods</h2>{note}{table(heads, rows)}</section>"
+    parts = [measures, methods] if len(stages) > 1 else [methods, measures]
     grids = "".join(card(name, img(image, name)) for name, image in (pictures or {}).items())
-    body = "".join(
-        [
-            _head(title, about or {}, False),
-            f'<p class="lead">{lead}</p>',
-            f'<section><h2>Methods</h2><p class="note">Means over {comparison.keys} keys ± standard error of the mean.'
-            f"</p>{table(heads, rows)}</section>",
-            f'<section><h2>Measures</h2><div class="plots small">{cards}</div></section>',
-            f'<section><h2>Samples of the first key</h2><div class="plots small">{grids}</div></section>' * bool(grids),
-        ]
-    )
+    grids += "".join(card(name, f"<p>{escape(', '.join(words))}</p>") for name, words in (texts or {}).items())
+    samples = f'<section><h2>Samples of the first key</h2><div class="plots small">{grids}</div></section>'
+    body = "".join([_head(title, about or {}, False), f'<p class="lead">{lead}</p>', *parts, samples * bool(grids)])
     facts = {"about": about or {}, **comparison.to_dict()}
     return write_atomically(directory / "report.html", page(title, body, facts))
+
+
+def _by_budget(stages: Sequence[Comparison], pick: Callable[[Any], tuple[float, float]]) -> str:
+    """One measure: a row per method, a column per budget."""
+    rows = [
+        [method, *(with_error(*pick(stage.rows[i])) for stage in stages)]
+        for i, method in enumerate(row.method for row in stages[0].rows)
+    ]
+    return table(["", *(whole(stage.budget) for stage in stages)], rows)
 
 
 def _measured(result: Result, reference: Result | None, f: Callable[[Tensor], Tensor] | None) -> dict[str, Any]:
@@ -161,11 +190,14 @@ def _head(title: str, about: Mapping[str, Any], interrupted: bool) -> str:
     return f"<header><h1>{escape(title)}</h1><ul class=chips>{chips}</ul>{command}{stopped}</header>"
 
 
-def _headline(numbers: dict[str, Any]) -> str:
+def _headline(numbers: dict[str, Any], searched: bool) -> str:
     reward, cost = numbers["reward"], numbers["cost"]
     tiles = [_tile("mean reward", reward)]
     tiles += [_tile(name, measured) for name, measured in numbers["metrics"].items()]
-    tiles.append(_tile("effective sample size", {"steered": numbers["ess"]}, f"of {whole(numbers['particles'])}"))
+    if searched:
+        tiles.append(_tile("best reward", {"steered": reward["best"]}, f"of {whole(numbers['particles'])}"))
+    else:
+        tiles.append(_tile("effective sample size", {"steered": numbers["ess"]}, f"of {whole(numbers['particles'])}"))
     spent = f"{cost['seconds'].get('total', 0.0):.1f} s, {whole(cost['rewards'])} rewards"
     tiles.append(f'<div class="tile"><span>network rows</span><b>{whole(cost["nfe"])}</b><small>{spent}</small></div>')
     if reward.get("unsteered") is not None and reward["steered"] is not None:
@@ -275,18 +307,92 @@ def _ledger(cost: Cost, reference: Cost | None) -> str:
     return card("what was spent", table(heads, rows))
 
 
-def _law(result: Result, numbers: dict[str, Any]) -> str:
-    """The estimate of the normaliser, where the method makes one."""
-    pairs = zip(numbers["log_evidence"], numbers["log_evidence_std"], strict=True)
-    found = [with_error(z, s) for z, s in pairs if z is not None]
-    if not found:
-        return ""
+def _known(result: Result, numbers: dict[str, Any]) -> str:
+    """What the run knows of itself: the estimate of the normaliser, and how far its weights can be trusted."""
+    problems, particles = result.reward.shape
     rows = [["temperature T", number(result.temperature)]]
-    rows += [["Pareto k̂ of the weights", number(k)] for k in plain(result.pareto_k[:1]) if k is not None]
-    rows += [[name.replace("_", " "), number(value.mean().item())] for name, value in result.diagnostics.items()]
-    rows += [[f"problem {i}" if len(found) > 1 else "log evidence", text] for i, text in enumerate(found[:8])]
-    note = (
-        '<p class="note">log E<sub>p</sub>[exp(r(x) / T)] in nats. For a log-probability at T = 1: the log of how '
-        "common such samples are under the model alone.</p>"
+    note = "A search: it weighs what it chose equally and claims no law, so it has no evidence, ESS or Pareto k̂."
+    if not _searched(result):
+        note = (
+            "log E<sub>p</sub>[exp(r(x) / T)] in nats. For a log-probability at T = 1: the log of how common such "
+            "samples are under the model alone."
+        )
+        pairs = list(zip(numbers["log_evidence"], numbers["log_evidence_std"], strict=True))
+        for i, (z, s) in enumerate(pairs[:8]):
+            name = f"log evidence, problem {i}" if problems > 1 else "log evidence"
+            rows.append([name, "unknown: the start's normaliser is" if z is None else with_error(z, s)])
+        rows.append(["effective sample size", f"{number(numbers['ess'])} of {whole(particles)}"])
+        tails = [k for k in numbers["pareto_k"] if k is not None]
+        if tails:
+            doubt = ": too heavy a tail to trust" if max(tails) > 0.7 else ""
+            rows.append(["Pareto k̂ of the weights" + ", worst" * (len(tails) > 1), number(max(tails)) + doubt])
+    rows.append(["starting noises they descend from", number(numbers["unique_roots"])])
+    forbidden, total = numbers["forbidden"], result.reward.numel()
+    rows.append(["forbidden samples", f"{whole(forbidden)} of {whole(total)}" if forbidden else "none"])
+    refused = [int((seen.score == -torch.inf).sum()) for seen in result.seen[:-1]]
+    if any(refused):
+        scored = sum(seen.score.numel() for seen in result.seen[:-1])
+        rows.append(["forbidden on the way", f"{whole(sum(refused))} of {whole(scored)} predictions"])
+    for name, value in result.diagnostics.items():
+        doubt = ": the chains have not mixed" if name == "split_rhat" and bool((value > 1.1).any()) else ""
+        rows.append([_DIAGNOSTICS.get(name, name.replace("_", " ")), number(value.mean().item()) + doubt])
+    return card("what the run knows of itself", f'<p class="note">{note}</p>{table(["", ""], rows)}')
+
+
+_DIAGNOSTICS = {"split_rhat": "split R̂ of the start", "acceptance": "acceptance of the start"}
+
+
+def _searched(result: Result) -> bool:
+    """Whether the method chose samples and claims no law: it has no evidence, and no population carried weights."""
+    return result.trajectory is None and bool(result.log_evidence.isnan().all())
+
+
+def _unique_roots(result: Result) -> float:
+    """Distinct starting noises among the samples of positive weight, a mean over problems."""
+    counts = [len(root[w > -torch.inf].unique()) for root, w in zip(result.root, result.log_weight, strict=True)]
+    return sum(counts) / len(counts)
+
+
+def _way(result: Result) -> str:
+    """The way to the best sample of the first problem: pictures or texts of its predictions."""
+    stops = best_path(result)
+    if len(stops) < 2:
+        return ""
+    read = getattr(result.process, "text", None)
+    clean = torch.stack([stop.clean for stop in stops])
+    if read is not None:
+        shown_as = [f"<span>{escape(word)}</span>" for word in read(clean)]
+    else:
+        with torch.no_grad():
+            decoded = result.process.decode(clean[None])
+        if is_images(decoded):
+            shown_as = [img(_thumbnail(image, 128), "prediction") for image in to_images(decoded)]
+        elif clean[0].numel() <= 4:
+            shown_as = [f"<span>({', '.join(map(number, x.flatten().tolist()))})</span>" for x in clean]
+        else:
+            return ""
+    steps = result.process.steps
+    figures = "".join(
+        f"<figure>{content}<figcaption>{'data' if stop.level == steps else f'level {stop.level}'}"
+        f"<b>{number(stop.value)}</b></figcaption></figure>"
+        for content, stop in zip(shown_as, stops, strict=True)
     )
-    return card("evidence", note + table(["", ""], rows))
+    scored = result.tree is None or "look" in result.tree.nodes_at(1)
+    worth = "the reward of that prediction" if scored else "the value of the tree's node, at the end the reward"
+    whose = " of the first problem" if result.reward.shape[0] > 1 else ""
+    return (
+        f'<section><h2>How the best sample came about</h2><p class="note">What the model predicts on the way{whose}, '
+        f'and {worth}.</p><div class="strip">{figures}</div></section>'
+    )
+
+
+def _trees(result: Result) -> str:
+    """The search tree of every problem, four at most; all but the first are folded."""
+    if result.tree is None or not drawable(result.tree):
+        return ""
+    count = min(4, result.reward.shape[0])
+    parts = [tree_figure(result, b, leaves=LEAVES // count, nodes=NODES // count) for b in range(count)]
+    folded = [
+        f"<details{' open' * (b == 0)}><summary>problem {b}</summary>{part}</details>" for b, part in enumerate(parts)
+    ]
+    return f"<section><h2>Search tree</h2>{''.join(folded) if count > 1 else parts[0]}</section>"

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, overload
 
 import torch
 
@@ -93,6 +93,11 @@ class Comparison:
     results: dict[str, tuple[Result, ...]]
     interrupted: bool = False
 
+    @property
+    def at(self) -> tuple[Comparison, ...]:
+        """The comparison at each budget, as of `Comparisons`: this one."""
+        return (self,)
+
     def to_dict(self) -> dict[str, Any]:
         """Budget, number of keys and rows as plain JSON types."""
         from dataclasses import asdict
@@ -118,6 +123,27 @@ class Comparison:
         return "\n".join(line.rstrip() for line in lines)
 
 
+@dataclass(frozen=True, eq=False)
+class Comparisons:
+    """Methods at several budgets: `at` holds the comparison at each, the smallest budget first."""
+
+    at: tuple[Comparison, ...]
+    interrupted: bool = False
+
+    @property
+    def keys(self) -> int:
+        """Keys that every method has run at every budget."""
+        return min(comparison.keys for comparison in self.at)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The comparisons as plain JSON types."""
+        return {"budgets": [comparison.to_dict() for comparison in self.at]}
+
+    def __str__(self) -> str:
+        return "\n\n".join(f"budget {comparison.budget}\n{comparison}" for comparison in self.at)
+
+
+@overload
 def compare(
     process: ReverseProcess,
     reward: Reward,
@@ -130,16 +156,83 @@ def compare(
     keys: int = 5,
     metrics: dict[str, Callable[[torch.Tensor], torch.Tensor]] | None = None,
     options: dict[str, dict[str, Any]] | None = None,
-) -> Comparison:
+) -> Comparison: ...
+
+
+@overload
+def compare(
+    process: ReverseProcess,
+    reward: Reward,
+    *,
+    methods: Sequence[str | Method] = ("smc",),
+    budget: Sequence[int],
+    temperature: float = 1.0,
+    batch: int = 1,
+    key: Key | int = 0,
+    keys: int = 5,
+    metrics: dict[str, Callable[[torch.Tensor], torch.Tensor]] | None = None,
+    options: dict[str, dict[str, Any]] | None = None,
+) -> Comparisons: ...
+
+
+def compare(
+    process: ReverseProcess,
+    reward: Reward,
+    *,
+    methods: Sequence[str | Method] = ("smc",),
+    budget: int | Sequence[int] = 2000,
+    temperature: float = 1.0,
+    batch: int = 1,
+    key: Key | int = 0,
+    keys: int = 5,
+    metrics: dict[str, Callable[[torch.Tensor], torch.Tensor]] | None = None,
+    options: dict[str, dict[str, Any]] | None = None,
+) -> Comparison | Comparisons:
     """Runs methods at equal budget over several keys; unsteered samples and best-of-N are always among them.
 
-    budget:  denoiser rows per problem for every method and key.
+    budget:  denoiser rows per problem for every method and key; several budgets give the reward against their cost.
+             The same keys at each, so that the noise of a smaller run begins that of a larger one.
     keys:    independent repeats; their spread is the standard error.
     metrics: name -> function of decoded samples (M, ...) to (M,), reported as weighted means: a held-out reward, say.
     options: method name -> that method's own keyword arguments.
 
     A run stopped by its `on_step` or from the keyboard ends the comparison at the last key that every method has run.
     """
+    common: dict[str, Any] = {
+        "methods": methods, "temperature": temperature, "batch": batch, "key": key, "keys": keys, "metrics": metrics,
+        "options": options,
+    }  # fmt: skip
+    if isinstance(budget, int):
+        return _compare(process, reward, budget=budget, **common)
+    if not budget:
+        raise SteerError("a comparison needs a budget, or several; got an empty sequence")
+    done: list[Comparison] = []
+    for rows in sorted(set(budget)):
+        try:
+            done.append(_compare(process, reward, budget=rows, **common))
+        except Stop:
+            if not done:
+                raise
+            return Comparisons(tuple(done), interrupted=True)
+        if done[-1].interrupted:
+            break
+    return Comparisons(tuple(done), interrupted=done[-1].interrupted)
+
+
+def _compare(
+    process: ReverseProcess,
+    reward: Reward,
+    *,
+    methods: Sequence[str | Method],
+    budget: int,
+    temperature: float,
+    batch: int,
+    key: Key | int,
+    keys: int,
+    metrics: dict[str, Callable[[torch.Tensor], torch.Tensor]] | None,
+    options: dict[str, dict[str, Any]] | None,
+) -> Comparison:
+    """The comparison at one budget."""
     chosen: dict[str, Method] = {}
     for method in ("rollout", "best_of_n", *methods):
         chosen.setdefault(method if isinstance(method, str) else method.__name__, resolve(method))

@@ -24,9 +24,11 @@ from .trajectory import Ancestors
 
 if TYPE_CHECKING:
     from .result import Result
+    from .types import ReverseProcess
 
 SCHEMA = 1
 TENSORS, FACTS = "result.safetensors", "result.json"
+_REFERENCE = ("reference_x", "reference_reward")
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +52,57 @@ class Saved:
     def key(self) -> Key:
         """The key the run was started with."""
         return Key(self.facts["key"]["seed"], tuple(self.facts["key"]["stream"]))
+
+    def result(self, process: ReverseProcess) -> Result:
+        """The run again, on the process that made it (of the same steps): its lineage, without states and tree."""
+        from .result import Result, Seen
+        from .trajectory import Trajectory
+
+        self._check(process)
+        where = getattr(process, "device", "cpu")
+        read = {name: tensor.to(where) for name, tensor in self.tensors.items()}
+        seen = ()
+        if "seen_levels" in read:
+            levels = zip(self.tensors["seen_levels"].tolist(), read["ess"], read["scores"], strict=True)
+            seen = tuple(Seen(k, ess, score[:, ~score.isnan().all(0)]) for k, ess, score in levels)
+        trajectory = None
+        if "ancestors" in read:
+            moves = zip(self.tensors["ancestor_levels"].tolist(), read["ancestors"], read["resampled"], strict=True)
+            past = tuple(Ancestors(k, index[:, index[0] >= 0].long(), done.bool()) for k, index, done in moves)
+            trajectory = Trajectory.begin(process, read["x"], k=process.steps)._with(
+                past=past,
+                diagnostics={
+                    k: torch.tensor(v, dtype=torch.float64) for k, v in self.facts.get("diagnostics", {}).items()
+                },
+            )
+        return Result(
+            process=process, key=self.key, cost=self.cost, temperature=self.facts["temperature"],
+            interrupted=self.facts["interrupted"], seen=seen, trajectory=trajectory,
+            **{name: read[name] for name in ("x", "reward", "log_weight", "log_evidence", "root")},
+        )  # fmt: skip
+
+    def reference(self, process: ReverseProcess) -> Result | None:
+        """The unsteered samples that were saved beside it."""
+        from .result import Result
+
+        if "reference_x" not in self.tensors:
+            return None
+        self._check(process)
+        x, reward = (self.tensors[name].to(getattr(process, "device", "cpu")) for name in _REFERENCE)
+        equal = torch.full_like(reward, -math.log(reward.shape[1]))
+        root = torch.arange(reward.shape[1], device=reward.device).expand(reward.shape)
+        return Result(
+            process=process, x=x, reward=reward, log_weight=equal, log_evidence=torch.zeros_like(reward[:, 0]),
+            root=root, key=self.key, cost=Cost(**self.facts["reference_cost"]),
+        )  # fmt: skip
+
+    def _check(self, process: ReverseProcess) -> None:
+        made = self.facts["process"]
+        if tuple(made["event"]) != tuple(process.event) or made["steps"] != process.steps:
+            raise SteerError(
+                f"the run was made by a process of {made['steps']} steps with states {tuple(made['event'])}, got one "
+                f"of {process.steps} with {tuple(process.event)}"
+            )
 
     def slots(self) -> Tensor:
         """The slot each final particle's noise was drawn at, step by step: (B, N, steps).
@@ -225,5 +278,8 @@ def _facts(result: Result) -> dict[str, Any]:
             for n in range(particles)
         ],
         "cost": result.cost.to_dict(),
+        "diagnostics": dict(result.diagnostics),
+        # Trees live in memory, to be grown further there; their leaves are the samples saved.
+        "tree": None if result.tree is None else {"saved": False, "was": repr(result.tree)},
         "versions": versions(),
     }  # fmt: skip

@@ -4,13 +4,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from typing import Literal
 
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
 import steer
-from steer import cli, progress
+from steer import SteerError, cli, options, progress
 from steer.saving import load_result
 
 QUICK = ["--model", "digits", "--reward", "digit:3", "--steps", "4"]
@@ -78,6 +81,12 @@ def test_best_of_n_shows_its_n_best_and_numbers_their_noise(tmp_path):
         (["--device", "abacus"], "--device cpu"),
         (["--steps", "0"], "--steps"),
         (["--temperature", "0"], "must be positive"),
+        (["--set", "levls=3"], "levls is no option of smc"),
+        (["--method", "dts", "--set", "levels"], "NAME=VALUE"),
+        (["--method", "dts", "--set", "levels=big"], "must be a whole number"),
+        (["--method", "dts", "--set", "widening=2.0"], "widening of dts must be"),
+        (["--method", "dts", "--set", "budget=3"], "walkers=16"),
+        (["--method", "driftlite", "--set", "control=abc"], "'vcg' or 'ecg'"),
     ],
 )
 def test_wrong_usage_exits_2_and_says_what_is_right(tmp_path, words, cure):
@@ -86,6 +95,134 @@ def test_wrong_usage_exits_2_and_says_what_is_right(tmp_path, words, cure):
     plain = " ".join(word for word in done.stderr.replace("│", " ").split())
     assert cure in plain
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", steer.methods())
+def test_every_method_runs(tmp_path, method):
+    done = generate(tmp_path, "--method", method, "--budget", 24, "--n", 2, "--reference", 0, "--json")
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    assert done.exit_code == 0, done.output
+    assert 0 < json.loads(done.stdout)["cost"]["nfe"] <= 24
+    assert load_result(tmp_path).tensors["reward"].isfinite().all()
+
+
+def test_options_of_a_method_reach_it(tmp_path):
+    from rewards import from_spec
+
+    words = ["--method", "dts", "--budget", 60, "--n", 2, "--reference", 0, "--quiet"]
+    sets = ["--set", "levels=1,2", "--set", "build=boltzmann", "--set", "widening=(1, 0.5)"]
+    assert generate(tmp_path, *words, *sets).exit_code == 0
+    process, options = steer.load("digits", steps=4), {"levels": [1, 2], "build": "boltzmann", "widening": (1.0, 0.5)}
+    by_hand = steer.sample(process, from_spec("digit:3"), method="dts", budget=60, key=0, **options)
+    assert load_result(tmp_path).tensors["x"].equal(by_hand.x)
+    page = (tmp_path / "report.html").read_text()
+    assert "--set levels=1,2 --set build=boltzmann" in page
+    assert '<div class="tree">' in page
+
+
+@pytest.mark.parametrize(
+    ("hint", "text", "value"),
+    [
+        (int | None, "none", None),
+        (float, "2", 2.0),
+        (bool, "true", True),
+        (bool, "1", SteerError),
+        (int, "2.5", SteerError),
+        (int, "true", SteerError),
+        (str, "cpu", "cpu"),
+        (tuple[float, float], "1,2", (1.0, 2.0)),
+        (tuple[float, float], "1,2,3", SteerError),
+        (int | Sequence[int], "[1, 2, 3]", (1, 2, 3)),
+        (Literal["a", "b"], "b", "b"),
+        (Literal["a", "b"], "c", SteerError),
+    ],
+)
+def test_values_are_typed_by_the_signature(hint, text, value):
+    def method(process, reward, *, own=None):
+        del process, reward, own
+
+    method.__annotations__ = {"own": hint}
+    if value is SteerError:
+        with pytest.raises(SteerError, match="own of m must be"):
+            options.parsed("m", method, [f"own={text}"])
+        return
+    found = options.parsed("m", method, [f"own={text}"])["own"]
+    assert (found, type(found)) == (value, type(value))
+
+
+def test_methods_are_listed_with_their_options():
+    found = {entry["name"]: entry for entry in json.loads(run("methods", "--json").stdout)["methods"]}
+    assert list(found) == list(steer.methods())
+    assert found["dts"]["options"]["widening"] == "(2.0,0.8)"
+    assert "start" not in found["dts"]["options"]
+    assert found["best_of_n"]["returns"].startswith("N unsteered samples")
+    assert "driftlite" in run("methods").stdout
+
+
+def test_letters_run_at_their_own_steps(tmp_path):
+    words = [
+        "--model",
+        "letters",
+        "--reward",
+        "letters:e",
+        "--method",
+        "smc",
+        "--particles",
+        6,
+        "--n",
+        3,
+        "--reference",
+        4,
+    ]
+    done = run("generate", *words, "--out", tmp_path)
+    assert done.exit_code == 0, done.output
+    saved = load_result(tmp_path)
+    assert (saved.cost.nfe, saved.facts["run"]["steps"]) == (6 * 8, 8)
+    shown = saved.result(steer.load("letters")).take(torch.tensor(saved.facts["run"]["shown"])).texts
+    assert f"samples       {', '.join(shown)}" in done.stdout
+    assert saved.tensors["reward"].max() >= 1.0
+    assert not (tmp_path / "images.png").exists()
+    refused = run("generate", "--model", "digits", "--reward", "letters:e", "--out", tmp_path / "no")
+    assert (refused.exit_code, "reads text" in refused.output) == (2, True)
+    done = run("compare", *words[:4], "--methods", "dts", "--set", "dts.levels=2", "--budget", "16,32", "--keys", 2,
+               "--out", tmp_path / "c")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "Samples of the first key" in (tmp_path / "c" / "report.html").read_text()
+
+
+def test_report_writes_a_saved_run_again(tmp_path):
+    generate(tmp_path, "--particles", 6, "--n", 4, "--reference", 3, "--quiet", "--seed", 2, "--temperature", 0.5)
+    before = (tmp_path / "report.html").read_text()
+    (tmp_path / "report.html").unlink()
+    done = run("report", tmp_path, "--n", 4)
+    assert done.exit_code == 0, done.output
+    after = (tmp_path / "report.html").read_text()
+
+    def numbers(page):
+        found = json.loads(page.partition('id="numbers">')[2].partition("</script>")[0])
+        found["reference_cost"] = found["cost"] = None
+        return found
+
+    assert numbers(after) == numbers(before)
+    assert after.count("<svg") == before.count("<svg") == 4
+
+
+def test_report_does_not_draw_over_a_tree(tmp_path):
+    generate(tmp_path, "--method", "dts_star", "--budget", 40, "--n", 2, "--reference", 0, "--quiet")
+    assert load_result(tmp_path).facts["tree"]["saved"] is False
+    done = run("report", tmp_path)
+    assert done.exit_code == 2
+    assert "which is not saved" in " ".join(done.stderr.replace("│", " ").split())
+    assert run("report", tmp_path, "--out", tmp_path / "again").exit_code == 0
+    assert '<div class="tree">' not in (tmp_path / "again" / "report.html").read_text()
+
+
+def test_report_of_a_run_saved_from_python_says_how(tmp_path):
+    steer.smc(steer.load("digits", steps=2), lambda x: x.mean((1, 2, 3)), particles=2).save(tmp_path)
+    done = run("report", tmp_path)
+    assert done.exit_code == 2
+    assert "Saved.result(process)" in " ".join(done.stderr.replace("│", " ").split())
 
 
 def test_failure_at_run_time_exits_1_with_one_line(tmp_path):
@@ -135,11 +272,26 @@ def test_compare_has_best_of_n_and_equal_budgets(tmp_path):
     assert (tmp_path / "report.html").is_file()
 
 
+def test_compare_at_several_budgets(tmp_path):
+    words = ["--methods", "smc,dts", "--set", "dts.levels=1", "--keys", 2, "--n", 3, "--out", tmp_path]
+    done = run("compare", *QUICK, *words, "--budget", "48,24", "--json")
+    assert done.exit_code == 0, done.output
+    stages = json.loads(done.stdout)["budgets"]
+    assert [stage["budget"] for stage in stages] == [24, 48]
+    assert [{row["method"]: row["nfe"] for row in stage["rows"]}["smc"] for stage in stages] == [24, 48]
+    page = (tmp_path / "report.html").read_text()
+    assert "mean reward against network rows" in page
+    assert "--budget 48,24" in page
+    for bad, cure in ((["--budget", "24,many"], "500,1000,2000"), (["--set", "levels=1"], "METHOD.NAME=VALUE")):
+        done = run("compare", *QUICK, *words, *bad)
+        assert (done.exit_code, cure in done.stderr) == (2, True)
+
+
 def test_models_lists_what_ships():
     done = run("models", "--json")
     assert done.exit_code == 0
     found = {entry["name"]: entry for entry in json.loads(done.stdout)["models"]}
-    assert set(found) >= {"digits", "digits-flow", "digits-classifier", "digits-judge"}
+    assert set(found) >= {"digits", "digits-flow", "letters", "digits-classifier", "digits-judge"}
     assert [found[name]["kind"] for name in ("digits", "digits-flow")] == ["diffusion", "flow"]
     judge = steer_parameters("digits-judge")
     assert found["digits-judge"]["parameters"] == judge
@@ -159,7 +311,7 @@ def test_models_tolerates_a_folder_without_papers(tmp_path):
     assert (card["parameters"], card["measured"], card["licence"]) == (0, "–", "–")
 
 
-@pytest.mark.parametrize("command", ["generate", "compare", "models"])
+@pytest.mark.parametrize("command", ["generate", "compare", "report", "models", "methods"])
 def test_help_shows_an_example(command):
     done = run(command, "--help")
     assert done.exit_code == 0

@@ -5,9 +5,12 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
+import search
 import steer
+from steer.best_path import best_path
 from steer.page import number, with_error
 from steer.report import shown, summary, write_comparison, write_report
+from steer.tree_figure import chosen, leaf_weights, tree_figure
 
 
 def score(x):
@@ -49,12 +52,12 @@ class Links(HTMLParser):
         assert self.open.pop() == tag
 
 
-def check(page):
+def check(page, scripts=("application/json",)):
     links = Links()
     links.feed(page)
     assert links.open == []
     assert all(link.startswith(("data:image/png;base64,", "#")) for link in links.fetched)
-    assert links.scripts == ["application/json"]
+    assert links.scripts == list(scripts)
     assert page.count("<style") == 1  # one inside a figure would apply to the whole page
     assert not re.search(r"@import|url\((?!#)", page)
     return links
@@ -71,7 +74,8 @@ def test_report_of_pictures_is_self_contained_and_shows_every_picture(tmp_path, 
     page = write_report(result, tmp_path, reference=reference, metrics={"ink": lambda x: x.mean((1, 2, 3))}, count=4)
     page = page.read_text()
     links = check(page)
-    assert sum(link.startswith("data:image") for link in links.fetched) == 8
+    way = 6 if method == "rollout" else 0  # which keeps its states
+    assert sum(link.startswith("data:image") for link in links.fetched) == 8 + way
     assert page.count("<svg") == (4 if method == "smc" else 2)
     numbers = numbers_in(page)
     assert numbers["cost"]["nfe"] == 45
@@ -151,6 +155,157 @@ def test_comparison_report(tmp_path):
     assert page.count("<svg") == 3
     row = comparison.rows[2]
     assert with_error(*row.reward) in page
+
+
+def test_a_comparison_at_several_budgets_has_a_curve_and_a_table_per_measure(tmp_path):
+    comparison = steer.compare(
+        plane(), score, methods=["smc", "dts"], budget=[96, 24, 48], keys=3, metrics={"first": lambda x: x[:, 0]}
+    )
+    page = write_comparison(comparison, tmp_path, texts={"smc": ["<b>a", "b"]}).read_text()
+    check(page)
+    assert [stage["budget"] for stage in numbers_in(page)["budgets"]] == [24, 48, 96]
+    assert page.count("<svg") == 3
+    assert all(with_error(*row.best) in page for stage in comparison.at for row in stage.rows)
+    assert "&lt;b&gt;a, b" in page
+
+
+def test_what_a_run_knows_of_itself(tmp_path):
+    def half(x):
+        return torch.where(x[:, 0] > 1.0, 0.0, -torch.inf)
+
+    page = steer.importance_sampling(plane(), half, particles=64).report(tmp_path).read_text()
+    numbers = numbers_in(page)
+    assert 0 < numbers["forbidden"] < 64
+    assert f"{numbers['forbidden']} of 64" in page
+    assert "log evidence" in page
+    page = steer.psi(plane(), score, particles=8).report(tmp_path).read_text()
+    assert "split R̂ of the start" in page
+    assert "the start&#x27;s normaliser" in page
+    page = search.beam(plane(), score, particles=4, candidates=2).report(tmp_path).read_text()
+    assert "A search: it weighs" in page
+    assert "effective sample size" not in page
+    assert "best reward" in page
+    assert "NaN" not in page
+
+
+def test_a_heavy_tail_is_called_one(tmp_path):
+    result = steer.importance_sampling(plane(), lambda x: 40.0 * x[:, 0], particles=200)
+    assert result.pareto_k.item() > 0.7
+    assert "too heavy a tail to trust" in result.report(tmp_path).read_text()
+
+
+# -- trees
+
+
+def words():
+    return steer.load("letters", steps=4)
+
+
+def many_e(x):
+    return (x == 4).double().sum(1)
+
+
+@pytest.mark.parametrize("build", ["unbiased", "boltzmann"])
+def test_a_tree_is_drawn_within_the_page(tmp_path, build):
+    result = search.dts(pictures(), score, budget=200, levels=3, build=build, key=1)
+    page = result.report(tmp_path).read_text()
+    check(page, scripts=("application/json", None))
+    svg = page.partition('<div class="tree">')[2].partition("</svg>")[0]
+    assert svg.count("<circle") == result.tree.nodes == svg.count("<title>")
+    assert svg.count('class="v') == result.tree.nodes
+    assert len(re.findall(r'class="v\d on"', svg)) == result.tree.depth + 1
+    assert page.count("<img hidden data-side") == 1
+    assert page.count('<div class="strip">') == 1
+    assert ("value of the tree" in page) == (build == "boltzmann")
+
+
+def test_a_large_tree_is_cut_to_its_heaviest_leaves_and_says_so():
+    result = search.dts(plane(), score, particles=300, key=2, levels=3)
+    weight = leaf_weights(result, 0)
+    assert weight is not None
+    tree = chosen(result.tree, 0, weight, leaves=20, nodes=1500)
+    assert len(tree.slots[-1]) == 20
+    assert tree.leaves == result.tree.leaves.size
+    heaviest = set(weight.topk(19).indices.tolist())
+    assert heaviest <= set(tree.slots[-1].tolist())
+    assert int(tree.slots[-1][tree.best[-1]]) == int(result.reward[0].argmax())
+    for d in range(1, tree.depth + 1):  # edges are the tree's own, and a parent is amid its children
+        parents = result.tree.layers[d]["parent"][0][tree.slots[d]]
+        assert torch.equal(parents, tree.slots[d - 1][torch.tensor(tree.above[d])])
+        for i in range(len(tree.slots[d - 1])):
+            below = [x for x, above in zip(tree.place[d], tree.above[d], strict=True) if above == i]
+            assert min(below) <= tree.place[d - 1][i] <= max(below)
+        assert tree.place[d] == sorted(tree.place[d])
+    assert sum(map(len, chosen(result.tree, 0, weight, leaves=300, nodes=60).slots)) <= 60
+    assert "20 leaves, of " in tree_figure(result, leaves=20)
+
+
+def test_leaves_without_weights_are_ranked_by_reward():
+    result = search.dts_star(plane(), score, particles=60, key=2)
+    kept = chosen(result.tree, 0, leaf_weights(result, 0), leaves=5)
+    assert set(kept.slots[-1].tolist()) == set(result.reward[0].topk(5).indices.tolist())
+    assert kept.weight is None
+    assert leaf_weights(result.take(result.ranked()), 0) is None  # particles are leaves no more
+
+
+def test_trees_of_several_problems_are_folded(tmp_path):
+    page = search.dts(plane(), score, particles=12, batch=3, key=1).report(tmp_path).read_text()
+    check(page, scripts=("application/json", None))
+    assert (page.count("<details"), page.count("<details open"), page.count('<div class="tree">')) == (3, 1, 3)
+
+
+def test_a_tree_of_texts_shows_texts(tmp_path):
+    result = search.dts(words(), many_e, budget=80, levels=2, key=1)
+    page = result.report(tmp_path).read_text()
+    check(page, scripts=("application/json", None))
+    best = result.texts[int(result.reward[0].argmax())]
+    assert f"text: {best}" in page
+    assert f"<span>{best}</span>" in page
+    assert "<img" not in page
+
+
+def test_a_tree_of_a_hundred_thousand_leaves_stays_a_small_page(tmp_path):
+    result = search.dts(plane(), score, particles=100_000, walkers=5000, levels=[1, 3])
+    assert result.report(tmp_path).stat().st_size < 800_000
+
+
+# -- the way to the best sample
+
+
+@pytest.mark.parametrize("process", [plane, words])
+def test_the_way_of_a_trajectory_follows_its_lineage(process):
+    reward = score if process is plane else many_e
+    result = steer.smc(
+        process(), reward, particles=12, keep_states=True, key=4, selection=steer.resample(threshold=1.0)
+    )
+    stops, best = best_path(result), int(result.reward[0].argmax())
+    assert result.trajectory is not None
+    assert [stop.level for stop in stops] == [*range(result.process.steps), result.process.steps]
+    assert torch.equal(stops[-1].clean, result.x[0, best])
+    states = result.trajectory.states()[:, best : best + 1]
+    for stop in stops[:-1]:
+        x = states[:, :, stop.level]
+        clean = result.process.complete(x, result.process.denoise(x, stop.level))
+        torch.testing.assert_close(stop.clean, clean[0, 0])
+        if any(seen.k == stop.level for seen in result.seen):  # a last step without noise is not scored twice
+            assert stop.value == pytest.approx(float(reward(clean[0])), rel=1e-4, abs=1e-5)
+    assert [stop.value for stop in stops].count(None) <= 1
+    assert stops[-1].value == pytest.approx(float(result.reward.max()))
+    assert len(best_path(result, most=3)) == 3
+
+
+def test_the_way_through_a_tree_is_its_path():
+    result = search.dts(plane(), score, particles=30, levels=3, batch=2, key=3)
+    stops = best_path(result, problem=1)
+    assert [stop.level for stop in stops] == list(result.tree.levels)
+    for stop in stops:
+        assert stop.value == pytest.approx(float(score(stop.clean[None])), rel=1e-4)
+    assert torch.equal(stops[-1].clean, result.best[1])
+
+
+def test_no_way_where_nothing_was_kept():
+    assert best_path(steer.smc(plane(), score, particles=4)) == []
+    assert best_path(search.best_of_n(plane(), score, particles=4)) == []
 
 
 def test_numbers_as_text():

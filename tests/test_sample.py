@@ -56,6 +56,37 @@ def test_a_comparison_is_at_equal_budget_with_both_baselines():
     assert table.to_dict()["rows"][1]["method"] == "best_of_n"
 
 
+def test_several_budgets_are_the_comparisons_at_each():
+    curve = steer.compare(process(), REWARD, budget=[80, 20, 40], keys=2, key=3)
+    alone = steer.compare(process(), REWARD, budget=40, keys=2, key=3)
+    assert [stage.budget for stage in curve.at] == [20, 40, 80]
+    assert curve.at[1].rows[2].reward == alone.rows[2].reward
+    assert alone.at == (alone,)
+    assert all({row.nfe for row in stage.rows} == {stage.budget} for stage in curve.at)
+    assert curve.to_dict()["budgets"][1]["rows"][0]["reward"] == alone.to_dict()["rows"][0]["reward"]
+    assert [line for line in str(curve).splitlines() if line.startswith("budget")] == [
+        "budget 20", "budget 40", "budget 80",
+    ]  # fmt: skip
+    with pytest.raises(steer.SteerError, match="several"):
+        steer.compare(process(), REWARD, budget=[])
+
+
+def test_an_interrupted_curve_keeps_the_budgets_it_finished():
+    def stop_at_the_second_budget(state):
+        stop_at_the_second_budget.left -= 1
+        if stop_at_the_second_budget.left == 0:
+            raise steer.Stop
+
+    for after, keys in ((3, [2]), (7, [2, 1])):
+        stop_at_the_second_budget.left = 2 * 5 + after
+        curve = steer.compare(
+            process(), REWARD, budget=[20, 40], keys=2, options={"smc": {"on_step": stop_at_the_second_budget}}
+        )
+        assert curve.interrupted
+        assert [stage.keys for stage in curve.at] == keys
+        assert curve.keys == keys[-1]
+
+
 def test_keys_of_a_comparison_are_independent_and_reproducible():
     one, two = (steer.compare(process(), REWARD, budget=40, keys=2, key=3) for _ in range(2))
     assert one.rows[2].reward == two.rows[2].reward

@@ -1,5 +1,6 @@
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -122,6 +123,54 @@ def test_several_problems_without_lineage_and_forbidden_samples(tmp_path):
     assert saved.key == steer.Key(0)
     with pytest.raises(steer.SteerError, match="lineage"):
         saved.slots()
+
+
+def test_a_saved_run_is_a_result_again(run, tmp_path):
+    reference = steer.rollout(mixture(), score, particles=5, key=7)
+    saved = load_result(run.save(tmp_path, reference=reference))
+    again = saved.result(mixture())
+    for name in ("x", "reward", "log_weight", "log_evidence", "log_evidence_variance", "root", "ess", "decoded"):
+        assert torch.equal(getattr(again, name), getattr(run, name)), name
+    assert (again.cost, again.key, again.temperature) == (run.cost, run.key, run.temperature)
+    assert again.trajectory is not None
+    counts = [(k, n.tolist()) for k, n in run.trajectory.unique_roots()]
+    assert [(k, n.tolist()) for k, n in again.trajectory.unique_roots()] == counts
+    assert [seen.k for seen in again.seen] == [seen.k for seen in run.seen]
+    beside = saved.reference(mixture())
+    assert beside is not None
+    assert torch.equal(beside.x, reference.x)
+    assert "Unique ancestors" in again.report(tmp_path).read_text()
+    with pytest.raises(steer.SteerError, match="8 steps"):
+        saved.result(mixture(steps=9))
+
+
+def test_lineages_of_varying_width_come_back(tmp_path):
+    state = steer.Trajectory.begin(mixture(), torch.randn(2, 6, 2))
+    state = state.resample(torch.tensor([[0, 0, 1], [5, 4, 3]])).branch(4)
+    state = state.resample(torch.randint(0, 12, (2, 12)), torch.tensor([True, False]))
+    run = steer.rollout(mixture(), score, batch=2, particles=12, key=1)
+    run = replace(run, trajectory=state, root=state.root)
+    again = load_result(run.save(tmp_path)).result(mixture())
+    assert again.trajectory is not None
+    assert [move[1].shape[1] for move in again.trajectory.past] == [3, 12, 12]
+    assert torch.equal(again.trajectory.root, state.root)
+    assert torch.equal(again.trajectory.resamplings(), state.resamplings())
+
+
+@pytest.mark.parametrize("method", ["svdd", "rbf", "beam", "psi", "dts"])
+def test_every_kind_of_run_is_saved_and_comes_back(method, tmp_path):
+    run = steer.sample(mixture(), score, method=method, budget=200, batch=2, key=3)
+    saved = load_result(run.save(tmp_path))
+    again = saved.result(mixture())
+    assert torch.equal(again.log_weight, run.log_weight)
+    assert all(torch.equal(a.score, b.score) for a, b in zip(again.seen, run.seen, strict=True))
+    assert {name: v.tolist() for name, v in again.diagnostics.items()} == {
+        name: v.tolist() for name, v in run.diagnostics.items()
+    }
+    tree = saved.facts["tree"]
+    assert tree is None if run.tree is None else tree == {"saved": False, "was": repr(run.tree)}
+    assert again.tree is None
+    again.report(tmp_path)
 
 
 def test_json_is_strict():

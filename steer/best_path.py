@@ -1,0 +1,86 @@
+"""How a run's best sample came about: its predictions from noise to data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .trajectory import Ancestors, Stepped, gather
+from .tree_figure import best_slots, clean_states, drawable
+
+if TYPE_CHECKING:
+    from .result import Result
+
+
+@dataclass(frozen=True, eq=False)
+class Waypoint:
+    """One stop on the way: the clean state (*event) predicted at a level, and what it was worth.
+
+    value: the reward of the prediction; of a tree that scores none, the value of the node; None where neither is known.
+    """
+
+    level: int
+    clean: Tensor
+    value: float | None
+
+
+def best_path(result: Result, problem: int = 0, most: int = 11) -> list[Waypoint]:
+    """The way to the sample of highest reward, at most `most` stops, the last one itself; empty where none was kept.
+
+    Of a tree, its levels. Of a trajectory with states, the predictions there, made anew (`most` - 1 network rows per
+    problem, on nobody's ledger: the states were kept, not the predictions).
+    """
+    if result.tree is not None:
+        return _in_tree(result, problem, most) if drawable(result.tree) else []
+    past = () if result.trajectory is None else result.trajectory.past
+    return _in_trajectory(result, problem, most) if any(isinstance(event, Stepped) for event in past) else []
+
+
+def _in_tree(result: Result, problem: int, most: int) -> list[Waypoint]:
+    tree, stops = result.tree, []
+    path = best_slots(tree, problem)
+    with torch.no_grad():
+        for depth in _spread([*range(1, len(path))], most):
+            known = tree.nodes_at(depth, problem)
+            score = next(known[name] for name in ("reward", "look", "value") if name in known)
+            clean = clean_states(result, depth, torch.tensor([path[depth]]), problem)[0, 0]
+            stops.append(Waypoint(tree.levels[depth - 1], clean, float(score[path[depth]])))
+    return stops
+
+
+def _in_trajectory(result: Result, problem: int, most: int) -> list[Waypoint]:
+    state, process = result.trajectory, result.process
+    assert state is not None
+    best = result.reward.argmax(1, keepdim=True).to(state.x.device)
+    index = torch.arange(state.x.shape[1], device=state.x.device).expand(state.x.shape[:2])
+    states, places = {}, {}
+    for event in reversed(state.past):
+        if isinstance(event, Ancestors):
+            index = event.parent.gather(1, index)
+        else:
+            states[event.k] = gather(event.x, index.gather(1, best))
+        places[event.k] = index.gather(1, best)  # in the population that was scored there, before any rearrangement
+    scores = {
+        seen.k: float(seen.score[problem, places[seen.k][problem, 0]])
+        for seen in result.seen
+        if seen.k in places and int(places[seen.k].max()) < seen.score.shape[1]
+    }
+    stops = []
+    with torch.no_grad():
+        for k in _spread(sorted(states), most - 1):
+            clean = process.complete(states[k], process.denoise(states[k], k))
+            stops.append(Waypoint(k, clean[problem, 0], scores.get(k)))
+    end = gather(result.x, best.to(result.x.device))[problem, 0]
+    return [*stops, Waypoint(state.k, end, float(result.reward[problem].max()))]
+
+
+def _spread(levels: Sequence[int], most: int) -> list[int]:
+    """At most `most` of them, evenly spaced, first and last included."""
+    if len(levels) <= most:
+        return list(levels)
+    return [levels[math.floor(i * (len(levels) - 1) / (most - 1) + 0.5)] for i in range(most)]

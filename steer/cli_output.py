@@ -1,0 +1,105 @@
+"""What the command line writes and prints of a run or a comparison."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .result import Result
+    from .sample import Comparison, Comparisons
+
+
+def write_run(
+    result: Result, reference: Result | None, out: Path, n: int, about: dict[str, Any], metrics: dict[str, Any]
+) -> dict[str, Any]:
+    """The run's files, and its numbers. What was paid for comes first: the result, then pictures of it."""
+    from .images import grid, is_images, to_png
+    from .report import shown, summary, write_report
+    from .saving import save_result, write_atomically
+
+    index = shown(result, n)
+    save_result(result, out, reference=reference, **about, shown=index.tolist())
+    chosen = result.take(index)
+    if is_images(chosen.decoded):
+        write_atomically(out / "images.png", to_png(grid(chosen.decoded, least=96)))
+    title = f"{about['reward']} on {about['model']}"
+    write_report(result, out, reference=reference, metrics=metrics, index=index, title=title, about=about)
+    texts = {"texts": chosen.texts} if getattr(result.process, "text", None) is not None else {}
+    return summary(result, reference, metrics) | texts
+
+
+def write_comparison_files(
+    comparison: Comparison | Comparisons, out: Path, n: int, about: dict[str, Any]
+) -> dict[str, Any]:
+    from .images import grid, is_images, to_png
+    from .report import shown, write_comparison
+    from .saving import plain, to_json, versions, write_atomically
+
+    facts = plain({"about": about, **comparison.to_dict(), "versions": versions()})
+    write_atomically(out / "compare.json", to_json(facts))
+    pictures, texts = {}, {}
+    for name, (first, *_) in comparison.at[-1].results.items():
+        chosen = first.take(shown(first, min(n, first.reward.shape[1])))
+        if getattr(first.process, "text", None) is not None:
+            texts[name] = chosen.texts
+        elif is_images(chosen.decoded):
+            pictures[name] = grid(chosen.decoded, least=96)
+            write_atomically(out / name / "images.png", to_png(pictures[name]))
+    title = f"{about['reward']} on {about['model']}, methods at equal budget"
+    write_comparison(comparison, out, pictures=pictures, texts=texts, title=title, about=about)
+    return {"out": str(out), **facts}
+
+
+def print_run(numbers: dict[str, Any], out: Path, about: dict[str, Any], as_json: bool, quiet: bool) -> None:
+    import typer
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from .page import number
+
+    if as_json:
+        files = sorted(path.name for path in out.iterdir() if path.is_file())
+        typer.echo(json.dumps({"out": str(out), "files": files, "about": about, **numbers}))
+    elif not quiet:
+        lines = Table.grid(padding=(0, 2))
+        for name, measured in {"mean reward": numbers["reward"], **numbers["metrics"]}.items():
+            before = f"{number(measured['unsteered'])} → " if "unsteered" in measured else ""
+            lines.add_row(escape(name), f"{before}[bold]{number(measured['steered'])}[/]")
+        apart = numbers["reference_cost"]
+        aside = f", and {apart['nfe']:,} for the unsteered samples" if apart else ""
+        lines.add_row("network rows", f"{numbers['cost']['nfe']:,}{aside}")
+        if "texts" in numbers:
+            lines.add_row("samples", escape(", ".join(numbers["texts"])))
+        lines.add_row("report", escape(str(out / "report.html")))
+        Console(highlight=False).print(lines)
+
+
+def print_comparison(comparison: Comparison | Comparisons, out: Path) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from .page import number, with_error
+
+    stages = comparison.at
+    names = list(stages[-1].rows[0].metrics)
+    heads = ["method", *["budget"] * (len(stages) > 1), "reward", "best", *map(escape, names), "ess", "rows", "seconds"]
+    table = Table(box=None, header_style="bold")
+    for head in heads:
+        table.add_column(head, no_wrap=len(stages) > 1)
+    for i in range(len(stages[-1].rows)):
+        for j, stage in enumerate(stages):
+            row = stage.rows[i]
+            measured = (row.reward, row.best, *(row.metrics[name] for name in names))
+            cells = [with_error(mean, error) for mean, error in measured]
+            budget = [f"{stage.budget:,}"] * (len(stages) > 1)
+            table.add_row(
+                row.method if j == 0 else "", *budget, *cells, number(row.ess), f"{row.nfe:,.0f}", f"{row.seconds:.2f}"
+            )
+    console = Console()
+    # A file or a pipe has no width of its own.
+    (console if console.is_terminal or len(stages) == 1 else Console(width=160)).print(table)
+    Console(soft_wrap=True, highlight=False).print(f"report  {escape(str(out / 'report.html'))}")
