@@ -15,7 +15,9 @@ prompts of its samples names an argument `prompts`.
     weighted, Weighted                  sums with units
     zscore, clip, target, log, minimum, softmin, product, gate  functions of rewards, with units
     rank, group_zscore                  a sample against the others of its problem: for search, not for tilting
-    chunked, timeout, full_precision    around any reward
+    chunked, per_frame, timeout, full_precision     around any reward
+    from_flow_grpo, from_trl            trainers' reward functions, as rewards here
+    as_flow_grpo, as_flow_grpo_scores, as_trl, as_verl_omni     rewards from here, as trainers call them
     from_spec                           rewards by name: "digit:3", "jpeg:+"
 
 Built-in rewards say their unit, bounds and gradient in an attribute `spec` and give scores of at least float32.
@@ -42,9 +44,10 @@ from .pick_score import PickScore
 from .remote import Remote
 from .serve import serve
 from .text import InWords, LetterCount, Matches, TextLogProb
+from .trainers import as_flow_grpo, as_flow_grpo_scores, as_trl, as_verl_omni, from_flow_grpo, from_trl
 from .vlm_judge import VLMJudge
 from .vqa_score import VQAScore
-from .wrap import chunked, full_precision, timeout
+from .wrap import chunked, full_precision, per_frame, timeout
 
 __all__ = [
     "HPS",
@@ -81,15 +84,22 @@ __all__ = [
     "VLMJudge",
     "VQAScore",
     "Weighted",
+    "as_flow_grpo",
+    "as_flow_grpo_scores",
+    "as_trl",
+    "as_verl_omni",
     "chunked",
     "clip",
+    "from_flow_grpo",
     "from_spec",
+    "from_trl",
     "full_precision",
     "gate",
     "group_zscore",
     "judge",
     "log",
     "minimum",
+    "per_frame",
     "product",
     "rank",
     "serve",

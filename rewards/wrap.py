@@ -1,4 +1,4 @@
-"""Rewards around rewards: fewer samples at a time, a deadline, full precision.
+"""Rewards around rewards: fewer samples at a time, frame by frame, a deadline, full precision.
 
 Each keeps the wrapped reward's spec, closed form and wish for prompts, and carries its name.
 """
@@ -13,7 +13,7 @@ from queue import Empty, SimpleQueue
 import torch
 from torch import Tensor
 
-from steer.errors import RewardError
+from steer.errors import RewardError, ShapeError
 
 from .calling import Scorer, name_of, needs_prompts, score, signature, spec_of, takes_prompts
 
@@ -38,6 +38,29 @@ def chunked(reward: Scorer, rows: int) -> Scorer:
         return torch.cat([score(reward, chunk, texts) for chunk, texts in chunks])
 
     return _like(reward, call, f"chunked({name_of(reward)}, {rows})")
+
+
+def per_frame(reward: Scorer, every: int = 1) -> Scorer:
+    """The reward of images on videos (M, F, C, H, W): the mean of its scores over every `every`-th frame.
+
+    Prompts are those of the videos. Called once, on all frames that are scored.
+    """
+    if every < 1:
+        raise RewardError(f"per_frame(reward, every) needs every >= 1, got {every}")
+    if spec_of(reward).scope == "groupwise":
+        raise RewardError(
+            f"{name_of(reward)} scores a sample against the others in its call, and per_frame would make them frames "
+            "of one video: give it per_frame(...) of the reward inside it instead"
+        )
+
+    def call(samples: Tensor, *, prompts: Sequence[str] | None = None) -> Tensor:
+        if samples.ndim != 5:
+            raise ShapeError(f"per_frame scores videos (M, F, C, H, W), got {tuple(samples.shape)}")
+        frames = samples[:, ::every]
+        texts = None if prompts is None else [text for text in prompts for _ in range(frames.shape[1])]
+        return score(reward, frames.flatten(0, 1), texts).view(frames.shape[:2]).mean(1)
+
+    return _like(reward, call, f"per_frame({name_of(reward)})")
 
 
 def timeout(reward: Scorer, seconds: float) -> Scorer:

@@ -114,7 +114,8 @@ class Composite:
         if self.components[0].initial is not None and self.total(0) != 1.0:
             raise ModelError(
                 "this process starts from a law of its own, and powers of it are not known: only exponents that sum "
-                f"to 1 can start there, got {self.total(0):.4g}"
+                f"to 1 can start there, got {self.total(0):.4g}; dataclasses.replace(process, initial=None) starts from "
+                "its path's own N(0, sigma^2) instead"
             )
         return self.components[0].prior(key, batch, particles) / math.sqrt(self.total(0))
 
@@ -219,21 +220,32 @@ def compose(
     process:       one process, several (their product), or a Composite as it is.
     exponent:      of every component: a number for all, one each, or a function of the Level that gives one each.
     unconditional: with guidance w, the target unconditional^(1 - w) process^w, raised to `exponent`.
+    Grids that start at pure noise (alpha = 0, as flow pipelines' do) start at `schedule.start` instead: at alpha = 0
+    the path has no finite drift.
     """
     if isinstance(process, Composite):
         if exponent != 1.0 or unconditional is not None or guidance is not None:
             raise SteerError("a Composite has its exponents already: leave exponent, unconditional and guidance out")
         return process
-    components = (process,) if isinstance(process, GaussianProcess) else tuple(process)
+    components = tuple(map(_below_pure_noise, (process,) if isinstance(process, GaussianProcess) else process))
     if (unconditional is None) != (guidance is None):
         raise SteerError("unconditional= and guidance= go together: the target is unconditional^(1 - w) process^w")
     if unconditional is not None and guidance is not None:
         if len(components) != 1 or not isinstance(exponent, int | float):
             raise SteerError("guidance takes one process and one number as exponent; build a steer.Composite for more")
-        components, exponent = (unconditional, *components), (exponent * (1.0 - guidance), exponent * guidance)
+        components = (_below_pure_noise(unconditional), *components)
+        exponent = (exponent * (1.0 - guidance), exponent * guidance)
     if callable(exponent):
         return Composite(components, exponent)
     fixed = (float(exponent),) * len(components) if isinstance(exponent, int | float) else tuple(map(float, exponent))
     if len(fixed) != len(components):
         raise SteerError(f"expected {len(components)} exponents, one per process, got {len(fixed)}")
     return Composite(components, lambda level: fixed)
+
+
+def _below_pure_noise(process: GaussianProcess) -> GaussianProcess:
+    """The process from the largest time at which its path's coefficients are finite."""
+    start = process.schedule.start
+    if process.levels[0].alpha > 0.0 or process.steps == 1 or not process.times[1] < start < process.times[0]:
+        return process
+    return process.with_times((start, *process.times[1:]))

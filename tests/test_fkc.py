@@ -257,3 +257,15 @@ def test_a_composite_is_a_process_for_other_samplers():
     assert result.cost.nfe == 2 * 4 * 20
     exact = exact_chain(MIXTURE, "vp", 4)
     assert compose(exact).rows == 1
+
+
+def test_a_grid_from_pure_noise_starts_a_little_below():
+    """As flow pipelines' do: at alpha = 0 the path's own drift is infinite, and every other sampler starts there."""
+    times = steer.uniform_times(steer.RectifiedFlow(), 8, start=1.0)
+    model = steer.from_denoiser(lambda x, t: 0.0 * x, steer.RectifiedFlow(), times, event=(2,))
+    target = steer.compose(model)
+    assert (model.times[0], target.levels[0].t) == (1.0, steer.RectifiedFlow().start)
+    assert target.components[0].times[1:] == model.times[1:]
+    assert bool(steer.fkc(model, exponent=2.0, particles=4).log_weight.isfinite().all())
+    kept = steer.compose(model.with_times(times[1:]))
+    assert kept.components[0].times == times[1:]

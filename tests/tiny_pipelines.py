@@ -64,12 +64,12 @@ def autoencoder(channels=4, blocks=(4, 8), **options):
     )  # fmt: skip
 
 
-def conditional_unet(channels=4, **options):
+def conditional_unet(channels=4, context=WIDTH, **options):
     return diffusers.UNet2DConditionModel(
         sample_size=8, in_channels=channels, out_channels=4, block_out_channels=(4, 8), layers_per_block=1,
         norm_num_groups=2,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=WIDTH, attention_head_dim=2, **options,
+        cross_attention_dim=context, attention_head_dim=2, **options,
     )  # fmt: skip
 
 
@@ -264,6 +264,35 @@ def cosmos():
     )  # fmt: skip
 
 
+def audioldm():
+    """Sound: the decoder's spectrogram goes through a vocoder, and samples are waveforms (M, T)."""
+    unet = conditional_unet(
+        context=(4, 8),
+        class_embed_type="simple_projection",
+        projection_class_embeddings_input_dim=WIDTH,
+        class_embeddings_concat=True,
+    )
+    vae = diffusers.AutoencoderKL(
+        in_channels=1, out_channels=1, latent_channels=4, block_out_channels=(4, 8), norm_num_groups=2,
+        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+    )  # fmt: skip
+    clap = transformers.ClapTextConfig(
+        vocab_size=1000, hidden_size=WIDTH, intermediate_size=37, num_attention_heads=2, num_hidden_layers=1,
+        pad_token_id=1, projection_dim=WIDTH, max_position_embeddings=140,
+    )  # fmt: skip
+    vocoder = transformers.SpeechT5HifiGan(
+        transformers.SpeechT5HifiGanConfig(
+            model_in_dim=8, sampling_rate=16000, upsample_initial_channel=8, upsample_rates=[2, 2],
+            upsample_kernel_sizes=[4, 4], resblock_kernel_sizes=[3], resblock_dilation_sizes=[[1, 3]],
+            normalize_before=False,
+        )
+    )  # fmt: skip
+    return diffusers.AudioLDMPipeline(
+        vae=vae, text_encoder=transformers.ClapTextModelWithProjection(clap), tokenizer=character_tokenizer(),
+        unet=unet, scheduler=diffusers.DDIMScheduler(clip_sample=False, set_alpha_to_one=False), vocoder=vocoder,
+    )  # fmt: skip
+
+
 def ddpm():
     unet = diffusers.UNet2DModel(
         sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 16), layers_per_block=1,
@@ -301,6 +330,7 @@ FAMILIES = {
         "prompt": "a cat", "negative_prompt": "bad", "guidance_scale": 3.0, **SMALL, "num_frames": 9,
         "max_sequence_length": 16,
     }),
+    "audioldm": (audioldm, {"prompt": "a bell", "guidance_scale": 3.0, "audio_length_in_s": 0.004}),
     "ddpm": (ddpm, {}),
 }  # fmt: skip
 """Constructor and call arguments of a small pipeline of each family."""

@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from rewards import Ink, Linear, chunked, full_precision, timeout
+from rewards import Ink, Linear, chunked, full_precision, per_frame, rank, timeout
 from steer.errors import RewardError, ShapeError
 
 WRAPPERS = [lambda reward: chunked(reward, 2), lambda reward: timeout(reward, 30), full_precision]
@@ -162,3 +162,22 @@ def test_only_half_precision_is_cast(given: torch.dtype):
 
     full_precision(reward)(torch.ones(2, 2, dtype=given))
     assert seen == [torch.float32 if given in (torch.float16, torch.bfloat16) else given]
+
+
+def test_a_video_is_scored_frame_by_frame():
+    videos = torch.rand(3, 5, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    seen = []
+
+    def brightness(images, *, prompts):
+        seen.append(prompts)
+        return images.mean((1, 2, 3))
+
+    reward = per_frame(brightness, every=2)
+    torch.testing.assert_close(reward(videos, prompts=["a", "b", "c"]), videos[:, [0, 2, 4]].mean((1, 2, 3, 4)))
+    assert seen == [["a"] * 3 + ["b"] * 3 + ["c"] * 3]
+    with pytest.raises(ShapeError, match=r"videos \(M, F, C, H, W\)"):
+        reward(videos[:, 0], prompts=["a", "b", "c"])
+    with pytest.raises(RewardError, match="every >= 1"):
+        per_frame(brightness, every=0)
+    with pytest.raises(RewardError, match="inside it"):
+        per_frame(rank(Ink()))
