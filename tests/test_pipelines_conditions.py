@@ -146,7 +146,7 @@ def test_verify_finds_rows_that_see_each_other():
     pipe.transformer.forward = lambda *args, **kwargs: (
         (out := forward(*args, **kwargs)[0]) + 0.1 * out.mean(0, keepdim=True),
     )
-    with pytest.raises(steer.ModelError, match="batched"):
+    with pytest.raises(steer.ModelError, match="a row in a batch differs"):
         steer.verify(process)
 
 

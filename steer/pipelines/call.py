@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import ModelError, ShapeError, SteerError
 from .conditioning import Conditioning
 from .network import Network, is_network
-from .steered import Captured, IgnoresInterrupt, Job, SteeredScheduler
+from .steered import Captured, IgnoresInterrupt, Job, OffGrid, SteeredScheduler
 
 # What pipelines compute before their loop, under the names they give it.
 _PRELUDE = (
@@ -96,12 +96,12 @@ class PipelineCall:
         return x
 
     def predict(
-        self, x: Tensor, problems: tuple[int, ...], per: int, index: int, off_grid: tuple[Tensor, float] | None = None
+        self, x: Tensor, problems: tuple[int, ...], per: int, index: int, off_grid: OffGrid | None = None
     ) -> Tensor:
         """What the pipeline hands to `scheduler.step` at loop step `index`, latents being x: its guided prediction.
 
-        x: (len(problems) * per, *event), problem by problem. off_grid: (timestep, input scale) to evaluate at instead
-        of the step's own. Differentiable in x where gradients are enabled.
+        x: (len(problems) * per, *event), problem by problem. off_grid: a level to evaluate at instead of the
+        step's own. Differentiable in x where gradients are enabled.
         """
         job = Job(problems, per, index, x, off_grid, gradient=torch.is_grad_enabled())
         output = self._capture(job).output

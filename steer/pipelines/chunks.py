@@ -47,7 +47,7 @@ class Chunked:
     """Applies a function of (rows, problems, per) to flat rows, in chunks.
 
     name: what it does, for the log. chunk: most rows per call; halved, for good, whenever memory runs out, and one
-    where several rows raise: many pipelines take an image, a video or lyrics for one row only.
+    where the first call with several rows raises: many pipelines take an image, a video or lyrics for one row only.
     together: whether a call may hold rows of several problems.
     """
 
@@ -55,6 +55,7 @@ class Chunked:
         self, name: str, function: Callable[[Tensor, tuple[int, ...], int], Tensor], chunk: int, together: bool
     ):
         self.name, self.function, self.chunk, self.together = name, function, chunk, together
+        self._several = False  # whether a call with several rows went through
 
     def __call__(self, flat: Tensor, problems: int) -> Tensor:
         """The function's rows for rows (problems * particles, ...). Raises what the function raises for single rows.
@@ -65,21 +66,29 @@ class Chunked:
         while True:
             try:
                 cut = pieces(problems, particles, self.chunk, self.together)
-                return torch.cat([self._piece(flat, piece) for piece in cut])
+                rows = torch.cat([self._piece(flat, piece) for piece in cut])
+                self._several = self._several or min(self.chunk, len(flat)) > 1
+                return rows
             except torch.OutOfMemoryError:
                 if min(self.chunk, len(flat)) == 1:
                     raise
             except Exception as error:
-                if min(self.chunk, len(flat)) == 1:
+                if self._several or min(self.chunk, len(flat)) == 1:
                     raise
-                self.chunk = 1
-                log.warning("%s take one row per call: several raised %s: %s", self.name, type(error).__name__, error)
-                continue
+                return self._singly(flat, problems, error)
             # Outside the handler, where the failed call's frames, and the memory that they hold, are gone.
             self.chunk = min(self.chunk, len(flat)) // 2
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             log.warning("out of memory in %s: going on with chunks of %d rows", self.name, self.chunk)
+
+    def _singly(self, flat: Tensor, problems: int, error: Exception) -> Tensor:
+        """Row by row after several raised, and from here on if single rows do not raise too."""
+        cut = pieces(problems, len(flat) // problems, 1, self.together)
+        rows = torch.cat([self._piece(flat, piece) for piece in cut])
+        self.chunk = 1
+        log.warning("%s take one row per call: several raised %s: %s", self.name, type(error).__name__, error)
+        return rows
 
     def _piece(self, flat: Tensor, piece: Piece) -> Tensor:
         rows, size = flat[piece.start : piece.stop], len(piece.problems) * piece.per

@@ -75,14 +75,15 @@ def read(scheduler: Any, first: int, length: int) -> Grid:
         )
     if config.get("thresholding", False):
         raise ModelError("dynamic thresholding couples the coordinates of x_0; set thresholding=False on the scheduler")
-    if _is_flow(scheduler):
-        schedule, times = RectifiedFlow(), sigma
-    elif bool((alpha == 1.0).all()):
+    if bool((alpha == 1.0).all()):
         schedule = VE(sigma_max=float(sigma[0]))
         times = sigma / sigma[0]
+    elif _is_flow(scheduler):
+        schedule, times = RectifiedFlow(), sigma
     else:
         scale = _data_std(scheduler) if kind == "trigflow" else 1.0
-        schedule, times = Trigonometric(scale=scale), torch.atan2(sigma / scale, alpha) * (2.0 / math.pi)
+        schedule = Trigonometric(scale=scale)
+        times = torch.atan2(sigma / scale, alpha).mul(2.0 / math.pi).clamp(max=1.0)
     given = scheduler.timesteps[first : first + length].tolist()
     keep = [i for i in range(length) if i == 0 or times[i] < times[i - 1]]
     return Grid(
@@ -96,6 +97,8 @@ def _table(scheduler: Any) -> tuple[Tensor, Tensor]:
     name, config = type(scheduler).__name__, scheduler.config
     if _is_flow(scheduler):
         sigma = scheduler.sigmas.double().cpu()
+        if float(sigma.max()) > 1.0:
+            return torch.ones_like(sigma), sigma  # Cosmos 2 steps through sigma space by a flow scheduler
         # Mochi's sigmas count the share of the data
         return (sigma, 1.0 - sigma) if config.get("invert_sigmas", False) else (1.0 - sigma, sigma)
     if name == "SCMScheduler":
@@ -168,8 +171,7 @@ def timestep_at(scheduler: Any, at: Level) -> float:
     """What the networks are told at a level off the grid: the inverse of the scheduler's own table, interpolated."""
     name = type(scheduler).__name__
     if _is_flow(scheduler):
-        share = 1.0 - at.sigma if scheduler.config.get("invert_sigmas", False) else at.sigma
-        return share * scheduler.config.num_train_timesteps
+        return _between(scheduler, entry_at(scheduler, at))
     if name == "SCMScheduler":
         return math.atan2(at.sigma / _data_std(scheduler), at.alpha)
     if name.startswith(("EDM", "CosineDPM")):
@@ -184,6 +186,28 @@ def timestep_at(scheduler: Any, at: Level) -> float:
     if ratios[high] == math.inf:  # a zero terminal SNR
         return float(high if target == math.inf else low)
     return low + (target - ratios[low]) / (ratios[high] - ratios[low])
+
+
+def _between(scheduler: Any, sigma: float) -> float:
+    """The timestep of a flow scheduler at an entry between those of its own grid: straight between them, and to 0.
+
+    Most tell the networks sigma times a constant; CogView4 shifts its sigmas and leaves its timesteps.
+    """
+    told = scheduler.timesteps.double().cpu()
+    knots = dict(zip(scheduler.sigmas.double().cpu()[: len(told)].tolist(), told.tolist(), strict=True))
+    entries = sorted({0.0: 0.0, **knots}.items())
+    high = min(max(1, bisect.bisect_left(entries, (sigma, -math.inf))), len(entries) - 1)
+    (left, low), (right, top) = entries[high - 1], entries[high]
+    return low + (top - low) * (sigma - left) / (right - left)
+
+
+def entry_at(scheduler: Any, at: Level) -> float:
+    """What a scheduler's table `sigmas` would hold for a level off the grid: some pipelines look it up themselves."""
+    if _is_flow(scheduler) and scheduler.config.get("invert_sigmas", False):
+        return 1.0 - at.sigma
+    if not _is_flow(scheduler) and type(scheduler).__name__.startswith(_BY_RATIO):
+        return at.sigma / at.alpha if at.alpha > 0.0 else math.inf
+    return at.sigma
 
 
 def input_scale(scheduler: Any, at: Level) -> float:

@@ -15,6 +15,7 @@ from ..types import Rule
 from . import levels, unet2d
 from .call import PipelineCall
 from .chunks import Chunked
+from .steered import OffGrid
 
 
 def from_pipeline(
@@ -105,12 +106,12 @@ class PipelineDenoiser:
             step = self.grid.step_before(t)
             scheduler = self.call.scheduler.plain()
             timestep = torch.tensor(levels.timestep_at(scheduler, at), dtype=torch.float32, device=x.device)
-            off_grid = timestep, levels.input_scale(scheduler, at)
+            off_grid = OffGrid(timestep, levels.input_scale(scheduler, at), levels.entry_at(scheduler, at))
         output = self.output(x, self.grid.indices[step], off_grid)
         x0 = levels.x0_of(output, x, at, self.grid.kind, self.grid.data_std)
         return x0 if self.clamp is None else x0.clamp(-self.clamp, self.clamp)
 
-    def output(self, x: Tensor, index: int, off_grid: tuple[Tensor, float] | None = None) -> Tensor:
+    def output(self, x: Tensor, index: int, off_grid: OffGrid | None = None) -> Tensor:
         """What the pipeline hands its scheduler at the loop's step `index`, for states (B, N, *event)."""
         self._step, self._off_grid = index, off_grid
         several = self.call.conditioning.problems and self.problem is None

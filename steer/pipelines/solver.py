@@ -169,16 +169,17 @@ def _rehearse(scheduler: Any, timesteps: Tensor, event: tuple[int, ...]) -> tupl
     """The scheduler before each step of a run on stand-ins, which finds out what it remembers."""
     x = torch.ones(1, *event, device=timesteps.device)
     stages: list[Stage] = []
-    outcomes = []
+    outcomes: list[Tensor] = []
     with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
-        for _ in range(2):  # a scheduler that draws noise ends elsewhere the second time
-            player, state = copy.deepcopy(scheduler), x
+        for _ in range(2):  # a scheduler that draws noise passes elsewhere the second time
+            player, state, passed = copy.deepcopy(scheduler), x, []
             stages.clear()
             for i, timestep in enumerate(timesteps):
                 places = tuple(_remembered(player, x.shape))
                 stages.append(Stage(timestep, _without(player, places), places))
                 state = _stepped(player, torch.full_like(x, 0.1 + 0.01 * i), timestep, state)
-            outcomes.append(state)
+                passed.append(state)
+            outcomes.append(torch.cat(passed))  # all: a last step may keep nothing of the state
     if not torch.equal(*outcomes):
         raise ModelError(
             f"{type(scheduler).__name__} draws noise in its steps, which its global generator would name; leave "
@@ -188,7 +189,13 @@ def _rehearse(scheduler: Any, timesteps: Tensor, event: tuple[int, ...]) -> tupl
 
 
 def _stepped(scheduler: Any, output: Tensor, timestep: Tensor, x: Tensor) -> Tensor:
-    return scheduler.step(output, timestep, x, return_dict=False)[0]
+    try:
+        return scheduler.step(output, timestep, x, return_dict=False)[0]
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ModelError(
+            f"{type(scheduler).__name__} does not step by a prediction and its timestep alone, it raised "
+            f"{type(error).__name__}: {error}; leave own_solver out: steer.ddim(eta=0.0) steps without it"
+        ) from error
 
 
 def _remembered(scheduler: Any, shape: torch.Size) -> Iterator[Place]:

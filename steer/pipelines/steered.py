@@ -11,7 +11,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +40,14 @@ class Stepped(tuple):
     prev_sample = pred_original_sample = denoised = property(lambda self: self[0])
 
 
+class OffGrid(NamedTuple):
+    """A level that is not one of the scheduler's: what the networks are told, how states are scaled, its `sigma`."""
+
+    timestep: Tensor
+    scale: float
+    sigma: float
+
+
 @dataclass(eq=False)
 class Job:
     """What one call of the pipeline is for.
@@ -47,7 +55,7 @@ class Job:
     problems:  the problem of each prompt in the call; per: rows of each.
     index:     the loop's step to evaluate; None: none, the call goes on to decode.
     x:         latents (len(problems) * per, *event) to put into the loop; None: the pipeline's own.
-    off_grid:  (timestep, input scale) to evaluate at instead of the step's own.
+    off_grid:  a level to evaluate at instead of the step's own.
     noise:     the number that stands for every draw of initial noise; None: draws.
     given:     the call carries latents of the user's to start from.
     by_step:   latents enter as the result of a first step on stubbed networks, not through prepare_latents.
@@ -63,7 +71,7 @@ class Job:
     per: int
     index: int | None = None
     x: Tensor | None = None
-    off_grid: tuple[Tensor, float] | None = None
+    off_grid: OffGrid | None = None
     noise: float | None = None
     given: bool = False
     by_step: bool = False
@@ -139,12 +147,19 @@ class SteeredScheduler:
             yield steps[k]
         if job.index is not None:
             self._enter("at", job.gradient)
-            yield steps[job.index] if job.off_grid is None else job.off_grid[0]
+            yield steps[job.index] if job.off_grid is None else self._told(job.off_grid, self.first + job.index)
             # No step followed: the pipeline only looked through its grid, before its loop.
             self._enter("before", False)
             yield from steps[max(job.index, 1 if job.by_step else 0) + 1 :]
             return
         self._enter("after", job.gradient)
+
+    def _told(self, level: OffGrid, index: int) -> Tensor:
+        """The timestep of a level off the grid, which takes the place of a step in the table too: see `entry_at`."""
+        if hasattr(self.copy, "sigmas"):
+            self.copy.sigmas = self.copy.sigmas.clone()
+            self.copy.sigmas[index] = level.sigma
+        return level.timestep
 
     def _passed(self, length: int) -> int:
         """How many bodies are passed. Latents that enter by a step need one; a decoder may read loop variables."""
@@ -163,7 +178,7 @@ class SteeredScheduler:
         if self.stage != "at":
             return sample
         if self.job.off_grid is not None:
-            return sample * self.job.off_grid[1]
+            return sample * self.job.off_grid.scale
         if self.job.index is not None:
             self.copy._step_index = self.first + self.job.index
         return self.kind.scale_model_input(self.copy, sample, timestep, *args, **kwargs)
@@ -195,6 +210,12 @@ def steered_grid(timesteps: Tensor, visit: Callable[[Tensor], Iterator[Tensor]])
     class SteeredGrid(torch.Tensor):
         def __iter__(self) -> Iterator[Tensor]:
             return visit(self.as_subclass(torch.Tensor))
+
+        def __deepcopy__(self, memo: Any) -> Any:
+            raise ModelError(
+                "the pipeline copies its scheduler while it runs (for one noise level per frame, say), and steer "
+                "steers one; use a pipeline with one noise level for all, or wrap the network by steer.from_denoiser"
+            )
 
         @classmethod
         def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

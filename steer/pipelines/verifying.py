@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import ModelError
+from ..errors import ModelError, SteerError
 from ..process import GaussianProcess
 from .opening import Decoder, PipelineDenoiser
 from .steered import steered_grid
@@ -41,8 +41,9 @@ def verify(process: GaussianProcess, *, steps: int = 3, tolerance: float = 1e-5)
     The pipeline runs its first `steps` steps and decodes, problem 0, one row, with its own scheduler and nothing of
     steer's. The process then predicts from the same latents, last step first, and decodes the same final latents.
     That finds networks that remember earlier steps, loops that keep state, and outputs made of more than the latents.
-    A row in a batch with another is compared with the row alone, which finds rows that see each other.
-    Cost: 2 `steps` + 2 network evaluations and two decodes of one row; a cheap insurance for a pipeline that is new
+    A row in a batch with another is compared with the row alone, which finds rows that see each other, and inputs that
+    the pipeline draws anew for every row.
+    Cost: 2 `steps` + 2 network evaluations and four decodes of one row; a cheap insurance for a pipeline that is new
     to you. `tolerance` suits float32; give about 1e-2 where the networks run in bfloat16.
 
     Raises ModelError where they differ by more than `tolerance`, and for processes that no pipeline is behind.
@@ -51,18 +52,42 @@ def verify(process: GaussianProcess, *, steps: int = 3, tolerance: float = 1e-5)
     if not isinstance(denoiser, PipelineDenoiser):
         raise ModelError("verify compares a process with its pipeline; this one calls a network directly")
     steps = min(steps, len(denoiser.grid.indices))
-    call = denoiser.call
     with torch.no_grad():
-        seen, output = _plain_run(denoiser, denoiser.grid.indices[steps - 1] + 1)
-        worst = 0.0
-        for k in reversed(range(steps)):
-            index = denoiser.grid.indices[k]
-            ours = call.predict(seen[index].latents, (0,), 1, index)
-            worst = max(worst, _difference(ours, seen[index].prediction))
-        decoded = None
-        if isinstance(process.decoder, Decoder):
-            decoded = _difference(call.decode(seen[-1].following, (0,), 1), output)
-        batched = _batched(denoiser, seen) if denoiser.chunk > 1 else None
+        try:
+            seen, output = _plain_run(denoiser, denoiser.grid.indices[steps - 1] + 1)
+            return _compared(process, denoiser, steps, tolerance, seen, output)
+        except (SteerError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise ModelError(
+                f"{type(denoiser.call.user).__name__} cannot be compared: row by row, with the arguments that it was "
+                f"opened with, it raised {type(error).__name__}: {error}; wrap its "
+                "network by steer.from_eps, from_v, from_velocity or from_denoiser"
+            ) from error
+
+
+def _compared(
+    process: GaussianProcess,
+    denoiser: PipelineDenoiser,
+    steps: int,
+    tolerance: float,
+    seen: list[_Seen],
+    output: Tensor,
+) -> Verified:
+    """Steer against what was seen. Raises ModelError above the tolerance."""
+    call = denoiser.call
+    worst = 0.0
+    for k in reversed(range(steps)):
+        index = denoiser.grid.indices[k]
+        ours = call.predict(seen[index].latents, (0,), 1, index)
+        worst = max(worst, _difference(ours, seen[index].prediction))
+    decoded = None
+    if isinstance(process.decoder, Decoder):
+        decoded = _difference(call.decode(seen[-1].following, (0,), 1), output)
+    batched = _batched(denoiser, seen) if denoiser.chunk > 1 else None
+    if batched is not None and isinstance(process.decoder, Decoder):
+        pair = torch.cat([seen[-1].following, seen[0].latents])
+        batched = max(batched, _difference(process.decoder.only(0)(pair)[: len(output)], output))
     for name, error in (("predictions", worst), ("output", decoded)):
         if error is not None and not error <= tolerance:
             raise ModelError(
@@ -70,10 +95,11 @@ def verify(process: GaussianProcess, *, steps: int = 3, tolerance: float = 1e-5)
                 f"largest value (tolerance {tolerance:.2g}): the pipeline keeps state from step to step, or does more "
                 "than predict, step and decode; switch its caches off, or wrap its network by steer.from_denoiser"
             )
-    if batched is not None and not batched <= tolerance:
+    rounding = 10.0 * tolerance  # batches of another size are computed with other rounding
+    if batched is not None and not batched <= rounding:
         raise ModelError(
             f"a row in a batch differs from the row alone by {batched:.2g} of the largest value (tolerance "
-            f"{tolerance:.2g}): {type(call.user).__name__} mixes rows, or repeats its inputs for one row only; open it "
+            f"{rounding:.2g}): {type(call.user).__name__} mixes rows, or repeats its inputs for one row only; open it "
             "with chunk=1"
         )
     return Verified(steps, worst, decoded, batched)
@@ -103,10 +129,10 @@ def _plain_run(denoiser: PipelineDenoiser, length: int) -> tuple[list[_Seen], Te
         # The loop ends early, and the pipeline decodes what it has.
         scheduler.timesteps = steered_grid(scheduler.timesteps, lambda grid: iter(grid.unbind()[:length]))
 
-    def recorded(output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-        result = step(output, timestep, sample, *args, **kwargs)
+    def recorded(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = step(model_output, timestep, sample, *args, **kwargs)
         following = result[0] if isinstance(result, tuple) else result.prev_sample
-        seen.append(_Seen(output, sample, following))
+        seen.append(_Seen(model_output, sample, following))
         return result
 
     scheduler.set_timesteps = functools.wraps(set_timesteps)(shortened)
