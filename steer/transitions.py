@@ -183,6 +183,26 @@ class FlowSDE:
 
 
 @dataclass(frozen=True)
+class DanceSDE:
+    """DanceGRPO's SDE: Euler-Maruyama with a constant g = eta. Use through `steer.dance_sde(eta)`.
+
+    Source: Xue et al. 2025 (DanceGRPO), eta = .3. `euler_maruyama(lambda at: eta)` with a name that can be written
+    down. Residual noise of eta sqrt(last step) stays at t = 0.
+    """
+
+    eta: float = 0.3
+
+    def __call__(self, x: Tensor, x0: Tensor, here: Level, there: Level) -> Normal:
+        return self._step()(x, x0, here, there)
+
+    def std(self, here: Level, there: Level) -> float:
+        return self._step().std(here, there)
+
+    def _step(self) -> EulerMaruyama:
+        return EulerMaruyama(lambda at: self.eta)
+
+
+@dataclass(frozen=True)
 class ClippedPrediction:
     """A marginal-keeping rule with x0 clipped to [-limit, limit] and eps left as predicted (diffusers' DDIM)."""
 
@@ -227,6 +247,11 @@ def euler_maruyama(g: Callable[[Level], float] | None = None) -> EulerMaruyama:
 def flow_sde(a: float = 0.7) -> FlowSDE:
     """Flow-GRPO's SDE with noise level a."""
     return FlowSDE(_within("a", a, 0.0, math.inf))
+
+
+def dance_sde(eta: float = 0.3) -> DanceSDE:
+    """DanceGRPO's SDE with constant noise eta."""
+    return DanceSDE(_within("eta", eta, 0.0, math.inf))
 
 
 def _within(name: str, value: float, low: float, high: float) -> float:

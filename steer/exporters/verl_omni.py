@@ -1,0 +1,111 @@
+"""To verl-omni: what its rollout workers return, with weights to the policy, and the settings that go with it.
+
+Names and shapes read at github.com/verl-project/verl-omni at a1139ba (2026-08), in verl_omni:
+agent_loop/diffusion_agent_loop.py:335-403 (the DataProto), trainer/diffusion/rollout_correction.py:64-162 (weights),
+pipelines/sd3_flow_grpo/vllm_omni_rollout_adapter.py:254-334 (windows), diffusers_training_adapter.py:148-181 beside it
+and workers/engine/fsdp/diffusers_impl.py:784-935 (the trainer's side), pipelines/schedulers/flow_match_sde.py:148-321
+(the formula). No code of theirs is here, and none is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ShapeError
+from ..grpo.batch import Kind, RolloutBatch
+from .contract import chosen, conditions, dynamics, importance, line, mean_logp, timesteps
+
+NAMES = {"FlowSDE": "sde", "DanceSDE": "dance_sde", "CPS": "cps"}
+KINDS: dict[str, Kind] = {"sde": "gaussian", "dance_sde": "gaussian", "cps": "neg_sq_err"}
+
+
+def to_verl_omni(
+    batch: RolloutBatch,
+    *,
+    reward: str | None = None,
+    cond: Mapping[str, Tensor] | None = None,
+    images: Tensor | None = None,
+    uid: Sequence[str] | None = None,
+    advantages: Tensor | None = None,
+    num_train_timesteps: int = 1000,
+) -> dict[str, dict[str, Any]]:
+    """The three parts of the DataProto that verl-omni's `generate_sequences` returns, W = S steps a row.
+
+    DataProto(batch=TensorDict(d["batch"], batch_size=B), non_tensor_batch=..., meta_info=...). In d["batch"]:
+
+    all_latents:       (B, W + 1, *event) float32: the window's states, one more than steps. Step j is scored from
+                       [:, j] to [:, j + 1], so a window has no gaps; its start may differ by row.
+    all_timesteps:     (B, W) float32 in [0, 1000], falling: 1000 sigma before each step, looked up in the scheduler by
+                       exact equality.
+    rollout_log_probs: (B, W) float32 of the *policy*, averaged over coordinates; under "cps" the mean of
+                       -(x_next - mean)^2, no density (`neg_sq_err`). In bypass mode the trainer takes them for
+                       old_log_probs, so ratios begin at 1. Of steered rows not the law that drew them: that is in
+    rollout_is_weights: (B, W) float32, only if rows are weighted: policy over behaviour, by row or by step
+                       (`contract.importance`). Multiplies each element of the loss, detached. The trainer's own,
+                       exp of a difference of *means*, is a D-th root of it: leave rollout_is off, as the settings do.
+    rm_scores:         (B, 1) float32, the reward to train on; expanded to (B, W) and centred by uid.
+    responses:         (B, C, H, W) uint8, if images (B, C, H, W) in [0, 1] are given. prompts: (B, L) int64, from
+                       cond["prompt_ids"]. prompt_embeds, prompt_embeds_mask, ...: the rest of cond, as it is.
+    old_log_probs, advantages: (B, W), only if advantages (B,) or (B, W) are passed: the batch then goes to
+                       `update_actor` as it is, past the trainer's own. Else it computes them, from what is above.
+
+    In d["non_tensor_batch"], arrays of B objects: uid (rows of equal uid are a group; by default the group's number,
+    pass the trainer's own where it assigned them), sample_id, parent_id, and all rewards by name. The trainer centres
+    weighted rows by an unweighted mean: that costs variance, not bias; advantages= of steer.grpo's are weighted.
+    """
+    import numpy as np
+
+    kernel = dynamics(batch, "verl-omni", NAMES)
+    log_probs, weight = mean_logp(batch, KINDS[kernel.name]), importance(batch)
+    fields = conditions(batch, cond)
+    tensors: dict[str, Tensor] = {
+        "all_latents": line(batch, "verl-omni").to(torch.float32),
+        "all_timesteps": timesteps(batch, num_train_timesteps),
+        "rollout_log_probs": log_probs,
+        "rm_scores": chosen(batch, reward)[:, None],
+    }
+    if "prompt_ids" in fields:
+        tensors["prompts"] = fields.pop("prompt_ids").long()
+    if images is not None:
+        if images.ndim < 4 or len(images) != batch.rows:
+            raise ShapeError(f"images are (B, C, H, W) with B = {batch.rows}, got {tuple(images.shape)}")
+        tensors["responses"] = images.detach().float().clamp(0.0, 1.0).mul(255.0).round().to(torch.uint8)
+    if weight is not None:
+        tensors["rollout_is_weights"] = weight
+    if advantages is not None:
+        if advantages.shape not in ((batch.rows,), batch.mask.shape):
+            raise ShapeError(
+                f"advantages are (B,) or (B, W) = {tuple(batch.mask.shape)}, got {tuple(advantages.shape)}"
+            )
+        spread = advantages if advantages.ndim == 2 else advantages[:, None].expand(batch.mask.shape)
+        tensors |= {"old_log_probs": log_probs.clone(), "advantages": spread.float().contiguous()}
+    groups = [str(group) for group in batch.group_id.tolist()] if uid is None else [str(each) for each in uid]
+    if len(groups) != batch.rows:
+        raise ShapeError(f"uid is one string per row, {batch.rows}, got {len(groups)}")
+    objects = {"uid": groups, "sample_id": batch.sample_id.tolist(), "parent_id": batch.parent_id.tolist()}
+    objects |= {name: value.tolist() for name, value in batch.rewards.items()}
+    return {
+        "batch": {**fields, **tensors},
+        "non_tensor_batch": {name: np.array(value, dtype=object) for name, value in objects.items()},
+        "meta_info": {"reward_extra_keys": sorted(batch.rewards), "global_steps": batch.policy_version},
+    }
+
+
+def verl_omni_settings(batch: RolloutBatch) -> dict[str, Any]:
+    """The entries of verl-omni's config that its formula must have to score this batch as it was drawn."""
+    kernel = dynamics(batch, "verl-omni", NAMES)
+    rollout, correction = "actor_rollout_ref.rollout", "algorithm.rollout_correction"
+    return {
+        f"{rollout}.pipeline.num_inference_steps": len(batch.sigmas) - 1,
+        f"{rollout}.pipeline.guidance_scale": batch.cfg_scale,
+        f"{rollout}.algo.noise_level": kernel.level,
+        f"{rollout}.algo.sde_type": kernel.name,
+        f"{rollout}.algo.sde_window_size": batch.mask.shape[1],
+        f"{rollout}.calculate_log_probs": True,
+        f"{correction}.bypass_mode": True,
+        f"{correction}.rollout_is": None,
+    }

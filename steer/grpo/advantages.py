@@ -1,0 +1,121 @@
+"""Advantages: how much better a row did than its group. Pure functions of rewards, groups and weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import NonFiniteError, SteerError
+from .batch import RolloutBatch
+
+Spread = Literal["group", "global"]
+
+
+@dataclass(frozen=True, eq=False)
+class Advantages:
+    """value: (B,) or (B, S) float32. mean, std: name -> (groups,). flat: (groups,) True where no reward had any spread.
+
+    Rows of flat groups have advantage 0 and teach nothing; trainers filter them or collect more.
+    """
+
+    value: Tensor
+    mean: Mapping[str, Tensor]
+    std: Mapping[str, Tensor]
+    flat: Tensor
+
+
+def advantages(
+    batch: RolloutBatch,
+    *,
+    weights: Mapping[str, float] | None = None,
+    std: Spread = "group",
+    eps: float = 1e-4,
+    limit: float = 5.0,
+) -> Advantages:
+    """(reward - mean) / (std + eps) within groups, summed over rewards by their weights, clipped to +-limit.
+
+    weights: name -> weight of rewards normalised one by one; all equal to 1 if None.
+    std:     of each "group", or "global", over all rows (Flow-GRPO's default).
+    Means and deviations are self-normalised by the weights to the policy; on-policy rows all weigh the same.
+    Statistics a batch brings along (`reward_mean`, `reward_std`: of all scouted rows) are used as they are.
+    """
+    asked = _asked(batch, weights)
+    total, means, stds = torch.zeros(batch.rows, dtype=torch.float64, device=batch.x0.device), {}, {}
+    row_weight = batch.weights().double()
+    flat = torch.ones(batch.groups, dtype=torch.bool, device=batch.x0.device)
+    for name, factor in asked.items():
+        reward = _counted(batch, name, row_weight)
+        mean, spread = group_moments(reward, batch.group_id, row_weight)
+        if name in batch.reward_mean:
+            mean, spread = batch.reward_mean[name].double(), batch.reward_std[name].double()
+        divisor = _global(reward, row_weight).expand_as(spread) if std == "global" else spread
+        total += factor * (reward - mean[batch.group_id]) / (divisor + eps)[batch.group_id]
+        means[name], stds[name] = mean.float(), spread.float()
+        flat &= spread <= 1e-8 * (1.0 + mean.abs())
+    total = torch.where(flat[batch.group_id], 0.0, total)
+    return Advantages(total.clamp(-limit, limit).float(), means, stds, flat)
+
+
+def depth_advantages(
+    batch: RolloutBatch, *, weights: Mapping[str, float] | None = None, eps: float = 1e-4, limit: float = 5.0
+) -> Advantages:
+    """Advantages (B, S) of each step of a branching rollout: mean reward of its leaves, against its depth.
+
+    A step shared by several rows has one value, the mean over them; steps of a group at one level are compared with
+    each other. Source: BranchGRPO's depth-wise advantages. Steps before the first branching have advantage 0.
+    """
+    asked = _asked(batch, weights)
+    if batch.step_id is None:
+        raise SteerError("depth-wise advantages need shared prefixes (step_id), got plain rows; use grpo.advantages")
+    row_weight = batch.weights().double()
+    total = torch.zeros(batch.mask.shape, dtype=torch.float64, device=batch.x0.device)
+    for name, factor in asked.items():
+        reward = _counted(batch, name, row_weight)
+        for k in torch.unique(batch.step_idx[batch.mask]).tolist():
+            row, slot = (batch.mask & (batch.step_idx == k)).nonzero(as_tuple=True)
+            edge = torch.unique(batch.step_id[row, slot], return_inverse=True)[1]
+            value, _ = group_moments(reward[row], edge, row_weight[row])
+            mean, spread = group_moments(value[edge], batch.group_id[row], row_weight[row], batch.groups)
+            score = (value[edge] - mean[batch.group_id[row]]) / (spread + eps)[batch.group_id[row]]
+            total[row, slot] += factor * torch.where(spread[batch.group_id[row]] > 1e-8, score, 0.0)
+    whole = advantages(batch, weights=weights, eps=eps, limit=limit)
+    return Advantages(total.clamp(-limit, limit).float(), whole.mean, whole.std, whole.flat)
+
+
+def group_moments(value: Tensor, group: Tensor, weight: Tensor, groups: int | None = None) -> tuple[Tensor, Tensor]:
+    """Self-normalised weighted mean and standard deviation (divided by N) of each group, (groups,) each."""
+    count = int(group.max()) + 1 if groups is None else groups
+    zero = torch.zeros(count, dtype=torch.float64, device=value.device)
+    total = zero.index_add(0, group, weight)
+    share = weight / total[group]
+    mean = zero.index_add(0, group, share * value)
+    return mean, zero.index_add(0, group, share * (value - mean[group]).square()).sqrt()
+
+
+def _counted(batch: RolloutBatch, name: str, weight: Tensor) -> Tensor:
+    """Rewards, float64, 0 in rows without weight; NonFiniteError where one that counts is not finite."""
+    reward = torch.where(weight > 0.0, batch.rewards[name].double(), 0.0)
+    if not bool(reward.isfinite().all()):
+        row = int((~reward.isfinite()).nonzero()[0])
+        raise NonFiniteError(
+            f"advantages need finite rewards, got {reward[row].item()} from {name!r} in row {row}: a sample forbidden "
+            "by -inf has no advantage; give it the lowest score there is, or drop it (log_w_base = -inf)"
+        )
+    return reward
+
+
+def _global(reward: Tensor, weight: Tensor) -> Tensor:
+    everyone = torch.zeros_like(weight, dtype=torch.int64)
+    return group_moments(reward, everyone, weight)[1][0]
+
+
+def _asked(batch: RolloutBatch, weights: Mapping[str, float] | None) -> Mapping[str, float]:
+    asked = dict.fromkeys(batch.rewards, 1.0) if weights is None else weights
+    unknown = set(asked) - set(batch.rewards)
+    if unknown:
+        raise SteerError(f"the batch has rewards {sorted(batch.rewards)}, got weights for {sorted(unknown)}")
+    return asked

@@ -1,0 +1,102 @@
+"""A policy's log-densities of stored steps: what an update recomputes with gradients."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import ShapeError, SteerError
+from ..process import GaussianProcess
+from .batch import Reduction, RolloutBatch, scale
+from .kernels import describe
+
+
+class StepRows(NamedTuple):
+    """All stored steps of one level, packed for one network call: M rows of each of P problems.
+
+    row, slot: (P, M) int64, the batch's row and stored step. valid: (P, M), False where a problem had fewer than M.
+    """
+
+    k: int
+    row: Tensor
+    slot: Tensor
+    valid: Tensor
+
+    def of(self, values: Tensor) -> Tensor:
+        """These entries of per-step values (B, S, ...) as (P, M, ...), or of per-row values (B,)."""
+        return values[self.row] if values.ndim == 1 else values[self.row, self.slot]
+
+
+class PolicyStep(NamedTuple):
+    """log_prob (P, M) float64, reduced as asked; mean (P, M, *event); std of the step under the policy."""
+
+    log_prob: Tensor
+    mean: Tensor
+    std: float
+
+
+def by_level(batch: RolloutBatch, *, distinct: bool = False) -> list[StepRows]:
+    """The trainable steps of a batch, level by level: each is one network call of the update.
+
+    distinct: take a step that several rows share (a common prefix) once. For branching rollouts with
+    `depth_advantages`, which are the same in all of them: the loss of a level is unchanged and costs its branches only.
+    """
+    problems, out = batch.problems, []
+    for k in torch.unique(batch.step_idx[batch.mask]).tolist():
+        at_k = batch.mask & (batch.step_idx == k)
+        if distinct and batch.step_id is not None:
+            row, slot = at_k.nonzero(as_tuple=True)
+            edge = torch.unique(batch.step_id[row, slot], return_inverse=True)[1]
+            first = torch.full_like(edge, batch.rows).scatter_reduce(0, edge, row, "amin")
+            at_k = at_k.index_put((row, slot), first[edge] == row)
+        hit, slot = at_k.any(1).view(problems, -1), at_k.int().argmax(1)
+        most = int(hit.sum(1).max())
+        within = torch.sort(~hit, dim=1, stable=True).indices[:, :most]
+        row = within + torch.arange(problems, device=within.device)[:, None] * hit.shape[1]
+        out.append(StepRows(k, row, slot[row], hit.gather(1, within)))
+    return out
+
+
+def log_prob(
+    process: GaussianProcess, batch: RolloutBatch, step: StepRows, *, reduction: Reduction = "sum"
+) -> PolicyStep:
+    """The policy's law of stored steps and its log-density of what was drawn; gradients reach the network.
+
+    process: the policy being trained: the collecting process around the current network, same grid, same rule. The
+    quantity is the batch's: a log-density, or -|x_next - mean|^2 after `as_neg_sq_err`.
+    """
+    check_same_kernel(process, batch)
+    x, x_next = (step.of(states).to(process.dtype) for states in (batch.x_t, batch.x_next))
+    law = process.transition(x, process.denoise(x, step.k), step.k)
+    if batch.logp_kind == "gaussian":
+        value = law.log_prob(x_next)
+    else:
+        value = -(x_next - law.mean).double().flatten(2).square().sum(2)
+    return PolicyStep(value / scale(reduction, batch.logp_numel), law.mean, law.std)
+
+
+def log_probs(process: GaussianProcess, batch: RolloutBatch, *, reduction: Reduction = "sum") -> Tensor:
+    """The policy's log-densities of every stored step, (B, S) float64, 0 at padding: equal to `logp_old` at first."""
+    out = torch.zeros(batch.mask.shape, dtype=torch.float64, device=batch.mask.device)
+    for step in by_level(batch):
+        value = log_prob(process, batch, step, reduction=reduction).log_prob
+        out = out.index_put((step.row[step.valid], step.slot[step.valid]), value[step.valid])
+    return out
+
+
+def check_same_kernel(process: GaussianProcess, batch: RolloutBatch) -> None:
+    """Raises SteerError where a process steps by another rule, path or grid than the batch was drawn by."""
+    here = describe(process)
+    if here["hash"] != batch.kernel["hash"]:
+        raise SteerError(
+            f"densities are of the kernel that drew them, {batch.kernel['rule']}{batch.kernel['parameters']} on "
+            f"{len(batch.times) - 1} steps, got {here['rule']}{here['parameters']} on {process.steps} steps of "
+            f"{here['schedule']}; evaluate with the rule, schedule and times of the collecting process"
+        )
+    if process.problems not in (None, batch.problems):
+        raise ShapeError(
+            f"a policy conditioned on {process.problems} problem(s) cannot score rows of {batch.problems}; condition "
+            "it as the collecting process was, problem for problem"
+        )

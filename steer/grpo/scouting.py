@@ -1,0 +1,55 @@
+"""Scout many, train on few: the best, the worst and a fair sample of the middle."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+
+from ..errors import SteerError
+from ..key import Key, as_key
+from .advantages import group_moments
+from .batch import RolloutBatch
+
+
+def keep(batch: RolloutBatch, *, best: int, worst: int, middle: int, by: str, key: Key | int = 0) -> RolloutBatch:
+    """The best and worst rows of every group by one reward, and `middle` of the others, drawn evenly.
+
+    by:     name of the reward to rank by.
+    middle: at least 1 where there are others. Extremes are kept for certain and weigh as before; each of the m others
+            drawn stands for (N - best - worst) / m, and its log-weights say so. Sums over all N rows, policy gradients
+            among them, are then estimated without bias; without the middle they are not, and no weight could help.
+    Group means and deviations of all rows go along in `reward_mean` and `reward_std`, for `advantages`.
+    Collect the scouts with `collect(group_size=N)`: their states are dropped here, their cost is carried by the rows
+    kept. Groups must be the problems.
+    """
+    problems, rows = batch.problems, batch.rows // batch.problems
+    others, size = rows - best - worst, best + worst + middle
+    batch.need_density()
+    if min(best, worst) < 0 or others < 0 or not min(1, others) <= middle <= others or batch.groups != problems:
+        raise SteerError(
+            f"of {rows} scouts a group, best and worst must leave others and middle must be 1 to as many, got best "
+            f"{best}, worst {worst}, middle {middle} ({others} others): without any of the middle the rows kept say "
+            "nothing of it and no weight corrects that"
+        )
+    weight = batch.weights().double()
+    moments = {name: group_moments(value.double(), batch.group_id, weight) for name, value in batch.rewards.items()}
+    ranked = torch.sort(batch.rewards[by].view(problems, rows), dim=1, descending=True, stable=True).indices
+    draw = as_key(key).fold("scout").uniform((problems, max(1, others)), device=batch.x0.device)[:, :others]
+    chosen = draw.argsort(1)[:, :middle] + best
+    place = torch.arange(rows, device=batch.x0.device).expand(problems, -1)
+    index = ranked.gather(1, torch.cat([place[:, :best], chosen, place[:, rows - worst :]], 1))
+    log_w = torch.zeros(problems, size, device=batch.x0.device)
+    log_w[:, best : best + middle] = math.log(others / middle) if middle else 0.0
+    log_w -= math.log(rows / size)  # weights to mean one over the rows kept, in expectation
+    out = batch.select(index)
+    return replace(
+        out,
+        log_w_base=out.log_w_base + log_w.flatten(),
+        log_w_target=out.log_w_target + log_w.flatten(),
+        reward_mean={name: mean.float() for name, (mean, _) in moments.items()},
+        reward_std={name: std.float() for name, (_, std) in moments.items()},
+        cost={name: value * (1.0 if name == "seconds" else rows / size) for name, value in batch.cost.items()},
+        method=f"{batch.method}, {size} kept of {rows}",
+    )
