@@ -1,6 +1,6 @@
 """steer: inference-time reward alignment of frozen diffusion and flow models."""
 
-from . import models
+from . import grpo, guidance, models
 from .birth_death import BirthDeath, birth_death
 from .composite import Composite, compose
 from .cost import Cost
@@ -22,11 +22,41 @@ from .errors import (
 from .fk_steering import fk_steering
 from .fkc import fkc
 from .gibbs import draw_path, particle_gibbs
+from .guidance import (
+    GuidedProcess,
+    Hooks,
+    classifier_free,
+    density_guidance,
+    dps,
+    follow,
+    freedom,
+    guide,
+    lgd,
+    missing_objects,
+    mpgd,
+    native,
+    prior_guidance,
+    recur,
+    restart,
+    tfg,
+    ugd,
+)
 from .hub import from_hub
 from .key import Key
 from .look_ahead import LookAhead, at_state, flow_map, ode_steps, x0_hat
 from .masked import MaskedProcess, from_logits
 from .mcmc import mala, pcnl, ula
+from .minority import (
+    NewToken,
+    boost_and_skip,
+    minority,
+    minority_guidance,
+    minority_metrics,
+    minority_prompt,
+    minority_score,
+    quantile_labels,
+    self_guided,
+)
 from .models.embedded import load
 from .pipelines import from_latents, from_pipeline, own_solver, verify
 from .potentials import adaptive_tempering, difference, final_only, geometric_tempering, maximum, total
@@ -42,7 +72,7 @@ from .smc import bootstrap, guided, prior, resample, smc
 from .tds import tds, twisted
 from .top_k import top_k_of_n
 from .trajectory import Trajectory
-from .transitions import Normal, churn, cps, ddim, euler_maruyama, flow_sde, ode
+from .transitions import Normal, churn, cps, dance_sde, ddim, euler_maruyama, flow_sde, ode
 from .transports import Transport, base_transport, ecg, flow_transport, half_transport, score_transport, vcg
 from .types import Coeffs, Denoiser, Level, QuadraticForm, ReverseProcess, Reward, Rule, Schedule, Stop, Transition
 from .unmasking import Unmasking, unmask
@@ -63,12 +93,15 @@ __all__ = [
     "Denoiser",
     "FeynmanKac",
     "GaussianProcess",
+    "GuidedProcess",
+    "Hooks",
     "KernelRatio",
     "Key",
     "Level",
     "LookAhead",
     "MaskedProcess",
     "ModelError",
+    "NewToken",
     "NonFiniteError",
     "Normal",
     "NotDifferentiableError",
@@ -95,15 +128,20 @@ __all__ = [
     "at_state",
     "base_transport",
     "birth_death",
+    "boost_and_skip",
     "bootstrap",
     "churn",
+    "classifier_free",
     "compare",
     "compose",
     "convert",
     "cps",
+    "dance_sde",
     "das",
     "ddim",
+    "density_guidance",
     "difference",
+    "dps",
     "draw_path",
     "driftlite",
     "ecg",
@@ -114,6 +152,8 @@ __all__ = [
     "flow_map",
     "flow_sde",
     "flow_transport",
+    "follow",
+    "freedom",
     "from_denoiser",
     "from_edm",
     "from_eps",
@@ -125,18 +165,30 @@ __all__ = [
     "from_v",
     "from_velocity",
     "geometric_tempering",
+    "grpo",
+    "guidance",
+    "guide",
     "guided",
     "half_transport",
     "importance_sampling",
     "karras_sigmas",
     "killing",
+    "lgd",
     "load",
     "log_snr_times",
     "mala",
     "maximum",
     "methods",
+    "minority",
+    "minority_guidance",
+    "minority_metrics",
+    "minority_prompt",
+    "minority_score",
+    "missing_objects",
     "models",
+    "mpgd",
     "multinomial",
+    "native",
     "ode",
     "ode_steps",
     "own_solver",
@@ -144,21 +196,28 @@ __all__ = [
     "pcnl",
     "preflight",
     "prior",
+    "prior_guidance",
     "psi",
+    "quantile_labels",
+    "recur",
     "resample",
     "residual",
+    "restart",
     "rollout",
     "sample",
     "score_transport",
+    "self_guided",
     "sigma_times",
     "smc",
     "ssp",
     "stratified",
     "systematic",
     "tds",
+    "tfg",
     "top_k_of_n",
     "total",
     "twisted",
+    "ugd",
     "ula",
     "uniform_times",
     "unmask",

@@ -57,6 +57,15 @@ class Proposal(Protocol):
     def __call__(self, state: Trajectory, model: GaussianTransition) -> GaussianTransition: ...
 
 
+@runtime_checkable
+class LookingProposal(Proposal, Protocol):
+    """A proposal that evaluates the network itself, where it needs more than the gradient of the reward."""
+
+    def look(self, state: Trajectory, objective: Objective, weighted: bool, /) -> tuple[Trajectory, Tensor | None]:
+        """The state carrying its prediction "x0" and what the proposal needs, and scores where it is weighted."""
+        ...
+
+
 @dataclass(frozen=True)
 class Bootstrap:
     """Proposes from the model's own transition: no gradients."""
@@ -200,7 +209,7 @@ def smc(
                     state = select(state, scores, selection, ancestry, seen)
                 paid = state
                 model = process.transition(state.x, state.carried["x0"], k)
-                drawn = proposal(state, cast(GaussianTransition, model)) if "gradient" in state.carried else model
+                drawn = proposal(state, cast(GaussianTransition, model)) if len(state.carried) > 1 else model
                 state = state.step(drawn, noise, model=None if drawn is model else model)
                 if on_step is not None:
                     on_step(state)
@@ -234,6 +243,8 @@ def _evaluate(
                 f"a proposal that follows a gradient needs states on a Gaussian path, got {type(process).__name__}; "
                 "use proposal=steer.bootstrap"
             )
+        if isinstance(proposal, LookingProposal):
+            return proposal.look(state, objective, weighted)
         x0, scores, gradient = objective.value_and_grad(state.x, k, 1.0 / temperature)
         return state.carry(x0=x0, gradient=gradient), scores if weighted else None
     with torch.no_grad():

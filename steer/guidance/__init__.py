@@ -1,0 +1,51 @@
+"""Guidance by five hooks: a process for every sampler, or a proposal that sequential Monte Carlo makes exact."""
+
+from .classifier_free import adaptive, classifier_free
+from .corrections import MissingObjects, missing_objects
+from .corrector import corrector
+from .density import delta_of, density_guidance, prior_guidance, quantile_of
+from .hooks import AfterHook, Hook, Hooks, Log, StartHook, Step
+from .process import GuidedProcess, guide
+from .proposal import Follow, follow
+from .restart import Span, Unrolled, recur, restart
+from .training_free import constant, decrease, dps, freedom, increase, lgd, mpgd, native, tfg, ugd
+from .tuning import Trial, Tuned, tune
+
+__all__ = [
+    "AfterHook",
+    "Follow",
+    "GuidedProcess",
+    "Hook",
+    "Hooks",
+    "Log",
+    "MissingObjects",
+    "Span",
+    "StartHook",
+    "Step",
+    "Trial",
+    "Tuned",
+    "Unrolled",
+    "adaptive",
+    "classifier_free",
+    "constant",
+    "corrector",
+    "decrease",
+    "delta_of",
+    "density_guidance",
+    "dps",
+    "follow",
+    "freedom",
+    "guide",
+    "increase",
+    "lgd",
+    "missing_objects",
+    "mpgd",
+    "native",
+    "prior_guidance",
+    "quantile_of",
+    "recur",
+    "restart",
+    "tfg",
+    "tune",
+    "ugd",
+]

@@ -1,0 +1,128 @@
+"""Classifier-free guidance out of two processes: damped across the common direction, dropped once it is not needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..cost import Cost, Meter
+from ..errors import ShapeError, SteerError
+from ..key import Key, as_key
+from ..parameterization import eps
+from ..process import GaussianProcess
+from .hooks import Hooks, Step
+from .process import GuidedProcess, guide
+
+
+@dataclass(frozen=True, eq=False)
+class Mixed:
+    """The x0 hook of `classifier_free`."""
+
+    unconditional: GaussianProcess
+    weight: float
+    damped: bool
+    until: int
+
+    def __call__(self, at: Step) -> Tensor:
+        if at.k >= self.until:
+            return at.x0
+        with torch.no_grad():
+            other = self.unconditional.metered(at.process.meter or Meter()).denoise(at.x.detach(), at.k)
+        at.note("similarity", similarity(at, other))
+        if self.damped and at.here.sigma > 0.0 and at.here.alpha > 0.0:
+            x = at.x.detach()
+            noise = shared_part(eps(x, at.x0, at.here), eps(x, other, at.here))
+            other = (x - at.here.sigma * noise) / at.here.alpha
+        return other + self.weight * (at.x0 - other)
+
+    def rows(self, process: GaussianProcess) -> int:
+        """Rows of the unconditional network that one chain costs a particle."""
+        return min(self.until, process.steps) * self.unconditional.rows
+
+    def only(self, problem: int) -> Mixed:
+        return replace(self, unconditional=self.unconditional.only(problem))
+
+
+def similarity(at: Step, other: Tensor) -> Tensor:
+    """Cosine (B, N) between the noises that two predictions stand for."""
+    pair = (eps(at.x.detach(), x0, at.here).double().flatten(2) for x0 in (at.x0, other))
+    return torch.nn.functional.cosine_similarity(*pair, dim=2)
+
+
+def shared_part(conditional: Tensor, unconditional: Tensor) -> Tensor:
+    """The unconditional noise projected on the first right singular vector of the two, every particle by itself.
+
+    That vector is the leading eigenvector (a, b) of the 2 x 2 Gram matrix, taken through the rows: a u + b c.
+    """
+    rows = torch.stack([unconditional, conditional], 2).double().flatten(3)
+    leading = torch.linalg.eigh(rows @ rows.mT).eigenvectors[..., -1]
+    direction = torch.nn.functional.normalize((leading[..., None] * rows).sum(2), dim=2)
+    length = (rows[:, :, 0] * direction).sum(2, keepdim=True)
+    return (length * direction).view(unconditional.shape).to(unconditional.dtype)
+
+
+def classifier_free(
+    conditional: GaussianProcess,
+    unconditional: GaussianProcess,
+    weight: float,
+    *,
+    damped: bool = False,
+    until: int | None = None,
+) -> GuidedProcess:
+    """Guidance u + weight (c - u) of two processes on one grid (Ho & Salimans 2022, Eq. 6 with weight = 1 + their w).
+
+    damped: tangential damping (TCFG, 2503.18137): u's noise keeps only what it shares with c's, its projection on the
+            first right singular vector of the two.
+    until:  the level from which on the conditional model runs alone, all levels by default; see `adaptive`.
+
+    Cost per step: a row of both, from `until` on one of the conditional alone; `.rows` is the average rounded up.
+    The log has the "similarity" of the two noises at the guided levels.
+    """
+    if conditional.times != unconditional.times or conditional.event != unconditional.event:
+        raise ShapeError(
+            f"guidance mixes predictions at the same levels, got grids of {conditional.steps} and {unconditional.steps}"
+            f" steps and events {conditional.event} and {unconditional.event}; give both processes the same times"
+        )
+    last = conditional.steps if until is None else until
+    if not 0 <= last <= conditional.steps:
+        raise SteerError(f"until is a level in [0, {conditional.steps}], got {until}")
+    mixed = Mixed(unconditional, weight, damped, last)
+    return guide(conditional, Hooks(x0=(mixed,), extra=(mixed.rows,)))
+
+
+def adaptive(
+    conditional: GaussianProcess,
+    unconditional: GaussianProcess,
+    weight: float,
+    *,
+    similar: float = 0.991,
+    batch: int = 1,
+    particles: int = 16,
+    key: Key | int = 0,
+    damped: bool = False,
+) -> tuple[GuidedProcess, Cost]:
+    """Classifier-free guidance that drops the unconditional pass where the two models agree, and what finding out cost.
+
+    A pilot population finds the first level from which the mean cosine between the two noises stays above `similar`.
+
+    Source: Castillo et al. 2023 (Adaptive Guidance, 2312.12487), their threshold. Differs: they decide per sample and
+    never look back; here a pilot decides once, so the process stays one that a step's law is a function of its state
+    (weights, trees and replays need that), and the ledger shows a saving known in advance.
+    """
+    if not -1.0 <= similar <= 1.0:
+        raise SteerError(f"similar is a cosine in [-1, 1], got {similar}")
+    meter = Meter()
+    pilot = classifier_free(conditional, unconditional, weight, damped=damped).metered(meter)
+    key = as_key(key).fold("adaptive")
+    batch = pilot.problems or batch
+    x = pilot.prior(key.fold("prior"), batch, particles)
+    with torch.no_grad():
+        for k in range(pilot.steps):
+            x = pilot.transition(x, pilot.denoise(x, k), k).sample(key.fold("step").at(k))
+    agreed = {k: mean > similar for k, (mean, _) in pilot.log.table("similarity").items()}
+    until = pilot.steps
+    while until > 0 and agreed[until - 1]:
+        until -= 1
+    return classifier_free(conditional, unconditional, weight, damped=damped, until=until), meter.cost()

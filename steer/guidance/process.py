@@ -1,0 +1,238 @@
+"""A reverse process with hooks in it: every sampler runs on it as on any other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ..cost import Meter
+from ..errors import NotStochasticError, StateSpaceError
+from ..key import Key
+from ..parameterization import only as only_of
+from ..process import GaussianProcess
+from ..types import GaussianTransition, Level, Rule, Schedule
+from .hooks import Hooks, Log, extra_rows, look
+from .restart import Unrolled
+
+KEY = Key(0).fold("guidance")
+
+
+@dataclass(frozen=True, eq=False)
+class GuidedProcess:
+    """A process whose steps are worked on by hooks. Its law is that of the guided chain, whatever that is.
+
+    base:  the model, or a chain of it that goes back and forth (`restart`, `recur`).
+    hooks: see `steer.guidance.hooks`.
+    key:   names what hooks draw.
+    log:   strength by level; every run begins its own, in `result.process.log`.
+
+    Where mean hooks are, a prediction is (B, N, 2, *event): what rewards see, and the displacement of the mean, which
+    belongs to the same state and moves with it. `exact` and `reference` are the unguided model's.
+    """
+
+    base: GaussianProcess
+    hooks: Hooks
+    key: Key = KEY
+    log: Log = field(default_factory=Log)
+
+    def __post_init__(self) -> None:
+        check_gaussian(self.base)
+
+    def __repr__(self) -> str:
+        used = [name for name in ("start", "score", "x0", "mean", "after") if getattr(self.hooks, name)]
+        return f"GuidedProcess({', '.join(used) or 'no hooks'} on {self.base})"
+
+    @property
+    def steps(self) -> int:
+        return self.base.steps
+
+    @property
+    def event(self) -> tuple[int, ...]:
+        return self.base.event
+
+    @property
+    def problems(self) -> int | None:
+        return self.base.problems
+
+    @property
+    def prompts(self) -> tuple[str, ...] | None:
+        return self.base.prompts
+
+    @property
+    def rows(self) -> int:
+        """Network rows per prediction, those of hooks averaged over a chain and rounded up."""
+        return self.base.rows + extra_rows(self.base, self.hooks)
+
+    @property
+    def meter(self) -> Meter | None:
+        return self.base.meter
+
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        return self.base.levels
+
+    @property
+    def times(self) -> tuple[float, ...]:
+        return self.base.times
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.base.schedule
+
+    @property
+    def rule(self) -> Rule:
+        return self.base.rule
+
+    @property
+    def reference(self) -> Any:
+        return self.base.reference
+
+    @property
+    def device(self) -> torch.device | str:
+        return self.base.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.base.dtype
+
+    @property
+    def decoder(self) -> Callable[[Tensor], Tensor] | None:
+        return self.base.decoder
+
+    @property
+    def prior_moments(self) -> tuple[Tensor | None, float]:
+        if self.hooks.start:
+            raise StateSpaceError(
+                "a start hook changes the prior, whose moments MCMC starts would need; use one or the other"
+            )
+        return self.base.prior_moments
+
+    def prior(self, key: Key, batch: int, particles: int) -> Tensor:
+        x = self.base.prior(key, batch, particles)
+        for i, hook in enumerate(self.hooks.start):
+            x = hook(self.base, x, key.fold("start", i))
+        return x
+
+    def denoise(self, x: Tensor, k: int) -> Tensor:
+        """The guided prediction. Differentiable in x through the network; what hooks add is taken as constant."""
+        looked = look(self.base, self.hooks, x, k, self.key, self.log)
+        x0 = looked.raw + (looked.x0 - looked.raw).detach()
+        return torch.stack([x0, looked.shift], 2) if self.hooks.mean else x0
+
+    def complete(self, x: Tensor, x0: Tensor) -> Tensor:
+        return x0[:, :, 0] if x0.ndim > x.ndim else x0
+
+    def transition(self, x: Tensor, x0: Tensor, k: int) -> GaussianTransition:
+        """The guided step; the unshifted one for a bare prediction of the shape of x."""
+        if x0.ndim > x.ndim:
+            step = self.base.transition(x, x0[:, :, 0], k).shift(x0[:, :, 1])
+        else:
+            step = self.base.transition(x, x0, k)
+        working = [hook for hook in self.hooks.after if hook.acts(self.base, k + 1)]
+        if not working:
+            return step
+        inner = replace(self, hooks=replace(self.hooks, after=(), start=()))
+
+        def apply(x: Tensor, key: Key) -> Tensor:
+            with torch.no_grad():
+                for i, hook in enumerate(working):
+                    x = hook(inner, x, k + 1, key.fold("after", i))
+            return x
+
+        return After(step, apply)
+
+    def stochastic(self, k: int) -> bool:
+        return self.base.stochastic(k) or any(hook.acts(self.base, k + 1) for hook in self.hooks.after)
+
+    def noise(self, x: Tensor, k_from: int, k_to: int, key: Key) -> Tensor:
+        return self.base.noise(x, k_from, k_to, key)
+
+    def decode(self, x: Tensor) -> Tensor:
+        return self.base.decode(x)
+
+    def metered(self, meter: Meter) -> GuidedProcess:
+        return replace(self, base=self.base.metered(meter), log=Log())
+
+    def only(self, problem: int) -> GuidedProcess:
+        """Conditioned on one problem alone; hooks that hold conditionings say by `only(problem)` what they are then."""
+        if self.problems in (None, 1):
+            return self
+        kept = {
+            name: tuple(only_of(h, problem) if hasattr(h, "only") else h for h in getattr(self.hooks, name))
+            for name in ("start", "score", "x0", "mean", "after")
+        }
+        return replace(self, base=self.base.only(problem), hooks=replace(self.hooks, **kept))
+
+    def with_rule(self, rule: Rule) -> GuidedProcess:
+        """The same hooks under another transition rule."""
+        return replace(self, base=self.base.with_rule(rule))
+
+    def with_times(self, times: Sequence[float]) -> GuidedProcess:
+        """The same hooks on another time grid."""
+        return replace(self, base=self.base.with_times(times))
+
+    def exact(self, reward: Any, temperature: float = 1.0) -> Any:
+        """The tilted law of the unguided model."""
+        return self.base.exact(reward, temperature)
+
+
+def guide(
+    process: GaussianProcess | Unrolled | GuidedProcess, hooks: Hooks, *, key: Key | int | None = None
+) -> GuidedProcess:
+    """The process with hooks in it, after those that it has already."""
+    if isinstance(process, GuidedProcess):
+        process, hooks = process.base, process.hooks + hooks
+    named = KEY if key is None else key.fold("guidance") if isinstance(key, Key) else Key(key).fold("guidance")
+    return GuidedProcess(cast(GaussianProcess, process), hooks, named)
+
+
+@dataclass(frozen=True, eq=False)
+class After:
+    """A step whose draw an after hook works on. It draws, but no density of what it draws is known."""
+
+    step: GaussianTransition
+    apply: Callable[[Tensor, Key], Tensor]
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether the step has a density: no."""
+        return False
+
+    @property
+    def mean(self) -> Tensor:
+        """Of the step, before the hook."""
+        return self.step.mean
+
+    @property
+    def std(self) -> float:
+        """Of the step, before the hook."""
+        return self.step.std
+
+    def sample(self, key: Key) -> Tensor:
+        return self.apply(self.step.sample(key), key)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        raise NotStochasticError(
+            "a step followed by an after hook (a corrector) has no density in closed form; sample "
+            "with proposals that need none (steer.bootstrap), or leave the hook out"
+        )
+
+    def shift(self, delta: Tensor) -> GaussianTransition:
+        del delta
+        raise NotStochasticError(
+            "a proposal that shifts steps is weighted by their densities, and a step followed by an after hook "
+            "(a corrector) has none; use proposal=steer.bootstrap on this process"
+        )
+
+
+def check_gaussian(process: Any) -> GaussianProcess:
+    """The process; StateSpaceError where it has no Gaussian path."""
+    if not hasattr(process, "levels") or not hasattr(process, "rule"):
+        raise StateSpaceError(
+            f"guidance hooks need states on a Gaussian path, got {type(process).__name__}; use a GaussianProcess"
+        )
+    return cast(GaussianProcess, process)

@@ -1,0 +1,76 @@
+"""Hooks as the proposal of sequential Monte Carlo: whatever they do, weights by p / q make the run exact."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from ..errors import SteerError
+from ..key import Key
+from ..objective import Objective
+from ..process import GaussianProcess
+from ..trajectory import Trajectory
+from ..types import GaussianTransition
+from .hooks import Hooks, Log, coefficient, look, norms, per_particle
+from .process import KEY
+
+
+@dataclass(frozen=True)
+class Follow:
+    """Proposes the model's step moved by what hooks displace it by. Built by `follow`.
+
+    The step is the model's transition shifted, at its own noise, by c (x0' - x0) + (mean' - mean); particles gain
+    log p(x') - log q(x'). Steps without noise have no density and stay the model's own.
+
+    limit: largest displacement in units of the step's noise; longer ones are cut to it (a proposal may be anything, and
+           displacement^2 / 2 is what a step costs in nats of weight).
+    """
+
+    hooks: Hooks
+    limit: float | None = None
+    key: Key = KEY
+    log: Log = field(default_factory=Log)
+    scale: float = 1.0
+
+    def look(self, state: Trajectory, objective: Objective, weighted: bool) -> tuple[Trajectory, Tensor | None]:
+        """The state carrying the model's prediction and the displacement, and its scores where it is weighted."""
+        process, k = cast(GaussianProcess, state.process), state.k
+        looked = look(process, self.hooks, state.x, k, self.key, self.log)
+        here, there = process.levels[k : k + 2]
+        std = process.rule.std(here, there)
+        move = looked.displacement(coefficient(here, there, std))
+        if self.limit is not None:
+            size = norms(move) / std
+            move = move * per_particle(self.limit / size.clamp(min=self.limit), move)
+            self.log.add("limited", k, (size > self.limit).double())
+        with torch.no_grad():
+            scores = objective(process.complete(state.x, looked.raw)) if weighted else None
+        return state.carry(x0=looked.raw, displacement=move), scores
+
+    def __call__(self, state: Trajectory, model: GaussianTransition) -> GaussianTransition:
+        if "displacement" not in state.carried:
+            raise SteerError(
+                "hooks propose in steer.smc and what is built on it, got a sampler that hands proposals the reward's "
+                "gradient alone; run that one on the process steer.guidance.guide(process, hooks)"
+            )
+        return model.shift(state.carried["displacement"])
+
+
+def follow(hooks: Hooks, *, limit: float | None = None, key: Key | int | None = None) -> Follow:
+    """A proposal for `steer.smc` (and what is made of it) that moves by hooks.
+
+    hooks: score, x0 and mean hooks. Start hooks and after hooks have no density to correct by: SteerError.
+    limit: see `Follow`; None for no limit. What was done is in `proposal.log`, over all runs of this proposal.
+    """
+    if hooks.after or hooks.start:
+        raise SteerError(
+            "a proposal consists of score, x0 and mean hooks, got start or after hooks, which have no density; put "
+            "those into the process (steer.guidance.guide), whose law is then theirs"
+        )
+    if limit is not None and not limit > 0.0:
+        raise SteerError(f"limit is a displacement in units of the step's noise and must be positive, got {limit}")
+    named = KEY if key is None else key.fold("guidance") if isinstance(key, Key) else Key(key).fold("guidance")
+    return Follow(hooks, limit, named)

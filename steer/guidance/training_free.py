@@ -1,0 +1,263 @@
+"""Training-free guidance: follow a potential on clean states, with DPS, LGD, FreeDoM, MPGD and UGD as settings."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import SteerError
+from ..types import Level, Reward
+from .hooks import Hooks, Step, norms, per_particle
+
+Profile = Callable[[Level, Level], float]
+"""Relative strength of a step between two levels; profiles are scaled to mean 1 over a chain."""
+
+
+def constant(here: Level, there: Level) -> float:
+    """The same at every step."""
+    return 1.0
+
+
+def increase(here: Level, there: Level) -> float:
+    """abar / abar' (their alpha_t), abar = alpha^2 / (alpha^2 + sigma^2): weak in the noise, nearly 1 soon after."""
+    return min(1.0, _signal(here) / _signal(there))
+
+
+def decrease(here: Level, there: Level) -> float:
+    """1 - abar / abar': strong in the noise, nearly 0 at the data."""
+    return 1.0 - increase(here, there)
+
+
+def _signal(at: Level) -> float:
+    return at.alpha**2 / (at.alpha**2 + at.sigma**2)
+
+
+@dataclass(frozen=True)
+class Native:
+    """A step size as papers have it: it multiplies the gradient. Built by `native`."""
+
+    value: float
+
+
+def native(value: float) -> Native:
+    """A step size in a paper's own unit, which depends on the scale of the potential; see `tfg`."""
+    return Native(value)
+
+
+Strength = float | Native
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingFree:
+    """The mean hook of `tfg`, which says what the fields mean."""
+
+    potential: Reward | Callable[..., Any]
+    rho: Strength
+    mu: Strength
+    sigma: float
+    samples: int
+    iterations: int
+    rho_profile: Profile
+    mu_profile: Profile
+    sigma_profile: Callable[[Level], float]
+    halvings: int
+    limit: float | None
+
+    def __call__(self, at: Step) -> Tensor:
+        if at.unit == 0.0 and not (isinstance(self.rho, Native) or isinstance(self.mu, Native)):
+            return at.mean
+        smoothed = self._smoothed(at)
+        through = torch.zeros_like(at.x0)
+        if _value(self.rho) and at.here.alpha > 0.0:
+            value, slope = at.climb(smoothed, at.raw)
+            gradient = at.gradient((at.raw * slope).flatten(2).sum(2))
+            ratio = at.there.alpha / at.here.alpha
+            size = _size(self.rho, at, self.rho_profile)
+            through = self._move(at, self.rho, gradient, size, ratio)
+            through = through * self._kept(at, smoothed, value, at.raw.detach(), slope, through)
+        z, size = at.x0, _size(self.mu, at, self.mu_profile)
+        for _ in range(self.iterations if size else 0):
+            value, gradient = at.climb(smoothed, z)
+            move = self._move(at, self.mu, gradient, size, at.there.alpha)
+            z = z + move * self._kept(at, smoothed, value, z, gradient, move) / at.there.alpha
+        return at.mean + self._limited(at, through + at.there.alpha * (z - at.x0))
+
+    def _smoothed(self, at: Step) -> Callable[[Tensor], Tensor]:
+        """log mean_i exp f(z + e_i), with the same noises e_i throughout a step, in one call."""
+        width = self.sigma * self.sigma_profile(at.here)
+        if width == 0.0:
+            return lambda z: at.value(self.potential, z)
+        (problems, particles), event = at.x0.shape[:2], at.x0.shape[2:]
+        shape = (problems, particles, self.samples, *event)
+        noise = width * at.key.fold("smooth").peek("normal", shape, at.x0.dtype, at.x0.device)
+
+        def smoothed(z: Tensor) -> Tensor:
+            values = at.value(self.potential, (z[:, :, None] + noise).flatten(1, 2))
+            return values.view(problems, particles, -1).logsumexp(2) - math.log(self.samples)
+
+        return smoothed
+
+    def _move(self, at: Step, strength: Strength, gradient: Tensor, size: float, ratio: float) -> Tensor:
+        """The displacement of the transition's mean before backtracking."""
+        if isinstance(strength, Native):
+            return gradient * (size * ratio)
+        length = norms(gradient).mean(1, keepdim=True)
+        scale = torch.where(length > 0.0, size * at.unit / length, torch.zeros_like(length))
+        return gradient * per_particle(scale.expand(gradient.shape[:2]), gradient)
+
+    def _kept(
+        self, at: Step, smoothed: Callable[[Tensor], Tensor], value: Tensor, z: Tensor, gradient: Tensor, move: Tensor
+    ) -> Tensor:
+        """The share 2^-j of a move that backtracking leaves every particle, to multiply it by.
+
+        Where f rises by less than a quarter of what its slope promises, the step is past 3/2 of the way to where it
+        would overshoot by as much as it gains (step times curvature >= 3/2 for a quadratic; at 2 iterations diverge).
+        """
+        share = torch.ones_like(value)
+        if not self.halvings:
+            return per_particle(share, move)
+        clean = move / at.there.alpha
+        with torch.no_grad():
+            slope = (gradient * clean).double().flatten(2).sum(2)
+            for _ in range(self.halvings):
+                risen = smoothed(z + clean * per_particle(share, move)) - value
+                short = ~(risen >= 0.25 * share * slope)
+                if not bool(short.any()):
+                    break
+                share = torch.where(short, 0.5 * share, share)
+        at.note("backtracked", (share < 1.0).double())
+        return per_particle(share, move)
+
+    def _limited(self, at: Step, move: Tensor) -> Tensor:
+        if self.limit is None:
+            return move
+        if at.unit == 0.0:
+            return torch.zeros_like(move)
+        size = norms(move) / at.unit
+        at.note("limited", (size > self.limit).double())
+        return move * per_particle(self.limit / size.clamp(min=self.limit), move)
+
+
+def tfg(
+    potential: Reward | Callable[..., Any],
+    *,
+    rho: Strength = 0.1,
+    mu: Strength = 0.025,
+    sigma: float = 0.1,
+    samples: int = 1,
+    iterations: int = 4,
+    rho_profile: Profile = increase,
+    mu_profile: Profile = increase,
+    sigma_profile: Callable[[Level], float] = lambda at: at.sigma,
+    halvings: int = 6,
+    limit: float | None = None,
+) -> Hooks:
+    """Guidance by a potential f(x_0) in nats, such as a log-likelihood or reward / temperature.
+
+    At every step, with g(z) the gradient of the smoothed f~(z) = log mean_i exp f(z + e_i), e_i of std sigma_t,
+
+        D_t = rho_t d f~(x0_hat(x)) / dx        through the network
+        z <- x0; z <- z + mu_t g(z)             `iterations` times, without it;  D_0 = z - x0
+        mean' = mean + (alpha' / alpha) D_t + alpha' D_0
+
+    rho, mu: a number is the displacement of the mean in units of the step's noise (`Step.unit`), averaged over the
+             particles of a problem and over the steps: it does not depend on the scale of f. A displacement u is a KL
+             divergence of u^2 / 2 nats, so a target KL nats away from the model takes about sqrt(2 KL / steps) a step;
+             much more than that collapses. `native(value)` is the papers' factor of the gradient.
+    sigma:   width of the smoothing, times sigma_profile(level); samples: draws of it. 0 turns it off.
+    iterations: gradient steps on x0. Recurrence (N_recur) belongs to the process: guide(recur(process, n), hooks).
+    rho_profile, mu_profile: `increase`, `decrease`, `constant`, or any function of two levels.
+    halvings: the most often that backtracking halves a particle's step, while f rises less than a quarter of what its
+             slope promises: where curvature times step is below 3/2 nothing happens, and iterations diverge at 2. 0:
+             none, as published. The test is made in clean space, on f at x0 + displacement / alpha'.
+    limit:   largest displacement in units, or None. Steps without noise, the last, are then left alone, as they are
+             where strengths are numbers.
+
+    Per step: one network row (and one backward row if rho), samples (1 or 0, + iterations) gradients of
+    the potential, and as many evaluations as backtracking takes.
+    The result is heuristic: it does not sample p(x) exp f(x), see docs/guidance.md for by how much. As a proposal,
+    `follow(tfg(...))`, it is exact.
+    Source: Ye et al. 2024 (TFG, 2409.15761), Alg. 1 as released. Differs: any path and transition rule; the unit;
+    backtracking; f is averaged before the logarithm is differentiated, as in the paper; x0 is not clipped.
+    """
+    if samples < 1 or iterations < 0 or halvings < 0:
+        raise SteerError(
+            f"expected samples >= 1, iterations >= 0 and halvings >= 0, got {samples}, {iterations}, {halvings}"
+        )
+    if min(_value(rho), _value(mu), sigma) < 0.0 or (limit is not None and not limit > 0.0):
+        raise SteerError(
+            f"expected rho, mu, sigma >= 0 and limit > 0, got {rho}, {mu}, {sigma}, {limit}; to go down a potential "
+            "give its negative"
+        )
+    hook = TrainingFree(
+        potential, rho, mu, sigma, samples, iterations, rho_profile, mu_profile, sigma_profile, halvings, limit
+    )
+    return Hooks(mean=(hook,), through=_value(rho) > 0.0)
+
+
+def dps(potential: Reward | Callable[..., Any], rho: Strength = 0.2, **options: Any) -> Hooks:
+    """Diffusion posterior sampling (Chung et al. 2023, Alg. 1): the gradient through the network alone.
+
+    Their step zeta_i / |y - A x0_hat| on |y - A x0_hat|^2 is native(rho) on the potential -|y - A x0_hat|.
+    """
+    return tfg(potential, **{"rho_profile": constant, **options, "rho": rho, "mu": 0.0, "sigma": 0.0, "iterations": 0})
+
+
+def lgd(potential: Reward | Callable[..., Any], rho: Strength = 0.2, samples: int = 4, **options: Any) -> Hooks:
+    """Loss-guided diffusion (Song et al. 2023, LGD-MC, Eq. 8): DPS on the potential smoothed over x_0 given x_t.
+
+    Noise of std sigma / sqrt(alpha^2 + sigma^2), their sqrt(1 - abar). TFG's code divides by n twice; this does once.
+    """
+    profile = {"sigma_profile": lambda at: math.sqrt(1.0 - _signal(at))}
+    fixed = {"rho": rho, "mu": 0.0, "sigma": 1.0, "samples": samples, "iterations": 0}
+    return tfg(potential, **{"rho_profile": constant, **profile, **options, **fixed})
+
+
+def freedom(potential: Reward | Callable[..., Any], rho: Strength = 0.2, **options: Any) -> Hooks:
+    """FreeDoM (Yu et al. 2023, Alg. 2): DPS with a profile; on recur(process, n), with its time travel."""
+    fixed = {"rho": rho, "mu": 0.0, "sigma": 0.0, "iterations": 0}
+    return tfg(potential, **{"rho_profile": increase, **options, **fixed})
+
+
+def mpgd(potential: Reward | Callable[..., Any], mu: Strength = 0.2, **options: Any) -> Hooks:
+    """Manifold-preserving guidance (He et al. 2024, Alg. 1 without its autoencoder): x0 alone, no network backward."""
+    return tfg(potential, **{"mu_profile": increase, "iterations": 1, **options, "rho": 0.0, "mu": mu, "sigma": 0.0})
+
+
+def ugd(
+    potential: Reward | Callable[..., Any],
+    rho: Strength = 0.1,
+    mu: Strength = 0.025,
+    iterations: int = 4,
+    **options: Any,
+) -> Hooks:
+    """Universal guidance (Bansal et al. 2023, Alg. 1): forward (rho) and backward (mu) guidance; recurrence by `recur`.
+
+    Theirs moves the predicted noise by both; in TFG's form, used here, both move the mean.
+    """
+    fixed = {"rho": rho, "mu": mu, "sigma": 0.0, "iterations": iterations}
+    return tfg(potential, **{"rho_profile": constant, "mu_profile": constant, **options, **fixed})
+
+
+def _value(strength: Strength) -> float:
+    return strength.value if isinstance(strength, Native) else strength
+
+
+def _size(strength: Strength, at: Step, profile: Profile) -> float:
+    """The strength at a step."""
+    return _value(strength) * _shares(at.process.levels, profile, not isinstance(strength, Native))[at.k]
+
+
+@lru_cache(maxsize=32)
+def _shares(levels: tuple[Level, ...], profile: Profile, noisy: bool) -> tuple[float, ...]:
+    """A profile scaled to mean 1 over a chain, or over its steps with noise."""
+    shares = [profile(here, there) for here, there in itertools.pairwise(levels)]
+    counted = [share for share, there in zip(shares, levels[1:], strict=True) if there.sigma > 0.0 or not noisy]
+    return tuple(share * len(counted) / sum(counted) for share in shares)

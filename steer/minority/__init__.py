@@ -1,0 +1,56 @@
+"""Minority generation: samples from where the data are thin, and the numbers by which to judge them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import StateSpaceError, SteerError
+from ..guidance import GuidedProcess, Hooks, guide
+from ..process import GaussianProcess
+from .boost import Boost, BoostAndSkip, boost_and_skip
+from .guidance import minority_guidance, self_guided
+from .metrics import Minority, minority_metrics
+from .score import minority_score, quantile_labels
+from .token import NewToken, minority_prompt
+
+__all__ = [
+    "Boost",
+    "BoostAndSkip",
+    "Minority",
+    "NewToken",
+    "boost_and_skip",
+    "minority",
+    "minority_guidance",
+    "minority_metrics",
+    "minority_prompt",
+    "minority_score",
+    "quantile_labels",
+    "self_guided",
+]
+
+
+def minority(process: GaussianProcess | GuidedProcess, method: BoostAndSkip | Hooks) -> Any:
+    """The process whose samples are rarer: every sampler and search runs on it as on any other.
+
+    method: `boost_and_skip(kappa)`          a start of too much variance: no gradients, no training;
+            `self_guided(scale)`             the gradient of the model's own reconstruction loss: no training;
+            `minority_guidance(classifier)`  a noisy classifier of rarity, trained on quantiles of the minority score.
+    Methods compose: minority(minority(process, a), b).
+
+    It is the law that changes: a sampler with a reward r, run on the result, aims at rare(x) exp(r(x) / T). To stay on
+    p(x) exp(r(x) / T), give hooks as a proposal instead: steer.smc(process, reward, proposal=steer.follow(hooks)).
+    Rarity that pays is judged by `minority_metrics`, never by a distance alone.
+    """
+    if not hasattr(process, "levels"):
+        raise StateSpaceError(
+            f"minority methods need states on a Gaussian path, got {type(process).__name__}; tilt a masked process by "
+            "a reward that is high for rare samples"
+        )
+    if isinstance(method, Hooks):
+        return guide(process, method)
+    if isinstance(method, BoostAndSkip):
+        return method(process)
+    raise SteerError(
+        "method is steer.boost_and_skip(kappa), steer.self_guided(scale) or steer.minority_guidance(classifier), got "
+        f"{method!r}"
+    )
