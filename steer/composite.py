@@ -113,8 +113,8 @@ class Composite:
             component.check_batch(batch)
         if self.components[0].initial is not None and self.total(0) != 1.0:
             raise ModelError(
-                "this process starts from a law of its own, and powers of it are not known: only exponents that sum "
-                f"to 1 can start there, got {self.total(0):.4g}; dataclasses.replace(process, initial=None) starts from "
+                "this process starts from a law of its own, and powers of it are not known: only exponents that sum to "
+                f"1 can start there, got {self.total(0):.4g}; dataclasses.replace(process, initial=None) starts from "
                 "its path's own N(0, sigma^2) instead"
             )
         return self.components[0].prior(key, batch, particles) / math.sqrt(self.total(0))

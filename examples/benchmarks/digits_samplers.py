@@ -13,7 +13,7 @@ reward     by weight, in nats.
 frechet    Fréchet distance in the judge's features, weighted population against the train scans of the target. It falls
            with the number of distinct samples, so the row "real scans" is a class-matched draw of as many as a method's
            ESS allows at most, N.
-kernel     kernel distance (unbiased MMD^2 of the kernel (x.y / D + 1)^3), same features, times 1000.
+kernel     kernel distance (unbiased MMD^2 of the kernel (x.y / D + 1)^3), same features.
 diversity  mean distance of two draws, by weight, in the judge's features (real scans beside).
 ess, roots effective sample size, and distinct starting particles among those with weight.
 """
@@ -80,7 +80,7 @@ def measure(images: Tensor, weight: Tensor, reward: Tensor, drawn: Tensor, real:
         "judge": (weight * judged).sum().item(),
         "reward": (weight * reward).sum().item(),
         "frechet": frechet_distance(features, real),
-        "kernel": 1000 * kernel_distance(features, real),
+        "kernel": kernel_distance(features, real),
         "diversity": torch.pdist(features).mean().item(),
         "ess": 1.0 / weight.square().sum().item(),
     }

@@ -3,9 +3,9 @@
     python examples/benchmarks/pipeline_overhead.py [--width 64] [--side 32] [--particles 4] [--steps 5] [--rounds 5]
 
 The same latents, rows and steps: `pipe(...)` with DDIM at eta = 0 and output_type="latent"; `steer.rollout` of the
-process at eta = 0, whose latents must come out equal; and `steer.smc` with a reward of the latents, which costs nothing.
-Least CPU seconds over interleaved rounds, on one thread. Decoder and reward are left out on both sides: the ledger shows
-that rollout decodes and scores N samples, and SMC N per weighted level.
+process at eta = 0, whose latents must come out equal; and `steer.smc` with a reward of the latents, which costs
+nothing. Least CPU seconds over interleaved rounds, on one thread. Decoder and reward are left out on both sides: the
+ledger shows that rollout decodes and scores N samples, and SMC N per weighted level.
 """
 
 from __future__ import annotations

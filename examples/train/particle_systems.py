@@ -335,7 +335,7 @@ def main() -> None:
     """Data, training, measures and card of one system."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=SYSTEMS)
-    parser.add_argument("--steps", type=int, default=5000, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=20000, help="optimizer steps")
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--chains", type=int, default=4000)
     parser.add_argument("--sweeps", type=int, default=600)
