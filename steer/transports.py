@@ -18,9 +18,9 @@ from torch import Tensor
 
 REWARD, SCORE, STATE = 0, 1, 2  # the order of the bases
 VARIANCE_RIDGE, ENERGY_RIDGE = 1e-8, 1e-3
-"""Of the scaled systems. Score and state are collinear in the noise. VCG's equations stay consistent there; ECG's do not
-where a learned score is no gradient field: its right side has what log q, followed along the path, says of the little
-that is left of one basis beside the other, and coefficients of 1e4 came of an error of 1e-3 in the denoiser."""
+"""Of the scaled systems. Score and state are collinear in the noise. VCG's equations stay consistent there. ECG's do
+not where a learned score is no gradient field: its right side has what log q, followed along the path, says of the
+little that is left of one basis beside the other, and coefficients of 1e4 came of an error of 1e-3 in the denoiser."""
 
 
 class Fields(NamedTuple):
