@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .cost import Meter
-from .errors import ModelError, SteerError
+from .errors import ModelError, StateSpaceError, SteerError
 from .key import Key
 from .models.mixture import GaussianMixture
 from .process import GaussianProcess
@@ -227,6 +227,12 @@ def compose(
         if exponent != 1.0 or unconditional is not None or guidance is not None:
             raise SteerError("a Composite has its exponents already: leave exponent, unconditional and guidance out")
         return process
+    for part in process if isinstance(process, Sequence) else (process,):
+        if not isinstance(part, GaussianProcess):
+            raise StateSpaceError(
+                "powers and products are taken of the noised laws of a GaussianProcess, which are not known of a "
+                f"{type(part).__name__}; steer.smc runs on any process, and proposal=steer.follow(hooks) guides it"
+            )
     components = tuple(map(_below_pure_noise, (process,) if isinstance(process, GaussianProcess) else process))
     if (unconditional is None) != (guidance is None):
         raise SteerError("unconditional= and guidance= go together: the target is unconditional^(1 - w) process^w")

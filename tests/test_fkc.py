@@ -269,3 +269,10 @@ def test_a_grid_from_pure_noise_starts_a_little_below():
     assert bool(steer.fkc(model, exponent=2.0, particles=4).log_weight.isfinite().all())
     kept = steer.compose(model.with_times(times[1:]))
     assert kept.components[0].times == times[1:]
+
+
+def test_what_has_no_noised_laws_is_refused():
+    guided = steer.guide(process(4), steer.dps(lambda x: -x.square().sum(1), 0.1))
+    for model in (guided, [process(4), guided], steer.load("letters")):
+        with pytest.raises(steer.StateSpaceError, match="not known of a"):
+            steer.fkc(model, exponent=2.0, particles=2)
