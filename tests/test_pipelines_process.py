@@ -9,7 +9,7 @@ import torch
 from tiny_pipelines import build, prepared
 
 import steer
-from steer.pipelines.chunks import pieces
+from steer.pipelines.chunks import Chunked, pieces
 
 
 def process_of(name, steps=4, pipe=None, **options):
@@ -416,3 +416,26 @@ def test_two_networks_share_a_loop_by_noise_level():
     process.denoise(x, 0)
     process.denoise(x, 5)
     assert runs == ["transformer", "transformer", "transformer_2", "transformer_2"]
+
+
+def test_only_the_first_call_with_several_rows_may_fall_back_to_single_ones():
+    """Inputs for one row only show at once; an error after rows went together is an error."""
+    calls = []
+
+    def function(rows, problems, per):
+        calls.append(len(rows))
+        if len(rows) > limit:
+            raise RuntimeError("too many rows")
+        return rows
+
+    flat, limit = torch.arange(6.0)[:, None], 1
+    single = Chunked("a network", function, 4, True)
+    assert torch.equal(single(flat, 1), flat)
+    assert (single.chunk, calls) == (1, [3, *[1] * 6])
+    limit = 6
+    together = Chunked("a network", function, 4, True)
+    together(flat, 1)
+    limit = 1
+    with pytest.raises(RuntimeError, match="too many rows"):
+        together(flat, 1)
+    assert together.chunk == 4

@@ -14,7 +14,8 @@ from ..errors import NotStochasticError, StateSpaceError
 from ..key import Key
 from ..parameterization import only as only_of
 from ..process import GaussianProcess
-from ..types import GaussianTransition, Level, Rule, Schedule
+from ..types import GaussianTransition, Rule
+from .forwarding import of_base
 from .hooks import Hooks, Log, extra_rows, look
 from .restart import Unrolled
 
@@ -39,6 +40,20 @@ class GuidedProcess:
     key: Key = KEY
     log: Log = field(default_factory=Log)
 
+    steps = of_base("steps")
+    event = of_base("event")
+    problems = of_base("problems")
+    prompts = of_base("prompts")
+    meter = of_base("meter")
+    levels = of_base("levels")
+    times = of_base("times")
+    schedule = of_base("schedule")
+    rule = of_base("rule")
+    reference = of_base("reference")
+    device = of_base("device")
+    dtype = of_base("dtype")
+    decoder = of_base("decoder")
+
     def __post_init__(self) -> None:
         check_gaussian(self.base)
 
@@ -47,61 +62,9 @@ class GuidedProcess:
         return f"GuidedProcess({', '.join(used) or 'no hooks'} on {self.base})"
 
     @property
-    def steps(self) -> int:
-        return self.base.steps
-
-    @property
-    def event(self) -> tuple[int, ...]:
-        return self.base.event
-
-    @property
-    def problems(self) -> int | None:
-        return self.base.problems
-
-    @property
-    def prompts(self) -> tuple[str, ...] | None:
-        return self.base.prompts
-
-    @property
     def rows(self) -> int:
         """Network rows per prediction, those of hooks averaged over a chain and rounded up."""
         return self.base.rows + extra_rows(self.base, self.hooks)
-
-    @property
-    def meter(self) -> Meter | None:
-        return self.base.meter
-
-    @property
-    def levels(self) -> tuple[Level, ...]:
-        return self.base.levels
-
-    @property
-    def times(self) -> tuple[float, ...]:
-        return self.base.times
-
-    @property
-    def schedule(self) -> Schedule:
-        return self.base.schedule
-
-    @property
-    def rule(self) -> Rule:
-        return self.base.rule
-
-    @property
-    def reference(self) -> Any:
-        return self.base.reference
-
-    @property
-    def device(self) -> torch.device | str:
-        return self.base.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.base.dtype
-
-    @property
-    def decoder(self) -> Callable[[Tensor], Tensor] | None:
-        return self.base.decoder
 
     @property
     def prior_moments(self) -> tuple[Tensor | None, float]:

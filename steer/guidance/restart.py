@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple, cast
@@ -24,7 +24,8 @@ from ..key import Key
 from ..models.mixture import MixtureTransition
 from ..process import GaussianProcess
 from ..transitions import Normal
-from ..types import GaussianTransition, Level, Rule, Schedule
+from ..types import GaussianTransition, Level, Rule
+from .forwarding import of_base
 
 
 class Span(NamedTuple):
@@ -84,6 +85,18 @@ class Unrolled:
     base: GaussianProcess
     visits: tuple[int, ...]
 
+    event = of_base("event")
+    problems = of_base("problems")
+    prompts = of_base("prompts")
+    rows = of_base("rows")
+    meter = of_base("meter")
+    schedule = of_base("schedule")
+    reference = of_base("reference")
+    device = of_base("device")
+    dtype = of_base("dtype")
+    decoder = of_base("decoder")
+    prior_moments = of_base("prior_moments")
+
     def __post_init__(self) -> None:
         if not isinstance(self.base, GaussianProcess):
             raise StateSpaceError(
@@ -109,50 +122,6 @@ class Unrolled:
     @cached_property
     def rule(self) -> Rule:
         return BackAndForth(self.base.rule, self.base.levels)
-
-    @property
-    def event(self) -> tuple[int, ...]:
-        return self.base.event
-
-    @property
-    def problems(self) -> int | None:
-        return self.base.problems
-
-    @property
-    def prompts(self) -> tuple[str, ...] | None:
-        return self.base.prompts
-
-    @property
-    def rows(self) -> int:
-        return self.base.rows
-
-    @property
-    def meter(self) -> Meter | None:
-        return self.base.meter
-
-    @property
-    def schedule(self) -> Schedule:
-        return self.base.schedule
-
-    @property
-    def reference(self) -> Any:
-        return self.base.reference
-
-    @property
-    def device(self) -> torch.device | str:
-        return self.base.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.base.dtype
-
-    @property
-    def decoder(self) -> Callable[[Tensor], Tensor] | None:
-        return self.base.decoder
-
-    @property
-    def prior_moments(self) -> tuple[Tensor | None, float]:
-        return self.base.prior_moments
 
     def prior(self, key: Key, batch: int, particles: int) -> Tensor:
         return self.base.prior(key, batch, particles)
