@@ -58,6 +58,7 @@ from .minority import (
     self_guided,
 )
 from .models.embedded import load
+from .moves import path_moves
 from .pipelines import from_latents, from_pipeline, own_solver, verify
 from .potentials import adaptive_tempering, difference, final_only, geometric_tempering, maximum, total
 from .preflight import Preflight, preflight
@@ -68,7 +69,8 @@ from .result import Result
 from .rollout import importance_sampling, rollout
 from .sample import compare, methods, sample
 from .schedules import VE, VP, Cosine, RectifiedFlow, Tabulated, log_snr_times, sigma_times, uniform_times
-from .smc import bootstrap, guided, prior, resample, smc
+from .selection import resample
+from .smc import bootstrap, guided, prior, smc
 from .tds import tds, twisted
 from .top_k import top_k_of_n
 from .trajectory import Trajectory
@@ -76,6 +78,7 @@ from .transitions import Normal, churn, cps, dance_sde, ddim, euler_maruyama, fl
 from .transports import Transport, base_transport, ecg, flow_transport, half_transport, score_transport, vcg
 from .types import Coeffs, Denoiser, Level, QuadraticForm, ReverseProcess, Reward, Rule, Schedule, Stop, Transition
 from .unmasking import Unmasking, unmask
+from .waste_free import waste_free
 from .weighted_sde import FeynmanKac, KernelRatio
 
 __version__ = "0.1.0"
@@ -193,6 +196,7 @@ __all__ = [
     "ode_steps",
     "own_solver",
     "particle_gibbs",
+    "path_moves",
     "pcnl",
     "preflight",
     "prior",
@@ -223,5 +227,6 @@ __all__ = [
     "unmask",
     "vcg",
     "verify",
+    "waste_free",
     "x0_hat",
 ]

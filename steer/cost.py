@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -101,23 +102,32 @@ class Meter:
 
 
 def affordable(
-    per_particle: int, *, particles: int | None, budget: int | None, default: int = 16, before: int = 0
+    rows: int | Callable[[int], int],
+    *,
+    particles: int | None,
+    budget: int | None,
+    default: int = 16,
+    before: int = 0,
 ) -> int:
-    """How many particles per problem to run, each costing `per_particle` network rows.
+    """How many particles per problem to run.
 
+    rows:      network rows of one particle, or a rising function from their number to the rows of all.
     particles: the number itself; budget: network rows per problem, never exceeded. Giving neither means `default`;
-    giving both asks for `particles` and checks them against the budget. before: rows spent whatever their number.
+        giving both asks for `particles` and checks them against the budget. before: rows spent whatever their number.
     """
     if particles is not None and particles < 1:
         raise BudgetError(f"particles must be at least 1, got {particles}")
     if budget is None:
         return default if particles is None else particles
-    most = max(0, budget - before) // per_particle
+    price = rows if callable(rows) else lambda count: rows * count
+    left = max(0, budget - before)
+    most = bisect_right(range(1, left // price(1) + 1), left, key=price)
     if most < (particles or 1):
         raise BudgetError(
-            f"a budget of {budget} network rows per problem pays for {most} particle(s) at {per_particle} rows each, "
-            f"{f'after {before} for their start, ' if before else ''}and {particles or 1} were asked for; raise the "
-            f"budget to {before + per_particle * (particles or 1)}, or take fewer steps"
+            f"a budget of {budget} network rows per problem pays for {most} particle(s) at {price(1)} rows "
+            f"{'or more ' if callable(rows) else ''}each, {f'after {before} for their start, ' if before else ''}and "
+            f"{particles or 1} were asked for; raise the budget to {before + price(particles or 1)}, or take fewer "
+            "steps"
         )
     return particles or most
 

@@ -9,7 +9,8 @@ from .key import Key
 from .potentials import GeometricTempering, difference, geometric_tempering
 from .resampling import ssp
 from .result import Result
-from .smc import Resample, Start, prior, resample, smc
+from .selection import Resample, resample
+from .smc import Start, prior, smc
 from .trajectory import Trajectory
 from .types import GaussianTransition, OnStep, ReverseProcess, Reward
 

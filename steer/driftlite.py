@@ -18,7 +18,8 @@ from .objective import conditioned
 from .potentials import Tempering
 from .process import GaussianProcess
 from .result import Result
-from .smc import PreparedStart, Resample, Start, prior, resample
+from .selection import Resample, resample
+from .smc import PreparedStart, Start, prior
 from .trajectory import Trajectory
 from .transports import ecg, vcg
 from .types import OnStep, Reward

@@ -8,7 +8,8 @@ from .key import Key
 from .potentials import Weight, difference
 from .resampling import Resampler, systematic
 from .result import Result
-from .smc import Start, prior, resample, smc
+from .selection import resample
+from .smc import Start, prior, smc
 from .types import OnStep, ReverseProcess, Reward
 
 

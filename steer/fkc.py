@@ -11,7 +11,8 @@ from .look_ahead import LookAhead, x0_hat
 from .potentials import Tempering
 from .process import GaussianProcess
 from .result import Result
-from .smc import Resample, Start, prior, resample
+from .selection import Resample, resample
+from .smc import Start, prior
 from .trajectory import Trajectory
 from .transports import Transport, flow_transport, score_transport
 from .types import OnStep, Reward

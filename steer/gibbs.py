@@ -22,7 +22,8 @@ from .potentials import Weight
 from .process import GaussianProcess
 from .resampling import Resampler, multinomial
 from .result import Result
-from .smc import Proposal, Start, bootstrap, prior, resample, smc
+from .selection import resample
+from .smc import Proposal, Start, bootstrap, prior, smc
 from .trajectory import Trajectory
 from .types import GaussianTransition, Level, OnStep, ReverseProcess, Reward, Rule
 

@@ -33,11 +33,13 @@ class Weight:
     combine:   the log-potential of a value and what the path remembers.
     at:        levels to evaluate and weight at; None for all but the last prediction, which the closing repeats.
     tempering: exponent of the value by level; None for 1 throughout.
+    telescopes: whether the weight so far depends on the latest value alone, as `steer.path_moves` needs it.
     """
 
     combine: Combine
     at: frozenset[int] | None = None
     tempering: Tempering | None = None
+    telescopes: bool = False
 
     def active(self, k: int, steps: int) -> bool:
         """Whether values are evaluated at level k."""
@@ -47,12 +49,17 @@ class Weight:
         """The state reweighted by values (B, N) = r(x0_hat) / temperature at its level."""
         spent = state.memory["spent"]
         if self.tempering is not None:
-            exponent = self.tempering(state, value)[:, None].expand_as(value)
-            state, value = state.remember(exponent=exponent), exponent * value
+            state = state.remember(exponent=self.tempering(state, value)[:, None].expand_as(value))
+        value = self.tempered(state, value)
         increment, memory = self.combine(value, state.memory)
         # A forbidden *prediction* says nothing certain about the sample: leave the weight until the sample is there.
         increment = increment.masked_fill(increment == -torch.inf, 0.0)
         return state.reweight(increment, spent=spent + increment, **memory)
+
+    def tempered(self, state: Trajectory, value: Tensor) -> Tensor:
+        """Values (B, N) times the exponent that the state remembers; what is forbidden stays so at exponent 0."""
+        exponent = state.memory.get("exponent")
+        return value if exponent is None else torch.where(value == -torch.inf, value, exponent * value)
 
     def close(self, state: Trajectory, value: Tensor) -> Trajectory:
         """The finished state reweighted so that the product of all potentials is exp(value), value (B, N)."""
@@ -61,7 +68,7 @@ class Weight:
 
 def difference(at: Collection[int] | None = None, tempering: Tempering | None = None) -> Weight:
     """Potential exp(v_k - v_previous): the weight so far is always exp(v_k). The default."""
-    return _weight(lambda value, memory: (value - memory["spent"], {}), at, tempering)
+    return _weight(lambda value, memory: (value - memory["spent"], {}), at, tempering, telescopes=True)
 
 
 def maximum(at: Collection[int] | None = None, tempering: Tempering | None = None) -> Weight:
@@ -86,7 +93,7 @@ def total(at: Collection[int] | None = None, tempering: Tempering | None = None)
 
 def final_only() -> Weight:
     """No intermediate weights: importance sampling, with or without a guided proposal."""
-    return Weight(lambda value, memory: (torch.zeros_like(value), {}), at=frozenset())
+    return Weight(lambda value, memory: (torch.zeros_like(value), {}), at=frozenset(), telescopes=True)
 
 
 @dataclass(frozen=True)
@@ -126,8 +133,9 @@ def adaptive_tempering(share: float = 0.5, *, lowest: float = 0.0) -> Tempering:
     def exponent(state: Trajectory, value: Tensor) -> Tensor:
         begin = torch.full_like(value[:, 0], lowest)
         begin = state.memory["exponent"][:, 0] if "exponent" in state.memory else begin
-        at_begin = state.log_weight + begin[:, None] * value - state.memory["spent"]
-        return weights.temper(at_begin, value, begin, share=share)
+        forbidden = value == -torch.inf  # predictions that leave their weights as they are, see `Weight.apply`
+        value, spent = value.masked_fill(forbidden, 0.0), state.memory["spent"].masked_fill(forbidden, 0.0)
+        return weights.temper(state.log_weight + begin[:, None] * value - spent, value, begin, share=share)
 
     return exponent
 
@@ -138,5 +146,7 @@ def _share(name: str, value: float) -> float:
     return float(value)
 
 
-def _weight(combine: Combine, at: Collection[int] | None, tempering: Tempering | None) -> Weight:
-    return Weight(combine, None if at is None else frozenset(at), tempering)
+def _weight(
+    combine: Combine, at: Collection[int] | None, tempering: Tempering | None, telescopes: bool = False
+) -> Weight:
+    return Weight(combine, None if at is None else frozenset(at), tempering, telescopes)

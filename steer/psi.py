@@ -9,7 +9,8 @@ from .key import Key
 from .mcmc import Langevin, pcnl
 from .potentials import Weight
 from .result import Result
-from .smc import Proposal, Resample, guided, smc
+from .selection import Resample
+from .smc import Proposal, guided, smc
 from .types import OnStep, ReverseProcess, Reward
 
 

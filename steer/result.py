@@ -15,6 +15,7 @@ from . import weights
 from .cost import Cost
 from .errors import StateSpaceError
 from .key import Key, as_key
+from .moves import ACCEPTANCE
 from .resampling import systematic
 from .trajectory import Trajectory, gather
 from .types import ReverseProcess
@@ -100,8 +101,8 @@ class Result:
 
     @property
     def log_evidence_variance(self) -> Tensor:
-        """Estimated variance of log_evidence, (B,); NaN where the run has no lineage. See `weights`."""
-        if self.trajectory is None:
+        """Estimated variance of log_evidence, (B,); NaN where the run has no lineage, or moved it. See `weights`."""
+        if self.trajectory is None or any(name.startswith(ACCEPTANCE) for name in self.diagnostics):
             return torch.full_like(self.log_evidence, torch.nan)
         return weights.evidence_variance(self.log_weight, self.root, self.trajectory.resamplings())
 

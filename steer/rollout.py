@@ -12,7 +12,8 @@ from .key import Key, as_key
 from .objective import check_finite, check_temperature, conditioned, open_run
 from .potentials import final_only
 from .result import Result, Seen
-from .smc import Start, prepared, prior, resample, smc
+from .selection import resample
+from .smc import Start, prepared, prior, smc
 from .trajectory import Trajectory
 from .types import OnStep, ReverseProcess, Reward, Stop
 

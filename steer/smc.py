@@ -5,9 +5,9 @@ A run is a choice of four parts that compose: a start, a proposal, a weight and 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol, cast, runtime_checkable
 
 import torch
@@ -15,13 +15,14 @@ from torch import Tensor
 
 from . import weights
 from .cost import affordable
-from .errors import CollapsedWeightsError, NonFiniteError, NotStochasticError, ShapeError, StateSpaceError, SteerError
+from .errors import NotStochasticError, ShapeError, StateSpaceError, SteerError
 from .key import Key, as_key
+from .moves import forget
 from .objective import Objective, check_finite, check_temperature, conditioned, log_potential, open_run
 from .potentials import Weight, difference
-from .resampling import Resampler, systematic
 from .result import Result, Seen
-from .trajectory import Trajectory
+from .selection import Resample, check, resample, select
+from .trajectory import Ancestors, Trajectory
 from .types import GaussianTransition, OnStep, ReverseProcess, Reward, Stop
 
 Start = Callable[[ReverseProcess, Objective, Key, int, int], Trajectory]
@@ -107,29 +108,6 @@ def guided(scale: float = 1.0) -> Guided:
     return Guided(scale)
 
 
-@dataclass(frozen=True)
-class Resample:
-    """When and how to resample: where the ESS of a problem's accumulated weights falls below threshold * N.
-
-    threshold: 0 never, 1 whenever weights differ. at: levels at which it may happen, None for all that are weighted.
-    """
-
-    resampler: Resampler = systematic
-    threshold: float = 0.5
-    at: frozenset[int] | None = None
-
-    def allowed(self, k: int) -> bool:
-        """Whether resampling may happen at level k."""
-        return self.threshold > 0.0 and (self.at is None or k in self.at)
-
-
-def resample(resampler: Resampler = systematic, threshold: float = 0.5, at: Collection[int] | None = None) -> Resample:
-    """A selection that resamples by effective sample size, at chosen levels."""
-    if not 0.0 <= threshold <= 1.0:
-        raise SteerError(f"threshold is a share of N in [0, 1], got {threshold}")
-    return Resample(resampler, threshold, None if at is None else frozenset(at))
-
-
 def prior(process: ReverseProcess, objective: Objective, key: Key, batch: int, particles: int) -> Trajectory:
     """The start every chain has by default: draws of the process's prior."""
     del objective
@@ -137,11 +115,20 @@ def prior(process: ReverseProcess, objective: Objective, key: Key, batch: int, p
 
 
 def prepared(
-    start: Start, process: ReverseProcess, temperature: float, *, particles: int | None, budget: int | None
+    start: Start,
+    process: ReverseProcess,
+    temperature: float,
+    *,
+    particles: int | None,
+    budget: int | None,
+    selection: Resample | None = None,
 ) -> tuple[Start, int]:
     """A start ready for a run at that temperature, and how many whole chains it leaves the budget for."""
-    start, rows = start.prepare(process, temperature) if isinstance(start, PreparedStart) else (start, 0)
-    return start, affordable(process.steps * process.rows, particles=particles, budget=budget, before=rows)
+    start, before = start.prepare(process, temperature) if isinstance(start, PreparedStart) else (start, 0)
+    rows: int | Callable[[int], int] = process.steps * process.rows
+    if selection is not None and selection.moves is not None:
+        rows = partial(selection.moves.rows, process)
+    return start, affordable(rows, particles=particles, budget=budget, before=before)
 
 
 def smc(
@@ -189,47 +176,121 @@ def smc(
     if isinstance(start, Trajectory):
         state = resumed(start, process)
     else:
-        start, count = prepared(start, process, temperature, particles=particles, budget=budget)
+        start, count = prepared(start, process, temperature, particles=particles, budget=budget, selection=selection)
         state = start(process, objective, key, conditioned(process, batch), count)
     state = replace(state, keep_states=keep_states)
     if "spent" not in state.memory:
         state = state.remember(spent=torch.zeros_like(state.log_weight))
     _check_stochastic(state, selection)
-
-    seen: list[Seen] = []
-    noise, ancestry = key.fold("step"), key.fold("resample")
-    paid, interrupted = state, False  # paid: the last state with its prediction, for runs that end early
+    loop = _Loop(objective, temperature, proposal, weight, selection, key, [])
+    paid = state = loop.begun(state)  # paid: the last state with its prediction, for runs that end early
+    interrupted = False
     try:
         try:
             for k in range(state.k, process.steps):
-                weighted = weight.active(k, process.steps)
-                state, scores = _evaluate(state, objective, temperature, proposal, weighted)
-                if scores is not None:
-                    state = weight.apply(state, log_potential(scores, temperature))
-                    state = select(state, scores, selection, ancestry, seen)
-                paid = state
-                model = process.transition(state.x, state.carried["x0"], k)
-                drawn = proposal(state, cast(GaussianTransition, model)) if len(state.carried) > 1 else model
-                state = state.step(drawn, noise, model=None if drawn is model else model)
+                paid = state = loop.weighed(state, weight.active(k, process.steps))
+                state = loop.stepped(state)
                 if on_step is not None:
                     on_step(state)
         except (Stop, KeyboardInterrupt):
             if "x0" not in paid.carried:
                 raise
             state, interrupted = replace(paid, x=process.complete(paid.x, paid.carried["x0"])), True
-        with torch.no_grad():
-            scores = objective(state.x)
-        state = weight.close(state, log_potential(scores, temperature))
-        seen.append(Seen(process.steps, state.ess, scores))
-        check(state, seen)
+        state, scores = loop.closed(state)
+        check(state, loop.seen)
     except SteerError as error:
         error.keep(paid)
         raise
     return Result(
         process=process, x=state.x, reward=scores, log_weight=weights.normalise(state.log_weight),
         log_evidence=state.log_normaliser, root=state.root, key=key, cost=meter.cost(), temperature=temperature,
-        trajectory=state, seen=tuple(seen), interrupted=interrupted,
+        trajectory=state, seen=tuple(loop.seen), interrupted=interrupted,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Loop:
+    """What happens to a population between two levels, with what it depends on."""
+
+    objective: Objective
+    temperature: float
+    proposal: Proposal
+    weight: Weight
+    selection: Resample
+    key: Key
+    seen: list[Seen]
+
+    def begun(self, state: Trajectory) -> Trajectory:
+        """The state remembering what moves will need of its beginning."""
+        moves = self.selection.moves
+        if moves is None:
+            return state
+        if not self.weight.telescopes or state.keep_states:
+            raise SteerError(
+                "moves change paths: their target must be a function of the latest state, which weight="
+                "steer.difference() and final_only() give, and states kept from before them would connect to nothing; "
+                "use such a weight and keep_states=False, or run without moves"
+            )
+        steps = state.process.steps
+        idle = [
+            k for k in sorted(moves.at) if not (k == steps or (state.k <= k < steps and self.weight.active(k, steps)))
+        ]
+        if idle:
+            raise SteerError(
+                f"particles are moved at levels that are weighted, and at the end, {steps}; {idle} of path_moves are "
+                "neither; change them, or the weight's levels"
+            )
+        return moves.begin(state)
+
+    def weighed(self, state: Trajectory, weighted: bool) -> Trajectory:
+        """The state carrying its prediction, reweighted and resampled where its level is."""
+        state, scores = _evaluate(state, self.objective, self.temperature, self.proposal, weighted)
+        if scores is None:
+            return state
+        value = log_potential(scores, self.temperature)
+        return self._selected(self.weight.apply(state, value), scores, value)
+
+    def stepped(self, state: Trajectory) -> Trajectory:
+        """The state one level on."""
+        model = state.process.transition(state.x, state.carried["x0"], state.k)
+        drawn = self.proposal(state, cast(GaussianTransition, model)) if len(state.carried) > 1 else model
+        state = state.step(drawn, self.key.fold("step"), model=None if drawn is model else model)
+        return state if self.selection.moves is None else self.selection.moves.record(state, model)
+
+    def closed(self, state: Trajectory) -> tuple[Trajectory, Tensor]:
+        """The finished state, weighted by its reward, and its scores."""
+        with torch.no_grad():
+            scores = self.objective(state.x)
+        value = log_potential(scores, self.temperature)
+        state = self.weight.close(state, value)
+        if state.k == state.process.steps and self.selection.moving(state.k):  # not where the run was interrupted
+            state = self._selected(state.carry(score=scores), scores, value)
+            scores = state.carried["score"]
+        else:
+            self.seen.append(Seen(state.process.steps, state.ess, scores))
+        return forget(state), scores
+
+    def _selected(self, state: Trajectory, scores: Tensor, value: Tensor) -> Trajectory:
+        """The state resampled in the problems whose ESS is low, and its copies moved."""
+        before, moves = state, self.selection.moves
+        state = select(state, scores, self.selection, self.key.fold("resample"), self.seen)
+        if moves is None or state is before or not self.selection.moving(state.k):
+            return state
+        parent = cast(Ancestors, state.past[-1]).parent
+        value = self.weight.tempered(before, value).gather(1, parent)
+        return moves(state, value, self._judged, self.key.fold("moves"))
+
+    def _judged(self, state: Trajectory) -> tuple[Trajectory, Tensor]:
+        """A moved state with what it carries, and its log-potential."""
+        if state.k == state.process.steps:
+            with torch.no_grad():
+                scores = self.objective(state.x)
+            state = state.carry(score=scores)
+        else:
+            state, seen = _evaluate(state, self.objective, self.temperature, self.proposal, True)
+            scores = cast(Tensor, seen)
+        check_finite(scores, f"of paths moved to level {state.k}")
+        return state, self.weight.tempered(state, log_potential(scores, self.temperature))
 
 
 def _evaluate(
@@ -250,50 +311,6 @@ def _evaluate(
     with torch.no_grad():
         x0 = process.denoise(state.x, k)
         return state.carry(x0=x0), objective(process.complete(state.x, x0)) if weighted else None
-
-
-def select(state: Trajectory, scores: Tensor, selection: Resample, key: Key, seen: list[Seen]) -> Trajectory:
-    """The state resampled in the problems whose ESS is low."""
-    particles, size = state.x.shape[1], state.ess
-    seen.append(Seen(state.k, size, scores))
-    # One problem on the host: reading the decision is free and saves the gather. Elsewhere some problem nearly always
-    # resamples, or reading would stall the device: decide per problem by torch.where, and look for bad numbers once,
-    # at the end. NaN, where every weight is zero, is not low.
-    enough = selection.threshold * particles * (1.0 - weights.SLACK)
-    if state.x.device.type == "cpu" and state.x.shape[0] == 1:
-        size_now = size.item()
-        if math.isnan(size_now):
-            check(state, seen[-1:])
-        if size_now >= enough:
-            return state
-    if not selection.allowed(state.k) or particles == 1:
-        return state
-    low = size < enough
-    # Where nothing is resampled, possibly for want of any weight, ancestors are not used but must exist.
-    log_weight = state.log_weight.masked_fill(~low[:, None], 0.0)
-    return state.resample(selection.resampler(log_weight, key.at(state.k), particles), low)
-
-
-def check(state: Trajectory, seen: Sequence[Seen]) -> None:
-    """Raises the error that bad scores or weights call for, naming step and particle. Reads the device."""
-    scores = torch.stack([entry.score for entry in seen])
-    if bool((scores.isnan() | (scores == torch.inf)).any()):
-        for k, _, scores in seen:
-            check_finite(scores, f"at level {k} of {state.process.steps}")
-    # The weights carried, not the evidence: that is NaN by right where the start's normaliser is unknown, and what was
-    # collected was finite, or nothing would have been resampled.
-    dead = state.log_total == -torch.inf
-    if bool(dead.any()):
-        raise CollapsedWeightsError(
-            f"every particle of problem {int(dead.nonzero()[0])} has weight zero at level {state.k}: the reward "
-            "forbids (-inf) all of them; use more particles, or a reward that is finite on what the model makes"
-        )
-    if not bool(state.log_total.isfinite().all()):
-        raise NonFiniteError(
-            f"log-weights at level {state.k} are not finite although every score is: states ran away, or densities "
-            "overflow; lower the guidance scale, start below the noise that the model was trained on, or keep states "
-            "in float32"
-        )
 
 
 def _check_stochastic(state: Trajectory, selection: Resample) -> None:

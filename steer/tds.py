@@ -10,7 +10,8 @@ from .key import Key
 from .process import GaussianProcess
 from .resampling import systematic
 from .result import Result
-from .smc import Resample, Start, prior, pull, resample, smc
+from .selection import Resample, resample
+from .smc import Start, prior, pull, smc
 from .trajectory import Trajectory
 from .types import GaussianTransition, OnStep, ReverseProcess, Reward
 

@@ -20,7 +20,8 @@ from .look_ahead import LookAhead
 from .objective import Objective, check_temperature, conditioned, log_potential, open_run
 from .potentials import Tempering, difference
 from .result import Result, Seen
-from .smc import PreparedStart, Resample, Start, check, prior, resumed, select
+from .selection import Resample, check, select
+from .smc import PreparedStart, Start, prior, resumed
 from .trajectory import Trajectory
 from .transports import Transport
 from .types import OnStep, Reward, Stop
@@ -208,6 +209,11 @@ def _selected(
 
 
 def _check_noise(engine: Engine, state: Trajectory, selection: Resample) -> None:
+    if selection.moves is not None:
+        raise SteerError(
+            "moves hold for weights that are a function of the latest state, as in steer.smc; those of a weighted SDE "
+            "gather along the path; run without moves"
+        )
     steps = range(state.k, engine.target.steps - 1)
     if state.x.shape[1] > 1 and selection.threshold > 0.0 and steps and not any(engine.v(k) > 0.0 for k in steps):
         raise NotStochasticError(

@@ -16,7 +16,8 @@ from exact import LIMIT, PATHS, Linear, Quadratic, exact_chain, mixture_2d, mixt
 
 import steer
 from steer import potentials, trajectory
-from steer.smc import Guided, Resample
+from steer.selection import Resample
+from steer.smc import Guided
 
 smc_module = importlib.import_module("steer.smc")  # `steer.smc` is the function
 
@@ -112,7 +113,12 @@ def test_law_with_schedules_and_tempering(weight, temperature):
         assert score < LIMIT, (name, score)
 
 
-def test_law_where_a_sample_may_be_forbidden():
+@pytest.mark.parametrize(
+    "tempering",
+    [None, steer.geometric_tempering(0.2), steer.adaptive_tempering(0.7)],
+    ids=["none", "geometric", "adaptive"],
+)
+def test_law_where_a_sample_may_be_forbidden(tempering):
     """Rewards of -inf on a half-plane: the evidence is the probability of the other half times its tilt."""
     mixture = MIXTURES[2]
     tilt = REWARDS[2, "linear"]
@@ -120,7 +126,14 @@ def test_law_where_a_sample_may_be_forbidden():
     def reward(x):
         return torch.where(x[:, 0] > 0, tilt(x), -torch.inf)
 
-    result = steer.smc(exact_chain(mixture, "vp", STEPS), reward, batch=1024, particles=32, key=5)
+    result = steer.smc(
+        exact_chain(mixture, "vp", STEPS),
+        reward,
+        batch=1024,
+        particles=32,
+        key=5,
+        weight=steer.difference(tempering=tempering),
+    )
     assert bool((result.log_weight[result.x[..., 0] <= 0] == -torch.inf).all())
     target = mixture.exact(tilt)
     tilted = torch.distributions.Normal(target.means[:, 0], target.covs[:, 0, 0].sqrt())

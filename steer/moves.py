@@ -1,0 +1,207 @@
+"""Moves of whole paths: what makes copies of a particle differ after a resampling, without changing the law.
+
+A chain is a function of the noise that drives it: its start and what every step adds, independent normals all of them.
+Weighted up to level k, a population stands for the law
+
+    N(noise; 0, I) exp(S),        S = what the potentials have multiplied in, a function of the state at level k
+
+so a preconditioned Crank-Nicolson step, noise' = sqrt(1 - beta^2) noise + beta xi, which leaves the normal as it is,
+followed by a replay of the chain to level k, is accepted with probability min(1, exp(S' - S)) (Cotter et al. 2013).
+It reaches what resampling has lost for good: the early steps, and the start.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from .errors import StateSpaceError, SteerError
+from .key import Key
+from .process import GaussianProcess
+from .resampling import Resampler
+from .tilted import spread
+from .trajectory import Ancestors, Trajectory
+from .transitions import Normal
+from .types import ReverseProcess, Transition
+
+Judge = Callable[[Trajectory], tuple[Trajectory, Tensor]]
+"""A state at its level -> (it, carrying what its next step needs; its log-potential S (B, M), -inf where forbidden)."""
+
+
+class Chains(NamedTuple):
+    """Particles (B, M, ...) on their way through moves, and the log-potentials (B, M) of their states."""
+
+    state: Trajectory
+    value: Tensor
+
+
+@dataclass(frozen=True)
+class PathMoves:
+    """Waste-free moves: few ancestors are drawn, each begins a chain of moves, and every state of it is kept.
+
+    Built by `path_moves`, which says what the fields mean.
+    """
+
+    at: frozenset[int]
+    chain: int
+    smallest: float
+
+    def rows(self, process: ReverseProcess, particles: int) -> int:
+        """Network rows per problem of a run with that many particles."""
+        moved = (particles - self.chains(particles)) * sum(min(k + 1, process.steps) for k in self.at)
+        return process.rows * (particles * process.steps + moved)
+
+    def chains(self, particles: int) -> int:
+        """How many chains make that many particles; the last may be shorter."""
+        return math.ceil(particles / self.chain)
+
+    def ancestors(self, log_weight: Tensor, resampler: Resampler, key: Key) -> Tensor:
+        """Where the chains of particles with log-weights (B, N) begin, over and over, (B, N)."""
+        particles = log_weight.shape[1]
+        first = resampler(log_weight, key, self.chains(particles))
+        # In random order: where chains differ in length, which ancestor gets a short one must not depend on its slot.
+        order = key.fold("order").uniform(first.shape, device=first.device).argsort(1)
+        return first.gather(1, order).repeat(1, self.chain)[:, :particles]
+
+    def begin(self, state: Trajectory) -> Trajectory:
+        """The state at level 0, remembering the noise that it is."""
+        if state.k != 0 or not hasattr(state.process, "prior_moments"):
+            raise StateSpaceError(
+                "moves replay paths from a Gaussian prior, so a run with moves begins at level 0 of a process that has "
+                f"one, got level {state.k} of {type(state.process).__name__}; run without moves"
+            )
+        mean, std = _prior(state)
+        return state.remember(**{_START: (state.x - mean) / std}) if std > 0.0 else state
+
+    def record(self, state: Trajectory, model: Transition) -> Trajectory:
+        """The state remembering the noise of its last step: what the model's own step would have had to add."""
+        if not isinstance(model, Normal):
+            raise StateSpaceError(
+                f"moves replay paths by the noise of their steps, so steps must be steer.Normal, got "
+                f"{type(model).__name__}; run without moves"
+            )
+        noise = {_noise(state.k - 1): (state.x - model.mean) / model.std} if model.stochastic else {}
+        return state.remember(**noise)
+
+    def __call__(self, state: Trajectory, value: Tensor, judge: Judge, key: Key) -> Trajectory:
+        """A state just resampled to its `ancestors`, with the copies moved.
+
+        value: log-potentials (B, N) of its particles, -inf where their predictions are forbidden.
+        """
+        particles = value.shape[1]
+        chains = self.chains(particles)
+        here = Chains(_some(state, chains), value[:, :chains])
+        kept, accepted = [here.state], []
+        for first in range(chains, particles, chains):
+            width, name = min(chains, particles - first), key.fold(first // chains).at(state.k)
+            here = Chains(_some(here.state, width), here.value[:, :width])
+            there = self._proposed(here.state, judge, name)
+            chance = name.fold("accept").uniform(there.value.shape, device=there.value.device)
+            # A forbidden prediction has kept the weight from before it (see `Weight.apply`), which is no function of
+            # its state: chains neither enter such states nor leave them.
+            accept = (here.value > -torch.inf) & (chance.log() < there.value - here.value)
+            accepted.append(accept.double())
+            here = Chains(_either(accept, there.state, here.state), torch.where(accept, there.value, here.value))
+            kept.append(here.state)
+        moved = cast(Ancestors, state.past[-1]).happened  # all but problems without any weight, which end in an error
+        rate = torch.cat(accepted, 1).mean(1) if accepted else torch.full_like(value[:, 0], math.nan)
+        named = {**state.diagnostics, f"{ACCEPTANCE} {state.k}": rate}
+        return replace(_joined(state, kept, moved), diagnostics=named)
+
+    def _proposed(self, state: Trajectory, judge: Judge, key: Key) -> Chains:
+        """Chains driven by moved noise, replayed to the level of the state."""
+        process, memory = cast(GaussianProcess, state.process), dict(state.memory)
+        log_size = key.fold("size").uniform(state.x.shape[:2], device=state.x.device) * math.log(self.smallest)
+        size = spread(log_size.exp(), state.x).to(state.x)
+        for name in filter(_drives, memory):
+            noise = memory[name]
+            fresh = key.fold(name).normal(noise.shape, dtype=noise.dtype, device=noise.device)
+            memory[name] = (1.0 - size.square()).sqrt() * noise + size * fresh
+        mean, std = _prior(state)
+        with torch.no_grad():
+            x = mean + std * memory[_START] if std > 0.0 else mean.expand_as(state.x)
+            for k in range(state.k):
+                model = process.transition(x, process.denoise(x, k), k)
+                x = model.mean + model.std * memory[_noise(k)] if model.stochastic else model.mean
+        state, value = judge(replace(state, x=x, carried={}, memory=memory))
+        return Chains(state.remember(spent=value), value)
+
+
+def path_moves(at: Collection[int], *, chain: int = 2, smallest: float = 0.05) -> PathMoves:
+    """Moves for `steer.resample(moves=...)`: N / chain ancestors are drawn, and each makes chain - 1 moves.
+
+    at:       levels, numbered from noise, where this happens whatever the ESS; K = process.steps: finished samples.
+    chain:    states kept of each ancestor, itself included, >= 2. Long chains need many particles: N / chain ancestors
+              must stand for the population.
+    smallest: sizes beta of moves are drawn log-uniformly from [smallest, 1]; a move of size 1 is a new path.
+
+    Cost: a level k of `at` replays N (1 - 1 / chain) paths of min(k + 1, K) network rows, with one reward (and,
+    where the proposal is guided, one gradient) each. Memory: the noise of every step of every particle.
+    Source: Dau & Chopin 2022 (Waste-free sequential Monte Carlo), Algorithm 2; Cotter et al. 2013 (pCN). Differs: sizes
+    are random, which needs no tuning; the state space is the path's noise, so no density is evaluated.
+    """
+    levels = frozenset(at)
+    if chain < 2 or not 0.0 < smallest <= 1.0 or not levels:
+        raise SteerError(
+            f"path_moves takes levels, chain >= 2 and smallest in (0, 1], got {sorted(levels)}, {chain} and {smallest}"
+        )
+    return PathMoves(levels, chain, smallest)
+
+
+def forget(state: Trajectory) -> Trajectory:
+    """The state without the noise that it remembers."""
+    return replace(state, memory={name: kept for name, kept in state.memory.items() if not _drives(name)})
+
+
+ACCEPTANCE = "acceptance of moves at level"
+_START = "noise of the start"
+
+
+def _noise(k: int) -> str:
+    return f"noise of step {k}"
+
+
+def _drives(name: str) -> bool:
+    return name.startswith("noise of ")
+
+
+def _prior(state: Trajectory) -> tuple[Tensor, float]:
+    """Mean, of an axis for every axis of states, and standard deviation of the prior."""
+    mean, std = cast(GaussianProcess, state.process).prior_moments
+    return (torch.zeros_like(state.x[:1, :1]) if mean is None else mean.to(state.x)), std
+
+
+def _some(state: Trajectory, count: int) -> Trajectory:
+    """The first particles."""
+    return _mapped(lambda tensor: tensor[:, :count], state)
+
+
+def _either(choice: Tensor, a: Trajectory, b: Trajectory) -> Trajectory:
+    """Particles of a where choice (B, M), else of b."""
+    return _mapped(lambda left, right: torch.where(spread(choice, left), left, right), a, b)
+
+
+def _joined(state: Trajectory, kept: Sequence[Trajectory], where: Tensor) -> Trajectory:
+    """States of chains, turn by turn, in place of the particles of the problems (B,) `where` is true."""
+
+    def joined(old: Tensor, *turns: Tensor) -> Tensor:
+        return torch.where(spread(where[:, None], old), torch.cat(turns, 1), old)
+
+    return _mapped(joined, state, *kept)
+
+
+def _mapped(function: Callable[..., Tensor], state: Trajectory, *others: Trajectory) -> Trajectory:
+    """The state with its per-particle tensors, beside those of others, through a function."""
+    alike = [state, *others]
+    return replace(
+        state,
+        x=function(*(one.x for one in alike)),
+        log_weight=function(*(one.log_weight for one in alike)),
+        carried={name: function(*(one.carried[name] for one in alike)) for name in state.carried},
+        memory={name: function(*(one.memory[name] for one in alike)) for name in state.memory},
+    )

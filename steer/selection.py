@@ -1,0 +1,106 @@
+"""Selections: when a population is resampled, and how what has been weighted is checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import weights
+from .errors import CollapsedWeightsError, NonFiniteError, SteerError
+from .key import Key
+from .moves import PathMoves
+from .objective import check_finite
+from .resampling import Resampler, systematic
+from .result import Seen
+from .trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class Resample:
+    """When and how to resample: where the ESS of a problem's accumulated weights falls below threshold * N.
+
+    threshold: 0 never, 1 whenever weights differ. at: levels at which it may happen, None for all that are weighted.
+    moves: at its own levels, in place of that: few ancestors, and moves of their copies, whatever the ESS.
+    """
+
+    resampler: Resampler = systematic
+    threshold: float = 0.5
+    at: frozenset[int] | None = None
+    moves: PathMoves | None = None
+
+    def moving(self, k: int) -> bool:
+        """Whether copies are moved at level k."""
+        return self.moves is not None and k in self.moves.at
+
+    def allowed(self, k: int) -> bool:
+        """Whether resampling may happen at level k."""
+        return self.moving(k) or (self.threshold > 0.0 and (self.at is None or k in self.at))
+
+    def ancestors(self, log_weight: Tensor, k: int, key: Key) -> Tensor:
+        """Who each of N particles with log-weights (B, N) at level k is to be a copy of, (B, N)."""
+        if self.moves is not None and self.moving(k):
+            return self.moves.ancestors(log_weight, self.resampler, key)
+        return self.resampler(log_weight, key, log_weight.shape[1])
+
+
+def resample(
+    resampler: Resampler = systematic,
+    threshold: float = 0.5,
+    at: Collection[int] | None = None,
+    moves: PathMoves | None = None,
+) -> Resample:
+    """A selection that resamples by effective sample size, at chosen levels.
+
+    moves: `path_moves(...)`, to tell copies apart by MCMC on their paths at a few levels.
+    """
+    if not 0.0 <= threshold <= 1.0:
+        raise SteerError(f"threshold is a share of N in [0, 1], got {threshold}")
+    return Resample(resampler, threshold, None if at is None else frozenset(at), moves)
+
+
+def select(state: Trajectory, scores: Tensor, selection: Resample, key: Key, seen: list[Seen]) -> Trajectory:
+    """The state resampled in the problems whose ESS is low."""
+    particles, size = state.x.shape[1], state.ess
+    seen.append(Seen(state.k, size, scores))
+    # One problem on the host: reading the decision is free and saves the gather. Elsewhere some problem nearly always
+    # resamples, or reading would stall the device: decide per problem by torch.where, and look for bad numbers once,
+    # at the end. NaN, where every weight is zero, is not low.
+    enough = math.inf if selection.moving(state.k) else selection.threshold * particles * (1.0 - weights.SLACK)
+    if state.x.device.type == "cpu" and state.x.shape[0] == 1:
+        size_now = size.item()
+        if math.isnan(size_now):
+            check(state, seen[-1:])
+        if size_now >= enough:
+            return state
+    if not selection.allowed(state.k) or particles == 1:
+        return state
+    low = size < enough
+    # Where nothing is resampled, possibly for want of any weight, ancestors are not used but must exist.
+    log_weight = state.log_weight.masked_fill(~low[:, None], 0.0)
+    return state.resample(selection.ancestors(log_weight, state.k, key.at(state.k)), low)
+
+
+def check(state: Trajectory, seen: Sequence[Seen]) -> None:
+    """Raises the error that bad scores or weights call for, naming step and particle. Reads the device."""
+    scores = torch.stack([entry.score for entry in seen])
+    if bool((scores.isnan() | (scores == torch.inf)).any()):
+        for k, _, scores in seen:
+            check_finite(scores, f"at level {k} of {state.process.steps}")
+    # The weights carried, not the evidence: that is NaN by right where the start's normaliser is unknown, and what was
+    # collected was finite, or nothing would have been resampled.
+    dead = state.log_total == -torch.inf
+    if bool(dead.any()):
+        raise CollapsedWeightsError(
+            f"every particle of problem {int(dead.nonzero()[0])} has weight zero at level {state.k}: the reward "
+            "forbids (-inf) all of them; use more particles, or a reward that is finite on what the model makes"
+        )
+    if not bool(state.log_total.isfinite().all()):
+        raise NonFiniteError(
+            f"log-weights at level {state.k} are not finite although every score is: states ran away, or densities "
+            "overflow; lower the guidance scale, start below the noise that the model was trained on, or keep states "
+            "in float32"
+        )

@@ -1,0 +1,53 @@
+"""Waste-free SMC: few ancestors, and chains of MCMC moves on the paths of each."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from .key import Key
+from .moves import path_moves
+from .resampling import Resampler, systematic
+from .result import Result
+from .selection import resample
+from .smc import Proposal, Start, bootstrap, prior, smc
+from .types import OnStep, ReverseProcess, Reward
+
+
+def waste_free(
+    process: ReverseProcess,
+    reward: Reward,
+    *,
+    batch: int = 1,
+    particles: int | None = None,
+    budget: int | None = None,
+    temperature: float = 1.0,
+    key: Key | int = 0,
+    start: Start = prior,
+    proposal: Proposal = bootstrap,
+    chain: int = 2,
+    smallest: float = 0.05,
+    levels: Collection[int] | None = None,
+    resampler: Resampler = systematic,
+    threshold: float = 0.5,
+    on_step: OnStep | None = None,
+) -> Result:
+    """Equally weighted samples of p(x) exp(r(x) / temperature) by SMC whose copies MCMC on whole paths tells apart.
+
+    particles: N per problem, 16 by default; or budget, network rows per problem.
+    chain:     states kept of each of the N / chain ancestors drawn at these levels.
+    smallest:  sizes of moves are log-uniform in [smallest, 1], see `steer.path_moves`.
+    levels:    where few ancestors are drawn and moved, numbered from noise; by default [K], K = process.steps, the
+               finished samples. With deterministic steps and threshold=0 that is MCMC on the noise of an ODE.
+    threshold: elsewhere particles are resampled as in `smc`, where the ESS is below this share of N.
+    Others as `steer.smc`, of which this is a setting: smc(selection=resample(moves=path_moves(levels))).
+
+    `result.diagnostics` has the share of moves accepted at each level, (B,) each. log_evidence is unbiased as in `smc`;
+    its variance is not estimated (NaN), because moved particles no longer descend from their ancestor's noise.
+    Cost per problem: N K network rows, and N (1 - 1 / chain) min(k + 1, K) more for every level k.
+    Source: Dau & Chopin 2022 (2011.02328), Algorithm 2, on the noise of paths by pCN; see `steer.moves`.
+    """
+    moves = path_moves((process.steps,) if levels is None else levels, chain=chain, smallest=smallest)
+    return smc(
+        process, reward, batch=batch, particles=particles, budget=budget, temperature=temperature, key=key,
+        start=start, proposal=proposal, selection=resample(resampler, threshold, moves=moves), on_step=on_step,
+    )  # fmt: skip
