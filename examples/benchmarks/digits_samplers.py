@@ -6,7 +6,7 @@ The model is the unconditional `digits`; the reward is log p(target | image) of 
 the law to sample is a posterior over images and the exact answer is at hand: the scans of that digit, or of all even or
 odd ones, themselves. Budgets count
 network rows; a row differentiated through is charged three (one forward, a backward of two), so methods with gradients
-get a third of the particles. Columns, means over digits with standard errors over keys:
+get a third of the particles (DriftLite, which differentiates more often, a quarter). Columns, means over digits with standard errors over keys:
 
 judge      held-out judge's probability of the target, by weight.
 reward     by weight, in nats.
@@ -41,20 +41,23 @@ from digits_data import splits
 from digits_quality import frechet_distance
 
 Row = dict[str, float]
-METHODS: dict[str, Callable[..., steer.Result]] = {
-    "unsteered": functools.partial(steer.rollout, keep_states=False),
-    "best-of-N, 16 best": functools.partial(search.best_of_n, keep=16),
-    "importance sampling": steer.importance_sampling,
-    "SMC": steer.smc,
-    "DTS": search.dts,
-    "DTS, the paper's build": functools.partial(search.dts, build="boltzmann", levels=4),
-    "FK steering, max": functools.partial(steer.fk_steering, potential=steer.maximum),
-}
-GRADIENTS: dict[str, Callable[..., steer.Result]] = {
-    "SMC, guided": functools.partial(steer.smc, proposal=steer.guided(0.5)),
-    "TDS": steer.tds,
-    "DAS": steer.das,
-    "Ψ (pCNL, then SMC)": functools.partial(steer.psi, proposal=steer.bootstrap),
+# A method, and into how many rows' worth of its ledger a budget is divided to pay for its gradients.
+METHODS: dict[str, tuple[Callable[..., steer.Result], int]] = {
+    "unsteered": (functools.partial(steer.rollout, keep_states=False), 1),
+    "best-of-N, 16 best": (functools.partial(search.best_of_n, keep=16), 1),
+    "importance sampling": (steer.importance_sampling, 1),
+    "SMC": (steer.smc, 1),
+    "SMC, waste-free moves": (steer.waste_free, 1),
+    "particle Gibbs": (functools.partial(steer.particle_gibbs, sweeps=2), 1),
+    "DTS": (search.dts, 1),
+    "DTS, the paper's build": (functools.partial(search.dts, build="boltzmann", levels=4), 1),
+    "FK steering, max": (functools.partial(steer.fk_steering, potential=steer.maximum), 1),
+    "SMC, guided": (functools.partial(steer.smc, proposal=steer.guided(0.5)), 3),
+    "TDS": (steer.tds, 3),
+    "DAS": (steer.das, 3),
+    "Ψ (pCNL, then SMC)": (functools.partial(steer.psi, proposal=steer.bootstrap), 3),
+    "FKC": (steer.fkc, 3),
+    "DriftLite (VCG-SMC)": (steer.driftlite, 4),
 }
 TARGETS = {**{str(d): [d] for d in range(10)}, "even": [0, 2, 4, 6, 8], "odd": [1, 3, 5, 7, 9]}
 
@@ -86,13 +89,13 @@ def measure(images: Tensor, weight: Tensor, reward: Tensor, drawn: Tensor, real:
     }
 
 
-def run(budget: int, keys: int, targets: list[str]) -> dict[str, list[list[Row]]]:
+def run(budget: int, keys: int, targets: list[str], methods: list[str]) -> dict[str, list[list[Row]]]:
     """rows[method][key][target]."""
     process, data = steer.load("digits", steps=50), splits().train
     unit = (data.images / 2 + 0.5).clamp(0, 1)
     scans = {t: unit[torch.isin(data.labels, torch.tensor(TARGETS[t]))] for t in targets}
     features = {t: load_digit_net("digits-judge").features(images) for t, images in scans.items()}
-    rows: dict[str, list[list[Row]]] = {name: [] for name in ("real scans", *METHODS, *GRADIENTS)}
+    rows: dict[str, list[list[Row]]] = {name: [] for name in ("real scans", *methods)}
     count = budget // process.steps
     for key in range(keys):
         each = []
@@ -103,18 +106,17 @@ def run(budget: int, keys: int, targets: list[str]) -> dict[str, list[list[Row]]
             row = measure(chosen, equal, score, chosen, features[t], TARGETS[t])
             each.append(row | {"roots": float(count), "nfe": 0.0, "grads": 0.0, "seconds": 0.0})
         rows["real scans"].append(each)
-        for share, methods in ((1, METHODS), (3, GRADIENTS)):
-            for name, method in methods.items():
-                each = []
-                for t in targets:
-                    result = method(process, rewards.DigitLogProb(TARGETS[t]), budget=budget // share, key=key)
-                    weight, drawn = result.log_weight[0].exp(), result.draw(count, key=key).decoded
-                    row = measure(result.decoded, weight, result.reward[0], drawn, features[t], TARGETS[t])
-                    alive = result.root[result.log_weight > -torch.inf].unique().numel()
-                    cost = result.cost
-                    spent = {"nfe": float(cost.nfe), "grads": float(cost.grads), "seconds": cost.seconds["total"]}
-                    each.append(row | {"roots": float(alive)} | spent)
-                rows[name].append(each)
+        for name in methods:
+            (method, share), each = METHODS[name], []
+            for t in targets:
+                result = method(process, rewards.DigitLogProb(TARGETS[t]), budget=budget // share, key=key)
+                weight, drawn = result.log_weight[0].exp(), result.draw(count, key=key).decoded
+                row = measure(result.decoded, weight, result.reward[0], drawn, features[t], TARGETS[t])
+                alive = result.root[result.log_weight > -torch.inf].unique().numel()
+                cost = result.cost
+                spent = {"nfe": float(cost.nfe), "grads": float(cost.grads), "seconds": cost.seconds["total"]}
+                each.append(row | {"roots": float(alive)} | spent)
+            rows[name].append(each)
     return rows
 
 
@@ -139,9 +141,11 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=4000)
     parser.add_argument("--keys", type=int, default=5)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=[str(d) for d in range(10)])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    rows = run(arguments.budget, arguments.keys, arguments.targets)
+    torch.set_num_threads(1)
+    rows = run(arguments.budget, arguments.keys, arguments.targets, arguments.methods)
     print(table(rows))
     if arguments.json:
         facts = {"budget": arguments.budget, "targets": arguments.targets, "torch": torch.__version__, "rows": rows}
