@@ -4,9 +4,9 @@
 
 The model is the unconditional `digits`; the reward is log p(target | image) of `digits-classifier` at temperature 1, so
 the law to sample is a posterior over images and the exact answer is at hand: the scans of that digit, or of all even or
-odd ones, themselves. Budgets count
-network rows; a row differentiated through is charged three (one forward, a backward of two), so methods with gradients
-get a third of the particles (DriftLite, which differentiates more often, a quarter). Columns, means over digits with standard errors over keys:
+odd ones, themselves. Budgets count network rows; a row differentiated through is charged three (one forward, a backward
+of two), so methods with gradients get a third of the particles (DriftLite, which differentiates more often, a quarter).
+Columns, means over digits with standard errors over keys:
 
 judge      held-out judge's probability of the target, by weight.
 reward     by weight, in nats.

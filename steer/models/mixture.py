@@ -92,7 +92,8 @@ class GaussianMixture:
     def denoise(self, x: Tensor, alpha: float, sigma: float) -> Tensor:
         """E[x_0 | x] for x = alpha x_0 + sigma eps, x of shape (..., D), in x's dtype."""
         flat = x.reshape(-1, x.shape[-1]).double()
-        share = torch.softmax(self.log_joint(flat, alpha, sigma), 1)
+        # Over the first axis, where it is a dozen times as fast as along a short last one.
+        share = torch.softmax(self.log_joint(flat, alpha, sigma).T, 0).T
         # How far each mode's prediction moves from its mean towards x / alpha, by eigendirection.
         gain = alpha * self.variances / (alpha**2 * self.variances + sigma**2)
         if self.bases is None:
@@ -108,9 +109,12 @@ class GaussianMixture:
         total = (alpha**2 * self.variances + sigma**2).expand(-1, size)
         constant = self.weights.log() - 0.5 * (total.log().sum(1) + size * math.log(2.0 * math.pi))
         if self.bases is None:
-            centres = alpha * self.means
-            squared = flat.square().sum(1, keepdim=True) + centres.square().sum(1) - 2.0 * flat @ centres.T
-            return constant - 0.5 * squared / total[:, 0]
+            # -|x - c|^2 / (2 total) is linear in x^2 and x: one product, where sums along a short axis would cost most.
+            precision, centres = 1.0 / total.T, alpha * self.means.T  # (D, K)
+            constant = constant - 0.5 * (precision * centres.square()).sum(0)
+            return torch.addmm(
+                constant, torch.cat([flat.square(), flat], 1), torch.cat([-0.5 * precision, precision * centres])
+            )
         return constant - 0.5 * (self._rotated(flat, alpha).square() / total).sum(2)
 
     def exact(self, reward: Any, *, temperature: float = 1.0) -> Exact:
