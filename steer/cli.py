@@ -7,26 +7,32 @@ nothing else; progress and errors go to stderr.
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
-import shlex
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .cli_input import (
+    by_method,
+    command_line,
+    find_method,
+    metrics_of,
+    open_model,
+    open_reward,
+    own_options,
+    parse_budgets,
+    reported_errors,
+    say,
+    settings_of,
+    unsteered_run,
+)
 from .cli_output import print_comparison, print_run, write_comparison_files, write_run
 from .progress import Interrupt, Watch
-
-if TYPE_CHECKING:
-    from .process import GaussianProcess
-    from .result import Result
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -109,11 +115,11 @@ def generate(
     """
     if budget is not None and particles is not None:
         raise typer.BadParameter("give --budget or --particles, not both", param_hint="--particles")
-    with _errors(debug, as_json):
-        process = _process(model, steps, label, device)
-        score = _reward(reward, process)
-        sampler = _method(method)
-        options = _options(sampler, method, n, guided) | _set(sampler, method, settings or [])
+    with reported_errors(debug, as_json):
+        process = open_model(model, steps, label, device)
+        score = open_reward(reward, process)
+        sampler = find_method(method)
+        options = own_options(sampler, method, n, guided) | settings_of(sampler, method, settings or [])
         options |= {"budget": budget, "particles": particles, "temperature": temperature, "key": seed}
         rows = budget or (particles or 16) * process.steps * process.rows
         show, unsteered = not (quiet or as_json), None
@@ -123,15 +129,15 @@ def generate(
                 result = sampler(process, watch.watching(score), **options, **watch.hook(sampler))
             if reference and method != "rollout" and not interrupt.asked:
                 with Watch(reference * process.steps * process.rows, "unsteered", show, interrupt) as watch:
-                    unsteered = _reference(process, score, reference, seed, watch)
+                    unsteered = unsteered_run(process, score, reference, seed, watch)
         about = {"model": model, "reward": reward, "method": method, "seed": seed, "steps": process.steps}
         about |= {"label": label, "temperature": temperature, "guided": guided}
-        about |= {"options": ", ".join(settings) if settings else None, "command": _command(context)}
-        numbers = write_run(result, unsteered, out, min(n, result.reward.shape[1]), about, _metrics(reward, score))
+        about |= {"options": ", ".join(settings) if settings else None, "command": command_line(context)}
+        numbers = write_run(result, unsteered, out, min(n, result.reward.shape[1]), about, metrics_of(reward, score))
         print_run(numbers, out, about, as_json, quiet)
     if interrupt.asked:
         what = "what was paid for" if result.interrupted else "the finished run, without all of its report,"
-        _say(f"[yellow]interrupted:[/] {what} is in {escape(str(out))}")
+        say(f"[yellow]interrupted:[/] {what} is in {escape(str(out))}")
         raise typer.Exit(1)
 
 
@@ -171,33 +177,33 @@ def compare(
     """
     import steer
 
-    names, budgets = [name.strip() for name in methods.split(",") if name.strip()], _budgets(budget)
-    with _errors(debug, as_json):
-        process = _process(model, steps, label, device)
-        score = _reward(reward, process)
+    names, budgets = [name.strip() for name in methods.split(",") if name.strip()], parse_budgets(budget)
+    with reported_errors(debug, as_json):
+        process = open_model(model, steps, label, device)
+        score = open_reward(reward, process)
         everyone = list(dict.fromkeys(["rollout", "best_of_n", *names]))
-        options = {name: _options(_method(name), name, n, None) for name in everyone}
-        for name, own in _by_method(settings or [], everyone).items():
-            options[name] |= _set(_method(name), name, own)
+        options = {name: own_options(find_method(name), name, n, None) for name in everyone}
+        for name, own in by_method(settings or [], everyone).items():
+            options[name] |= settings_of(find_method(name), name, own)
         total = sum(budgets) * keys * len(everyone)
         out.mkdir(parents=True, exist_ok=True)
         with Interrupt() as interrupt, Watch(total, "compare", not (quiet or as_json), interrupt) as watch:
             for name in everyone:
-                options[name] |= watch.hook(_method(name))
+                options[name] |= watch.hook(find_method(name))
             table = steer.compare(
                 process, watch.watching(score), methods=names, budget=budgets if len(budgets) > 1 else budgets[0],
-                temperature=temperature, key=seed, keys=keys, metrics=_metrics(reward, score), options=options,
+                temperature=temperature, key=seed, keys=keys, metrics=metrics_of(reward, score), options=options,
             )  # fmt: skip
         about = {"model": model, "reward": reward, "seed": seed, "steps": process.steps, "label": label}
         about |= {"options": ", ".join(settings)} if settings else {}
-        facts = write_comparison_files(table, out, n, {**about, "command": _command(context)})
+        facts = write_comparison_files(table, out, n, {**about, "command": command_line(context)})
     if as_json:
         typer.echo(json.dumps(facts))
     elif not quiet:
         print_comparison(table, out)
     if table.interrupted:
         at = f" at {len(table.at)} of {len(budgets)} budgets" if len(budgets) > 1 else ""
-        _say(f"[yellow]interrupted:[/] {table.keys} of {keys} keys{at} are in {escape(str(out))}")
+        say(f"[yellow]interrupted:[/] {table.keys} of {keys} keys{at} are in {escape(str(out))}")
         raise typer.Exit(1)
 
 
@@ -220,9 +226,9 @@ def preflight_(
     """
     from .preflight import preflight
 
-    with _errors(debug, as_json):
-        process = _process(model, steps, label, device)
-        score = _reward(reward, process)
+    with reported_errors(debug, as_json):
+        process = open_model(model, steps, label, device)
+        score = open_reward(reward, process)
         found = preflight(process, score, samples=samples, temperature=temperature, key=seed)
     if as_json:
         about = {"model": model, "reward": reward, "seed": seed, "steps": steps, "label": label}
@@ -246,7 +252,7 @@ def report(
     from .report import shown, write_report
     from .saving import load_result
 
-    with _errors(debug, as_json=False):
+    with reported_errors(debug, as_json=False):
         saved = load_result(directory)
         about = {name: fact for name, fact in saved.facts["run"].items() if name != "shown"}
         if "model" not in about or "reward" not in about:
@@ -260,15 +266,15 @@ def report(
                 f"{out / 'report.html'} shows a search tree, which is not saved and would be lost; give another "
                 "directory", param_hint="--out",
             )  # fmt: skip
-        process = _process(about["model"], saved.facts["process"]["steps"], about.get("label"), device)
-        result, metrics = saved.result(process), _metrics(about["reward"], _reward(about["reward"], process))
+        process = open_model(about["model"], saved.facts["process"]["steps"], about.get("label"), device)
+        result, metrics = saved.result(process), metrics_of(about["reward"], open_reward(about["reward"], process))
         index = shown(result, min(n, result.reward.shape[1]))
         title = f"{about['reward']} on {about['model']}"
         path = write_report(
             result, out, reference=saved.reference(process), metrics=metrics, index=index, title=title,
             about=about,
         )  # fmt: skip
-    _say(f"report  {escape(str(path))}")
+    say(f"report  {escape(str(path))}")
 
 
 @app.command(epilog="Example: steer models --json")
@@ -292,7 +298,7 @@ def methods(as_json: AsJson = False) -> None:
     from .options import listed
     from .sample import methods as names
 
-    found = [listed(name, _method(name)) for name in names()]
+    found = [listed(name, find_method(name)) for name in names()]
     if as_json:
         typer.echo(json.dumps({"methods": found}))
         return
@@ -326,8 +332,8 @@ def serve_reward(
     token = None if token_env is None else os.environ.get(token_env)
     if token_env is not None and not token:
         raise typer.BadParameter(f"the environment variable {token_env} is not set", param_hint="--token-env")
-    score = _reward(reward)
-    with _errors(debug, as_json=False):
+    score = open_reward(reward)
+    with reported_errors(debug, as_json=False):
         try:
             server = serve(score, host=host, port=port, token=token, queue=queue, threads=threads)
         except RewardError as error:
@@ -337,144 +343,4 @@ def serve_reward(
         try:
             server.wait()
         except KeyboardInterrupt:
-            _say("stopped")
-
-
-@contextmanager
-def _errors(debug: bool, as_json: bool) -> Iterator[None]:
-    """Errors of the run as one line, and exit code 1."""
-    from .errors import SteerError
-    from .types import Stop
-
-    try:
-        yield
-    except (SteerError, OSError, KeyboardInterrupt, Stop) as error:
-        if debug:
-            raise
-        message = " ".join(str(error).split())
-        if isinstance(error, KeyboardInterrupt):
-            message = "interrupted at once; what was not written yet is lost"
-        elif isinstance(error, Stop):
-            message = "interrupted; nothing was written"
-        if as_json:
-            typer.echo(json.dumps({"error": {"type": type(error).__name__, "message": message}}))
-        _say(f"[bold red]error:[/] [red]{escape(message)}[/]")
-        raise typer.Exit(1) from None
-
-
-def _say(markup: str) -> None:
-    Console(stderr=True, soft_wrap=True, highlight=False).print(markup)
-
-
-def _process(model: str, steps: int | None, label: int | None, device: str) -> GaussianProcess:
-    import torch
-
-    import steer
-
-    try:
-        where = torch.device(device)
-        torch.empty(0, device=where)
-    except (RuntimeError, AssertionError) as error:
-        raise typer.BadParameter(f"{device!r} cannot be used here; use --device cpu", param_hint="--device") from error
-    try:
-        return steer.load(model, steps=steps, labels=label, device=where)
-    except steer.ShapeError as error:
-        raise typer.BadParameter(str(error), param_hint="--label") from error
-    except steer.ModelError as error:
-        raise typer.BadParameter(str(error), param_hint="--model") from error
-
-
-def _reward(spec: str, process: Any = None) -> Callable[..., Any]:
-    from rewards import from_spec
-
-    from .errors import SteerError
-
-    try:
-        return from_spec(spec, getattr(process, "text", None))
-    except SteerError as error:
-        raise typer.BadParameter(str(error), param_hint="--reward") from error
-
-
-def _method(name: str) -> Callable[..., Any]:
-    from .errors import SteerError
-    from .sample import resolve
-
-    try:
-        return resolve(name)
-    except SteerError as error:
-        raise typer.BadParameter(str(error), param_hint="--method") from error
-
-
-def _metrics(spec: str, reward: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
-    """The held-out judge of a reward, where there is one."""
-    from rewards.classifier import DigitLogProb, judge
-
-    if not isinstance(reward, DigitLogProb):
-        return {}
-    return {f"held-out judge p({spec.partition(':')[2]})": judge(reward.label)}
-
-
-def _options(sampler: Callable[..., Any], name: str, n: int, guided: float | None) -> dict[str, Any]:
-    import steer
-
-    accepted, options = inspect.signature(sampler).parameters, {}
-    if "keep" in accepted:
-        options["keep"] = n
-    if guided is not None:
-        if "proposal" not in accepted:
-            raise typer.BadParameter(f"{name} has no proposal to guide; use --method smc", param_hint="--guided")
-        options["proposal"] = steer.guided(guided)
-    return options
-
-
-def _set(sampler: Callable[..., Any], name: str, settings: Sequence[str]) -> dict[str, Any]:
-    """A method's own options from NAME=VALUE."""
-    from .errors import SteerError
-    from .options import parsed
-
-    try:
-        return parsed(name, sampler, settings)
-    except SteerError as error:
-        raise typer.BadParameter(str(error), param_hint="--set") from error
-
-
-def _by_method(settings: Sequence[str], names: Sequence[str]) -> dict[str, list[str]]:
-    """METHOD.NAME=VALUE as the NAME=VALUE of each method."""
-    own: dict[str, list[str]] = {}
-    for setting in settings:
-        method, dot, rest = setting.partition(".")
-        if not dot or method not in names:
-            raise typer.BadParameter(
-                f"{setting!r} must be METHOD.NAME=VALUE of a method compared: {', '.join(names)}", param_hint="--set"
-            )
-        own.setdefault(method, []).append(rest)
-    return own
-
-
-def _budgets(text: str) -> list[int]:
-    """Budgets, rising, from "2000" or "500,1000,2000"."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) >= 1 for part in parts):
-        raise typer.BadParameter(f"whole numbers from 1 on, as 500,1000,2000; got {text!r}", param_hint="--budget")
-    return sorted({int(part) for part in parts})
-
-
-def _reference(
-    process: GaussianProcess, reward: Callable[..., Any], count: int, seed: int, watch: Watch
-) -> Result | None:
-    """Unsteered samples from the run's own noise, slot by slot; None where Ctrl-C was pressed."""
-    from .rollout import rollout
-
-    unsteered = rollout(process, reward, particles=count, key=seed, keep_states=False, on_step=watch)
-    return None if unsteered.interrupted else unsteered
-
-
-def _command(context: typer.Context) -> str:
-    """The command line of this run, without flags and options left at their defaults."""
-    words = ["steer", context.info_name or ""]
-    for option in context.command.params:
-        value = context.params.get(option.name or "")
-        if value is not None and value != option.default and not isinstance(value, bool):
-            for one in value if isinstance(value, list | tuple) else [value]:
-                words += [option.opts[0], str(one)]
-    return shlex.join(words)
+            say("stopped")

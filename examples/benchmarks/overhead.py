@@ -144,6 +144,7 @@ SAMPLERS: dict[str, Callable[..., object]] = {
     "driftlite, vcg": steer.driftlite,
     "driftlite, ecg": partial(steer.driftlite, control="ecg"),
     "particle_gibbs": steer.particle_gibbs,
+    "waste_free": steer.waste_free,
 }
 
 
