@@ -1,13 +1,15 @@
 """Reward against network rows for every search, on the embedded digits.
 
-    python examples/benchmarks/search_digits.py [--reward jpeg | digit] [--budgets 1000 4000] [--keys 5] [--json FILE]
+    python examples/benchmarks/search_digits.py [--reward jpeg | digit] [--budgets 1000 4000] [--reach 10000]
+        [--keys 5] [--json FILE]
 
 "jpeg" asks for images that compress well (kilobytes, negated), a reward no network was trained for. "digit" asks for
 log p(3 | image) of `digits-classifier`, and `digits-judge`, which has another architecture and other data, says how
 sure it is of the winners. One unlabelled model, 25 steps, DDIM(1); rows marked ODE run on its deterministic twin.
 Every method spends the same number of rows, and reports the best sample it found: the mean over independent keys
 (problems of one batch) and its standard error, the difference to best-of-N of the same key, and the wall time of all
-keys together. The default takes about three minutes on one free core.
+keys together. --reach asks which of the budgets is the first at which a method's mean is best-of-N's at another one.
+The default takes about three minutes on one free core.
 """
 
 from __future__ import annotations
@@ -73,6 +75,19 @@ def measure(name: str, budget: int, keys: int, reward: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def reached(table: dict[str, dict[str, Any]], keys: int, reward: str, rows: int) -> dict[str, int | None]:
+    """For each method the first budget with a mean at or above best-of-N's at `rows`, None for none; printed."""
+    goal = measure("best-of-N", rows, keys, reward)["best"]
+    print(f"\nbest-of-N at {rows:,} rows has {over_keys(goal)}; first of the budgets to have it\n")
+    print("| method | rows |\n|---|---|")
+    first: dict[str, int | None] = {}
+    for name in next(iter(table.values())):
+        enough = [int(budget) for budget, runs in table.items() if sum(runs[name]["best"]) >= sum(goal)]
+        first[name] = min(enough, default=None)
+        print(f"| {name} | {first[name] or '-'} |", flush=True)
+    return first
+
+
 def over_keys(numbers: list[float]) -> str:
     """Mean and standard error."""
     mean = sum(numbers) / len(numbers)
@@ -84,11 +99,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reward", choices=REWARDS, default="jpeg")
     parser.add_argument("--budgets", type=int, nargs="+", default=[1000, 4000])
+    parser.add_argument("--reach", type=int, help="rows at which best-of-N sets the goal")
     parser.add_argument("--keys", type=int, default=5)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--json", type=Path, help="write every number here")
     arguments = parser.parse_args()
     judged = arguments.reward == "digit"
+    torch.set_num_threads(1)
     table: dict[str, dict[str, Any]] = {}
     for budget in arguments.budgets:
         heads = ["method", "reward of the best", "less best-of-N", *(["judge p(3)"] if judged else [])]
@@ -101,8 +118,10 @@ def main() -> None:
             cells = [name, over_keys(run["best"]), over_keys(paired), *([over_keys(run["judge"])] if judged else [])]
             cells += [f"{run['nfe']:,.0f}", f"{run['rewards']:,.0f}", f"{run['seconds']:.1f}"]
             print(f"| {' | '.join(cells)} |", flush=True)
+    first = reached(table, arguments.keys, arguments.reward, arguments.reach) if arguments.reach else None
     if arguments.json:
         facts = {"reward": arguments.reward, "torch": torch.__version__, "steer": steer.__version__, "runs": table}
+        facts |= {"reached": first}
         arguments.json.write_text(json.dumps(facts, indent=1) + "\n")
 
 
