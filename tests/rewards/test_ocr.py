@@ -87,8 +87,3 @@ def test_a_model_of_transformers_reads():
     assert ((scores >= 0) & (scores <= 1)).all()
     with pytest.raises(RewardError, match=r"cannot load 'no-such/reader'.*download=True"):
         TransformersReader("no-such/reader")
-
-
-@pytest.mark.skip(reason="needs the weights of a pretrained reader, which tests do not download")
-def test_golden_values_of_real_weights():
-    raise NotImplementedError

@@ -147,8 +147,3 @@ def test_a_model_is_loaded_from_a_folder(reward, tmp_path):
 def test_nothing_is_downloaded_unless_asked():
     with pytest.raises(RewardError, match=r"cannot load 'no-such/model-of-steer'.*download=True"):
         VQAScore("no-such/model-of-steer")
-
-
-@pytest.mark.skip(reason="needs the weights of a pretrained model, which tests do not download")
-def test_golden_values_of_real_weights():
-    raise NotImplementedError
