@@ -9,6 +9,7 @@ Three targets p(x) exp(r(x)), whose laws are known in closed form:
                 Gaussians of deviation 1 / 3, so that the tilted law is exact.
   rare          the ring, and a reward of width .2 centred 1.5 (five deviations) outside its last mode: the tilted law
                 lies where the prior has less than 1e-4 of its mass.
+"exact draws" are as many independent samples of the target as the budget pays for chains.
 100 steps with the mixture's true reverse kernel, so that no discretisation error hides a sampler's own. Measures:
   TV    exact total variation of the masses of square cells (side 1, .25 for the rare event) against the target's.
   MMD   not squared, kernel exp(-|x - y|^2 / 2), of the weighted sample against the target's closed-form embedding,
@@ -57,6 +58,7 @@ METHODS = {
     "dts (default), guided": functools.partial(search.dts, proposal=steer.guided(0.5)),
 }
 LEARNING = "dts, the paper's build"
+EXACT = "exact draws"
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,8 +152,29 @@ def discrepancy(target: Exact, x: Tensor, weight: Tensor) -> float:
     return math.sqrt(max(0.0, squared.item()))
 
 
+def draws(problem: Problem, count: int, key: int) -> Tensor:
+    """Independent draws of the target (count, 2): what no method of as many samples can beat but by luck."""
+    name, target = steer.Key(key).fold("exact"), problem.target
+    mode = torch.searchsorted(target.weights.cumsum(0), name.uniform((1, count))[0]).clamp(max=len(target.weights) - 1)
+    noise = name.fold("noise").normal((1, count, 2))[0]
+    return target.means[mode] + target.covs[mode, 0, :1].sqrt() * noise
+
+
+def ideal(problem: Problem, budget: int, key: int) -> dict[str, float]:
+    """The measures of as many exact draws as the budget makes chains."""
+    count = budget // problem.process.steps
+    x, weight = draws(problem, count, key), torch.full((count,), 1.0 / count, dtype=torch.float64)
+    found = {
+        "TV": cell_variation(problem.target, x, weight, problem.cell),
+        "MMD": discrepancy(problem.target, x, weight),
+    }
+    return found | {"mass": math.nan, "log Z": math.nan, "ess": count, "nfe": 0, "seconds": 0.0}
+
+
 def measure(problem: Problem, label: str, budget: int, key: int) -> dict[str, float]:
     """What one run of a method gives, at a budget."""
+    if label == EXACT:
+        return ideal(problem, budget, key)
     options = {}
     if label == LEARNING:
         options["walkers"] = max(16, budget // 4000)  # it learns between sweeps: forty of them and more
@@ -178,7 +201,7 @@ def main() -> None:
     parser.add_argument("--budgets", type=int, nargs="+", default=[10_000, 100_000], help="network rows; 1e6 in full")
     parser.add_argument("--keys", type=int, default=5)
     parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=[EXACT, *METHODS], default=[EXACT, *METHODS])
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     table = []
