@@ -113,13 +113,6 @@ def prepared_unet(channels):
     return conditional_unet(channels=channels)
 
 
-def test_a_loop_that_alters_latents_after_its_step_is_refused():
-    pipe = prepared(make_sd15(diffusers.StableDiffusionInpaintPipeline))
-    call = {"prompt": "a cat", "image": picture(), "mask_image": (picture(3)[:, :1] > 0.5).float()}
-    with pytest.raises(steer.ModelError, match=r"changes the latents between its steps.*9 channels"):
-        steer.from_pipeline(pipe, steps=4, height=16, width=16, **call)
-
-
 # --- verify, and what is refused -------------------------------------------------------------------------------------
 
 
@@ -230,22 +223,10 @@ def test_latents_of_their_own_for_every_particle():
     assert steer.from_latents(torch.ones(4, 2))(plain, None, steer.Key(0), 2, 2).x.shape == (2, 2, 2)
 
 
-def test_a_pipeline_that_keeps_a_frame_aside_is_refused_in_words():
-    """LTX steps all frames but the first, which is the image."""
-    pipe, call = build("ltx")
-    pipe = prepared(diffusers.LTXImageToVideoPipeline(**pipe.components))
-    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    with pytest.raises(
-        steer.ModelError, match=r"LTXImageToVideoPipeline cannot be steered.*steer\.from_velocity"
-    ) as caught:
-        steer.from_pipeline(pipe, steps=4, **call, image=image)
-    assert isinstance(caught.value.__cause__, RuntimeError)
-
-
 def test_a_pipeline_that_steps_twice_is_refused_in_words():
     """Cosmos asks its scheduler for x_0, guides that, and steps again."""
     pipe, (_, call) = prepared(cosmos()), FAMILIES["ltx"]
-    with pytest.raises(steer.ModelError, match="CosmosTextToWorldPipeline cannot be steered"):
+    with pytest.raises(steer.ModelError, match=r"scheduler\.step twice in a step.*steer\.from_velocity"):
         steer.from_pipeline(pipe, steps=4, **call)
 
 

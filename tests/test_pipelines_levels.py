@@ -176,3 +176,24 @@ def test_trigonometric_path_derivatives(schedule):
         assert math.isclose((after.sigma - before.sigma) / 2e-6, at.d_sigma, rel_tol=1e-7)
     assert schedule(1.0).alpha == 0.0
     assert schedule(0.0) == (1.0, 0.0, -0.0, pytest.approx(0.5 * math.pi * schedule.scale))
+
+
+@pytest.mark.parametrize("scaler", [0.5, 1.0, 2.0])
+def test_the_continuous_time_of_stable_cascade(scaler):
+    """Its table against add_noise, its clock against its table, and ancestral sampling against its own step."""
+    scheduler = diffusers.DDPMWuerstchenScheduler(scaler=scaler)
+    scheduler.set_timesteps(6)
+    grid = levels.read(scheduler, 0, 6)
+    process = steer.from_denoiser(lambda x, t: x, grid.schedule, grid.times, event=(3,), transition=steer.ddim(1.0))
+    x, eps = (torch.randn(1, 1, 3, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    for k, t in enumerate(grid.timesteps):
+        at, told = process.levels[k], torch.tensor([t])
+        ones, zeros = torch.ones(1, 1), torch.zeros(1, 1)
+        assert float(scheduler.add_noise(ones, zeros, told)) == pytest.approx(at.alpha, abs=1e-6)
+        assert float(scheduler.add_noise(zeros, ones, told)) == pytest.approx(at.sigma, abs=1e-6)
+        if k > 0:  # the first level is clipped, where many times have one noise level
+            assert levels.timestep_at(scheduler, at) == pytest.approx(t, abs=1e-5)
+        law = process.transition(x, levels.x0_of(eps, x, at, grid.kind), k)
+        moved = scheduler.step(eps[0], told, x[0], generator=torch.Generator().manual_seed(3), return_dict=False)[0]
+        noise = torch.randn(1, 3, generator=torch.Generator().manual_seed(3)) if k + 1 < len(grid.timesteps) else 0.0
+        torch.testing.assert_close(law.mean[0] + law.std * noise, moved, rtol=1e-4, atol=1e-4)

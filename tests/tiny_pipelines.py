@@ -365,7 +365,7 @@ def steps_recorded(pipe):
     def recording(output, timestep, sample, *args, **kwargs):
         result = step(output, timestep, sample, *args, **kwargs)
         following = result[0] if isinstance(result, tuple) else result.prev_sample
-        seen.append((output, sample, following))
+        seen.append((output, sample.clone(), following.clone()))  # copies, as some loops write into their latents
         return result
 
     pipe.scheduler.step = functools.wraps(step)(recording)

@@ -7,8 +7,6 @@ read. Costs about a millisecond of Python per evaluation.
 
 from __future__ import annotations
 
-import copy
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError, ShapeError, SteerError
+from . import prelude
 from .conditioning import Conditioning
 from .network import Network, is_network
 from .steered import Captured, IgnoresInterrupt, Job, OffGrid, SteeredScheduler
@@ -28,25 +27,36 @@ _PRELUDE = (
 )  # fmt: skip
 
 
+_CHANGES = (
+    "changes the latents between its steps, by more than pasting a known part over them, which steer would have to "
+    "copy; wrap the network by steer.from_eps, from_v, from_velocity or from_denoiser"
+)
+
+
 class PipelineCall:
     """One pipeline with one set of call arguments. Not thread-safe: a call leaves state in the copy while it runs.
 
     Prompts are encoded, and images too, once per combination of problems in a batch, without gradients.
+
+    free: (problems, 1, *event), which coordinates of the latents are the chain's; None: all. Inpainting pastes the
+          others over between two steps, with an image that it noises by what its prelude drew.
     """
 
     def __init__(self, pipe: Any, call: Mapping[str, Any], steps: int):
         self.user, self.conditioning = pipe, Conditioning(pipe, call, steps)
-        self._pipe = copy.copy(pipe)
-        self._pipe.set_progress_bar_config(disable=True)
-        self.scheduler = SteeredScheduler(pipe.scheduler, lambda on: setattr(self._pipe, "_interrupt", on))
-        vars(self._pipe)["scheduler"] = self.scheduler.copy
+        self.owner = prelude.owner_of_loop(pipe)
+        self.scheduler = SteeredScheduler(self.owner.scheduler, lambda on: setattr(self._loop, "_interrupt", on))
+        self._pipe = prelude.copied(pipe, self.scheduler.copy)
+        self._loop = prelude.owner_of_loop(self._pipe)
         recorded: dict[Any, Any] = {}
-        for name, module in pipe.components.items():
+        for name, module in self.owner.components.items():
             if is_network(name, module):
-                vars(self._pipe)[name] = Network(module, self.scheduler, recorded, name)
+                vars(self._loop)[name] = Network(module, self.scheduler, recorded, name)
         for name in _PRELUDE:
-            if hasattr(self._pipe, name):
-                vars(self._pipe)[name] = self._once(name, getattr(self._pipe, name))
+            if hasattr(self._loop, name):
+                vars(self._loop)[name] = self._once(name, getattr(self._loop, name))
+        if self._loop is not self._pipe:
+            vars(self._pipe)["prior_pipe"] = self._once("prior_pipe", self._pipe.prior_pipe)
         # A fixed seed, unless the user gave a generator: what a prelude draws (an encoded image, say) is the same in
         # every call, and the global generators are left alone.
         generator = call.get("generator")
@@ -56,8 +66,9 @@ class PipelineCall:
         self._entered: dict[tuple[str, int], Tensor] = {}
         self._count: dict[str, int] = {}
         self._generator: torch.Generator | None = None
-        self._event = torch.Size()
-        self._by_step, self._skip = not hasattr(pipe, "prepare_latents"), True
+        self._start, self._copies = torch.empty(0), 1
+        self._by_step, self._skip = not hasattr(self.owner, "prepare_latents"), True
+        self.free: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -69,29 +80,33 @@ class PipelineCall:
 
         Costs one evaluation of one row, for the form of the networks' output.
         """
-        self._event = self._capture(Job((0,), 1, index=0, stubbed=True)).sample.shape[1:]
+        start = self._capture(Job((0,), 1, index=0, stubbed=True)).sample.detach().clone()
+        self._copies = len(start)
+        self._start = self.first_copy(start, 1)
 
     def initial(self, problem: int, noise: float) -> Tensor:
         """The latents (1, *event) that a problem starts from if each of the pipeline's draws of noise were `noise`."""
-        with _noise_replaced(type(self.user), noise):
-            return self._capture(Job((problem,), 1, index=0, noise=noise, stubbed=True)).sample.detach()
+        with prelude.noise_replaced(type(self.owner), prelude.constant(noise)):
+            return self._capture(Job((problem,), 1, index=0, noise=noise, stubbed=True)).sample.detach().clone()
 
     def entering(self, latents: Tensor, problem: int) -> Tensor:
         """What the loop of a problem starts from, (1, *event), given one row of its `latents` argument.
 
         The pipeline scales and packs them as it does for its user.
         """
+        if self.owner is not self.user:
+            raise ModelError(f"latents= of {type(self.user).__name__} are its prior's; open pipe.decoder_pipe instead")
         kept = dict(self._known)  # what it makes of these latents is no use to the next ones
         try:
             job = Job((problem,), 1, index=0, noise=0.0, given=True, stubbed=True)
-            x = self._capture(job, latents=latents).sample.detach()
+            x = self._capture(job, latents=latents).sample.detach().clone()
         finally:
             self._known = kept
-        if x.shape[1:] != self._event:
+        if x.shape != self._start.shape:
             raise ShapeError(
                 f"latents of shape {tuple(latents.shape)} make {type(self.user).__name__} start from "
-                f"{tuple(x.shape)}, and its own start has shape {(1, *self._event)}; give latents of the height, width "
-                "and number of frames that the process was opened with"
+                f"{tuple(x.shape)}, and its own start has shape {tuple(self._start.shape)}; give latents of the "
+                "height, width and number of frames that the process was opened with"
             )
         return x
 
@@ -116,7 +131,7 @@ class PipelineCall:
         """The pipeline's output for final latents x (len(problems) * per, *event): images in [0, 1], frames, sound."""
         job = Job(problems, per, x=x, gradient=torch.is_grad_enabled())
         try:
-            output = self._run(job)
+            output = self._run(job, by_step=self.scheduler.length == 1)  # no other step showed what follows its step
         except NameError:  # the decoder reads a variable of the loop's body: run one, on stubs
             output = self._run(Job(problems, per, x=x, gradient=job.gradient), by_step=True)
         return _first(output)
@@ -127,65 +142,98 @@ class PipelineCall:
         with self._seeded(arguments):
             return _first(pipe(**arguments))
 
-    def probe(self, x: Tensor) -> int:
+    def probe(self) -> int:
         """Finds out how latents enter this pipeline, and returns the network rows that one prediction costs.
 
-        x: one row (1, *event). Raises ModelError for pipelines whose loop does more with latents than predict and
-        step. Costs one or two evaluations.
+        Raises ModelError for pipelines whose loop does more with latents than predict, step, and paste a known part
+        over them. Costs one or two evaluations of one row.
         """
         try:
-            rows = self._enters(x)
-            if rows is None and not self._by_step:
-                self._by_step = True  # what prepare_latents returns is not what the loop works on
-                rows = self._enters(x)
+            rows = self._probed()
         except (SteerError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # its own call went through up to here, so it is steering that it does not stand
             raise ModelError(
                 f"{type(self.user).__name__} cannot be steered: given latents in the form of those that it hands to "
-                f"scheduler.step, it raised {type(error).__name__}: {error}; pipelines that keep part of the latents "
-                "aside (a first frame, say), or that call scheduler.step twice in a step, have to be opened by their "
-                "network: steer.from_velocity, from_eps, from_edm or from_denoiser"
+                f"scheduler.step, it raised {type(error).__name__}: {error}; open its network: steer.from_velocity, "
+                "from_eps, from_edm or from_denoiser"
             ) from error
         if rows is None:
-            raise ModelError(
-                f"{type(self.user).__name__} changes the latents between its steps, which steer would have to copy; "
-                "for inpainting, load a checkpoint whose network is given mask and image (9 channels); else wrap the "
-                "network by steer.from_eps, from_v, from_velocity or from_denoiser"
-            )
+            raise ModelError(f"{type(self.user).__name__} {_CHANGES}")
         return rows
 
-    def _enters(self, x: Tensor) -> int | None:
-        """Network rows of one prediction, or None where the loop did not see x or changed what its step returned."""
-        received: list[Tensor] = []
+    def _probed(self) -> int | None:
+        """As `probe`; None where the loop never sees what it was given."""
+        free = torch.stack([self._followed(problem) for problem in range(self.conditioning.problems or 1)])
+        self.free = None if bool(free.all()) else free
+        rows = None if self._by_step else self._enters(free[0])
+        if rows is None:
+            self._by_step = True  # what prepare_latents returns is not what the scheduler steps
+            rows = self._enters(free[0])
+        if rows is not None and self.free is not None:
+            self._skip = self._skips_alike()
+        return rows
 
-        def after(output: Tensor, sample: Tensor) -> Tensor:
-            received.append(sample)
-            return 0.5 * sample
-
-        def leave(pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> Any:
-            raise Captured(tensors["latents"], tensors["latents"])
-
-        job = Job((0,), 1, index=0, x=x, after=after)
-        callback = {"callback_on_step_end": leave} if "callback_on_step_end" in self.conditioning.parameters else {}
-        if not callback:
-            job.after = None
+    def _enters(self, free: Tensor) -> int | None:
+        """Network rows of one prediction, or None where the loop does not see the latents that it was given."""
+        other = torch.randn(self._start.shape, generator=torch.Generator().manual_seed(1)).to(self._start)
+        job = Job((0,), 1, index=0, x=torch.where(free, other, self._start))
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            left = self._capture(job, **callback)
-        seen = received[0] if received else left.sample
-        same = job.sent is not None and seen.shape == job.sent.shape and torch.equal(seen, job.sent)
-        kept = not received or torch.allclose(left.sample.to(seen), 0.5 * seen)
-        return job.rows if same and kept else None
+            seen = self._capture(job).sample
+        if job.sent is None or seen.shape != self._start.shape:
+            return None
+        return job.rows if torch.equal(seen, torch.where(free, job.sent[:1].to(seen), self._start)) else None
+
+    def _skips_alike(self) -> bool:
+        """Whether skipped steps leave a pipeline that pastes as steps on stubs do. No network runs.
+
+        Steps that are skipped draw nothing; a loop that draws what it pastes has to run them all.
+        """
+        last = Job((0,), 1, index=self.scheduler.length - 1, x=self._start, stubbed=True)
+        skipped = self._capture(last).sample.clone()
+        if not self._skip:
+            return False
+        self._skip = False
+        return torch.equal(skipped, self._capture(last).sample)
+
+    def _followed(self, problem: int) -> Tensor:
+        """Where (1, *event) the second step of a problem starts from what the first returned; elsewhere, not at all.
+
+        Raises ModelError where it starts from anything that is made of both.
+        """
+        generator = torch.Generator().manual_seed(0)
+        returned = torch.randn((2, *self._start.shape), generator=generator).to(self._start)
+        # A change of precision on the way is none of the latents.
+        jobs = [Job((problem,), 1, index=0, stubbed=True, after=lambda _, __, y=y: y.clone()) for y in returned]
+        one, two = (self._capture(job).sample.to(returned) for job in jobs)
+        if one.shape == two.shape == returned.shape[1:]:
+            kept = torch.isclose(one, returned[0]) & torch.isclose(two, returned[1])
+            if bool((kept | (one == two)).all()):
+                return kept
+        raise ModelError(f"{type(self.user).__name__} {_CHANGES}")
 
     def _capture(self, job: Job, **extra: Any) -> Captured:
         left = self._run(job, **extra)
         if not isinstance(left, Captured):
             raise ModelError(f"{type(self.user).__name__} ended without calling scheduler.step: it is not a loop")
-        return left
+        rows = len(job.problems) * job.per
+        return Captured(self.first_copy(left.output, rows), self.first_copy(left.sample, rows))
+
+    def first_copy(self, tensor: Tensor, rows: int) -> Tensor:
+        """The rows of a batch, of which some loops carry one copy per guidance branch. Raises where these differ."""
+        if self._copies == 1:
+            return tensor
+        if not torch.equal(tensor, tensor[:rows].repeat(self._copies, *[1] * (tensor.ndim - 1))):
+            raise ModelError(
+                f"{type(self.user).__name__} hands {len(tensor)} rows to scheduler.step for {rows}, and not as copies: "
+                "their first axis is not the batch, and steer cannot tell particles apart"
+            )
+        return tensor[:rows]
 
     def _run(self, job: Job, *, by_step: bool = False, **extra: Any) -> Any:
         """One call of the pipeline: its output, or what it was left with. Restores every global mode it touched."""
-        job.by_step = (self._by_step or by_step) and job.x is not None
+        pastes = self.free is not None and (job.index != 0 or job.off_grid is not None)
+        job.by_step = (self._by_step or by_step or pastes) and job.x is not None
         arguments = {**self.conditioning.arguments(job.problems, job.per), **extra}
         gradients = torch.is_grad_enabled()
         while True:
@@ -201,7 +249,7 @@ class PipelineCall:
                 self._skip = False  # earlier steps of this pipeline are passed on stubbed networks from here on
             finally:
                 torch.set_grad_enabled(gradients)
-                vars(self._pipe).pop("_interrupt", None)
+                vars(self._loop).pop("_interrupt", None)
 
     @contextmanager
     def _seeded(self, arguments: dict[str, Any]) -> Iterator[None]:
@@ -231,48 +279,37 @@ class PipelineCall:
                     # image say, must not change with that: every part starts where it did for one row.
                     entered = self._entered.setdefault(key[:2], self._generator.get_state())
                     self._generator.set_state(entered)
-                with torch.no_grad():
+                alike = prelude.rows_alike(len(job.problems) * job.per)
+                with torch.no_grad(), prelude.noise_replaced(type(self.owner), alike):
                     value = function(*args, **kwargs)
                 self._known[key] = value, self._generator.get_state() if self._generator is not None else None
             value, state = self._known[key]
             if self._generator is not None and state is not None:
                 self._generator.set_state(state)  # what is not computed again still uses up its random numbers
-            if name != "prepare_latents" or job.x is None or job.by_step:
-                return list(value) if isinstance(value, list) else value
-            first = value if torch.is_tensor(value) else value[0]
-            job.sent = job.x.to(first.device, first.dtype)
-            return job.sent if torch.is_tensor(value) else (job.sent, *value[1:])
+            if name == "prepare_latents":
+                return self._injected(value, job)
+            return list(value) if isinstance(value, list) else value
 
         return prepared
+
+    def _injected(self, value: Any, job: Job) -> Any:
+        """What prepare_latents returned, the latents in it exchanged for the job's where they are of the same form."""
+        several = isinstance(value, tuple)
+        # Copies throughout, as some loops write into their latents.
+        parts = [part.clone() if torch.is_tensor(part) else part for part in (value if several else (value,))]
+        if job.x is not None and not job.by_step and parts[0].shape[1:] == job.x.shape[1:]:
+            with torch.set_grad_enabled(job.gradient):
+                x = job.x.to(parts[0].device, parts[0].dtype, copy=True)
+                parts[0] = job.sent = x if self.free is None else torch.where(self._rows_of_free(job), x, parts[0])
+        return tuple(parts) if several else parts[0]
+
+    def _rows_of_free(self, job: Job) -> Tensor:
+        """`free` for every row of a call."""
+        assert self.free is not None
+        return self.free[list(job.problems), 0].repeat_interleave(job.per, 0)
 
 
 def _first(output: Any) -> Tensor:
     """The first field of a pipeline's output, as one tensor."""
     first = output[0] if isinstance(output, tuple) else next(iter(output.values()))
     return first if torch.is_tensor(first) else torch.stack([torch.as_tensor(part) for part in first])
-
-
-@contextmanager
-def _noise_replaced(kind: type, value: float) -> Iterator[None]:
-    """Every draw that a pipeline class makes by diffusers' `randn_tensor` replaced by one number.
-
-    The latents a pipeline starts from are affine in that noise, so two numbers give their mean and standard deviation
-    whatever else they hold: an encoded image, packing, the scheduler's own scale.
-    """
-
-    def constant(
-        shape: Any, generator: Any = None, device: Any = None, dtype: Any = None, layout: Any = None
-    ) -> Tensor:
-        return torch.full(tuple(shape), value, device=device, dtype=dtype)
-
-    functions = (getattr(kind, name, None) for name in ("__call__", "prepare_latents"))
-    modules = [inspect.unwrap(function).__globals__ for function in functions if function is not None]
-    modules = [module for module in modules if "randn_tensor" in module]
-    drawn = [module["randn_tensor"] for module in modules]
-    try:
-        for module in modules:
-            module["randn_tensor"] = constant
-        yield
-    finally:
-        for module, original in reversed(list(zip(modules, drawn, strict=True))):
-            module["randn_tensor"] = original

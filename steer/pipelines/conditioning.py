@@ -12,7 +12,11 @@ from torch import Tensor
 
 from ..errors import ModelError
 
-_PER_PROBLEM = ("prompt", "negative_prompt", "pooled_prompt", "negative_pooled", "image", "mask_image", "control_image")
+_PROMPTS = ("prompt", "task_prompt")
+_PER_PROBLEM = (
+    *_PROMPTS, "content_prompt", "negative_prompt", "pooled_prompt", "negative_pooled", "class_labels", "image",
+    "mask_image", "control_image",
+)  # fmt: skip
 _OWNED_BY_SAMPLERS = {
     "num_inference_steps": "say steps=",
     "return_dict": "a sampler returns a Result",
@@ -40,7 +44,7 @@ class Conditioning:
         if "output_type" in self.parameters:
             self._call["output_type"] = "latent" if call.get("output_type") == "latent" else "pt"
         self._repeat = _repeat_argument(pipe, self.parameters)
-        prompt = call.get("prompt")
+        prompt = _prompt(call)
         self.prompts = None if prompt is None else (prompt,) if isinstance(prompt, str) else tuple(prompt)
         self.problems = _count(call)
         self.latents = _checked_latents(call.get("latents"), self.problems or 1)
@@ -48,7 +52,8 @@ class Conditioning:
     @property
     def any_batch(self) -> bool:
         """Whether one call can hold several rows; else every row is a call of its own."""
-        return self._repeat is not None or "batch_size" in self.parameters or self._call.get("prompt") is not None
+        listed = any(self._call.get(name) is not None for name in ("prompt", "class_labels"))
+        return self._repeat is not None or "batch_size" in self.parameters or listed
 
     @property
     def together(self) -> bool:
@@ -125,13 +130,17 @@ def _repeats(name: str) -> bool:
     return name.startswith("num_") and name.endswith("_per_prompt")
 
 
+def _prompt(call: Mapping[str, Any]) -> Any:
+    return next((call[name] for name in _PROMPTS if call.get(name) is not None), None)
+
+
 def _count(call: Mapping[str, Any]) -> int | None:
-    """Number of problems in a call: of its prompts, else of their embeddings, else one where there is an image."""
-    prompt = call.get("prompt")
+    """Number of problems in a call: of its prompts, their embeddings or class labels, else one if there is an image."""
+    prompt = _prompt(call)
     if prompt is not None:
         return 1 if isinstance(prompt, str) else len(prompt)
-    embeds = call.get("prompt_embeds")
-    if embeds is not None:
-        return len(embeds)
+    for name in ("prompt_embeds", "class_labels"):
+        if call.get(name) is not None:
+            return len(call[name])
     image = call.get("image")
     return None if image is None else len(image) if isinstance(image, list) else 1

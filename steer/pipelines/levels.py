@@ -111,6 +111,9 @@ def _table(scheduler: Any) -> tuple[Tensor, Tensor]:
         ratio = scheduler.sigmas.double().cpu()
         alpha = (ratio.square() + 1.0).rsqrt()
         return alpha, ratio * alpha
+    if name == "DDPMWuerstchenScheduler":  # its timesteps are a continuous time, with the end of the last step
+        squared = scheduler._alpha_cumprod(scheduler.timesteps.double().cpu(), torch.device("cpu"))
+        return squared.sqrt(), (1.0 - squared).sqrt()
     if name in _BY_TIMESTEP:
         kept = scheduler.alphas_cumprod.double().cpu()
         end = torch.as_tensor(getattr(scheduler, "final_alpha_cumprod", 1.0)).double().cpu().reshape(1)
@@ -138,7 +141,7 @@ def _kind(scheduler: Any) -> str:
         return f"edm_{config.prediction_type}"
     if name == "SCMScheduler":
         return "trigflow"
-    return config.prediction_type
+    return config.get("prediction_type", "epsilon")
 
 
 def x0_of(output: Tensor, x: Tensor, at: Level, kind: str, data_std: float = 1.0) -> Tensor:
@@ -176,6 +179,8 @@ def timestep_at(scheduler: Any, at: Level) -> float:
         return math.atan2(at.sigma / _data_std(scheduler), at.alpha)
     if name.startswith(("EDM", "CosineDPM")):
         return 0.25 * math.log(at.sigma)
+    if name == "DDPMWuerstchenScheduler":
+        return _cosine_time(scheduler, at.alpha)
     kept = scheduler.alphas_cumprod.double().cpu()
     ratios = (0.5 * ((1.0 - kept) / kept).log()).tolist()  # log(sigma / alpha), rising with the timestep
     target = math.log(at.sigma / at.alpha) if at.alpha > 0.0 else math.inf
@@ -186,6 +191,15 @@ def timestep_at(scheduler: Any, at: Level) -> float:
     if ratios[high] == math.inf:  # a zero terminal SNR
         return float(high if target == math.inf else low)
     return low + (target - ratios[low]) / (ratios[high] - ratios[low])
+
+
+def _cosine_time(scheduler: Any, alpha: float) -> float:
+    """The time at which the cosine schedule of Wuerstchen and Stable Cascade has this alpha: its inverse."""
+    s, first = float(scheduler.s), float(scheduler._init_alpha_cumprod)
+    angle = math.acos(min(1.0, alpha * math.sqrt(first)))
+    time = min(max((1.0 + s) * angle * 2.0 / math.pi - s, 0.0), 1.0)
+    power = 1.0 / scheduler.scaler
+    return 1.0 - (1.0 - time) ** power if scheduler.scaler > 1 else time**power
 
 
 def _between(scheduler: Any, sigma: float) -> float:

@@ -15,6 +15,7 @@ from ..types import Rule
 from . import levels, unet2d
 from .call import PipelineCall
 from .chunks import Chunked
+from .prelude import COMBINED, inner_pipelines
 from .steered import OffGrid
 
 
@@ -45,9 +46,11 @@ def from_pipeline(
                 then separates them. A generator fixes what the pipeline draws before its loop, an encoded image say;
                 all other noise is named by the sampler's key.
 
-    States are the latents of the pipeline's loop, float32 whatever the networks compute in, and start from the law the
-    pipeline starts from. `decode` gives what the pipeline returns with output_type="pt": images (M, 3, H, W) in
-    [0, 1], or frames (M, F, 3, H, W); latents with output_type="latent". Opening costs two evaluations of one row and
+    States are the latents that the pipeline's scheduler steps, float32 whatever the networks compute in, and start from
+    the law the pipeline starts from. Where inpainting pastes a known part over them after each step, the states there
+    are never looked at, and predict themselves; what it pastes is noised by one draw of the prelude. `decode` gives
+    what the pipeline returns with output_type="pt": images (M, 3, H, W) in [0, 1], frames (M, F, 3, H, W), or several
+    images of one state likewise; latents with output_type="latent". Opening costs two evaluations of one row and
     encodes the prompts, which are not encoded again. Not thread-safe.
 
     Raises ModelError for pipelines that cannot be opened and for arguments that are not the pipeline's. Check a
@@ -65,16 +68,17 @@ def from_pipeline(
     _check(pipe)
     opened = PipelineCall(pipe, call, steps)
     opened.begin()
+    rows = opened.probe()
     mean, std = _initial(opened)
-    rows = opened.probe(mean[:1, 0] + (std or 1.0))
     grid = levels.read(opened.scheduler.plain(), opened.scheduler.first, opened.scheduler.length)
     conditioning = opened.conditioning
-    chunk = (chunk or 16) if conditioning.any_batch else 1
+    # A prior draws for every row, so that rows alone are what they are in any batch.
+    chunk = (chunk or 16) if conditioning.any_batch and opened.owner is pipe else 1
     denoiser = PipelineDenoiser(opened, grid, chunk)
-    rule, denoiser.clamp = _clipping(pipe.scheduler, transition or DDIM())
+    rule, denoiser.clamp = _clipping(opened.scheduler.plain(), transition or DDIM())
     return GaussianProcess(
         denoiser, grid.schedule, grid.times, tuple(mean.shape[2:]), rule,
-        None if conditioning.latent else Decoder(opened, chunk, checkpoint_decode),
+        None if conditioning.latent and opened.free is None else Decoder(opened, chunk, checkpoint_decode),
         problems=conditioning.problems, prompts=conditioning.prompts, rows=rows, initial=(mean, std),
         device=opened.device,
     )  # fmt: skip
@@ -106,10 +110,15 @@ class PipelineDenoiser:
             step = self.grid.step_before(t)
             scheduler = self.call.scheduler.plain()
             timestep = torch.tensor(levels.timestep_at(scheduler, at), dtype=torch.float32, device=x.device)
-            off_grid = OffGrid(timestep, levels.input_scale(scheduler, at), levels.entry_at(scheduler, at))
+            off_grid = OffGrid(timestep, levels.input_scale(scheduler, at), levels.entry_at(scheduler, at), at)
         output = self.output(x, self.grid.indices[step], off_grid)
         x0 = levels.x0_of(output, x, at, self.grid.kind, self.grid.data_std)
-        return x0 if self.clamp is None else x0.clamp(-self.clamp, self.clamp)
+        x0 = x0 if self.clamp is None else x0.clamp(-self.clamp, self.clamp)
+        free = self.call.free
+        if free is None:
+            return x0
+        # What the pipeline pastes over in any case predicts itself, so no law of a step depends on the network there.
+        return torch.where(free if self.problem is None else free[self.problem], x0, x)
 
     def output(self, x: Tensor, index: int, off_grid: OffGrid | None = None) -> Tensor:
         """What the pipeline hands its scheduler at the loop's step `index`, for states (B, N, *event)."""
@@ -152,11 +161,16 @@ class Decoder:
     def _decode(self, rows: Tensor, problems: tuple[int, ...], per: int) -> Tensor:
         problems = problems if self.problem is None else (self.problem,)
         if not (self.checkpoint and torch.is_grad_enabled() and rows.requires_grad):
-            return self.call.decode(rows, problems, per)
-        from torch.utils.checkpoint import checkpoint
+            output = self.call.decode(rows, problems, per)
+        else:
+            from torch.utils.checkpoint import checkpoint
 
-        # Every call draws from generators at a fixed state, so there is none to put back.
-        return checkpoint(self.call.decode, rows, problems, per, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore[reportReturnType]
+            # Every call draws from generators at a fixed state, so there is none to put back.
+            output: Tensor = checkpoint(
+                self.call.decode, rows, problems, per, use_reentrant=False, preserve_rng_state=False
+            )  # pyright: ignore[reportAssignmentType]
+        # Several images of one state are an axis of their own, as frames are.
+        return output if len(output) == len(rows) else output.unflatten(0, (len(rows), -1))
 
 
 def _initial(call: PipelineCall) -> tuple[Tensor, float]:
@@ -170,6 +184,9 @@ def _initial(call: PipelineCall) -> tuple[Tensor, float]:
         means.append(still)
         spreads.append(moved - still)
     spread = torch.stack(spreads)
+    if call.free is not None and not bool(call.free.any()):
+        raise ModelError(f"{type(call.user).__name__} is given a mask that keeps everything: nothing is left to sample")
+    spread = spread if call.free is None else spread[call.free]  # what is pasted over starts anywhere
     std = float(spread.double().mean())
     if not std > 0.0 or float((spread - std).abs().max()) > 1e-2 * std:
         raise ModelError(
@@ -181,9 +198,10 @@ def _initial(call: PipelineCall) -> tuple[Tensor, float]:
 
 def _clipping(scheduler: Any, rule: Rule) -> tuple[Rule, float | None]:
     """The rule, and the limit to clamp x_0 to, as the scheduler clips: DDIM keeps eps as predicted, others do not."""
-    if not scheduler.config.get("clip_sample", False):
+    config = scheduler.config
+    if not getattr(config, "clip_sample", False):  # the attribute, which some pipelines switch off: not the entry
         return rule, None
-    limit = float(scheduler.config.get("clip_sample_range", 1.0) or 1.0)
+    limit = float(config.get("clip_sample_range", 1.0) or 1.0)
     if type(scheduler).__name__.startswith("DDIM") and isinstance(rule, DDIM | CPS | Churn):
         return ClippedPrediction(rule, limit), None
     return rule, limit
@@ -196,8 +214,8 @@ def _check(pipe: Any) -> None:
             f"from_pipeline opens diffusers pipelines that own a scheduler, got {type(pipe).__name__}; wrap a network "
             "(a UNet2DModel, say) by steer.from_eps, from_v, from_velocity or from_denoiser"
         )
-    inner = sorted(name for name, part in vars(pipe).items() if hasattr(part, "components") and callable(part))
-    if inner:
+    inner = inner_pipelines(pipe)
+    if inner and set(inner) != COMBINED:
         raise ModelError(
             f"{type(pipe).__name__} runs other pipelines ({', '.join(inner)}), each with a loop and a scheduler of its "
             f"own; open the one to steer, for instance steer.from_pipeline(pipe.{inner[0]}, ...)"

@@ -191,7 +191,7 @@ def _rehearse(scheduler: Any, timesteps: Tensor, event: tuple[int, ...]) -> tupl
 def _stepped(scheduler: Any, output: Tensor, timestep: Tensor, x: Tensor) -> Tensor:
     try:
         return scheduler.step(output, timestep, x, return_dict=False)[0]
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, IndexError) as error:
         raise ModelError(
             f"{type(scheduler).__name__} does not step by a prediction and its timestep alone, it raised "
             f"{type(error).__name__}: {error}; leave own_solver out: steer.ddim(eta=0.0) steps without it"

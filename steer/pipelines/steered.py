@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError
+from ..types import Level
+
+_REPLACED = ("set_timesteps", "step", "scale_model_input", "add_noise", "scale_noise")
 
 
 class Captured(BaseException):
@@ -46,6 +49,7 @@ class OffGrid(NamedTuple):
     timestep: Tensor
     scale: float
     sigma: float
+    level: Level
 
 
 @dataclass(eq=False)
@@ -58,10 +62,12 @@ class Job:
     off_grid:  a level to evaluate at instead of the step's own.
     noise:     the number that stands for every draw of initial noise; None: draws.
     given:     the call carries latents of the user's to start from.
-    by_step:   latents enter as the result of a first step on stubbed networks, not through prepare_latents.
+    by_step:   latents enter as the result of the step before, on stubbed networks, not through prepare_latents: what
+               the pipeline does to them between two steps, it does to these.
     skip:      earlier steps are passed by the pipeline's own `interrupt` flag, not on stubbed networks.
     stubbed:   the step wanted runs on stubs too: only its latents are of interest.
-    after:     called with what `step` received; its answer is what `step` returns. None: the call ends there.
+    after:     called with what `step` received; its answer is what `step` returns, and the call ends at the next step,
+               with what that receives (after the last, with that answer). None: the call ends at the step wanted.
     gradient:  whether the evaluation is recorded for differentiation.
     rows:      network rows evaluated, filled in by the networks.
     sent:      the latents as the pipeline got them.
@@ -89,7 +95,8 @@ class SteeredScheduler:
     Its class stays what it was, because pipelines ask `type(scheduler)`; and the methods put in its place are wrapped,
     because pipelines look for `sigmas`, `mu`, `eta` or `generator` in their signatures.
 
-    stage: where the pipeline is. "before" its loop; at a step to "skip", to "stub" or to evaluate ("at"); "after".
+    stage: where the pipeline is. "before" its loop; at a step to "skip", to "stub", where latents "enter", to evaluate
+           ("at"), past its step ("stepped") or at the "next" one; "after".
     """
 
     def __init__(self, scheduler: Any, interrupt: Callable[[bool], None]):
@@ -98,9 +105,9 @@ class SteeredScheduler:
         self.job, self.stage = Job((0,), 1), "before"
         self.timesteps: Tensor = torch.empty(0)
         self.first, self.length = 0, 0
-        self._calls = 0
+        self._calls, self._body, self._returned = 0, 0, torch.empty(0)
         self._known: dict[int, dict[str, Any]] = {}
-        for name in ("set_timesteps", "step", "scale_model_input"):
+        for name in _REPLACED:
             if hasattr(self.copy, name):
                 replacement = functools.partial(getattr(self, f"_{name}"))
                 setattr(self.copy, name, functools.wraps(getattr(self.copy, name))(replacement))
@@ -116,7 +123,7 @@ class SteeredScheduler:
         vars(scheduler).update(self._known[max(self._known)])
         if begin is not None:
             scheduler._begin_index = begin
-        for name in ("set_timesteps", "step", "scale_model_input"):
+        for name in _REPLACED:
             vars(scheduler).pop(name, None)
         scheduler.timesteps = self.timesteps
         return scheduler
@@ -139,20 +146,24 @@ class SteeredScheduler:
         """
         job, steps = self.job, grid.unbind()
         self.first, self.length = int(grid.storage_offset()), len(steps)
-        for k in range(self._passed(len(steps))):
-            if job.skip and not (job.by_step and k == 0):
-                self._enter("skip", False)
-            else:
-                self._enter("stub", False)
+        passed = self._passed(len(steps))
+        for k in range(passed):
+            entering = job.by_step and k == passed - 1
+            self._enter("enter" if entering else "skip" if job.skip else "stub", False, k)
             yield steps[k]
-        if job.index is not None:
-            self._enter("at", job.gradient)
-            yield steps[job.index] if job.off_grid is None else self._told(job.off_grid, self.first + job.index)
-            # No step followed: the pipeline only looked through its grid, before its loop.
-            self._enter("before", False)
-            yield from steps[max(job.index, 1 if job.by_step else 0) + 1 :]
+        if job.index is None:
+            self._enter("after", job.gradient, passed)
             return
-        self._enter("after", job.gradient)
+        self._enter("at", job.gradient, job.index)
+        yield steps[job.index] if job.off_grid is None else self._told(job.off_grid, self.first + job.index)
+        if self.stage == "stepped":
+            if job.index + 1 == len(steps):
+                raise Captured(self._returned, self._returned)
+            self._enter("next", False, job.index + 1)
+            yield steps[job.index + 1]
+        # No step followed: the pipeline only looked through its grid, before its loop.
+        self._enter("before", False, 0)
+        yield from steps[max(job.index, passed) + 1 :]
 
     def _told(self, level: OffGrid, index: int) -> Tensor:
         """The timestep of a level off the grid, which takes the place of a step in the table too: see `entry_at`."""
@@ -165,11 +176,11 @@ class SteeredScheduler:
         """How many bodies are passed. Latents that enter by a step need one; a decoder may read loop variables."""
         job = self.job
         if job.index is None:
-            return 1 if job.by_step else length if job.skip else 0
+            return length if job.skip or job.by_step else 0
         return max(job.index, 1 if job.by_step else 0)
 
-    def _enter(self, stage: str, gradient: bool) -> None:
-        self.stage = stage
+    def _enter(self, stage: str, gradient: bool, body: int) -> None:
+        self.stage, self._body = stage, body
         self.interrupt(stage == "skip")
         # Pipelines run under no_grad; the body that counts may be differentiated. Restored when the call ends.
         torch.set_grad_enabled(gradient)
@@ -189,16 +200,49 @@ class SteeredScheduler:
             raise IgnoresInterrupt
         if self.stage == "before":
             raise ModelError("the pipeline's loop does not run over scheduler.timesteps, so steer cannot steer it")
-        if self.stage == "stub":
-            x = sample if job.x is None else job.x.to(sample.dtype)
-            job.sent = x
-        elif job.after is None:
+        if self.stage == "stepped" or kwargs.get("per_token_timesteps") is not None:
+            how = "twice in a step" if self.stage == "stepped" else "with one timestep per token"
+            raise ModelError(
+                f"the pipeline calls scheduler.step {how}, so its step depends on more than what it predicts; open its "
+                "network by steer.from_velocity, from_eps, from_edm or from_denoiser"
+            )
+        if self.stage == "next" or (self.stage == "at" and job.after is None):
             raise Captured(model_output, sample)
-        else:
-            x = job.after(model_output, sample)
+        x = sample
+        if self.stage == "enter":
+            assert job.x is not None
+            torch.set_grad_enabled(job.gradient)  # the rest of this body makes of x what the next one works on
+            x = job.sent = _as_copies(job.x, sample)
+        elif job.after is not None and self.stage == "at":
+            x = self._returned = _as_copies(job.after(model_output, sample), sample)
+            self.stage = "stepped"
         if hasattr(self.copy, "_step_index"):  # pipelines read the counter after a step
-            self.copy._step_index = self.first + (job.index or 0) + 1
+            self.copy._step_index = self.first + self._body + 1
         return Stepped((x, x))
+
+    def _add_noise(self, clean: Tensor, noise: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        level = self._entering_level()
+        if level is None:
+            return self.kind.add_noise(self.copy, clean, noise, *args, **kwargs)
+        return level.alpha * clean + level.sigma * noise
+
+    def _scale_noise(self, sample: Tensor, timestep: Any, noise: Any = None, **kwargs: Any) -> Tensor:
+        level = self._entering_level()
+        if level is None:
+            return self.kind.scale_noise(self.copy, sample, timestep, noise, **kwargs)
+        return level.alpha * sample + level.sigma * noise
+
+    def _entering_level(self) -> Level | None:
+        """The level off the grid that latents enter at, to which inpainting noises the part that it keeps."""
+        return self.job.off_grid.level if self.stage == "enter" and self.job.off_grid is not None else None
+
+
+def _as_copies(x: Tensor, sample: Tensor) -> Tensor:
+    """New latents in place of a sample, in which some loops carry every row once per guidance branch.
+
+    Always a new tensor, as some loops write into their latents.
+    """
+    return x.to(sample.dtype).repeat(max(1, len(sample) // len(x)), *[1] * (x.ndim - 1))
 
 
 def steered_grid(timesteps: Tensor, visit: Callable[[Tensor], Iterator[Tensor]]) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import ModelError, SteerError
 from ..process import GaussianProcess
 from .opening import Decoder, PipelineDenoiser
+from .prelude import copied
 from .steered import steered_grid
 
 
@@ -87,7 +88,7 @@ def _compared(
     batched = _batched(denoiser, seen) if denoiser.chunk > 1 else None
     if batched is not None and isinstance(process.decoder, Decoder):
         pair = torch.cat([seen[-1].following, seen[0].latents])
-        batched = max(batched, _difference(process.decoder.only(0)(pair)[: len(output)], output))
+        batched = max(batched, _difference(process.decoder.only(0)(pair)[:1].reshape_as(output), output))
     for name, error in (("predictions", worst), ("output", decoded)):
         if error is not None and not error <= tolerance:
             raise ModelError(
@@ -119,9 +120,7 @@ def _batched(denoiser: PipelineDenoiser, seen: list[_Seen]) -> float | None:
 def _plain_run(denoiser: PipelineDenoiser, length: int) -> tuple[list[_Seen], Tensor]:
     """What the pipeline itself does in the first `length` bodies of its loop, and its output after them."""
     call = denoiser.call
-    pipe, scheduler, seen = copy.copy(call.user), copy.deepcopy(call.user.scheduler), []
-    pipe.set_progress_bar_config(disable=True)
-    vars(pipe)["scheduler"] = scheduler
+    scheduler, seen = copy.deepcopy(call.owner.scheduler), []
     set_timesteps, step = scheduler.set_timesteps, scheduler.step
 
     def shortened(*args: Any, **kwargs: Any) -> None:
@@ -132,12 +131,13 @@ def _plain_run(denoiser: PipelineDenoiser, length: int) -> tuple[list[_Seen], Te
     def recorded(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         result = step(model_output, timestep, sample, *args, **kwargs)
         following = result[0] if isinstance(result, tuple) else result.prev_sample
-        seen.append(_Seen(model_output, sample, following))
+        # Copies, as some loops write into their latents.
+        seen.append(_Seen(*(call.first_copy(tensor, 1).clone() for tensor in (model_output, sample, following))))
         return result
 
     scheduler.set_timesteps = functools.wraps(set_timesteps)(shortened)
     scheduler.step = functools.wraps(step)(recorded)
-    return seen, call.output(pipe, (0,), 1)
+    return seen, call.output(copied(call.user, scheduler), (0,), 1)
 
 
 def _difference(ours: Tensor, theirs: Tensor) -> float:
