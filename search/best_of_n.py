@@ -42,14 +42,14 @@ def best_of_n(
     Cost per problem: N K network rows and N rewards.
     """
     temperature, key = check_temperature(temperature), as_key(key)
-    process, objective, meter = open_run(process, reward, groupwise=True)
+    process, objective, meter = open_run(process, reward, groupwise=True, key=key)
     ready, count = prepared(start, process, temperature, particles=particles, budget=budget)
     if ready is not start or objective.groupwise:
         chunk = count  # a start that spends rows of its own is paid for once, and a group is scored in one call
     samples, scores, interrupted = [], [], False
     for first in range(0, count, chunk):
         size = min(chunk, count - first)
-        here = key.shifted(slot=first)
+        here = meter.key = key.shifted(slot=first)
         try:
             state = ready(process, objective, here, conditioned(process, batch), size)
             state, interrupted = advance(state, here, on_step)

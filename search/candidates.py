@@ -7,7 +7,7 @@ chunks rename none of the others.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -48,8 +48,9 @@ class Run:
     ) -> Run:
         """A run with its own ledger."""
         temperature = check_temperature(temperature)
-        process, objective, meter = open_run(process, reward)
-        return cls(process, objective, meter, conditioned(process, batch), temperature, as_key(key), chunk)
+        key = as_key(key)
+        process, objective, meter = open_run(process, reward, key=key)
+        return cls(process, objective, meter, conditioned(process, batch), temperature, key, chunk)
 
     def only(self, problem: int) -> Run:
         """The run of one problem of a conditioned process, for searches whose problems move at their own pace."""
@@ -62,7 +63,13 @@ class Run:
 
     def predict(self, x: Tensor, k: int) -> Tensor:
         """Predictions of states (B, n, *event) at level k, in chunks."""
-        return torch.cat([self.process.denoise(part, k) for part in x.split(self.chunk, 1)], 1)
+        return torch.cat([self.process.denoise(part, k) for part in self._parts(x)], 1)
+
+    def _parts(self, x: Tensor) -> Iterator[Tensor]:
+        """Chunks of states (B, n, *event); what hooks draw for each is named by its slots."""
+        for first in range(0, x.shape[1], self.chunk):
+            self.meter.key = self.key.shifted(slot=first)
+            yield x[:, first : first + self.chunk]
 
     def score(self, clean: Tensor, where: str = "of the finished samples") -> Tensor:
         """Rewards (B, n) of clean states, in chunks, checked."""
@@ -73,7 +80,7 @@ class Run:
     def evaluate(self, x: Tensor, k: int, value: Value) -> tuple[Tensor | None, Tensor]:
         """Predictions, where the value reads them, and values (B, n) of states at level k: one call per state."""
         predictions, values = [], []
-        for part in x.split(self.chunk, 1):
+        for part in self._parts(x):
             x0 = self.process.denoise(part, k) if value.predicts else None
             predictions += [] if x0 is None else [x0]
             values.append(value(self.objective, part, k, x0))

@@ -98,7 +98,7 @@ def dts(
     temperature, key = check_temperature(temperature), as_key(key)
     if not 0.0 < defence <= 1.0:
         raise SteerError(f"defence is a share of growth in (0, 1], got {defence}")
-    process, objective, meter = open_run(process, reward)
+    process, objective, meter = open_run(process, reward, key=key)
     tree = planted(tree, conditioned(process, batch), branching_levels(process, levels))
     growth = Growth(
         process, objective, meter, tree, key, temperature, plantable(start), proposal, looks=build == "unbiased",

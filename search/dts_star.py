@@ -54,7 +54,7 @@ def dts_star(
     paper leaves its scale open). Walks never end at an old leaf.
     """
     temperature, key = check_temperature(temperature), as_key(key)
-    process, objective, meter = open_run(process, reward)
+    process, objective, meter = open_run(process, reward, key=key)
     tree = planted(tree, conditioned(process, batch), branching_levels(process, levels))
     growth = Growth(
         process, objective, meter, tree, key, temperature, plantable(start), bootstrap, greedy=True, live=True,

@@ -85,6 +85,7 @@ class Growth:
     def _sweep(self, entry: Tensor, path: list[Tensor]) -> None:
         """Every walk goes on from the node it chose; each network call has one level, and walks join on the way."""
         tree, key = self.tree, self.key.shifted(slot=self.tree.iterations)
+        self.meter.key = key
         before = tree.counts()
         try:
             for depth in range(tree.depth):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .errors import BudgetError
+from .key import Key
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,26 @@ class Cost:
 
 
 class Meter:
-    """Counts calls while a run is in progress. The one mutable object of a run besides a search tree."""
+    """Counts calls while a run is in progress. The one mutable object of a run besides a search tree.
 
-    def __init__(self) -> None:
+    key: the run's, at the slots of the particles under way. `process.denoise` takes no key; whatever draws in it, hooks
+         for instance, names its draws by this one. None where no run has named itself.
+    """
+
+    def __init__(self, key: Key | None = None) -> None:
+        self.key = key
         self.nfe = self.grads = self.rewards = self.decodes = 0
         self.seconds = {"network": 0.0, "gradient": 0.0, "reward": 0.0, "decode": 0.0}
         self._began = time.perf_counter()
+
+    @contextmanager
+    def named(self, key: Key) -> Iterator[None]:
+        """Another key for as long as this lasts."""
+        self.key, before = key, self.key
+        try:
+            yield
+        finally:
+            self.key = before
 
     @contextmanager
     def network(self, rows: int) -> Iterator[None]:

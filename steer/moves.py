@@ -20,6 +20,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
+from .cost import Meter
 from .errors import StateSpaceError, SteerError
 from .key import Key
 from .process import GaussianProcess
@@ -94,14 +95,15 @@ class PathMoves:
         value: log-potentials (B, N) of its particles, -inf where their predictions are forbidden.
         """
         particles = value.shape[1]
-        chains = self.chains(particles)
+        chains, meter = self.chains(particles), cast(Meter, cast(GaussianProcess, state.process).meter)
         here = Chains(_some(state, chains), value[:, :chains])
         kept, accepted = [here.state], []
         for first in range(chains, particles, chains):
-            width, name = min(chains, particles - first), key.fold(first // chains).at(state.k)
+            width, turn = min(chains, particles - first), key.fold(first // chains).at(state.k)
             here = Chains(_some(here.state, width), here.value[:, :width])
-            there = self._proposed(here.state, judge, name)
-            chance = name.fold("accept").uniform(there.value.shape, device=there.value.device)
+            with meter.named(turn.fold("path")):  # a new path draws anew what hooks draw in it
+                there = self._proposed(here.state, judge, turn)
+            chance = turn.fold("accept").uniform(there.value.shape, device=there.value.device)
             # A forbidden prediction has kept the weight from before it (see `Weight.apply`), which is no function of
             # its state: chains neither enter such states nor leave them.
             accept = (here.value > -torch.inf) & (chance.log() < there.value - here.value)
@@ -110,8 +112,8 @@ class PathMoves:
             kept.append(here.state)
         moved = cast(Ancestors, state.past[-1]).happened  # all but problems without any weight, which end in an error
         rate = torch.cat(accepted, 1).mean(1) if accepted else torch.full_like(value[:, 0], math.nan)
-        named = {**state.diagnostics, f"{ACCEPTANCE} {state.k}": rate}
-        return replace(_joined(state, kept, moved), diagnostics=named)
+        diagnostics = {**state.diagnostics, f"{ACCEPTANCE} {state.k}": rate}
+        return replace(_joined(state, kept, moved), diagnostics=diagnostics)
 
     def _proposed(self, state: Trajectory, judge: Judge, key: Key) -> Chains:
         """Chains driven by moved noise, replayed to the level of the state."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .cost import Meter
 from .errors import NonFiniteError, NotDifferentiableError, RewardError, ShapeError, SteerError
+from .key import Key
 from .types import ReverseProcess, RewardSpec
 
 
@@ -113,12 +114,13 @@ class Objective:
 
 
 def open_run(
-    process: ReverseProcess, reward: Callable[..., Any], *, groupwise: bool = False
+    process: ReverseProcess, reward: Callable[..., Any], *, groupwise: bool = False, key: Key | None = None
 ) -> tuple[ReverseProcess, Objective, Meter]:
     """A metered process, the objective on it, and their meter: the first line of every sampler.
 
     groupwise: whether the method only ranks or reports finished samples, and so can do with a reward whose scores
     depend on the other samples in the call. Such a reward is no function of x: p(x) exp(r(x) / T) is not defined.
+    key: the run's, by which hooks name their draws.
     """
     if not callable(reward):
         raise RewardError(f"a reward is a callable from samples to scores, got {type(reward).__name__}")
@@ -128,7 +130,7 @@ def open_run(
             "sample and there is no law to tilt by it; steer by the reward inside it, or use search.best_of_n or "
             "steer.rollout, which score finished samples once"
         )
-    meter = Meter()
+    meter = Meter(key)
     process = process.metered(meter)
     return process, Objective(process, reward, _prompts_of(reward)), meter
 

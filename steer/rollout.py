@@ -38,7 +38,7 @@ def rollout(
     Cost per problem: N K network rows and N rewards.
     """
     temperature, key = check_temperature(temperature), as_key(key)
-    process, objective, meter = open_run(process, reward, groupwise=True)
+    process, objective, meter = open_run(process, reward, groupwise=True, key=key)
     start, count = prepared(start, process, temperature, particles=particles, budget=budget)
     state = start(process, objective, key, conditioned(process, batch), count)
     state, interrupted = advance(replace(state, keep_states=keep_states), key, on_step)

@@ -172,7 +172,7 @@ def smc(
     """
     temperature, key = check_temperature(temperature), as_key(key)
     weight, selection = weight or difference(), selection or resample()
-    process, objective, meter = open_run(process, reward)
+    process, objective, meter = open_run(process, reward, key=key)
     if isinstance(start, Trajectory):
         state = resumed(start, process)
     else:

@@ -15,6 +15,7 @@ from exact import LIMIT, Linear, Quadratic, exact_chain, mixture_2d, worst, z, z
 import search
 import steer
 from steer import guidance
+from steer.cost import Meter
 from steer.guidance import Hooks, follow, guide
 from steer.models import chain_law
 from steer.models.mixture import GaussianMixture
@@ -190,11 +191,101 @@ def test_a_limited_proposal_is_exact():
     assert max(share for share, _ in proposal.log.table("limited").values()) == 1.0
 
 
-def test_problems_do_not_see_one_another():
-    """Strengths are averaged within a problem: results do not depend on what shares the batch."""
+def test_companions_and_chunks_do_not_matter():
+    """A particle's step is a function of itself: alone, in company, permuted and in chunks it is the same."""
     guided = guide(gaussian(6), guidance.tfg(EVIDENCE, rho=0.2, mu=0.1, samples=2))
     alone, together = (steer.rollout(guided, EVIDENCE, batch=b, particles=5, key=3).x for b in (1, 4))
     torch.testing.assert_close(alone[0], together[0], rtol=1e-12, atol=1e-12)
+    few, many = (steer.rollout(guided, EVIDENCE, particles=n, key=3).x for n in (3, 40))
+    torch.testing.assert_close(few, many[:, :3], rtol=1e-12, atol=1e-12)
+    whole, parts = (search.best_of_n(guided, EVIDENCE, particles=10, chunk=c, key=3).x for c in (10, 3))
+    torch.testing.assert_close(whole, parts, rtol=1e-12, atol=1e-12)
+    order = steer.Key(5).uniform((1, 40))[0].argsort()
+    quiet = guide(gaussian(6), guidance.ugd(EVIDENCE, 0.2, 0.1))
+    x = steer.Key(1).normal((1, 40, 2))
+    before, after = (quiet.denoise(states, 2) for states in (x, x[:, order]))
+    torch.testing.assert_close(before[:, order], after, rtol=1e-12, atol=1e-12)
+
+
+def test_mutant_strength_averaged_over_companions_is_rejected(monkeypatch):
+    monkeypatch.setattr(guidance.training_free.TrainingFree, "_move", averaged_move)
+    with pytest.raises(AssertionError):
+        test_companions_and_chunks_do_not_matter()
+
+
+def averaged_move(self, at, strength, gradient, size, ratio):
+    """As it was: the mean norm of the particles of a problem is what is moved by `size` units."""
+    length = guidance.hooks.norms(gradient).mean(1, keepdim=True)
+    return gradient * guidance.hooks.per_particle((size * at.unit / length).expand(gradient.shape[:2]), gradient)
+
+
+DRAWING = {
+    "lgd": lambda process: guidance.lgd(EVIDENCE, 0.2, samples=2),
+    "density": lambda process: guidance.density_guidance(process, -1.0, noise=0.3),
+    "self-guided": lambda process: steer.self_guided(3.0, every=1),
+}
+
+
+@pytest.mark.parametrize("kind", DRAWING)
+def test_hook_noise_is_the_runs(kind):
+    """One run's draws are named by its key: another run's are others, a set key's the same, and a chunk's its own."""
+    process = gaussian(6)
+    guided = guide(process, DRAWING[kind](process))
+    x = steer.Key(1).normal((1, 6, 2))
+
+    def moved(key, process=guided):
+        return process.metered(Meter(key)).denoise(x, 3)
+
+    assert torch.equal(moved(steer.Key(1)), moved(steer.Key(1)))
+    assert not torch.allclose(moved(steer.Key(1)), moved(steer.Key(2)))
+    assert torch.equal(moved(None), guided.denoise(x, 3))
+    fixed = guide(process, guided.hooks, key=7)
+    assert torch.equal(moved(steer.Key(1), fixed), moved(steer.Key(2), fixed))
+    assert guide(fixed, Hooks()).key == steer.Key(7)
+    whole, parts = (search.best_of_n(guided, EVIDENCE, particles=10, chunk=c, key=3).x for c in (10, 3))
+    torch.testing.assert_close(whole, parts, rtol=1e-9, atol=1e-9)
+    children, some = (search.svdd(guided, EVIDENCE, particles=2, key=3, chunk=c).x for c in (256, 3))
+    torch.testing.assert_close(children, some, rtol=1e-9, atol=1e-9)
+    still = guided.with_rule(steer.ode())  # nothing else draws
+    for sampler in (steer.rollout, search.best_of_n):
+        first, second = (sampler(still, EVIDENCE, particles=4, key=k, start=standing).x for k in (1, 2))
+        assert not torch.allclose(first, second)
+
+
+@pytest.mark.parametrize("sampler", [steer.smc, steer.rollout, search.svdd, search.dts, search.dts_star, search.beam])
+def test_every_sampler_names_hook_noise_by_its_key(sampler):
+    """As a process everywhere, as a proposal in smc; walks of a tree have slots of their own."""
+    seen = []
+
+    def noting(at):
+        seen.append((at.key.seed, at.key.slot))
+        return at.mean
+
+    hooks = Hooks(mean=(noting,))
+    for key in (1, 2):
+        sampler(guide(gaussian(4), hooks), EVIDENCE, budget=400, key=key)
+    assert {seed for seed, _ in seen} == {1, 2}
+    assert sampler is not search.dts or len({slot for _, slot in seen}) > 1
+    if sampler is steer.smc:
+        seen.clear()
+        sampler(gaussian(4), EVIDENCE, particles=2, key=3, proposal=follow(hooks))
+        assert {seed for seed, _ in seen} == {3}
+
+
+def standing(process, objective, key, batch, particles):
+    """All particles at one state, whatever the key."""
+    return steer.Trajectory.begin(process, torch.full((batch, particles, 2), 0.3, dtype=torch.float64))
+
+
+def test_two_hooks_of_one_kind_draw_apart():
+    seen = []
+
+    def drawing(at):
+        seen.append(at.key.normal(at.x.shape))
+        return at.mean
+
+    guide(gaussian(4), Hooks(mean=(drawing, drawing))).denoise(torch.zeros(1, 2, 2).double(), 1)
+    assert not torch.equal(*seen)
 
 
 class Uncorrected(guidance.Follow):
@@ -238,12 +329,13 @@ def test_guidance_alone_does_not_sample_the_posterior(setting):
 
 
 def test_strength_is_the_expected_displacement():
-    """rho is the mean displacement over transition noise, whatever the scale of the potential."""
+    """rho is every particle's displacement over transition noise, whatever the scale of the potential."""
     process = gaussian(20)
     for scale in (1.0, 1000.0):
         hooks = guidance.dps(lambda x, s=scale: s * EVIDENCE(x), 0.3, halvings=0)
         log = steer.rollout(guide(process, hooks), EVIDENCE, particles=50).process.log
         assert [mean for mean, _ in log.table().values()] == pytest.approx([0.3] * 19)
+        assert [most for _, most in log.table().values()] == pytest.approx([0.3] * 19)  # every particle's
     rising = guidance.freedom(EVIDENCE, 0.3, halvings=0)
     steps = [mean for mean, _ in steer.rollout(guide(process, rising), EVIDENCE).process.log.table().values()]
     assert steps[0] < steps[-1]
@@ -267,7 +359,7 @@ def test_backtracking_where_step_times_curvature_exceeds_two():
     assert tame < 2.0
     assert clipped < 10.0
     assert all(mean <= 1.0 + 1e-9 for mean, _ in short.table().values())
-    assert max(share for share, _ in log.table("backtracked").values()) > 0.9
+    assert max(share for share, _ in log.table("backtracked").values()) > 0.9 / 6  # the first iteration of six, or more
     gentle = Quadratic([1.0, 1.0], 1.0)  # step times curvature 1 < 3/2: nothing to do
     hooks = guidance.mpgd(gentle, guidance.native(1.0), mu_profile=guidance.constant)
     log = steer.rollout(guide(process, hooks), gentle, particles=50).process.log
@@ -502,3 +594,6 @@ def test_adaptive_guidance_drops_the_unconditional_pass():
     assert float((before.x - after.x).abs().mean()) < 0.05
     never, _ = guidance.adaptive(conditional, unconditional, 2.0, similar=1.0)
     assert never.hooks.x0[0].until == 40
+    assert 0 < guidance.settled(before.process.log, 0.99) < 40  # any full run tells, without a pilot
+    with pytest.raises(steer.SteerError, match="similarity"):
+        guidance.settled(guidance.Log())

@@ -197,3 +197,19 @@ def test_what_cannot_be_moved_is_said():
         steer.smc(process, reward, start=begun, selection=moving([4]))
     with pytest.raises(steer.SteerError, match="weights that are a function"):
         steer.fkc(process, reward, selection=moving([4]))
+
+
+def test_moved_paths_draw_anew_what_hooks_draw():
+    """Draws of a hook are part of a path: those of a move are none of the population's, nor of another move's."""
+
+    def drawing(at):
+        seen.append(at.key.normal(at.x.shape).sum())
+        return at.x0
+
+    seen: list[torch.Tensor] = []
+    process = steer.guide(gaussian(), steer.Hooks(x0=(drawing,)))
+    steer.smc(process, REWARDS["linear"], particles=4, key=10, selection=moving([8]))
+    assert len(seen) == 8 * 4
+    assert len({round(float(total), 9) for total in seen}) == 8 * 4
+    steer.smc(process, REWARDS["linear"], particles=4, key=10, selection=moving([8]))
+    assert seen[:32] == seen[32:]

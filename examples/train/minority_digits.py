@@ -7,7 +7,8 @@
 digit among samples is known to be small and its images are there to be compared with. `classifiers` labels training
 images with quantiles of the minority score of a model (Um et al. 2023, 2301.12334, Sec. 3.2) and learns those labels
 from noisy images: for the shipped `digits`, quantiles within each class, for the thinned model, of all images.
-Networks are told log(alpha^2 / sigma^2) and see x / sqrt(alpha^2 + sigma^2), so one serves every path.
+Networks are told log(alpha^2 / sigma^2) and see x / sqrt(alpha^2 + sigma^2), so one serves every path. `feature_nets`
+are trained where they are used: the spaces in which `steer.minority.agreed_rarity` looks for rare samples.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import steer
+from rewards.digits import DigitNet
 from steer.minority.score import minority_score, quantile_labels
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -64,21 +67,51 @@ def noisy(images: Tensor, log_snr: Tensor) -> Tensor:
     return signal.sqrt() * images + (1.0 - signal).sqrt() * torch.randn_like(images)
 
 
-def train(images: Tensor, labels: Tensor, steps: int) -> NoisyClassifier:
-    """Cross-entropy at log-SNR uniform in [-6, 6] with AdamW on a cosine schedule; one pixel of shift either way."""
-    torch.manual_seed(0)
-    net = NoisyClassifier()
+def fit(net: nn.Module, loss: Callable[[], Tensor], steps: int) -> None:
+    """Minimises a stochastic loss of a network by AdamW on a cosine schedule, and freezes it."""
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
-        batch = torch.randint(len(images), (256,))
-        log_snr = 12.0 * torch.rand(256) - 6.0
-        loss = F.cross_entropy(net(noisy(images[batch], log_snr), log_snr), labels[batch], label_smoothing=0.05)
         optimizer.zero_grad()
-        loss.backward()
+        loss().backward()
         optimizer.step()
         schedule.step()
-    return net.eval().requires_grad_(False)
+    net.eval().requires_grad_(False)
+
+
+def train(images: Tensor, labels: Tensor, steps: int) -> NoisyClassifier:
+    """Cross-entropy at log-SNR uniform in [-6, 6]."""
+    torch.manual_seed(0)
+    net = NoisyClassifier()
+
+    def loss() -> Tensor:
+        batch = torch.randint(len(images), (256,))
+        log_snr = 12.0 * torch.rand(256) - 6.0
+        return F.cross_entropy(net(noisy(images[batch], log_snr), log_snr), labels[batch], label_smoothing=0.05)
+
+    fit(net, loss, steps)
+    return net
+
+
+def feature_nets(data: Digits, count: int = 8, steps: int = 600) -> list[Callable[[Tensor], Tensor]]:
+    """Features (M, 32) of images in [0, 1] by small classifiers, dense and convolutional in turn, a second each.
+
+    Each has learnt another half of the data: what they agree on is not one network's mistake.
+    """
+    images, nets = data.images / 2 + 0.5, []
+    for seed in range(count):
+        torch.manual_seed(seed)
+        net = DigitNet("conv", 16, 32) if seed % 2 else DigitNet("mlp", 96, 32)
+        half = torch.randperm(len(images))[: len(images) // 2]
+
+        def loss(net: DigitNet = net, half: Tensor = half) -> Tensor:
+            batch = half[torch.randint(len(half), (128,))]
+            shown = images[batch] + 0.1 * torch.randn_like(images[batch])
+            return F.cross_entropy(net(shown), data.labels[batch], label_smoothing=0.05)
+
+        fit(net, loss, steps)
+        nets.append(net.features)
+    return nets
 
 
 def labels_of(process: steer.GaussianProcess, data: Digits, *, within_class: bool) -> Tensor:

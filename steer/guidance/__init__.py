@@ -1,6 +1,6 @@
 """Guidance by five hooks: a process for every sampler, or a proposal that sequential Monte Carlo makes exact."""
 
-from .classifier_free import adaptive, classifier_free
+from .classifier_free import adaptive, classifier_free, settled
 from .corrections import MissingObjects, missing_objects
 from .corrector import corrector
 from .density import delta_of, density_guidance, prior_guidance, quantile_of
@@ -45,6 +45,7 @@ __all__ = [
     "quantile_of",
     "recur",
     "restart",
+    "settled",
     "tfg",
     "tune",
     "ugd",

@@ -12,7 +12,7 @@ from ..errors import ShapeError, SteerError
 from ..key import Key, as_key
 from ..parameterization import eps
 from ..process import GaussianProcess
-from .hooks import Hooks, Step
+from .hooks import Hooks, Log, Step
 from .process import GuidedProcess, guide
 
 
@@ -71,7 +71,7 @@ def classifier_free(
     damped: bool = False,
     until: int | None = None,
 ) -> GuidedProcess:
-    """Guidance u + weight (c - u) of two processes on one grid (Ho & Salimans 2022, Eq. 6 with weight = 1 + their w).
+    """Guidance u + weight (c - u) of two processes on one grid (Ho & Salimans 2022, weight = 1 + their w).
 
     damped: tangential damping (TCFG, 2503.18137): u's noise keeps only what it shares with c's, its projection on the
             first right singular vector of the two.
@@ -105,24 +105,39 @@ def adaptive(
 ) -> tuple[GuidedProcess, Cost]:
     """Classifier-free guidance that drops the unconditional pass where the two models agree, and what finding out cost.
 
-    A pilot population finds the first level from which the mean cosine between the two noises stays above `similar`.
+    A pilot population, `particles` full chains per problem, finds the level by `settled`. Any run under full guidance
+    that is made anyway is as good a pilot, and then finding out costs nothing:
 
-    Source: Castillo et al. 2023 (Adaptive Guidance, 2312.12487), their threshold. Differs: they decide per sample and
-    never look back; here a pilot decides once, so the process stays one that a step's law is a function of its state
-    (weights, trees and replays need that), and the ledger shows a saving known in advance.
+        classifier_free(c, u, weight, until=settled(result.process.log))
+
+    Source: Castillo et al. 2023 (Adaptive Guidance, 2312.12487); their threshold is similar's default. Differs: they
+    decide for every sample, by its cosine at the step before. That is a function of the path: from the state alone the
+    cosine is not known without the very pass that is to be saved, and weights, trees and replays need steps that are
+    functions of their state. One level for all is, and the ledger shows a saving known in advance.
     """
     if not -1.0 <= similar <= 1.0:
         raise SteerError(f"similar is a cosine in [-1, 1], got {similar}")
     meter = Meter()
+    key = meter.key = as_key(key).fold("adaptive")
     pilot = classifier_free(conditional, unconditional, weight, damped=damped).metered(meter)
-    key = as_key(key).fold("adaptive")
     batch = pilot.problems or batch
     x = pilot.prior(key.fold("prior"), batch, particles)
     with torch.no_grad():
         for k in range(pilot.steps):
             x = pilot.transition(x, pilot.denoise(x, k), k).sample(key.fold("step").at(k))
-    agreed = {k: mean > similar for k, (mean, _) in pilot.log.table("similarity").items()}
-    until = pilot.steps
-    while until > 0 and agreed[until - 1]:
-        until -= 1
+    until = settled(pilot.log, similar)
     return classifier_free(conditional, unconditional, weight, damped=damped, until=until), meter.cost()
+
+
+def settled(log: Log, similar: float = 0.991) -> int:
+    """The first level from which, in the log of a run of `classifier_free`, the mean cosine stays above `similar`.
+
+    What `until` takes. SteerError where the log has no "similarity": the run was of another process.
+    """
+    table = log.table("similarity")
+    if not table:
+        raise SteerError(
+            f"settled reads the similarity that classifier_free notes, and this log has {log.names}; give it "
+            "result.process.log of a run under classifier_free"
+        )
+    return 1 + max((k for k, (mean, _) in table.items() if not mean > similar), default=-1)

@@ -76,7 +76,7 @@ class Rescale:
 class Across:
     """The mean hook of stochastic density guidance: noise orthogonal to the score, which log p_t feels at second order.
 
-    The draw is the hook's (named by the key of the guided process), so the transition stays deterministic.
+    The draw is the hook's and not the step's, so the transition stays deterministic.
     """
 
     noise: float
@@ -117,7 +117,7 @@ def density_guidance(
                 modes far apart. SteerError where more is asked for: no point of that density exists.
 
     Per step no network row more. The last step, to sigma = 0, is the model's.
-    Source: Karczewski et al. 2025 (2502.05807), Eqs. for eta and for the stochastic variant as in their code. Differs:
+    Source: Karczewski et al. 2025 (2502.05807), density guidance and its stochastic variant, as in their code. Differs:
     the target in nats and its check; the probe of the Laplacian is orthogonal to the score, as the noise is.
     """
     check_gaussian(process)

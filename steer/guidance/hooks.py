@@ -81,7 +81,7 @@ class Step:
     raw:     the network's prediction at x, with its graph in that case.
     x0:      the prediction as hooks have left it so far, detached.
     shift:   what mean hooks have added to the mean so far.
-    key:     names the draws of hooks; it stands at step k. Two evaluations of one level share it.
+    key:     names this hook's draws, see `named`; it stands at step k.
     opened:  potentials asked so far in this step.
     """
 
@@ -244,8 +244,25 @@ class Looked(NamedTuple):
         return c * (self.x0 - self.raw) + self.shift
 
 
-def look(process: GaussianProcess, hooks: Hooks, x: Tensor, k: int, key: Key, log: Log) -> Looked:
+KEY = Key(0)
+
+
+def named(process: GaussianProcess, key: Key | None) -> Key:
+    """The key of hooks' draws at a prediction: one that was set, or else the run's, from the meter.
+
+    Predictions are functions of state and level, evaluated by searches in any order, so `denoise` takes no key; the run
+    says its own by the meter, shifted to the slots of a chunk. Runs of different keys thus share no hook noise, and
+    runs of one key do not depend on the chunk. Two predictions of a run at one level and slot share their draws; in a
+    tree a slot is a walk's, and of walks that are packed into one call their place in it. Predictions outside of any
+    run are named by Key(0): made again, they are the same.
+    """
+    run = key or (process.meter.key if process.meter is not None else None) or KEY
+    return run.fold("guidance")
+
+
+def look(process: GaussianProcess, hooks: Hooks, x: Tensor, k: int, key: Key | None, log: Log) -> Looked:
     """The prediction at level k and what the score, x0 and mean hooks make of it. One network row per particle."""
+    base = named(process, key).at(k)
     if process.meter is None:
         process = process.metered(Meter())
     followed = torch.is_grad_enabled() and x.requires_grad
@@ -257,15 +274,18 @@ def look(process: GaussianProcess, hooks: Hooks, x: Tensor, k: int, key: Key, lo
             f"hooks work on predictions of the shape of the states, {tuple(x.shape)}, got {tuple(raw.shape)}; where "
             "the process is guided by mean hooks already, put all hooks into the proposal, or into the process (guide)"
         )
-    at = Step(process, state, k, raw, raw.detach(), torch.zeros_like(x), key.at(k), log)
+    at = Step(process, state, k, raw, raw.detach(), torch.zeros_like(x), base, log)
     with torch.set_grad_enabled(hooks.through):
-        for hook in hooks.score:
+        for i, hook in enumerate(hooks.score):
             if at.here.alpha > 0.0:  # else no score determines a prediction
+                at = replace(at, key=base.fold("score", i))
                 change = checked(hook(at), x, "score") - at.score
                 at = replace(at, x0=at.x0 + change * (at.here.sigma**2 / at.here.alpha))
-        for hook in hooks.x0:
+        for i, hook in enumerate(hooks.x0):
+            at = replace(at, key=base.fold("x0", i))
             at = replace(at, x0=checked(hook(at), x, "x0"))
-        for hook in hooks.mean:
+        for i, hook in enumerate(hooks.mean):
+            at = replace(at, key=base.fold("mean", i))
             at = replace(at, shift=at.shift + (checked(hook(at), x, "mean") - at.mean))
     looked = Looked(raw if followed else raw.detach(), at.x0, at.shift)
     if at.unit > 0.0:

@@ -11,15 +11,13 @@ from torch import Tensor
 
 from ..cost import Meter
 from ..errors import NotStochasticError, StateSpaceError
-from ..key import Key
+from ..key import Key, as_key
 from ..parameterization import only as only_of
 from ..process import GaussianProcess
 from ..types import GaussianTransition, Rule
 from .forwarding import of_base
 from .hooks import Hooks, Log, extra_rows, look
 from .restart import Unrolled
-
-KEY = Key(0).fold("guidance")
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +26,7 @@ class GuidedProcess:
 
     base:  the model, or a chain of it that goes back and forth (`restart`, `recur`).
     hooks: see `steer.guidance.hooks`.
-    key:   names what hooks draw.
+    key:   names what hooks draw; None, the default: the key of the run, see `steer.guidance.hooks.named`.
     log:   strength by level; every run begins its own, in `result.process.log`.
 
     Where mean hooks are, a prediction is (B, N, 2, *event): what rewards see, and the displacement of the mean, which
@@ -37,7 +35,7 @@ class GuidedProcess:
 
     base: GaussianProcess
     hooks: Hooks
-    key: Key = KEY
+    key: Key | None = None
     log: Log = field(default_factory=Log)
 
     steps = of_base("steps")
@@ -98,9 +96,9 @@ class GuidedProcess:
         working = [hook for hook in self.hooks.after if hook.acts(self.base, k + 1)]
         if not working:
             return step
-        inner = replace(self, hooks=replace(self.hooks, after=(), start=()))
 
         def apply(x: Tensor, key: Key) -> Tensor:
+            inner = replace(self, hooks=replace(self.hooks, after=(), start=()), key=key.fold("after"))
             with torch.no_grad():
                 for i, hook in enumerate(working):
                     x = hook(inner, x, k + 1, key.fold("after", i))
@@ -146,11 +144,14 @@ class GuidedProcess:
 def guide(
     process: GaussianProcess | Unrolled | GuidedProcess, hooks: Hooks, *, key: Key | int | None = None
 ) -> GuidedProcess:
-    """The process with hooks in it, after those that it has already."""
+    """The process with hooks in it, after those that it has already.
+
+    key: names what hooks draw in every run; None: the run's key does (or the one that the process has).
+    """
+    own = None if key is None else as_key(key)
     if isinstance(process, GuidedProcess):
-        process, hooks = process.base, process.hooks + hooks
-    named = KEY if key is None else key.fold("guidance") if isinstance(key, Key) else Key(key).fold("guidance")
-    return GuidedProcess(cast(GaussianProcess, process), hooks, named)
+        process, hooks, own = process.base, process.hooks + hooks, own or process.key
+    return GuidedProcess(cast(GaussianProcess, process), hooks, own)
 
 
 @dataclass(frozen=True, eq=False)

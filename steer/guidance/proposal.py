@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from ..errors import SteerError
-from ..key import Key
+from ..key import Key, as_key
 from ..objective import Objective
 from ..process import GaussianProcess
 from ..trajectory import Trajectory
 from ..types import GaussianTransition
 from .hooks import Hooks, Log, coefficient, look, norms, per_particle
-from .process import KEY
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Follow:
 
     hooks: Hooks
     limit: float | None = None
-    key: Key = KEY
+    key: Key | None = None
     log: Log = field(default_factory=Log)
     scale: float = 1.0
 
@@ -63,6 +62,7 @@ def follow(hooks: Hooks, *, limit: float | None = None, key: Key | int | None = 
     """A proposal for `steer.smc` (and what is made of it) that moves by hooks.
 
     hooks: score, x0 and mean hooks. Start hooks and after hooks have no density to correct by: SteerError.
+    key:   names what hooks draw; None: the run's key does.
     limit: see `Follow`; None for no limit. What was done is in `proposal.log`, over all runs of this proposal.
     """
     if hooks.after or hooks.start:
@@ -72,5 +72,4 @@ def follow(hooks: Hooks, *, limit: float | None = None, key: Key | int | None = 
         )
     if limit is not None and not limit > 0.0:
         raise SteerError(f"limit is a displacement in units of the step's noise and must be positive, got {limit}")
-    named = KEY if key is None else key.fold("guidance") if isinstance(key, Key) else Key(key).fold("guidance")
-    return Follow(hooks, limit, named)
+    return Follow(hooks, limit, None if key is None else as_key(key))

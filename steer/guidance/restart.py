@@ -187,7 +187,7 @@ def restart(process: GaussianProcess, spans: Sequence[Span | tuple[float, float,
         steer.smc(process, reward, selection=steer.resample(at=process.returns), weight=steer.difference(at=...))
 
     Cost: as many network rows as the span has steps, each time.
-    Source: Xu et al. 2023 (2306.14878), Alg. 2 with the process's own rule for the ODE solver. Differs: a span is run
+    Source: Xu et al. 2023 (Restart, 2306.14878) with the process's own rule for the ODE solver. Differs: a span is run
     on the grid's own levels, not N_r new ones; the noise has the forward kernel's std, not 1.003 times it.
     """
     found = {}
@@ -213,7 +213,7 @@ def restart(process: GaussianProcess, spans: Sequence[Span | tuple[float, float,
 def recur(process: GaussianProcess, times: int) -> Unrolled:
     """Every step taken `times` times, with the forward process's noise back up in between.
 
-    The time travel of FreeDoM (Yu et al. 2023, Alg. 2), the recurrence of UGD and TFG. Cost: `times` as many rows.
+    The time travel of FreeDoM (Yu et al. 2023), the recurrence of UGD and TFG. Cost: `times` as many rows.
     """
     if times < 1:
         raise SteerError(f"recurrence counts how often a step is taken and must be at least 1, got {times}")

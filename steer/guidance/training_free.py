@@ -105,20 +105,24 @@ class TrainingFree:
         return smoothed
 
     def _move(self, at: Step, strength: Strength, gradient: Tensor, size: float, ratio: float) -> Tensor:
-        """The displacement of the transition's mean before backtracking."""
+        """The displacement of the transition's mean before backtracking.
+
+        A particle's own gradient sets its length: an average over those at hand would let companions and chunks in.
+        """
         if isinstance(strength, Native):
             return gradient * (size * ratio)
-        length = norms(gradient).mean(1, keepdim=True)
-        scale = torch.where(length > 0.0, size * at.unit / length, torch.zeros_like(length))
-        return gradient * per_particle(scale.expand(gradient.shape[:2]), gradient)
+        length = norms(gradient)
+        scale = torch.where(length > 0.0, size * at.unit / length, 0.0)
+        return (gradient.double() * per_particle(scale, gradient.double())).to(gradient.dtype)
 
     def _kept(
         self, at: Step, smoothed: Callable[[Tensor], Tensor], value: Tensor, z: Tensor, gradient: Tensor, move: Tensor
     ) -> Tensor:
-        """The share 2^-j of a move that backtracking leaves every particle, to multiply it by.
+        """The share of a move that backtracking leaves every particle, to multiply it by.
 
-        Where f rises by less than a quarter of what its slope promises, the step is past 3/2 of the way to where it
-        would overshoot by as much as it gains (step times curvature >= 3/2 for a quadratic; at 2 iterations diverge).
+        Where f rises by less than a quarter of what its slope promises, step times curvature is above 3/2 (exactly so
+        for a quadratic; at 2 iterations diverge). Such a step is cut to the top of the parabola through what was found,
+        at most to half: one cut suffices on a quadratic, so few evaluations do.
         """
         share = torch.ones_like(value)
         if not self.halvings:
@@ -127,11 +131,12 @@ class TrainingFree:
         with torch.no_grad():
             slope = (gradient * clean).double().flatten(2).sum(2)
             for _ in range(self.halvings):
-                risen = smoothed(z + clean * per_particle(share, move)) - value
-                short = ~(risen >= 0.25 * share * slope)
+                risen, promised = smoothed(z + clean * per_particle(share, move)) - value, share * slope
+                short = ~(risen >= 0.25 * promised)
                 if not bool(short.any()):
                     break
-                share = torch.where(short, 0.5 * share, share)
+                top = torch.where(risen.isfinite() & short, 0.5 * promised / (promised - risen), 0.5)
+                share = torch.where(short, share * top.clamp(0.02, 0.5), share)
         at.note("backtracked", (share < 1.0).double())
         return per_particle(share, move)
 
@@ -167,16 +172,18 @@ def tfg(
         z <- x0; z <- z + mu_t g(z)             `iterations` times, without it;  D_0 = z - x0
         mean' = mean + (alpha' / alpha) D_t + alpha' D_0
 
-    rho, mu: a number is the displacement of the mean in units of the step's noise (`Step.unit`), averaged over the
-             particles of a problem and over the steps: it does not depend on the scale of f. A displacement u is a KL
-             divergence of u^2 / 2 nats, so a target KL nats away from the model takes about sqrt(2 KL / steps) a step;
-             much more than that collapses. `native(value)` is the papers' factor of the gradient.
+    rho, mu: a number is how far every particle's mean moves, in units of the step's noise (`Step.unit`), averaged over
+             the steps: the gradient says where to, backtracking where that would overshoot. It depends neither on the
+             scale of f nor on what else is evaluated. A displacement u is a KL divergence of u^2 / 2 nats, so a target
+             KL nats away from the model takes at least sqrt(2 KL / steps) a step. `native(value)` is the papers' factor
+             of the gradient; most divide by a norm of the residual, which a number does exactly.
     sigma:   width of the smoothing, times sigma_profile(level); samples: draws of it. 0 turns it off.
     iterations: gradient steps on x0. Recurrence (N_recur) belongs to the process: guide(recur(process, n), hooks).
     rho_profile, mu_profile: `increase`, `decrease`, `constant`, or any function of two levels.
-    halvings: the most often that backtracking halves a particle's step, while f rises less than a quarter of what its
-             slope promises: where curvature times step is below 3/2 nothing happens, and iterations diverge at 2. 0:
-             none, as published. The test is made in clean space, on f at x0 + displacement / alpha'.
+    halvings: the most often that backtracking cuts a particle's step, to half or less, while f rises less than a
+             quarter of what its slope promises: where curvature times step is below 3/2 nothing happens, and iterations
+             diverge at 2. 0: none, as published; a step of fixed length then oscillates about an optimum, by at most
+             itself. The test is made in clean space, on f at x0 + displacement / alpha'.
     limit:   largest displacement in units, or None. Steps without noise, the last, are then left alone, as they are
              where strengths are numbers.
 
@@ -184,7 +191,7 @@ def tfg(
     the potential, and as many evaluations as backtracking takes.
     The result is heuristic: it does not sample p(x) exp f(x), see docs/guidance.md for by how much. As a proposal,
     `follow(tfg(...))`, it is exact.
-    Source: Ye et al. 2024 (TFG, 2409.15761), Alg. 1 as released. Differs: any path and transition rule; the unit;
+    Source: Ye et al. 2024 (TFG, 2409.15761), as released. Differs: any path and transition rule; the unit;
     backtracking; f is averaged before the logarithm is differentiated, as in the paper; x0 is not clipped.
     """
     if samples < 1 or iterations < 0 or halvings < 0:
@@ -203,7 +210,7 @@ def tfg(
 
 
 def dps(potential: Reward | Callable[..., Any], rho: Strength = 0.2, **options: Any) -> Hooks:
-    """Diffusion posterior sampling (Chung et al. 2023, Alg. 1): the gradient through the network alone.
+    """Diffusion posterior sampling (Chung et al. 2023, 2209.14687): the gradient through the network alone.
 
     Their step zeta_i / |y - A x0_hat| on |y - A x0_hat|^2 is native(rho) on the potential -|y - A x0_hat|.
     """
@@ -211,7 +218,7 @@ def dps(potential: Reward | Callable[..., Any], rho: Strength = 0.2, **options: 
 
 
 def lgd(potential: Reward | Callable[..., Any], rho: Strength = 0.2, samples: int = 4, **options: Any) -> Hooks:
-    """Loss-guided diffusion (Song et al. 2023, LGD-MC, Eq. 8): DPS on the potential smoothed over x_0 given x_t.
+    """Loss-guided diffusion (Song et al. 2023, LGD-MC): DPS on the potential smoothed over x_0 given x_t.
 
     Noise of std sigma / sqrt(alpha^2 + sigma^2), their sqrt(1 - abar). TFG's code divides by n twice; this does once.
     """
@@ -221,13 +228,13 @@ def lgd(potential: Reward | Callable[..., Any], rho: Strength = 0.2, samples: in
 
 
 def freedom(potential: Reward | Callable[..., Any], rho: Strength = 0.2, **options: Any) -> Hooks:
-    """FreeDoM (Yu et al. 2023, Alg. 2): DPS with a profile; on recur(process, n), with its time travel."""
+    """FreeDoM (Yu et al. 2023, 2303.09833): DPS with a profile; on recur(process, n), with its time travel."""
     fixed = {"rho": rho, "mu": 0.0, "sigma": 0.0, "iterations": 0}
     return tfg(potential, **{"rho_profile": increase, **options, **fixed})
 
 
 def mpgd(potential: Reward | Callable[..., Any], mu: Strength = 0.2, **options: Any) -> Hooks:
-    """Manifold-preserving guidance (He et al. 2024, Alg. 1 without its autoencoder): x0 alone, no network backward."""
+    """Manifold-preserving guidance (He et al. 2024, MPGD without its autoencoder): x0 alone, no network backward."""
     return tfg(potential, **{"mu_profile": increase, "iterations": 1, **options, "rho": 0.0, "mu": mu, "sigma": 0.0})
 
 
@@ -238,7 +245,7 @@ def ugd(
     iterations: int = 4,
     **options: Any,
 ) -> Hooks:
-    """Universal guidance (Bansal et al. 2023, Alg. 1): forward (rho) and backward (mu) guidance; recurrence by `recur`.
+    """Universal guidance (Bansal et al. 2023, 2302.07121): forward (rho) and backward (mu); recurrence by `recur`.
 
     Theirs moves the predicted noise by both; in TFG's form, used here, both move the mean.
     """

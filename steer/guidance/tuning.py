@@ -66,7 +66,7 @@ def tune(
     beam, rounds, particles: 2, 6 and 64 in the paper, whose start, factors and ceilings are the defaults.
 
     Cost: at most (1 + beam rounds len(start)) rollouts.
-    Source: Ye et al. 2024 (TFG, 2409.15761), Sec. 4.3 as released.
+    Source: Ye et al. 2024 (TFG, 2409.15761), their beam search as released.
     """
     if not len(start) == len(factors) == len(most) or beam < 1 or rounds < 0:
         raise SteerError(

@@ -7,6 +7,7 @@ from typing import Any
 from ..errors import StateSpaceError, SteerError
 from ..guidance import GuidedProcess, Hooks, guide
 from ..process import GaussianProcess
+from .agreement import AgreedRarity, agreed_rarity
 from .boost import Boost, BoostAndSkip, boost_and_skip
 from .guidance import minority_guidance, self_guided
 from .metrics import Minority, minority_metrics
@@ -14,10 +15,12 @@ from .score import minority_score, quantile_labels
 from .token import NewToken, minority_prompt
 
 __all__ = [
+    "AgreedRarity",
     "Boost",
     "BoostAndSkip",
     "Minority",
     "NewToken",
+    "agreed_rarity",
     "boost_and_skip",
     "minority",
     "minority_guidance",

@@ -54,7 +54,7 @@ def minority_guidance(classifier: Classifier, *, scale: float = 3.5, target: int
 
     Hooks for `steer.minority` and `steer.guide`, or for `steer.follow`, whereupon SMC corrects them.
     Cost per step: one forward and backward pass of the classifier per particle, none of the network.
-    Source: Um et al. 2023 (2301.12334); Dhariwal & Nichol 2021, Alg. 1. Differs: the classifier reads a
+    Source: Um et al. 2023 (2301.12334); classifier guidance of Dhariwal & Nichol 2021. Differs: the classifier reads a
     signal-to-noise ratio and so serves any path; deterministic rules move by the ancestral step's variance.
     """
     return Hooks(mean=(TowardsQuantile(classifier, target, float(scale)),))

@@ -98,7 +98,7 @@ def knn_distance(x: Tensor, real: Tensor, k: int = 5) -> Tensor:
 
 
 def local_outlier_factor(x: Tensor, real: Tensor, k: int = 20) -> Tensor:
-    """Local outlier factor of new points against real ones, (M,) (Breunig et al. 2000, Def. 7; 1 is typical).
+    """Local outlier factor of new points against real ones, (M,) (Breunig et al. 2000; 1 is typical).
 
     Neighbours are real points only, as in scikit-learn's LocalOutlierFactor(novelty=True), whose -score_samples it is.
     """
@@ -126,7 +126,7 @@ def rarity(x: Tensor, real: Tensor, k: int = 3) -> tuple[Tensor, Tensor]:
 
 def in_balls(x: Tensor, points: Tensor, k: int = 3) -> Tensor:
     """Whether x (M, D) lies in the k-NN ball of some point, (M,): precision is its mean for samples x among real
-    points, recall the other way round (Kynkäänniemi et al. 2019, Eq. 1)."""
+    points, recall the other way round (Kynkäänniemi et al. 2019)."""
     return rarity(x, points, k)[1]
 
 

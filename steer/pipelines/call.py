@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError, ShapeError, SteerError
+from ..key import Key
 from . import prelude
 from .conditioning import Conditioning
 from .network import Network, is_network
@@ -176,7 +177,7 @@ class PipelineCall:
 
     def _enters(self, free: Tensor) -> int | None:
         """Network rows of one prediction, or None where the loop does not see the latents that it was given."""
-        other = torch.randn(self._start.shape, generator=torch.Generator().manual_seed(1)).to(self._start)
+        other = Key(1).normal(self._start.shape).to(self._start)
         job = Job((0,), 1, index=0, x=torch.where(free, other, self._start))
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             seen = self._capture(job).sample
@@ -201,8 +202,7 @@ class PipelineCall:
 
         Raises ModelError where it starts from anything that is made of both.
         """
-        generator = torch.Generator().manual_seed(0)
-        returned = torch.randn((2, *self._start.shape), generator=generator).to(self._start)
+        returned = Key(0).normal((2, *self._start.shape)).to(self._start)
         # A change of precision on the way is none of the latents.
         jobs = [Job((problem,), 1, index=0, stubbed=True, after=lambda _, __, y=y: y.clone()) for y in returned]
         one, two = (self._capture(job).sample.to(returned) for job in jobs)
