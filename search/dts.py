@@ -52,6 +52,7 @@ def dts(
     start: Start = prior,
     tree: Tree | None = None,
     store: torch.device | str | None = None,
+    keep_states: bool = False,
     on_step: OnStep | None = None,
 ) -> Result:
     """Weighted samples of p(x) exp(r(x) / temperature): the leaves of a tree, with its exact leaf weights.
@@ -71,6 +72,7 @@ def dts(
     tree:      `result.tree` of an earlier run, grown on from where it stands (and changed). Its levels stand; a budget
                is what this run may add. The same key goes on with fresh noise: a walk's noise is named by its number.
     store:     device to keep nodes' states on, "cpu" to offload them; default, the network's.
+    keep_states: keep the states and densities of the steps between nodes too, for `steer.grpo.collect`.
     on_step:   called with the Trajectory of the walks under way after each step. Raising `Stop` returns the tree as of
                the last whole sweep; stopped in the first, its predictions.
 
@@ -88,7 +90,7 @@ def dts(
     Cost per tree: a walk expanding the root takes K rows (K = process.steps), one expanding a node at level k takes
     K - k - 1, since a node keeps its prediction; one reward per leaf, and one per inner node for "unbiased". A model
     conditioned on several problems also computes (and counts) columns that idle because trees differ: never for
-    "unbiased". Memory: two states a node.
+    "unbiased". Memory: two states a node, and with keep_states one for every step.
     Raises BudgetError, CollapsedWeightsError, NonFiniteError, NotDifferentiableError, NotStochasticError, RewardError,
     ShapeError, StateSpaceError; each carries what was paid for in `.partial`.
     Source: Jain et al. 2025 (Diffusion Tree Sampling, 2506.20701), Algorithms 1 and 2. Differs: the default build;
@@ -102,7 +104,7 @@ def dts(
     tree = planted(tree, conditioned(process, batch), branching_levels(process, levels))
     growth = Growth(
         process, objective, meter, tree, key, temperature, plantable(start), proposal, looks=build == "unbiased",
-        live=build == "boltzmann", store=store, on_step=on_step,
+        live=build == "boltzmann", store=store, keep_states=keep_states, on_step=on_step,
     )  # fmt: skip
     return growth.run(_builder(build, growth, widening, defence), walkers, particles, budget)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, cast
 
@@ -18,7 +18,7 @@ from steer.key import Key
 from steer.objective import Objective, check_finite, log_potential
 from steer.result import Result, Seen
 from steer.smc import PreparedStart, Proposal, Start
-from steer.trajectory import Trajectory
+from steer.trajectory import Stepped, Trajectory
 from steer.types import GaussianTransition, OnStep, ReverseProcess, Stop
 
 from .tree import Tree, even_levels
@@ -39,6 +39,7 @@ class Growth:
     greedy: values are best rewards, not soft values.
     live:   keep values current after every sweep, for builds that select by them.
     store:  device of the nodes' states, None for the network's.
+    keep_states: keep the states and densities of steps between nodes too.
     """
 
     process: ReverseProcess
@@ -54,12 +55,17 @@ class Growth:
     live: bool = False
     store: torch.device | str | None = None
     on_step: OnStep | None = None
+    keep_states: bool = False
     paid: Trajectory | None = field(default=None, init=False)
 
     def run(self, choose: Choose, walkers: int, particles: int | None, budget: int | None) -> Result:
         """Sweeps until the particles are made, the budget is spent, or `on_step` asks to stop."""
         tree, rows = self.tree, segment_rows(self.process, self.tree.levels)
         self._check_affordable(sum(rows), rows[-1], particles, budget)
+        if tree.leaves.size and ("edge" in tree.leaves.columns) != self.keep_states:
+            raise SteerError(
+                "a tree keeps the states of all its steps or of none; grow it with the keep_states it was begun with"
+            )
         made, most = 0, particles or (16 if budget is None else None)
         left = torch.full((tree.problems,), 2**62 if budget is None else budget)
         interrupted = False
@@ -113,9 +119,10 @@ class Growth:
                     f"the start puts particles at level {state.k}, past the first branching level "
                     f"{self.tree.levels[0]}; pass levels that begin there or later"
                 )
-            return state
+            return replace(state, keep_states=self.keep_states)
         kept = self.tree.states(depth, slots, getattr(self.process, "device", None))
-        return Trajectory.begin(self.process, kept.pop("x"), k=self.tree.levels[depth - 1]).carry(**kept)
+        level, x = self.tree.levels[depth - 1], kept.pop("x")
+        return Trajectory.begin(self.process, x, k=level, keep_states=self.keep_states).carry(**kept)
 
     def _along_edge(self, state: Trajectory, live: Tensor, until: int, noise: Key) -> Trajectory:
         whole = bool(live.all())
@@ -133,7 +140,7 @@ class Growth:
 
     def _attach(self, depth: int, live: Tensor, parent: Tensor, state: Trajectory) -> Tensor:
         """New nodes at the end of an edge: predicted there once, and for ever; scored, where they are leaves."""
-        tree, columns = self.tree, {"correction": state.log_weight.cpu()}
+        tree, columns = self.tree, {"correction": state.log_weight.cpu(), **self._edge(state)}
         if depth == tree.depth:
             with torch.no_grad():
                 scores = self._on_live(self.objective, state.x, live).cpu()
@@ -146,6 +153,22 @@ class Growth:
             columns["look"] = scores.cpu()
         columns |= {name: self._stored(tensor) for name, tensor in state.carried.items()}
         return tree.attach(depth, live, parent, x=self._stored(state.x), **columns)
+
+    def _edge(self, state: Trajectory) -> dict[str, Tensor]:
+        """An edge's steps, (B, W, steps, ...), where they are kept: states left, and densities (NaN without noise)."""
+        steps = [event for event in state.past if isinstance(event, Stepped)]
+        if not steps:
+            return {}
+        absent = torch.full_like(state.log_weight, torch.nan)
+
+        def densities(values: Sequence[Tensor | None]) -> Tensor:
+            return torch.stack([absent if value is None else value for value in values], 2).cpu()
+
+        return {
+            "edge": self._stored(torch.stack([step.x for step in steps], 2)),
+            "edge_log_prob": densities([step.log_prob for step in steps]),
+            "edge_log_behaviour": densities([step.log_behaviour for step in steps]),
+        }
 
     def _predict(self, state: Trajectory, live: Tensor | None, *, score: bool) -> tuple[Trajectory, Tensor | None]:
         """The state with its prediction (and the gradient a proposal needs), and scores where they are asked for."""

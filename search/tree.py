@@ -28,6 +28,7 @@ class Layer:
     value: soft value in units of the temperature (dts) or best reward below (dts_star).
     correction: log p / q of the edge from the parent, 0 where children are draws of the model.
     look: r(x0_hat) of the node, where a build asks for it. reward: scores of leaves. x, x0, gradient: states.
+    edge, edge_log_prob, edge_log_behaviour: (B, room, steps, ...), steps from the parent here, where they are kept.
     """
 
     def __init__(self, problems: int):

@@ -25,36 +25,8 @@ from .result import Result
 from .selection import resample
 from .smc import Proposal, Start, bootstrap, prior, smc
 from .trajectory import Trajectory
+from .transitions import Redrawn
 from .types import GaussianTransition, Level, OnStep, ReverseProcess, Reward, Rule
-
-
-@dataclass(frozen=True, eq=False)
-class Pinned:
-    """A law of which slot 0 is drawn to be the given state; densities are those of the law."""
-
-    law: GaussianTransition
-    state: Tensor  # (B, *event)
-
-    @property
-    def mean(self) -> Tensor:
-        return self.law.mean
-
-    @property
-    def std(self) -> float:
-        return self.law.std
-
-    @property
-    def stochastic(self) -> bool:
-        return self.law.stochastic
-
-    def sample(self, key: Key) -> Tensor:
-        return torch.cat([self.state[:, None], self.law.sample(key)[:, 1:]], 1)
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        return self.law.log_prob(x)
-
-    def shift(self, delta: Tensor) -> GaussianTransition:
-        return Pinned(self.law.shift(delta), self.state)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +38,8 @@ class PinnedRule:
     levels: tuple[Level, ...]
 
     def __call__(self, x: Tensor, x0: Tensor, here: Level, there: Level) -> GaussianTransition:
-        return Pinned(self.rule(x, x0, here, there), self.path[:, self.levels.index(here) + 1])
+        state = self.path[:, self.levels.index(here) + 1]
+        return Redrawn(self.rule(x, x0, here, there), lambda drawn: pinned(drawn, state))
 
     def std(self, here: Level, there: Level) -> float:
         return self.rule.std(here, there)
@@ -82,7 +55,12 @@ class PinnedPrior:
         self, process: ReverseProcess, objective: Objective, key: Key, batch: int, particles: int
     ) -> Trajectory:
         state = prior(process, objective, key, batch, particles)
-        return replace(state, x=torch.cat([self.path[:, :1], state.x[:, 1:]], 1))
+        return replace(state, x=pinned(state.x, self.path[:, 0]))
+
+
+def pinned(x: Tensor, state: Tensor) -> Tensor:
+    """Particles (B, N, *event) with the given state (B, *event) in slot 0."""
+    return torch.cat([state[:, None], x[:, 1:]], 1)
 
 
 def conditional_multinomial(log_weight: Tensor, key: Key, count: int) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .errors import NotStochasticError, SteerError
 from .key import Key
-from .types import Level
+from .types import GaussianTransition, Level
 
 _LOG_2PI = math.log(2.0 * math.pi)
 
@@ -61,6 +61,35 @@ class Normal:
     def shift(self, delta: Tensor) -> Normal:
         """The law of the step moved by delta."""
         return Normal(self.mean + delta, self.std)
+
+
+@dataclass(frozen=True, eq=False)
+class Redrawn:
+    """A law whose draws (B, N, *event) go through a function before anyone sees them; all else is the law's."""
+
+    law: GaussianTransition
+    change: Callable[[Tensor], Tensor]
+
+    @property
+    def mean(self) -> Tensor:
+        return self.law.mean
+
+    @property
+    def std(self) -> float:
+        return self.law.std
+
+    @property
+    def stochastic(self) -> bool:
+        return self.law.stochastic
+
+    def sample(self, key: Key) -> Tensor:
+        return self.change(self.law.sample(key))
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        return self.law.log_prob(x)
+
+    def shift(self, delta: Tensor) -> Redrawn:
+        return Redrawn(self.law.shift(delta), self.change)
 
 
 def _keep_marginal(x: Tensor, x0: Tensor, here: Level, there: Level, std: float) -> Normal:

@@ -1,7 +1,7 @@
 """Exported rollouts, scored by the trainers' formulas: ratios begin at 1, names and shapes are those of their source.
 
 The formulas are retold here from what the trainers document, on exported tensors and settings alone. Where checkouts of
-the trainers lie under $STEER_TRAINERS (flow_grpo, verl-omni, Flow-Factory), their own functions are called too.
+the trainers lie under $STEER_TRAINERS (flow_grpo, verl-omni, verl, Flow-Factory), their own functions are called too.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -101,11 +102,11 @@ def sigma_grid(shift: float = 3.0) -> torch.Tensor:
     return torch.cat([(shift * s / (1 + (shift - 1) * s)).float(), torch.zeros(1)])
 
 
-def policy(rule, times=None):
+def policy(rule, times=None, prompts=("a cat", "a dog")):
     process = steer.from_velocity(
         velocity, RectifiedFlow(), sigma_grid().tolist() if times is None else times, event=EVENT, transition=rule
     )
-    return replace(process, problems=PROMPTS, prompts=("a cat", "a dog"))
+    return replace(process, problems=len(prompts), prompts=prompts)
 
 
 def total(samples: torch.Tensor) -> torch.Tensor:
@@ -346,6 +347,18 @@ def test_windows_with_gaps_go_where_states_are_kept_apart():
         to_verl_omni(batch)
 
 
+@pytest.mark.parametrize("storage", [F32, BF16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_flow_factory_takes_random_windows_a_prompt_at_a_time(kernel, storage):
+    batch = grpo.collect(
+        policy(KERNELS[kernel], prompts=("a cat",)), total, group_size=ROWS, key=1, window=grpo.first_half(2),
+        storage=storage,
+    )  # fmt: skip
+    new, old = flow_factory_recomputes(to_flow_factory(batch), flow_factory_settings(batch), sigma_grid())
+    assert new.shape == (ROWS, 2)
+    torch.testing.assert_close((new - old).exp(), torch.ones_like(new), rtol=0.0, atol=1e-5)
+
+
 def test_cps_goes_out_as_no_density_and_says_so():
     batch = collected("cps", "most")
     expected = -(batch.x_next - batch.mean_old).square().flatten(2).mean(2)
@@ -580,6 +593,55 @@ def test_verl_omnis_own_step_gives_ratio_one(kernel, storage):
         )  # fmt: skip
         old = data["rollout_log_probs"][:, step]
         torch.testing.assert_close((new - old).exp(), torch.ones(batch.rows), rtol=0, atol=1e-5)
+
+
+@pytest.fixture
+def verl(monkeypatch):
+    """verl as verl-omni pins it (verl-project/verl@8a69493), with its cluster and verl-omni's config left out."""
+    if not (CHECKOUTS / "verl/verl/protocol.py").is_file():
+        pytest.skip("no verl under $STEER_TRAINERS")
+    for name in ("tensordict", "omegaconf", "codetiming"):
+        pytest.importorskip(name)
+    stubs = {"ray": {"ObjectRef": object}, "verl_omni": {}, "verl_omni.workers": {}}
+    stubs["verl_omni.workers.config"] = {"DiffusionActorConfig": object}
+    for name, contents in stubs.items():
+        module = ModuleType(name)
+        vars(module).update(contents)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.syspath_prepend(str(CHECKOUTS / "verl"))
+    return importlib.import_module("verl")
+
+
+def test_verls_data_and_verl_omnis_advantages_and_loss_take_a_batch(verl):
+    """As its trainer goes through them: joined to the prompts, split, bypassed, centred, clipped and weighted."""
+    from tensordict import TensorDict
+
+    algos = loaded("verl-omni/verl_omni/trainer/diffusion/diffusion_algos.py", "verl_omni_algos")
+    correction = loaded("verl-omni/verl_omni/trainer/diffusion/rollout_correction.py", "verl_omni_correction")
+    for batch in (collected(window="per_row"), weighted(window="per_row")):
+        uid = np.repeat(np.array(["first", "second"], dtype=object), ROWS)
+        data = verl_omni_rollout(batch, images=torch.zeros(batch.rows, 3, 4, 4), uid=uid.tolist())
+        rollout = verl.DataProto(
+            TensorDict(data["batch"], batch_size=batch.rows), data["non_tensor_batch"], data["meta_info"]
+        )
+        asked = verl.DataProto.from_dict(tensors={"dummy_tensor": torch.zeros(batch.rows, 1)}, non_tensors={"uid": uid})
+        proto = asked.union(rollout)
+        proto = verl.DataProto.concat(proto.chunk(2))
+        correction.apply_bypass_mode_to_diffusion_batch(proto)
+        value, _ = algos.compute_flow_grpo_outcome_advantage(
+            proto.batch["rm_scores"].expand(-1, 2), proto.non_tensor_batch["uid"], global_std=False
+        )
+        plain = replace(batch, log_w_base=torch.zeros(batch.rows))
+        expected = grpo.advantages(plain, weights={"mean": 1.0}).value[:, None].expand(-1, 2)
+        unbiased = math.sqrt(1 - 1 / (2 * ROWS))  # their std is over all elements of a group, divided by n - 1
+        torch.testing.assert_close(value, unbiased * expected, rtol=1e-3, atol=1e-4)
+        proto.batch["advantages"] = value
+        new, old = verl_omni_recomputes(data, verl_omni_settings(batch), sigma_grid())
+        limits = SimpleNamespace(diffusion_loss=SimpleNamespace(adv_clip_max=5.0, clip_ratio=1e-4))
+        out = algos.FlowGRPOLoss()(config=limits, model_output={"log_probs": new}, data=proto.batch)
+        assert out.metrics["actor/ratio_mean"] == pytest.approx(1.0, abs=1e-5)
+        assert out.metrics["actor/pg_clipfrac"] == 0.0
+        torch.testing.assert_close(out.loss, grpo.clipped_loss(new, old, value, weight=batch.weights()[:, None]))
 
 
 @pytest.mark.parametrize("storage", [F32, BF16], ids=["float32", "bfloat16"])

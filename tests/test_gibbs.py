@@ -88,7 +88,7 @@ def test_the_law_is_left_as_it_is(name, particles):
 
 def test_mutant_path_not_pinned_is_rejected(monkeypatch):
     """Free runs of few particles, and a path drawn from each: the bias of SMC."""
-    monkeypatch.setattr(gibbs.Pinned, "sample", lambda self, key: self.law.sample(key))
+    monkeypatch.setattr(gibbs.PinnedRule, "__call__", lambda self, *step: self.rule(*step))
     assert worst(scores(sweep(exact_path(Key(2)), 3, 2, Key(3))[0])) > 10.0
 
 

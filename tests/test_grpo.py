@@ -75,7 +75,7 @@ def test_ratio_is_one_on_a_network(rule, window, storage):
         steer.psi,
         steer.das,
         steer.rollout,
-        functools.partial(search.dts, levels=range(STEPS - 1)),
+        search.dts,
     ],
     ids=["smc", "guided smc", "psi", "das", "rollout", "dts"],
 )
@@ -95,6 +95,18 @@ def test_ratio_is_one_on_branches(options, storage):
     assert first_ratio(process, batch) < 1e-5
     granular = grpo.granular(process, bright, level=3, groups=2, group_size=5, storage=storage)
     assert first_ratio(process, granular) < 1e-5
+
+
+@pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rule", KERNELS.values(), ids=KERNELS)
+def test_ratio_is_one_on_branches_of_every_kernel(rule, storage):
+    process = toy(rule)
+    for batch in (
+        grpo.branch(process, REWARD, groups=2, splits=(1, 4), ways=3, spread=0.5, storage=storage),
+        grpo.granular(process, REWARD, level=2, groups=2, group_size=5, strides=(1, 3), storage=storage),
+    ):
+        assert first_ratio(process, batch) < 1e-5
+        assert batch.mask.sum() >= batch.rows
 
 
 def test_storing_after_the_densities_is_caught():
@@ -204,11 +216,12 @@ def test_outside_a_window_chains_follow_the_ode():
 
 
 def test_shared_noise_is_shared_and_only_then():
-    shared = grpo.collect(toy(), REWARD, groups=2, group_size=4, shared_noise=True).x_t[:, 0].view(2, 4, 2)
-    assert (shared == shared[:, :1]).all()
-    assert not (shared[0] == shared[1]).any()
-    own = grpo.collect(toy(), REWARD, groups=2, group_size=4).x_t[:, 0].view(2, 4, 2)
-    assert not (own[:, 0] == own[:, 1]).any()
+    for shared in (True, False):
+        batch = grpo.collect(toy(), REWARD, groups=2, group_size=4, shared_noise=shared)
+        start = batch.x_t[:, 0]
+        same = (start[:, None] == start[None]).all(2)
+        assert (same == (batch.root_id[:, None] == batch.root_id[None])).all()
+        assert same.sum() == (32 if shared else 8)
 
 
 def test_neg_sq_err_is_labelled_and_recomputed():
@@ -319,3 +332,63 @@ def test_refusals_say_the_cure():
         grpo.collect(toy(), REWARD, groups=2, method=steer.smc, window=grpo.per_row())
     with pytest.raises(steer.StateSpaceError, match="need the Gaussian densities"):
         grpo.collect(steer.load("letters"), lambda x: x.float().mean(1))
+
+
+def test_a_group_is_refused_below_a_quarter(monkeypatch):
+    """Of rows and of starting noises alike: 4 of 16 are enough, 3.99 are not."""
+
+    def collected(ess, roots):
+        monkeypatch.setattr(grpo.RolloutBatch, "ess", lambda batch: torch.tensor([9.0, ess]))
+        monkeypatch.setattr(grpo.RolloutBatch, "effective_roots", lambda batch: torch.tensor([roots, 9.0]))
+        return grpo.collect(toy(), REWARD, groups=2, group_size=16, method=steer.smc, temperature=2.0)
+
+    assert collected(4.0, 4.0).objective == "policy_gradient"
+    for sizes in ((3.99, 9.0), (9.0, 3.99)):
+        with pytest.raises(steer.SteerError, match="a quarter of the group, 4 of 16 rows"):
+            collected(*sizes)
+
+
+@pytest.mark.parametrize("levels", [range(STEPS - 1), 9, [2, 5], [0]], ids=str)
+@pytest.mark.parametrize("proposal", [steer.bootstrap, steer.guided(0.5)], ids=["bootstrap", "guided"])
+@pytest.mark.parametrize("store", [None, "cpu"])
+def test_trees_store_every_step_wherever_they_branch(levels, proposal, store):
+    process = toy()
+    tree = functools.partial(search.dts, levels=levels, walkers=4, proposal=proposal, store=store)
+    batch = grpo.collect(
+        process, REWARD, groups=2, group_size=16, method=tree, temperature=2.0, objective="tilted_sft",
+        storage=torch.bfloat16,
+    )  # fmt: skip
+    assert batch.step_idx[batch.mask].unique().tolist() == list(range(STEPS - 1))
+    assert (batch.x_next[:, :-1] == batch.x_t[:, 1:])[batch.mask[:, 1:]].all()
+    assert first_ratio(process, batch) < 1e-5
+    guided = batch.logp_old[batch.mask] != batch.logp_behavior[batch.mask]
+    assert bool(guided.any()) == (proposal is not steer.bootstrap)
+    for s in range(STEPS - 1):
+        here, ids = batch.x_next[:, s], batch.step_id[:, s]
+        for row in range(32):
+            assert (here[ids == ids[row]] == here[row]).all()
+
+
+def test_rows_know_the_nodes_they_came_by():
+    tree = functools.partial(search.dts, levels=range(STEPS - 1), walkers=4)
+    batch = grpo.collect(toy(), REWARD, groups=2, group_size=16, method=tree, temperature=2.0)
+    assert len(batch.root_id.unique()) == 8  # the first four walks of each tree
+    for node, state in ((batch.root_id, batch.x_t[:, 0]), (batch.parent_id, batch.x_next[:, STEPS - 3])):
+        assert ((state[:, None] == state[None]).all(2) == (node[:, None] == node[None])).all()
+        assert (node // 16 == batch.problem_id).all()
+
+
+def test_a_tree_keeps_all_its_steps_or_none():
+    tree = search.dts(toy(), REWARD, particles=8).tree
+    with pytest.raises(steer.SteerError, match="all its steps or of none"):
+        search.dts(toy(), REWARD, particles=8, tree=tree, keep_states=True)
+
+
+def test_what_stores_no_steps_or_moves_by_other_laws_is_refused():
+    with pytest.raises(steer.SteerError, match=r"stored not all of the stochastic steps .*can keep states"):
+        grpo.collect(toy(), REWARD, group_size=16, method=steer.waste_free, temperature=2.0)
+    with pytest.raises(steer.SteerError, match="by laws of its own"):
+        grpo.collect(toy(), REWARD, group_size=16, method=steer.fkc, temperature=2.0)
+    samples = grpo.collect(toy(), REWARD, group_size=16, method=steer.fkc, temperature=2.0, law="none")
+    assert samples.mask.shape == (16, 0)
+    assert samples.objective == "tilted_sft"

@@ -95,10 +95,12 @@ def test_noise_left_at_the_end(steps, last, chain):
 
     left, batch = spread(steer.flow_sde(0.7))
     assert left == pytest.approx(chain, rel=4 / math.sqrt(2 * ROWS))
-    here = process.levels[-2]
-    g = 0.7 * math.sqrt(here.sigma / here.alpha)
-    carried = 0.5 * g * g  # of a right marginal's noise
-    assert math.hypot(carried, float(batch.std[0, -1])) == pytest.approx(last, abs=5e-4)
+    # The last step alone, from states with the right marginal.
+    here, k = process.levels[-2], steps - 1
+    x = (here.alpha * 0.3 + here.sigma * steer.Key(5).normal((1, ROWS, 1), dtype=torch.float64)).to(process.dtype)
+    law = process.with_rule(steer.flow_sde(0.7)).transition(x, process.denoise(x, k), k)
+    assert law.std == pytest.approx(float(batch.std[0, -1]))
+    assert float(law.sample(steer.Key(6)).std()) == pytest.approx(last, rel=4 / math.sqrt(2 * ROWS), abs=5e-4)
     for rule in (steer.cps(0.7), steer.ddim(1.0)):
         assert spread(rule)[0] < 1e-6
     assert spread(steer.flow_sde(0.7), grpo.every(0.5))[0] < 1e-6

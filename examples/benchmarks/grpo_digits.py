@@ -1,11 +1,13 @@
 """GRPO on digits-flow by collector, at equal network rows of rollouts: what branching, windows and steering buy.
 
     python examples/benchmarks/grpo_digits.py [--keys 5] [--rows 23040] [--arms plain mixed] [--json F] [--figure F]
+    python examples/benchmarks/grpo_digits.py --curves F --figure docs/grpo.png
 
 The policy learns "draw a 3" from a classifier's probability; the judge has another architecture and other data and is
 never trained on; diversity is the mean distance of pairs of images. Samples for these are the ODE's, from the same 200
 noises every time. Arms differ by their batches alone (about 960 rows of rollouts an update); optimizer, rate and clip
-are shared. Rows of the update's own passes are not counted in "rows", but time, CPU seconds, has them.
+are shared. Rows of the update's own passes are not counted in "rows", but time has them: seconds of one thread, wall
+time on a core that nobody else uses.
 
 plain:     4 groups of 24, all steps but the last stochastic.
 mixed:     the same with two stochastic steps from a random start in the first half, the ODE elsewhere.
@@ -119,9 +121,10 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--figure", type=Path)
+    parser.add_argument("--curves", type=Path, help="JSON of an earlier run to draw, in place of a run")
     options = parser.parse_args()
-    curves: list[dict[str, Any]] = []
-    for key in range(options.keys):
+    curves: list[dict[str, Any]] = json.loads(options.curves.read_text()) if options.curves else []
+    for key in range(0 if options.curves else options.keys):
         for arm in options.arms:
             curve = run(arm, key, options.rows, options.rate, options.every)
             curves.append({"arm": arm, "key": key, "rate": options.rate, "points": curve})
@@ -138,25 +141,30 @@ def main() -> None:
 
 
 def draw(curves: list[dict[str, Any]], path: Path) -> None:
-    """Reward, judge and diversity over rows, and reward over time: mean of keys, band of one standard error."""
+    """Reward, judge, diversity and time over updates, and reward over rows: mean of keys, band of a standard error."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = (("rows", "reward"), ("rows", "judge"), ("rows", "diversity"), ("seconds", "reward"))
-    figure, axes = plt.subplots(1, 4, figsize=(16, 3.6), constrained_layout=True)
+    panels = [("updates", y) for y in ("reward", "judge", "diversity", "seconds")] + [("rows", "reward")]
+    labels = {
+        "rows": "network rows of rollouts",
+        "judge": "held-out judge",
+        "seconds": "seconds of one thread",
+    }
+    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.6), constrained_layout=True)
     for arm in dict.fromkeys(curve["arm"] for curve in curves):
         runs = [curve["points"] for curve in curves if curve["arm"] == arm]
         length = min(map(len, runs))
         for axis, (x, y) in zip(axes, panels, strict=True):
-            across, values = (torch.tensor([[point[n] for point in r[:length]] for r in runs]) for n in (x, y))
+            across, values = (torch.tensor([[float(point[n]) for point in r[:length]] for r in runs]) for n in (x, y))
             middle, error = values.mean(0), values.std(0, correction=0) / max(1, len(runs) - 1) ** 0.5
             axis.plot(across.mean(0), middle, label=arm)
             axis.fill_between(across.mean(0), middle - error, middle + error, alpha=0.2)
-            axis.set(xlabel={"rows": "network rows of rollouts"}.get(x, x), ylabel=y)
+            axis.set(xlabel=labels.get(x, x), ylabel=labels.get(y, y))
     axes[0].legend()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=90)
 
 
 if __name__ == "__main__":

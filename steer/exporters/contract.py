@@ -142,10 +142,23 @@ def advantages(batch: RolloutBatch, given: Tensor | None, trainer: str) -> Tenso
                 "carry the weights, or export to verl-omni"
             )
         return None
+    spread = per_step(batch, given)
+    return spread if weight is None else spread * weight
+
+
+def per_step(batch: RolloutBatch, given: Tensor) -> Tensor:
+    """Advantages (B,) or (B, S) as (B, S) float32."""
     if given.shape not in ((batch.rows,), batch.mask.shape):
         raise ShapeError(f"advantages are (B,) or (B, S) = {tuple(batch.mask.shape)}, got {tuple(given.shape)}")
-    spread = given.float() if given.ndim == 2 else given.float()[:, None].expand(batch.mask.shape)
-    return (spread if weight is None else spread * weight).contiguous()
+    whole = given if given.ndim == 2 else given[:, None].expand(batch.mask.shape)
+    return whole.float().contiguous()
+
+
+def need_images(batch: RolloutBatch, images: Tensor, *, frames: bool = False) -> Tensor:
+    """The images (B, C, H, W), or with frames also (B, T, C, H, W); ShapeError where they are not one a row."""
+    if images.ndim not in ((4, 5) if frames else (4,)) or len(images) != batch.rows:
+        raise ShapeError(f"images are (B, C, H, W) with B = {batch.rows}, got {tuple(images.shape)}")
+    return images
 
 
 def conditions(batch: RolloutBatch, given: Mapping[str, Tensor] | None) -> dict[str, Tensor]:

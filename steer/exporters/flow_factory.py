@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import ShapeError
 from ..grpo.batch import Kind, RolloutBatch
 from .contract import advantages as weighted
-from .contract import conditions, dynamics, mean_logp, prompt_groups
+from .contract import conditions, dynamics, mean_logp, need_images, prompt_groups
 
 NAMES = {"FlowSDE": "Flow-SDE", "DanceSDE": "Dance-SDE", "CPS": "CPS"}
 KINDS: dict[str, Kind] = {"Flow-SDE": "gaussian", "Dance-SDE": "gaussian", "CPS": "neg_sq_err"}
@@ -69,24 +69,22 @@ def to_flow_factory(
         "log_prob_index_map": _index_map(steps, count),
     }
     rows = {"all_latents": states, "log_probs": mean_logp(batch, KINDS[kernel.name]), **conditions(batch, cond)}
-    if images is not None:
-        if images.ndim != 4 or len(images) != batch.rows:
-            raise ShapeError(f"images are (B, C, H, W) with B = {batch.rows}, got {tuple(images.shape)}")
-        rows["image"] = images
+    rows |= {} if images is None else {"image": need_images(batch, images)}
     extra = {"sample_id": batch.sample_id, "parent_id": batch.parent_id, "log_weight": batch.log_w_base}
     extra |= {} if given is None else {"advantage": given[:, 0]}
     return [
         {
             **shared,
-            **{name: value[b] for name, value in rows.items()},
+            **_row(rows, b),
             "prompt": prompts[b],
-            "extra_kwargs": {
-                "rewards": {name: value[b].float() for name, value in batch.rewards.items()},
-                **{name: value[b] for name, value in extra.items()},
-            },
+            "extra_kwargs": {"rewards": _row(batch.rewards, b), **_row(extra, b)},
         }
         for b in range(batch.rows)
     ]
+
+
+def _row(values: Mapping[str, Tensor], b: int) -> dict[str, Tensor]:
+    return {name: value[b] for name, value in values.items()}
 
 
 def flow_factory_settings(batch: RolloutBatch) -> dict[str, Any]:

@@ -17,7 +17,17 @@ from torch import Tensor
 
 from ..errors import ShapeError
 from ..grpo.batch import Kind, RolloutBatch
-from .contract import chosen, conditions, dynamics, importance, line, mean_logp, timesteps
+from .contract import (
+    chosen,
+    conditions,
+    dynamics,
+    importance,
+    line,
+    mean_logp,
+    need_images,
+    per_step,
+    timesteps,
+)
 
 NAMES = {"FlowSDE": "sde", "DanceSDE": "dance_sde", "CPS": "cps"}
 KINDS: dict[str, Kind] = {"sde": "gaussian", "dance_sde": "gaussian", "cps": "neg_sq_err"}
@@ -57,11 +67,8 @@ def to_verl_omni(
     pass the trainer's own where it assigned them), sample_id, parent_id, and all rewards by name. The trainer centres
     weighted rows by an unweighted mean: that costs variance, not bias; advantages= of steer.grpo's are weighted.
     """
-    import numpy as np
-
     kernel = dynamics(batch, "verl-omni", NAMES)
-    log_probs, weight = mean_logp(batch, KINDS[kernel.name]), importance(batch)
-    fields = conditions(batch, cond)
+    fields, log_probs = conditions(batch, cond), mean_logp(batch, KINDS[kernel.name])
     tensors: dict[str, Tensor] = {
         "all_latents": line(batch, "verl-omni").to(torch.float32),
         "all_timesteps": timesteps(batch, num_train_timesteps),
@@ -71,28 +78,29 @@ def to_verl_omni(
     if "prompt_ids" in fields:
         tensors["prompts"] = fields.pop("prompt_ids").long()
     if images is not None:
-        if images.ndim < 4 or len(images) != batch.rows:
-            raise ShapeError(f"images are (B, C, H, W) with B = {batch.rows}, got {tuple(images.shape)}")
-        tensors["responses"] = images.detach().float().clamp(0.0, 1.0).mul(255.0).round().to(torch.uint8)
-    if weight is not None:
+        pixels = need_images(batch, images, frames=True).detach().float()
+        tensors["responses"] = pixels.clamp(0.0, 1.0).mul(255.0).round().to(torch.uint8)
+    if (weight := importance(batch)) is not None:
         tensors["rollout_is_weights"] = weight
     if advantages is not None:
-        if advantages.shape not in ((batch.rows,), batch.mask.shape):
-            raise ShapeError(
-                f"advantages are (B,) or (B, W) = {tuple(batch.mask.shape)}, got {tuple(advantages.shape)}"
-            )
-        spread = advantages if advantages.ndim == 2 else advantages[:, None].expand(batch.mask.shape)
-        tensors |= {"old_log_probs": log_probs.clone(), "advantages": spread.float().contiguous()}
-    groups = [str(group) for group in batch.group_id.tolist()] if uid is None else [str(each) for each in uid]
+        tensors |= {"old_log_probs": log_probs.clone(), "advantages": per_step(batch, advantages)}
+    return {
+        "batch": {**fields, **tensors},
+        "non_tensor_batch": _objects(batch, uid),
+        "meta_info": {"reward_extra_keys": sorted(batch.rewards), "global_steps": batch.policy_version},
+    }
+
+
+def _objects(batch: RolloutBatch, uid: Sequence[str] | None) -> dict[str, Any]:
+    """Arrays of B objects by name: uid, lineage and rewards."""
+    import numpy as np
+
+    groups = [str(group) for group in (batch.group_id.tolist() if uid is None else uid)]
     if len(groups) != batch.rows:
         raise ShapeError(f"uid is one string per row, {batch.rows}, got {len(groups)}")
     objects = {"uid": groups, "sample_id": batch.sample_id.tolist(), "parent_id": batch.parent_id.tolist()}
     objects |= {name: value.tolist() for name, value in batch.rewards.items()}
-    return {
-        "batch": {**fields, **tensors},
-        "non_tensor_batch": {name: np.array(value, dtype=object) for name, value in objects.items()},
-        "meta_info": {"reward_extra_keys": sorted(batch.rewards), "global_steps": batch.policy_version},
-    }
+    return {name: np.array(value, dtype=object) for name, value in objects.items()}
 
 
 def verl_omni_settings(batch: RolloutBatch) -> dict[str, Any]:

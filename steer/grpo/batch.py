@@ -196,9 +196,9 @@ class RolloutBatch:
         return self._effective(self.root_id)
 
     def _effective(self, family: Tensor) -> Tensor:
-        weight = self.weights().double()
-        share = torch.zeros(self.rows, dtype=torch.float64, device=weight.device).index_add(0, family, weight)
-        owner = torch.zeros_like(family).index_copy(0, family, self.group_id)
+        weight, member = self.weights().double(), torch.unique(family, return_inverse=True)[1]
+        share = torch.zeros(self.rows, dtype=torch.float64, device=weight.device).index_add(0, member, weight)
+        owner = torch.zeros_like(member).index_copy(0, member, self.group_id)
         zero = torch.zeros(self.groups, dtype=torch.float64, device=weight.device)
         return zero.index_add(0, owner, share).square() / zero.index_add(0, owner, share.square())
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from ..errors import SteerError
 from ..key import Key, as_key
 from ..objective import conditioned
+from ..process import GaussianProcess
 from ..trajectory import Trajectory
 from ..types import ReverseProcess
 from .batch import RolloutBatch
@@ -43,19 +44,12 @@ def branch(
     its children.
     Source: Li et al. 2025 (BranchGRPO); splits and ways as there. Differs: branch noise has unit variance.
     """
-    model, key, rewards = need_gaussian(process), as_key(key), named(reward)
-    splits = sorted(set(splits))
-    usable = [k for k in range(model.steps) if model.stochastic(k)]
-    if not splits or not set(splits) <= set(usable) or ways < 2:
-        raise SteerError(
-            f"branches differ by the noise of the step they split at, so that splits must be among the stochastic "
-            f"levels {usable} and ways at least 2, got splits {splits} and ways {ways}"
-        )
+    model, key, rewards, splits = need_gaussian(process), as_key(key), named(reward), sorted(set(splits))
+    _check(model, splits, ways)
     policy, meter = metered(model)
-    still = stored_as(policy.with_rule(ode_of(model.rule)), storage)
-    chain = stored_as(policy, storage)
-    x = chain.prior(key.fold("prior"), conditioned(model, groups), 1)
-    state, means = Trajectory.begin(chain, x, keep_states=True), {}
+    chain, still = (stored_as(p, storage) for p in (policy, policy.with_rule(ode_of(policy.rule))))
+    state = Trajectory.begin(chain, chain.prior(key.fold("prior"), conditioned(model, groups), 1), keep_states=True)
+    means: dict[int, Tensor] = {}
     with torch.no_grad():
         for k in range(chain.steps):
             state = state.carry(x0=chain.denoise(state.x, k))
@@ -70,8 +64,7 @@ def branch(
             state = state.step(law, key.fold("step"))
     values = scores(policy, state.x, rewards)
     problems, rows = state.x.shape[:2]
-    assert rows == math.prod(ways for _ in splits)
-    first = torch.arange(problems, device=x.device)[:, None] * rows
+    first = torch.arange(problems, device=state.x.device)[:, None] * rows
     mask = torch.zeros(problems, rows, chain.steps, dtype=torch.bool)
     mask[:, :, list(means)] = True
     return record(
@@ -80,3 +73,12 @@ def branch(
         policy_version=policy_version, ancestors=ancestors(state), root_id=first + state.root,
         parent_id=first + state.ancestor(1),
     )  # fmt: skip
+
+
+def _check(process: GaussianProcess, splits: list[int], ways: int) -> None:
+    usable = [k for k in range(process.steps) if process.stochastic(k)]
+    if not splits or not set(splits) <= set(usable) or ways < 2:
+        raise SteerError(
+            f"branches differ by the noise of the step they split at, so that splits must be among the stochastic "
+            f"levels {usable} and ways at least 2, got splits {splits} and ways {ways}"
+        )

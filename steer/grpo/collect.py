@@ -47,7 +47,7 @@ def collect(
     storage:      dtype of stored states. The chain itself moves on what is stored, so densities are exact.
     means, path:  whether to keep the means of steps (plain only), and all states.
     method:       a sampler to collect from, for instance steer.smc, functools.partial(steer.psi, share=.3) or
-                  search.dts; run at `temperature`. None: the policy as it is.
+                  search.dts; run at `temperature`. None: the policy as it is. It must move by the policy's own rule.
     law:          what the method's weights target: "target", p(x) exp(r / temperature), "base", or "none" for greedy
                   selections. By default as its Result says; see `steered`.
     objective:    what rows must be good for: "policy_gradient" refuses groups whose weights to the base policy have an
@@ -68,9 +68,11 @@ def collect(
     mask = placed(window, model, groups, group_size, key).to(model.device)
     state, kept = _roll(policy, storage, mask, key, shared_noise=shared_noise, means=means)
     values = scores(policy, state.x, rewards)
+    row = torch.arange(groups * group_size, device=model.device).view(groups, group_size)
     return record(
         model, walked(state, kept), mask, x=state.x, rewards=values, key=key, cost=meter.cost(), storage=storage,
         window=window, policy_version=policy_version, path=state.states().to(storage) if path else None,
+        root_id=row[:, :1].expand_as(row) if shared_noise else row,
     )  # fmt: skip
 
 

@@ -52,7 +52,7 @@ def granular(
     chain = stored_as(policy, storage)
     with torch.no_grad():
         anchor = chain.prior(key.fold("prior"), conditioned(model, groups), 1)
-        anchor = finish(still, anchor, 0, 1, until=level).to(storage).to(model.dtype)
+        anchor = finish(still, anchor, 0, 1, until=level)
         x, x0 = (s.expand(-1, group_size, *s.shape[2:]) for s in (anchor, chain.denoise(anchor, level)))
         law = chain.transition(x, x0, level)
         moved = law.sample(key.fold("step").at(level))

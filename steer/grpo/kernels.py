@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from .. import parameterization
 from ..errors import StateSpaceError
 from ..key import Key
 from ..process import GaussianProcess
-from ..transitions import DDIM, ClippedPrediction
+from ..transitions import DDIM, ClippedPrediction, Redrawn
 from ..types import Denoiser, GaussianTransition, Level, Rule
 
 
@@ -69,7 +70,7 @@ class Siblings:
         shape = (mean.shape[0], mean.shape[1] // self.ways, *mean.shape[2:])
         common = key.fold("family").normal(shape, dtype=mean.dtype, device=mean.device)
         noise = (common.repeat_interleave(self.ways, 1) + self.spread * own) / (1.0 + self.spread**2) ** 0.5
-        return torch.add(mean, noise, alpha=self.law.std).to(self.storage).to(mean.dtype)
+        return rounded(torch.add(mean, noise, alpha=self.law.std), self.storage)
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log-density of each draw, (B, N)."""
@@ -108,13 +109,18 @@ def stored_as(process: GaussianProcess, dtype: torch.dtype) -> GaussianProcess:
     return replace(process, denoiser=_RoundedDenoiser(process.denoiser, dtype), rule=_RoundedRule(process.rule, dtype))
 
 
+def rounded(x: Tensor, storage: torch.dtype) -> Tensor:
+    """States in their dtype, with the values that a storage dtype has for them."""
+    return x.to(storage).to(x.dtype)
+
+
 @dataclass(frozen=True, eq=False)
 class _RoundedDenoiser:
     denoiser: Denoiser
     storage: torch.dtype
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
-        return self.denoiser(x.to(self.storage).to(x.dtype), t)
+        return self.denoiser(rounded(x, self.storage), t)
 
     def only(self, problem: int) -> _RoundedDenoiser:
         return replace(self, denoiser=parameterization.only(self.denoiser, problem))
@@ -125,47 +131,11 @@ class _RoundedRule:
     rule: Rule
     storage: torch.dtype
 
-    def __call__(self, x: Tensor, x0: Tensor, here: Level, there: Level) -> Rounded:
-        return Rounded(self.rule(x.to(self.storage).to(x.dtype), x0, here, there), self.storage)
+    def __call__(self, x: Tensor, x0: Tensor, here: Level, there: Level) -> Redrawn:
+        return Redrawn(self.rule(rounded(x, self.storage), x0, here, there), partial(rounded, storage=self.storage))
 
     def std(self, here: Level, there: Level) -> float:
         return self.rule.std(here, there)
-
-
-@dataclass(frozen=True, eq=False)
-class Rounded:
-    """A law whose draws are rounded to a storage dtype before anyone sees or scores them."""
-
-    law: GaussianTransition
-    storage: torch.dtype
-
-    @property
-    def mean(self) -> Tensor:
-        """Mean of the law, not rounded."""
-        return self.law.mean
-
-    @property
-    def std(self) -> float:
-        """As the law itself."""
-        return self.law.std
-
-    @property
-    def stochastic(self) -> bool:
-        """As the law itself."""
-        return self.law.stochastic
-
-    def sample(self, key: Key) -> Tensor:
-        """One draw per particle, in the law's dtype with the values of the storage dtype."""
-        drawn = self.law.sample(key)
-        return drawn.to(self.storage).to(drawn.dtype)
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        """Log-density of the law at x."""
-        return self.law.log_prob(x)
-
-    def shift(self, delta: Tensor) -> Rounded:
-        """The law moved by delta, rounded as before."""
-        return Rounded(self.law.shift(delta), self.storage)
 
 
 def describe(process: GaussianProcess, *, window: Any = None, storage: torch.dtype | None = None) -> Mapping[str, Any]:

@@ -130,13 +130,7 @@ def record(
         before, after = states[:, :-1], states[:, 1:]
     else:
         before, after = (column(part, storage) for part in ([s.x for s in steps], [s.x_next for s in steps]))
-    means = [step.mean for step in steps]
-    shared = [step.step_id for step in steps]
-    step_id = None
-    if all(part is not None for part in shared):
-        offset = torch.arange(problems, device=x.device)[:, None] * rows
-        ids = [cast(Tensor, part) + offset + k * problems * rows for part, k in zip(shared, ks, strict=True)]
-        step_id = column(ids, torch.int64).masked_fill(~held.flatten(0, 1), -1)
+    means, ids = [step.mean for step in steps], _step_ids(steps, problems, rows)
     return RolloutBatch(
         x_t=before,
         x_next=after,
@@ -148,9 +142,20 @@ def record(
         std=per_level([process.rule.std(grid[k], grid[k + 1]) for k in ks], torch.float32),
         logp_old=column([step.log_prob for step in steps], torch.float32),
         logp_behavior=column([step.log_behaviour for step in steps], torch.float32),
-        step_id=step_id,
+        step_id=None if ids is None else column(ids, torch.int64).masked_fill(~held.flatten(0, 1), -1),
         **_run(process, x, rewards, key, cost, storage, window, extra),
     )
+
+
+def _step_ids(steps: Sequence[Walked], problems: int, rows: int) -> list[Tensor] | None:
+    """Ids (P, N) of each step's transitions, unlike those of other problems and levels; None where rows share none."""
+    ids = []
+    for step in steps:
+        if step.step_id is None:
+            return None
+        offset = torch.arange(problems, device=step.step_id.device)[:, None] * rows
+        ids.append(step.step_id + offset + step.k * problems * rows)
+    return ids
 
 
 def _empty(process: GaussianProcess, *, x: Tensor, storage: torch.dtype, **run: Any) -> RolloutBatch:

@@ -49,18 +49,9 @@ def collect_steered(
     objective: Literal["policy_gradient", "tilted_sft"],
     policy_version: int,
 ) -> RolloutBatch:
-    """The rows of a sampler's population; arguments as `collect`.
-
-    A method's steps are stored where its Result keeps states (`keep_states`), or where its tree has a node at both
-    ends (search.dts with levels=range(K - 1)); elsewhere rows have samples, weights and rewards alone.
-    """
+    """The rows of a sampler's population; arguments as `collect`, whose docstring says which steps are stored."""
     groups, name = conditioned(process, groups), _name(method)
-    mask = placed(window, process, groups, group_size, key)
-    if not bool((mask == mask[:1, :1]).all()):
-        raise SteerError(
-            f"particles of {name} meet at every step, so that all need the same window, got {window}, which differs "
-            "between rows; use grpo.every(), grpo.sliding(update), or method=None"
-        )
+    mask = _same_for_all(placed(window, process, groups, group_size, key), window, name)
     inside = frozenset(t for t, on in zip(process.times, mask[0, 0].tolist(), strict=False) if on)
     chain = stored_as(process.with_rule(Windowed(process.rule, inside)), storage)
     steering, others = next(iter(rewards.items())), dict(list(rewards.items())[1:])
@@ -68,28 +59,23 @@ def collect_steered(
     result: Result = method(
         chain, steering[1], batch=groups, particles=group_size, temperature=temperature, key=key, **keeps
     )
-    if result.interrupted:
-        raise SteerError(f"{name} was interrupted: its rows are predictions, not samples; collect again").keep(result)
+    law = law or law_of(result)
+    _check_run(result, chain, law, name)
     policy, meter = metered(process)
     values = {steering[0]: result.reward} | scores(policy, result.x, others)
-    law = law or law_of(result)
-    row = torch.arange(result.reward.numel(), device=result.x.device).view(result.reward.shape)
-    first = row[:, :1]
-    state = result.trajectory
-    if state is not None and keeps:
-        steps, lineage = walked(state, {}), ancestors(state)
-        parent = first + state.ancestor(1) if state.resamplings().any() else row
-    else:
-        steps, lineage, parent = tree_steps(chain, result), None, row
+    steps, lineage, parent = _walked(chain, result)
     if law == "none":
         steps = [step._replace(log_behaviour=torch.full_like(step.log_prob, torch.nan)) for step in steps]
-    wide = mask[:1, :1].expand(groups, row.shape[1], -1).to(row.device)
+    elif objective == "policy_gradient":
+        _check_steps(steps, mask, result, name)
+    first = torch.arange(groups, device=result.x.device)[:, None] * result.reward.shape[1]
     log_target, log_base = log_weights(result, law)
     batch = record(
-        process, steps, wide, x=result.x, rewards=values, key=key, cost=result.cost + meter.cost(), storage=storage,
-        window=window, policy_version=policy_version, path=_path(result, storage) if path else None, ancestors=lineage,
-        root_id=first + result.root, parent_id=parent, log_w_target=log_target.float(), log_w_base=log_base.float(),
-        sample_id=first + _copies(result.x), method=name,
+        process, steps, mask[:, :1].expand(-1, result.reward.shape[1], -1).to(result.x.device), x=result.x,
+        rewards=values, key=key, cost=result.cost + meter.cost(), storage=storage, window=window,
+        policy_version=policy_version, path=_path(result, storage) if path else None, ancestors=lineage,
+        root_id=first + result.root, parent_id=first + parent, sample_id=first + _copies(result.x), method=name,
+        log_w_target=log_target.float(), log_w_base=log_base.float(),
         objective="tilted_sft" if law == "none" else objective,
     )  # fmt: skip
     if law == "none":
@@ -126,10 +112,12 @@ def log_weights(result: Result, law: Literal["target", "base", "none"]) -> tuple
 
 def merged(batch: RolloutBatch) -> RolloutBatch:
     """The batch with copies of a sample merged: the first row has their summed weight, the others none and no steps."""
-    owner = batch.sample_id
-    if bool((owner == torch.arange(batch.rows, device=owner.device)).all()):
+    row = torch.arange(batch.rows, device=batch.sample_id.device)
+    sample = torch.unique(batch.sample_id, return_inverse=True)[1]
+    owner = torch.full_like(row, batch.rows).scatter_reduce(0, sample, row, "amin")[sample]
+    kept = owner == row
+    if bool(kept.all()):
         return batch
-    kept = owner == torch.arange(batch.rows, device=owner.device)
 
     def pooled(log_weight: Tensor) -> Tensor:
         top = torch.full_like(log_weight, -torch.inf).scatter_reduce(0, owner, log_weight, "amax")
@@ -144,25 +132,80 @@ def merged(batch: RolloutBatch) -> RolloutBatch:
 
 
 def tree_steps(process: GaussianProcess, result: Result) -> list[Walked]:
-    """Steps of a tree's leaves where nodes stand at both ends of a step: transitions are rebuilt, nothing is drawn."""
-    tree = result.tree
-    if tree is None:
-        return []
-    slots = torch.where(tree.leaves.filled, torch.arange(tree.leaves.size), 0)
-    steps, device = [], result.x.device
-    for depth in range(tree.depth, 1, -1):
-        layer, above = tree.layers[depth], tree.layers[depth - 1]
-        parent = layer["parent"].gather(1, slots)
-        k = tree.levels[depth - 2]
-        if tree.levels[depth - 1] == k + 1 and process.stochastic(k):
-            here = {name: gather(above[name].to(device), parent.to(device)) for name in ("x", "x0")}
-            after = gather(layer["x"].to(device), slots.to(device))
-            law = process.transition(here["x"], here["x0"], k)
-            log_prob = law.log_prob(after)
-            drawn_by = log_prob - layer["correction"].gather(1, slots).to(device)
-            steps.append(Walked(k, here["x"], after, law.mean, log_prob, drawn_by, slots.to(device)))
-        slots = parent
+    """The stochastic steps along the lines of a tree's leaves, oldest first, where the tree kept them."""
+    tree, slots, device = result.tree, leaves(result), result.x.device
+    steps = []
+    for depth in range(tree.depth, 0, -1):
+        layer = tree.layers[depth]
+        if "edge" in layer.columns:
+            at = slots.to(layer["edge"].device)
+            states = torch.cat([gather(layer["edge"], at), gather(layer["x"], at)[:, :, None]], 2).to(device)
+            density, drawn_by = (gather(layer[n], slots).to(device) for n in ("edge_log_prob", "edge_log_behaviour"))
+            first = tree.levels[depth - 1] - density.shape[2]
+            for j in reversed(range(density.shape[2])):
+                if process.stochastic(first + j):
+                    before, after = states[:, :, j], states[:, :, j + 1]
+                    steps.append(
+                        Walked(first + j, before, after, None, density[:, :, j], drawn_by[:, :, j], slots.to(device))
+                    )
+        slots = layer["parent"].gather(1, slots)
     return steps[::-1]
+
+
+def leaves(result: Result) -> Tensor:
+    """Slots (P, N) of a tree's leaves as rows: trees of fewer leaves repeat their first one."""
+    return torch.where(result.tree.leaves.filled, torch.arange(result.tree.leaves.size), 0)
+
+
+def _walked(process: GaussianProcess, result: Result) -> tuple[list[Walked], Tensor | None, Tensor]:
+    """Stored steps of a result's rows, their ancestors (P, N, K) at every level, and their parents (P, N)."""
+    state, row = result.trajectory, torch.arange(result.reward.shape[1], device=result.x.device)
+    row = row.expand(result.reward.shape)
+    if state is not None and not (state.keep_states and _by(process, result)):
+        return [], None, row
+    if result.tree is not None:
+        return tree_steps(process, result), None, result.tree.leaves["parent"].gather(1, leaves(result)).to(row)
+    if state is None:
+        return [], None, row
+    return walked(state, {}), ancestors(state), state.ancestor(1) if state.resamplings().any() else row
+
+
+def _same_for_all(mask: Tensor, window: Window, name: str) -> Tensor:
+    """Where steps are stochastic, (P, N, K), if that is the same for all rows."""
+    if not bool((mask == mask[:1, :1]).all()):
+        raise SteerError(
+            f"particles of {name} meet at every step, so that all need the same window, got {window}, which differs "
+            "between rows; use grpo.every(), grpo.sliding(update), or method=None"
+        )
+    return mask
+
+
+def _check_run(result: Result, chain: GaussianProcess, law: str, name: str) -> None:
+    """Raises where a run did not end, or did not move by the policy's own kernel."""
+    if result.interrupted:
+        raise SteerError(f"{name} was interrupted: its rows are predictions, not samples; collect again").keep(result)
+    if law != "none" and not _by(chain, result):
+        raise SteerError(
+            f"{name} moves particles by laws of its own, so that its steps are no draws of the policy; collect with "
+            'steer.smc or another sampler over the policy\'s transitions, or pass law="none" for its samples alone'
+        ).keep(result)
+
+
+def _by(chain: GaussianProcess, result: Result) -> bool:
+    """Whether a run moved by a process's own rule."""
+    return getattr(result.process, "rule", None) == chain.rule
+
+
+def _check_steps(steps: list[Walked], mask: Tensor, result: Result, name: str) -> None:
+    """Raises where a policy gradient would not find the steps to train on."""
+    asked = mask[0, 0].nonzero().flatten().tolist()
+    if {step.k for step in steps} >= set(asked):
+        return
+    raise SteerError(
+        f"{name} stored not all of the stochastic steps {asked}, so that they cannot be trained on: collect with a "
+        "sampler that can keep states (steer.smc, psi, tds, das, fk_steering, search.dts), or pass "
+        'objective="tilted_sft"'
+    ).keep(result)
 
 
 def _check_ess(batch: RolloutBatch, result: Result, temperature: float) -> None:
