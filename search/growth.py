@@ -125,10 +125,10 @@ class Growth:
         return Trajectory.begin(self.process, x, k=level, keep_states=self.keep_states).carry(**kept)
 
     def _along_edge(self, state: Trajectory, live: Tensor, until: int, noise: Key) -> Trajectory:
-        whole = bool(live.all())
+        rows = self._rows(live, state.x.device)
         while state.k < until:
             if "x0" not in state.carried:
-                state, _ = self._predict(state, None if whole else live, score=False)
+                state, _ = self._predict(state, rows, score=False)
             self.paid = state
             model = self.process.transition(state.x, state.carried["x0"], state.k)
             guided = "gradient" in state.carried
@@ -141,13 +141,14 @@ class Growth:
     def _attach(self, depth: int, live: Tensor, parent: Tensor, state: Trajectory) -> Tensor:
         """New nodes at the end of an edge: predicted there once, and for ever; scored, where they are leaves."""
         tree, columns = self.tree, {"correction": state.log_weight.cpu(), **self._edge(state)}
+        rows = self._rows(live, state.x.device)
         if depth == tree.depth:
             with torch.no_grad():
-                scores = self._on_live(self.objective, state.x, live).cpu()
+                scores = self._on_rows(self.objective, state.x, rows).cpu()
             check_finite(scores, "of the finished samples", first=tree.leaves.size)
             columns |= {"reward": scores, "value": scores if self.greedy else log_potential(scores, self.temperature)}
             return tree.attach(depth, live, parent, x=self._stored(state.x), **columns)
-        state, scores = self._predict(state, live, score=self.looks)
+        state, scores = self._predict(state, rows, score=self.looks)
         if self.looks and scores is not None:
             check_finite(scores, f"of the predictions at level {state.k}", first=tree.layers[depth].size)
             columns["look"] = scores.cpu()
@@ -170,7 +171,7 @@ class Growth:
             "edge_log_behaviour": densities([step.log_behaviour for step in steps]),
         }
 
-    def _predict(self, state: Trajectory, live: Tensor | None, *, score: bool) -> tuple[Trajectory, Tensor | None]:
+    def _predict(self, state: Trajectory, rows: Tensor | None, *, score: bool) -> tuple[Trajectory, Tensor | None]:
         """The state with its prediction (and the gradient a proposal needs), and scores where they are asked for."""
         process, k = self.process, state.k
         if self.proposal.scale and process.stochastic(k):
@@ -179,8 +180,8 @@ class Growth:
                     "a proposal that follows a gradient needs states on a Gaussian path, got "
                     f"{type(process).__name__}; use proposal=steer.bootstrap"
                 )
-            x0, scores, gradient = self._on_live(
-                lambda x: self.objective.value_and_grad(x, k, 1.0 / self.temperature), state.x, live
+            x0, scores, gradient = self._on_rows(
+                lambda x: self.objective.value_and_grad(x, k, 1.0 / self.temperature), state.x, rows
             )
             return state.carry(x0=x0, gradient=gradient), scores
 
@@ -189,21 +190,28 @@ class Growth:
             return (x0, self.objective(process.complete(x, x0))) if score else (x0,)
 
         with torch.no_grad():
-            x0, *scores = self._on_live(predict, state.x, live)
+            x0, *scores = self._on_rows(predict, state.x, rows)
         return state.carry(x0=x0), scores[0] if scores else None
 
-    def _on_live(self, function: Callable[[Tensor], Any], x: Tensor, live: Tensor | None) -> Any:
-        """A function of states on the live rows alone (None: all are), 0 elsewhere, so that idle columns cost nothing.
+    def _rows(self, live: Tensor, device: torch.device) -> Tensor | None:
+        """Rows of the merged axis (B * W) that are live; None for all.
 
-        A conditioned network needs every problem's rows in place; there idle columns are computed, and paid for.
+        A conditioned network needs every problem's rows in place: there idle columns are computed, and paid for.
         """
-        if live is None or self.process.problems is not None or bool(live.all()):
-            return function(x)
-        live = live.to(x.device)
-        packed = function(x[live][None])
+        if self.process.problems is not None or bool(live.all()):
+            return None
+        return live.flatten().nonzero()[:, 0].to(device)
 
-        def unpacked(rows: Tensor) -> Tensor:
-            return rows.new_zeros((*live.shape, *rows.shape[2:])).index_put((live,), rows[0])
+    @staticmethod
+    def _on_rows(function: Callable[[Tensor], Any], x: Tensor, rows: Tensor | None) -> Any:
+        """A function of states (B, W, ...) on some rows alone, 0 elsewhere, so that idle columns cost nothing."""
+        if rows is None:
+            return function(x)
+        packed = function(x.flatten(0, 1).index_select(0, rows)[None])
+
+        def unpacked(part: Tensor) -> Tensor:
+            wide = part.new_zeros((x.shape[0] * x.shape[1], *part.shape[2:]))
+            return wide.index_copy_(0, rows, part[0]).view(*x.shape[:2], *part.shape[2:])
 
         return tuple(map(unpacked, packed)) if isinstance(packed, tuple) else unpacked(packed)
 

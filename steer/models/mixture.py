@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +45,15 @@ class Exact:
         )
 
 
+class Isotropic(NamedTuple):
+    """Isotropic modes at a level: log-densities are constant + [x^2, x] matrix, predictions gain x + offset by mode."""
+
+    constant: Tensor  # (K,)
+    matrix: Tensor  # (2 D, K)
+    gain: Tensor  # (K, 1)
+    offset: Tensor  # (K, D)
+
+
 class GaussianMixture:
     """sum_k w_k N(mu_k, C_k) in R^D and everything diffusion asks of it, in closed form and float64.
 
@@ -66,6 +75,7 @@ class GaussianMixture:
         self.weights = raw.double() / raw.double().sum()
         # Eigenbases make every noise level a diagonal problem; isotropic modes need none.
         self.variances, self.bases = (covs[:, None], None) if covs.ndim == 1 else torch.linalg.eigh(covs)
+        self._levels: dict[tuple[float, float], Isotropic] = {}
         if not bool((self.variances >= 0).all()):
             raise ModelError(f"covs must be positive (semi)definite, got an eigenvalue of {self.variances.min():.3g}")
 
@@ -94,28 +104,42 @@ class GaussianMixture:
         flat = x.reshape(-1, x.shape[-1]).double()
         # Over the first axis, where it is a dozen times as fast as along a short last one.
         share = torch.softmax(self.log_joint(flat, alpha, sigma).T, 0).T
-        # How far each mode's prediction moves from its mean towards x / alpha, by eigendirection.
-        gain = alpha * self.variances / (alpha**2 * self.variances + sigma**2)
         if self.bases is None:
-            x0 = (share @ gain) * flat + share @ (self.means * (1.0 - alpha * gain))
+            at = self._isotropic(alpha, sigma)
+            x0 = (share @ at.gain) * flat + share @ at.offset
         else:
+            # How far each mode's prediction moves from its mean towards x / alpha, by eigendirection.
+            gain = alpha * self.variances / (alpha**2 * self.variances + sigma**2)
             rotated = self._rotated(flat, alpha)
             x0 = share @ self.means + torch.einsum("mk,mkd,ked->me", share, rotated * gain, self.bases)
         return x0.view(x.shape).to(x.dtype)
 
     def log_joint(self, flat: Tensor, alpha: float, sigma: float) -> Tensor:
         """log w_k N(x; alpha mu_k, alpha^2 C_k + sigma^2 I) of x (M, D): (M, K)."""
-        size = self.means.shape[1]
-        total = (alpha**2 * self.variances + sigma**2).expand(-1, size)
-        constant = self.weights.log() - 0.5 * (total.log().sum(1) + size * math.log(2.0 * math.pi))
         if self.bases is None:
+            at = self._isotropic(alpha, sigma)
+            return torch.addmm(at.constant, torch.cat([flat.square(), flat], 1), at.matrix)
+        total = alpha**2 * self.variances + sigma**2
+        squared = (self._rotated(flat, alpha).square() / total).sum(2)
+        return self.weights.log() - 0.5 * (total.log().sum(1) + total.shape[1] * math.log(2.0 * math.pi) + squared)
+
+    def _isotropic(self, alpha: float, sigma: float) -> Isotropic:
+        """What isotropic modes need at a level, remembered: chains come back to the same levels."""
+        known = self._levels.get((alpha, sigma))
+        if known is None:
+            modes, size = self.means.shape
+            total = alpha**2 * self.variances + sigma**2  # (K, 1)
+            gain = alpha * self.variances / total
+            centres = alpha * self.means
             # -|x - c|^2 / (2 total) is linear in x^2 and x: one product, where sums along a short axis would cost most.
-            precision, centres = 1.0 / total.T, alpha * self.means.T  # (D, K)
-            constant = constant - 0.5 * (precision * centres.square()).sum(0)
-            return torch.addmm(
-                constant, torch.cat([flat.square(), flat], 1), torch.cat([-0.5 * precision, precision * centres])
-            )
-        return constant - 0.5 * (self._rotated(flat, alpha).square() / total).sum(2)
+            squared = centres.square().sum(1) / total[:, 0]
+            constant = self.weights.log() - 0.5 * (size * (total[:, 0].log() + math.log(2.0 * math.pi)) + squared)
+            matrix = torch.cat([(-0.5 / total).expand(modes, size), centres / total], 1).T.contiguous()
+            known = Isotropic(constant, matrix, gain, self.means * (1.0 - alpha * gain))
+            if len(self._levels) >= 1024:
+                self._levels.clear()
+            self._levels[alpha, sigma] = known
+        return known
 
     def exact(self, reward: Any, *, temperature: float = 1.0) -> Exact:
         """The law p(x) exp(r(x) / temperature) for a linear or quadratic reward, with its evidence and mode masses.
