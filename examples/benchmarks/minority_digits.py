@@ -13,9 +13,9 @@ manifold that the judge takes for the thinned digit; then the metrics of `steer.
 "Ours" is minority guidance (or self-guidance) of whose finished samples some are kept: "gate", those in the 1-NN ball
 (times .9) of a training scan, in pixels; "by gated reward", the best of those by distance in pixels; "agreed", the best
 by `steer.minority.agreed_rarity` in pixels and in the features of eight small classifiers of what the model has seen:
-rare within a class for `styles`, among all images for `thinned`, as the classifiers that guide were taught. Its settings
-are chosen among nine on keys 5 and up, which are not reported (docs/minority.md says by which rule and how often); the
-other ours on key 5.
+rare within a class for `styles`, among all images for `thinned`, as the classifiers that guide were taught. Its
+settings are chosen among nine on keys 5 and up, which are not reported (docs/minority.md says by which rule and how
+often); the other ours on key 5.
 ± are standard errors over keys. DTS* gives one sample per tree, its best leaf; SMC's are drawn by weight.
 """
 
