@@ -66,6 +66,15 @@ class Result:
     interrupted: bool = False
     tree: Any = None
 
+    @classmethod
+    def of(cls, state: Trajectory, reward: Tensor, **run: Any) -> Result:
+        """What a sampler of a law returns: its last population with scores (B, N). run: key, cost and what else it
+        knows of itself."""
+        return cls(
+            state.process, state.x, reward, weights.normalise(state.log_weight), state.log_normaliser, state.root,
+            trajectory=state, **run,
+        )  # fmt: skip
+
     def __repr__(self) -> str:
         problems, particles = self.reward.shape
         return (

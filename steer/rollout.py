@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import torch
 
-from . import weights
 from .errors import SteerError
 from .key import Key, as_key
 from .objective import check_finite, check_temperature, conditioned, open_run
@@ -49,13 +48,10 @@ def rollout(
     except SteerError as error:
         error.keep(state)
         raise
-    size = weights.ess(state.log_weight)
-    return Result(
-        process=process, x=state.x, reward=scores, log_weight=weights.normalise(state.log_weight),
-        log_evidence=state.log_normaliser, root=state.root, key=key, cost=meter.cost(), temperature=temperature,
-        trajectory=state,
-        seen=(Seen(process.steps, size, scores),), interrupted=interrupted,
-    )  # fmt: skip
+    seen = (Seen(process.steps, state.ess, scores),)
+    return Result.of(
+        state, scores, key=key, cost=meter.cost(), temperature=temperature, seen=seen, interrupted=interrupted
+    )
 
 
 def importance_sampling(

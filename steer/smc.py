@@ -13,7 +13,6 @@ from typing import Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor
 
-from . import weights
 from .cost import affordable
 from .errors import NotStochasticError, ShapeError, StateSpaceError, SteerError
 from .key import Key, as_key
@@ -201,10 +200,9 @@ def smc(
     except SteerError as error:
         error.keep(paid)
         raise
-    return Result(
-        process=process, x=state.x, reward=scores, log_weight=weights.normalise(state.log_weight),
-        log_evidence=state.log_normaliser, root=state.root, key=key, cost=meter.cost(), temperature=temperature,
-        trajectory=state, seen=tuple(loop.seen), interrupted=interrupted,
+    return Result.of(
+        state, scores, key=key, cost=meter.cost(), temperature=temperature, seen=tuple(loop.seen),
+        interrupted=interrupted,
     )  # fmt: skip
 
 

@@ -9,7 +9,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from . import weights
 from .birth_death import BirthDeath
 from .composite import Composite
 from .cost import Meter, affordable
@@ -90,11 +89,9 @@ def weighted_loop(
     except SteerError as error:
         error.keep(paid)
         raise
-    result = Result(
-        process=target, x=state.x, reward=scores, log_weight=weights.normalise(state.log_weight),
-        log_evidence=state.log_normaliser, root=state.root, key=key, cost=meter.cost(), temperature=temperature,
-        trajectory=state, seen=tuple(seen), interrupted=interrupted,
-    )  # fmt: skip
+    result = Result.of(
+        state, scores, key=key, cost=meter.cost(), temperature=temperature, seen=tuple(seen), interrupted=interrupted
+    )
     return result, thetas
 
 

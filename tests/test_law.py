@@ -142,6 +142,32 @@ def test_law_where_a_sample_may_be_forbidden(tempering):
     assert abs(relative.mean() / (relative.std() / math.sqrt(1024))) < LIMIT
 
 
+@pytest.mark.parametrize(
+    "tempering", [steer.geometric_tempering(0.2), steer.adaptive_tempering(0.7)], ids=["geometric", "adaptive"]
+)
+def test_predictions_forbidden_at_exponent_zero(tempering):
+    """0 times -inf: where nothing of the reward counts yet, a forbidden prediction must not either."""
+    process, tilt = steer.models.gaussian([0.0, 0.0], torch.eye(2), steps=6, dtype=torch.float64), REWARDS[2, "linear"]
+    target = steer.models.chain_law(process).exact(tilt)
+    allowed = 0.5 * (1.0 + math.erf(float(target.mean[0] / (2.0 * target.cov[0, 0]).sqrt())))
+
+    def reward(x):
+        return torch.where(x[:, 0] > 0.0, tilt(x), -torch.inf)
+
+    weight = steer.difference(tempering=tempering)
+    result = steer.smc(process, reward, batch=1024, particles=32, key=6, weight=weight)
+    relative = (result.log_evidence - target.log_evidence).exp() / allowed - 1.0
+    assert abs(relative.mean() / (relative.std() / math.sqrt(1024))) < LIMIT
+
+
+def test_a_forbidden_prediction_does_not_hold_adaptive_tempering_back():
+    process = steer.models.gaussian([0.0, 0.0], torch.eye(2), steps=6, dtype=torch.float64)
+    state = steer.Trajectory.begin(process, torch.zeros(1, 4, 2, dtype=torch.float64))
+    state = state.remember(spent=torch.zeros_like(state.log_weight))
+    value = torch.tensor([[0.0, 0.1, 0.2, -torch.inf]], dtype=torch.float64)
+    assert steer.adaptive_tempering(0.5)(state, value).tolist() == [1.0]  # nearly equal values need no tempering
+
+
 # Mutants: what released code does. Each must fail the test that the library passes.
 
 

@@ -5,6 +5,7 @@ weighted means are exactly unbiased with moves too, at any number of particles: 
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -124,19 +125,66 @@ def test_a_chain_shorter_by_its_slot_is_rejected():
         assert (z > LIMIT) == rejected, (kind, column, z)
 
 
-def test_law_where_predictions_may_be_forbidden():
-    """Rewards of -inf on a half-plane: the evidence is the tilted probability of the other half."""
-    process, tilt = gaussian(), REWARDS["linear"]
+class Leaving(PathMoves):
+    """Lets chains leave states whose predictions are forbidden."""
+
+    def __call__(self, state, value, judge, key):
+        return super().__call__(state, value.clamp(min=-1e9), judge, key)
+
+
+def standard(**options):
+    """N(0, I), of 6 steps where nothing else is said."""
+    return steer.models.gaussian([0.0, 0.0], torch.eye(2), dtype=torch.float64, **{"steps": 6, **options})
+
+
+def half_plane(x):
+    return torch.where(x[:, 0] > -0.5, REWARDS["linear"](x), -torch.inf)
+
+
+def forbidding(weight, kind, batch):
+    """z of the evidence under a reward of -inf beyond x_0 = -.5: the tilted probability of the rest."""
+    process = standard()
+    target = steer.models.chain_law(process).exact(REWARDS["linear"])
+    allowed = 0.5 * (1.0 + math.erf(float((target.mean[0] + 0.5) / (2.0 * target.cov[0, 0]).sqrt())))
+    selection = moving([1, 2, 3, 4], 8, kind=kind)
+    result = steer.smc(process, half_plane, batch=batch, particles=32, key=6, weight=weight, selection=selection)
+    relative = (result.log_evidence - target.log_evidence).exp() / allowed - 1.0
+    return abs(float(relative.mean() / (relative.std() / math.sqrt(batch))))
+
+
+@pytest.mark.parametrize("tempering", [None, steer.geometric_tempering(0.2)], ids=["none", "geometric"])
+def test_law_where_predictions_may_be_forbidden(tempering):
+    assert forbidding(steer.difference(tempering=tempering), PathMoves, 2048) < LIMIT
+
+
+def test_mutant_that_leaves_forbidden_predictions_is_rejected():
+    assert forbidding(None, Leaving, 2048) > LIMIT
+
+
+def test_a_bad_score_of_a_moved_path_is_named():
+    calls = []
 
     def reward(x):
-        return torch.where(x[:, 0] > 0, tilt(x), -torch.inf)
+        calls.append(len(x))
+        return torch.full((len(x),), math.nan) if len(calls) == 9 else REWARDS["linear"](x)
 
-    target = steer.models.chain_law(process).exact(tilt)
-    allowed = 0.5 * (1.0 + math.erf(float(target.mean[0] / (2.0 * target.cov[0, 0]).sqrt())))
-    for weight in (steer.difference(), steer.difference(tempering=steer.geometric_tempering(0.2))):
-        result = steer.smc(process, reward, batch=2048, particles=16, key=6, weight=weight, selection=moving([2, 5]))
-        relative = (result.log_evidence - target.log_evidence).exp() / allowed - 1.0
-        assert abs(relative.mean() / (relative.std() / math.sqrt(2048))) < LIMIT
+    # seven levels are weighted, and the end; the ninth call is of the first move there
+    with pytest.raises(steer.NonFiniteError, match="of paths moved to level 8"):
+        steer.smc(gaussian(), reward, particles=8, key=11, selection=moving([8]))
+
+
+def test_a_prior_with_a_mean_is_left_as_it_is():
+    """Image-to-image starts from N(3, 2^2): under a constant reward, moves change no law, at the start or after."""
+    process = standard(schedule=PATHS["flow"], times=steer.uniform_times(PATHS["flow"], 4, start=0.3))
+    process = replace(process, initial=(torch.full((1, 1, 2), 3.0, dtype=torch.float64), 2.0))
+    runs = [
+        steer.smc(process, lambda x: 0.0 * x[:, 0], batch=1024, particles=8, key=key, selection=selection).x
+        for key, selection in ((12, moving([0, 4], 8, smallest=1.0)), (13, None))
+    ]
+    for power in (1, 2):
+        means = [(x**power).flatten(1).mean(1) for x in runs]
+        error = math.sqrt(sum(float(mean.var()) for mean in means) / 1024)
+        assert abs(float(means[0].mean() - means[1].mean())) < LIMIT * error
 
 
 def test_moves_bring_back_what_resampling_lost():
