@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from steer.key import Key
 
 from .growth import Plan, resorted
+from .layer import ChildLists, Groups, Slots, grouped
 from .tree import Tree
 
-Score = Callable[[Tree, int, Tensor, Tensor, Tensor], Tensor]
+Score = Callable[[Tree, int, Slots, Slots, Slots], NDArray[Any]]
 """(tree, depth of the children, problem, parent, child), flat, to the children's scores."""
 
 
@@ -35,83 +37,87 @@ class Descent:
     revisit: bool
     rows: tuple[int, ...]
 
-    def __call__(self, tree: Tree, walks: int, left: Tensor, key: Key) -> Plan:
+    def __call__(self, tree: Tree, walks: int, left: NDArray[np.int64], key: Key) -> Plan:
         """Walks of one sweep. Visits count as they are made: each walk sees those of the walks before it."""
-        tree.keep_lists()
-        active = (left >= self.rows[-1])[:, None].expand(-1, walks)
-        at = torch.zeros(tree.problems, walks, dtype=torch.int64)
-        path = [at.clone() for _ in range(tree.depth + 1)]
-        entry = torch.full_like(at, tree.depth + 1)
-        left, going = left.clone(), active.clone()
-        for depth in range(tree.depth):
-            rank, meets = _meetings(at, going)
-            childless = tree.layers[depth]["children"].gather(1, at) == 0  # a new root, that all walks expand
-            wanted = going & (childless | self._widens(tree, depth, at, rank, meets))
-            expands = wanted & (wanted.long().cumsum(1) * self.rows[depth] <= left[:, None])
-            left = left - expands.sum(1) * self.rows[depth]
-            entry = torch.where(expands, depth, entry)
-            going = going & ~expands & ~childless
-            if not bool(going.any()):
+        lists, key, left = tree.keep_lists(), key.shifted(slot=tree.iterations), left.copy()
+        entry = np.full((tree.problems, walks), tree.depth + 1)
+        path = np.zeros((tree.depth + 1, tree.problems, walks), dtype=np.int64)
+        # Walks under way, flat and in order: of which tree, which of its walks, and at which node.
+        problem, column = np.broadcast_to((left >= self.rows[-1])[:, None], entry.shape).nonzero()
+        at = np.zeros_like(problem)
+        for depth, layer in enumerate(tree.layers[:-1]):
+            if not len(at):
                 break
-            rank, _ = _meetings(at, going)
-            at = torch.where(going, self._child(tree, depth, at, going, rank, key), at)
-            path[depth + 1] = torch.where(going, at, 0)
-        return resorted(torch.where(going, tree.depth, entry), path)
+            here = layer.nodes(problem, at)
+            childless = layer.flat("children")[here] == 0  # a new root, that all walks expand
+            wanted = childless | self._widens(tree, depth, here)
+            before = np.searchsorted(problem, problem)  # walks of the trees before, which these do not pay for
+            price = np.concatenate([[0], wanted.cumsum()]) * self.rows[depth]
+            expands = wanted & (price[1:] - price[before] <= left[problem])
+            left -= np.bincount(problem[expands], minlength=tree.problems) * self.rows[depth]
+            entry[problem[expands], column[expands]] = depth
+            going = ~(expands | childless)
+            problem, column, at = problem[going], column[going], at[going]
+            if len(at):
+                uniform = key.fold("select", depth).uniform(entry.shape).numpy()[problem, column] if self.draw else None
+                at = self._children(tree, depth, lists[depth], grouped(layer.nodes(problem, at)), uniform)
+                path[depth + 1, problem, column] = at
+        entry[problem, column] = tree.depth
+        return resorted(entry, path)
 
-    def _widens(self, tree: Tree, depth: int, at: Tensor, rank: Tensor, meets: Tensor) -> Tensor:
+    def _widens(self, tree: Tree, depth: int, here: Slots) -> NDArray[np.bool_]:
         """Which walks find room for a child: |C| + pending < C N^alpha, seen one after another."""
         layer = tree.layers[depth]
         if depth == tree.depth - 1 and not self.revisit:
-            return torch.ones_like(at, dtype=torch.bool)
+            return np.ones(len(here), dtype=np.bool_)
         scale, power = self.widening
-        visits = layer["visits"].gather(1, at) + rank
-        room = (scale * visits.double() ** power - layer["children"].gather(1, at)).ceil().clamp(min=0.0)
+        nodes = grouped(here)
+        rank = nodes.rank
+        visits = (layer.flat("visits")[here] + rank).astype(np.float64)
+        room = np.ceil(scale * visits**power - layer.flat("children")[here]).clip(min=0.0)
         # One walk adds at most one child, and the room never shrinks, so after walk j of a node its pending children
-        # are E_j = min(E_{j-1} + 1, room_j). Unrolled, the number before walk j is a minimum over the walks before it.
-        over = torch.where(meets, room[:, None, :] + (rank[:, :, None] - rank[:, None, :]) - 1, torch.inf)
-        return torch.minimum(rank.double(), over.amin(2)) < room
+        # are E_j = min(E_(j-1) + 1, room_j). Unrolled, before walk j they are j + min(0, min_(i<j) room_i - i - 1).
+        return rank + _least_before(room - rank - 1.0, nodes) < room
 
-    def _child(self, tree: Tree, depth: int, at: Tensor, going: Tensor, rank: Tensor, key: Key) -> Tensor:
-        """The child each going walk moves to, (B, W)."""
-        lists, size = tree.keep_lists()[depth], tree.layers[depth].size
-        problem, column = going.nonzero(as_tuple=True)
-        nodes, which = torch.unique(problem * size + at[problem, column], return_inverse=True)
-        child, owner = lists.of(nodes // size, nodes % size)
-        score = self.score(tree, depth + 1, (nodes // size)[owner], (nodes % size)[owner], child)
-        if self.draw:
-            uniform = key.fold("select", depth).shifted(slot=tree.iterations).uniform(at.shape)
-            chosen = _categorical(score, owner, len(nodes), which, uniform[problem, column])
-        else:
-            chosen = _ranked(score, owner, len(nodes), which, rank[problem, column])
-        return torch.zeros_like(at).index_put((problem, column), child[chosen])
+    def _children(
+        self, tree: Tree, depth: int, lists: ChildLists, nodes: Groups, uniform: NDArray[Any] | None
+    ) -> Slots:
+        """The child that each walk moves to from the node it is at: drawn by a uniform, or by rank."""
+        layer = tree.layers[depth]
+        problem, parent = nodes.ids // layer.room, nodes.ids % layer.room
+        child, first, length = lists.of(problem, parent)
+        score = self.score(tree, depth + 1, problem.repeat(length), parent.repeat(length), child)
+        if uniform is None:
+            return child[_ranked(score, first, length, nodes.which, nodes.rank)]
+        return child[_categorical(score, first, length, nodes.which, uniform)]
 
 
-def _meetings(at: Tensor, going: Tensor) -> tuple[Tensor, Tensor]:
-    """How many earlier walks of the sweep are at the same node, (B, W), and which, (B, W, W): [later, earlier]."""
-    walks = at.shape[1]
-    earlier = torch.ones(walks, walks, dtype=torch.bool).tril(-1)
-    meets = (at[:, :, None] == at[:, None, :]) & going[:, None, :] & earlier
-    return meets.sum(2), meets
+def _least_before(value: NDArray[Any], nodes: Groups) -> NDArray[Any]:
+    """Of each walk the least value of the walks before it at its node, or 0 if that is less or there are none."""
+    ordered = value[nodes.order]
+    # Every node's values are lowered below those of the node before it, so that one running minimum serves all.
+    lowered = np.arange(len(nodes.ids)).repeat(nodes.size) * (ordered.max() - ordered.min() + 1.0)
+    least = np.empty_like(ordered)
+    least[1:] = np.minimum((np.minimum.accumulate(ordered - lowered) + lowered)[:-1], 0.0)
+    least[nodes.first] = 0.0
+    return nodes.scatter(least)
 
 
-def _categorical(score: Tensor, owner: Tensor, owners: int, which: Tensor, uniform: Tensor) -> Tensor:
-    """For each walk an entry of its owner's, with probability softmax(score) there, by inversion."""
-    top = torch.full((owners,), -torch.inf, dtype=torch.float64).scatter_reduce_(0, owner, score, "amax")
-    weight = torch.where(
-        (top == -torch.inf)[owner], 1.0, (score - top.masked_fill(top == -torch.inf, 0.0)[owner]).exp()
-    )
-    total = torch.zeros(owners, dtype=torch.float64).index_add_(0, owner, weight)
-    cumulative = (weight / total[owner]).cumsum(0)
-    length = torch.bincount(owner, minlength=owners)
-    first = length.cumsum(0) - length
-    below = torch.where(first > 0, cumulative[first - 1], 0.0)
-    found = torch.searchsorted(cumulative, below[which] + uniform, right=True)
-    return torch.minimum(torch.maximum(found, first[which]), (first + length - 1)[which])
+def _categorical(score: NDArray[Any], first: Slots, length: Slots, which: Slots, uniform: NDArray[Any]) -> Slots:
+    """For each walk an entry of its node's, with probability softmax(score) there, by inversion.
+
+    score: of the entries of all nodes, end to end; first, length: where each node's begin, and how many.
+    """
+    top = np.maximum.reduceat(score, first)
+    hopeless = top == -np.inf  # all forbidden, as far as is known: then all alike
+    weight = np.exp(np.where(hopeless.repeat(length), 0.0, score - np.where(hopeless, 0.0, top).repeat(length)))
+    cumulative = (weight / np.add.reduceat(weight, first).repeat(length)).cumsum()
+    below = np.where(first > 0, cumulative[first - 1], 0.0)
+    found = np.searchsorted(cumulative, below[which] + uniform, side="right")
+    return np.minimum(np.maximum(found, first[which]), (first + length - 1)[which])
 
 
-def _ranked(score: Tensor, owner: Tensor, owners: int, which: Tensor, rank: Tensor) -> Tensor:
-    """For each walk its owner's entry of that rank, best first, ties in order of birth; ranks wrap around."""
-    order = score.argsort(descending=True, stable=True)
-    order = order[owner[order].argsort(stable=True)]
-    length = torch.bincount(owner, minlength=owners)
-    return order[(length.cumsum(0) - length)[which] + rank % length[which]]
+def _ranked(score: NDArray[Any], first: Slots, length: Slots, which: Slots, rank: Slots) -> Slots:
+    """For each walk its node's entry of that rank, best first, ties in order of birth; ranks wrap around."""
+    order = np.lexsort((-score, np.arange(len(length)).repeat(length)))
+    return order[first[which] + rank % length[which]]

@@ -17,8 +17,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from steer.errors import SteerError
@@ -31,6 +34,7 @@ from steer.types import OnStep, ReverseProcess, Reward
 
 from .descent import Descent
 from .growth import Choose, Growth, Plan, branching_levels, plantable, planted, segment_rows
+from .layer import Slots
 from .tree import Tree
 
 
@@ -113,7 +117,7 @@ def _builder(build: str, growth: Growth, widening: tuple[float, float], defence:
     rows = segment_rows(growth.process, growth.tree.levels)
     cost = tuple(sum(rows[depth:]) for depth in range(len(rows)))
     if build == "unbiased":
-        if any("look" not in layer.columns for layer in growth.tree.layers[1:-1] if layer.size):
+        if any("look" not in layer for layer in growth.tree.layers[1:-1] if layer.size):
             raise SteerError("a tree built by another rule keeps no predicted rewards; grow it by that rule")
         return Apportionment(cost, growth.temperature, defence)
     if build == "boltzmann":
@@ -123,13 +127,15 @@ def _builder(build: str, growth: Growth, widening: tuple[float, float], defence:
     raise SteerError(f'build is "unbiased", "uniform" or "boltzmann", got {build!r}')
 
 
-def _soft_value(tree: Tree, depth: int, problem: Tensor, parent: Tensor, child: Tensor) -> Tensor:
+def _soft_value(tree: Tree, depth: int, problem: Slots, parent: Slots, child: Slots) -> NDArray[Any]:
     layer = tree.layers[depth]
-    return layer["value"][problem, child] + layer["correction"][problem, child]
+    node = layer.nodes(problem, child)
+    return layer.flat("value")[node] + layer.flat("correction")[node]
 
 
-def _least_visited(tree: Tree, depth: int, problem: Tensor, parent: Tensor, child: Tensor) -> Tensor:
-    return -tree.layers[depth]["visits"][problem, child]
+def _least_visited(tree: Tree, depth: int, problem: Slots, parent: Slots, child: Slots) -> NDArray[Any]:
+    layer = tree.layers[depth]
+    return -layer.flat("visits")[layer.nodes(problem, child)]
 
 
 @dataclass(frozen=True)
@@ -143,18 +149,18 @@ class Apportionment:
     temperature: float
     defence: float
 
-    def __call__(self, tree: Tree, walks: int, left: Tensor, key: Key) -> Plan:
-        depths = self._depths(tree, walks, int(left.min()))
-        entry = torch.tensor(depths, dtype=torch.int64).expand(tree.problems, -1).clone()
-        path = [torch.zeros_like(entry) for _ in range(tree.depth + 1)]
-        for depth in range(1, tree.depth):
+    def __call__(self, tree: Tree, walks: int, left: Slots, key: Key) -> Plan:
+        depths, problem = self._depths(tree, walks, int(left.min())), np.arange(tree.problems)[:, None]
+        entry = np.full((tree.problems, len(depths)), depths, dtype=np.int64)
+        path = np.zeros((tree.depth + 1, *entry.shape), dtype=np.int64)
+        for depth, share in zip(range(1 + max(depths, default=-1)), tree.log_shares(), strict=False):
             first, count = sum(d < depth for d in depths), depths.count(depth)
-            if count:
+            if depth and count:
                 draw = key.fold("grow").at(tree.sweeps * tree.depth + depth)
-                slots = systematic(self._lacking(tree, depth, count), draw, count)
+                slots = systematic(self._lacking(tree, depth, share, count), draw, count).numpy()
                 for d in range(depth, 0, -1):  # and the way there
-                    path[d][:, first : first + count] = slots
-                    slots = tree.layers[d]["parent"].gather(1, slots)
+                    path[d, :, first : first + count] = slots
+                    slots = tree.layers[d].facts["parent"][problem, slots]
         return entry, path
 
     def _depths(self, tree: Tree, walks: int, left: int) -> list[int]:
@@ -171,9 +177,10 @@ class Apportionment:
             left -= self.rows[chosen[-1]]
         return sorted(chosen)
 
-    def _lacking(self, tree: Tree, depth: int, more: int) -> Tensor:
-        """Log of the children that nodes of a depth lack of their share once there are `more` at it, (B, size)."""
-        layer, share = tree.layers[depth], tree.log_share(depth)
+    def _lacking(self, tree: Tree, depth: int, share: Tensor, more: int) -> Tensor:
+        """Log of the children that nodes of a depth, of log-shares (B, size), lack of their fair part once there are
+        `more` at it, (B, size)."""
+        layer = tree.layers[depth]
         tilted = share + log_potential(layer["look"], self.temperature)
         hopeless = (tilted == -torch.inf).all(1, keepdim=True)
         fair = torch.softmax(torch.where(hopeless, share, tilted), 1)

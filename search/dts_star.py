@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from steer.key import Key, as_key
 from steer.objective import check_temperature, conditioned, open_run
@@ -16,6 +18,7 @@ from steer.types import OnStep, ReverseProcess, Reward
 
 from .descent import Descent
 from .growth import Growth, branching_levels, plantable, planted, segment_rows
+from .layer import Slots
 from .tree import Tree
 
 
@@ -72,16 +75,18 @@ class Optimism:
 
     explore: float
 
-    def __call__(self, tree: Tree, depth: int, problem: Tensor, parent: Tensor, child: Tensor) -> Tensor:
+    def __call__(self, tree: Tree, depth: int, problem: Slots, parent: Slots, child: Slots) -> NDArray[Any]:
         above, layer = tree.layers[depth - 1], tree.layers[depth]
-        bonus = (above["visits"][problem, parent].double().log() / layer["visits"][problem, child]).sqrt()
-        return layer["value"][problem, child] + self.explore * _spread(tree)[problem] * bonus
+        node = layer.nodes(problem, child)
+        often = np.log(above.flat("visits")[above.nodes(problem, parent)])
+        bonus = np.sqrt(often / layer.flat("visits")[node])
+        return layer.flat("value")[node] + self.explore * _spread(tree)[problem] * bonus
 
 
-def _spread(tree: Tree) -> Tensor:
+def _spread(tree: Tree) -> NDArray[Any]:
     """Standard deviation of the finite leaf rewards of each tree, (B,)."""
-    reward = tree.leaves["reward"]
-    finite = tree.leaves.filled & reward.isfinite()
-    count = finite.sum(1).clamp(min=1)
-    mean = torch.where(finite, reward, 0.0).sum(1) / count
-    return (torch.where(finite, reward - mean[:, None], 0.0).square().sum(1) / count).sqrt()
+    reward = tree.leaves["reward"].numpy()
+    finite = tree.leaves.filled.numpy() & np.isfinite(reward)
+    count = finite.sum(1).clip(min=1)
+    mean = np.where(finite, reward, 0.0).sum(1) / count
+    return np.sqrt(np.square(np.where(finite, reward - mean[:, None], 0.0)).sum(1) / count)

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from steer import weights
@@ -21,13 +23,14 @@ from steer.smc import PreparedStart, Proposal, Start
 from steer.trajectory import Stepped, Trajectory
 from steer.types import GaussianTransition, OnStep, ReverseProcess, Stop
 
+from .layer import Slots
 from .tree import Tree, even_levels
 
-Plan = tuple[Tensor, list[Tensor]]
+Plan = tuple[Slots, Slots]
 """Where the walks of a sweep go: entry (B, W), the depth of the node each expands (`depth` for a walk that ends at an
-old leaf, `depth + 1` for no walk), rising along W; and for each depth the slots (B, W) walked through."""
+old leaf, `depth + 1` for no walk), rising along W; and the slots walked through at each depth, (depth + 1, B, W)."""
 
-Choose = Callable[[Tree, int, Tensor, Key], Plan]
+Choose = Callable[[Tree, int, Slots, Key], Plan]
 """(tree, walks, rows left to each tree (B,), key) -> Plan."""
 
 
@@ -62,21 +65,21 @@ class Growth:
         """Sweeps until the particles are made, the budget is spent, or `on_step` asks to stop."""
         tree, rows = self.tree, segment_rows(self.process, self.tree.levels)
         self._check_affordable(sum(rows), rows[-1], particles, budget)
-        if tree.leaves.size and ("edge" in tree.leaves.columns) != self.keep_states:
+        if tree.leaves.size and ("edge" in tree.leaves) != self.keep_states:
             raise SteerError(
                 "a tree keeps the states of all its steps or of none; grow it with the keep_states it was begun with"
             )
         made, most = 0, particles or (16 if budget is None else None)
-        left = torch.full((tree.problems,), 2**62 if budget is None else budget)
+        left = np.full(tree.problems, 2**62 if budget is None else budget)
         interrupted = False
         try:
             while most is None or made < most:
                 width = walkers if most is None else min(walkers, most - made)
-                entry, path = self._fitted(choose(tree, width, left, self.key), rows, left)
-                if not bool((entry <= tree.depth).any()):
+                entry, path, spent = self._fitted(choose(tree, width, left, self.key), rows, left)
+                if not (entry <= tree.depth).any():
                     break
                 self._sweep(entry, path)
-                made, left = made + width, left - self._spent(entry, rows)
+                made, left = made + width, left - spent
         except (Stop, KeyboardInterrupt):
             if self.paid is None:
                 raise
@@ -88,21 +91,21 @@ class Growth:
             raise
         return self._result(interrupted=interrupted)
 
-    def _sweep(self, entry: Tensor, path: list[Tensor]) -> None:
+    def _sweep(self, entry: Slots, path: Slots) -> None:
         """Every walk goes on from the node it chose; each network call has one level, and walks join on the way."""
-        tree, key = self.tree, self.key.shifted(slot=self.tree.iterations)
+        tree, key = self.tree, self.key.shifted(slot=self.tree.iterations).wide(entry.shape[1])
         self.meter.key = key
-        before = tree.counts()
+        before, state = tree.counts(), None
         try:
             for depth in range(tree.depth):
                 live = entry <= depth
                 width = int(live.sum(1).max())
                 if width:
-                    live, above = live[:, :width], path[depth][:, :width]
-                    state = self._enter(depth, above, live, key)
+                    live, above = live[:, :width], path[depth, :, :width]
+                    state = self._enter(depth, above, key, None if (entry == depth).any() else state)
                     state = self._along_edge(state, live, tree.levels[depth], key.fold("step"))
-                    slots = self._attach(depth + 1, live, above, state)
-                    path[depth + 1][:, :width] = torch.where(live, slots, path[depth + 1][:, :width])
+                    slots, state = self._attach(depth + 1, live, above, state)
+                    np.copyto(path[depth + 1, :, :width], slots, where=live)
         except BaseException:
             tree.rollback(before)  # the tree holds whole walks only, so that it can be grown again
             raise
@@ -110,21 +113,27 @@ class Growth:
         if self.live:
             tree.backup_paths(entry, path, greedy=self.greedy)
 
-    def _enter(self, depth: int, slots: Tensor, live: Tensor, key: Key) -> Trajectory:
-        """The walks that are under way at this depth, at their nodes, with what is remembered there."""
+    def _enter(self, depth: int, slots: Slots, key: Key, state: Trajectory | None) -> Trajectory:
+        """The walks under way at this depth, at their nodes (B, W), with what is remembered there.
+
+        state: where they came to, if no walk joins them here.
+        """
         if depth == 0:
-            state = self.start(self.process, self.objective, key, *live.shape)
-            if state.k > self.tree.levels[0]:
+            begun = self.start(self.process, self.objective, key, *slots.shape)
+            if begun.k > self.tree.levels[0]:
                 raise SteerError(
-                    f"the start puts particles at level {state.k}, past the first branching level "
+                    f"the start puts particles at level {begun.k}, past the first branching level "
                     f"{self.tree.levels[0]}; pass levels that begin there or later"
                 )
-            return replace(state, keep_states=self.keep_states)
-        kept = self.tree.states(depth, slots, getattr(self.process, "device", None))
+            return replace(begun, keep_states=self.keep_states)
+        if state is None:
+            kept = self.tree.states(depth, torch.from_numpy(slots), getattr(self.process, "device", None))
+        else:
+            kept = {"x": state.x, **state.carried}
         level, x = self.tree.levels[depth - 1], kept.pop("x")
         return Trajectory.begin(self.process, x, k=level, keep_states=self.keep_states).carry(**kept)
 
-    def _along_edge(self, state: Trajectory, live: Tensor, until: int, noise: Key) -> Trajectory:
+    def _along_edge(self, state: Trajectory, live: NDArray[np.bool_], until: int, noise: Key) -> Trajectory:
         rows = self._rows(live, state.x.device)
         while state.k < until:
             if "x0" not in state.carried:
@@ -138,22 +147,25 @@ class Growth:
                 self.on_step(state)
         return state
 
-    def _attach(self, depth: int, live: Tensor, parent: Tensor, state: Trajectory) -> Tensor:
+    def _attach(
+        self, depth: int, live: NDArray[np.bool_], parent: Slots, state: Trajectory
+    ) -> tuple[Slots, Trajectory]:
         """New nodes at the end of an edge: predicted there once, and for ever; scored, where they are leaves."""
-        tree, columns = self.tree, {"correction": state.log_weight.cpu(), **self._edge(state)}
-        rows = self._rows(live, state.x.device)
+        tree, rows = self.tree, self._rows(live, state.x.device)
+        columns: dict[str, NDArray[Any] | Tensor] = {"correction": state.log_weight.cpu().numpy(), **self._edge(state)}
         if depth == tree.depth:
             with torch.no_grad():
                 scores = self._on_rows(self.objective, state.x, rows).cpu()
             check_finite(scores, "of the finished samples", first=tree.leaves.size)
-            columns |= {"reward": scores, "value": scores if self.greedy else log_potential(scores, self.temperature)}
-            return tree.attach(depth, live, parent, x=self._stored(state.x), **columns)
-        state, scores = self._predict(state, rows, score=self.looks)
-        if self.looks and scores is not None:
-            check_finite(scores, f"of the predictions at level {state.k}", first=tree.layers[depth].size)
-            columns["look"] = scores.cpu()
-        columns |= {name: self._stored(tensor) for name, tensor in state.carried.items()}
-        return tree.attach(depth, live, parent, x=self._stored(state.x), **columns)
+            value = scores if self.greedy else log_potential(scores, self.temperature)
+            columns |= {"reward": scores.numpy(), "value": value.numpy()}
+        else:
+            state, scores = self._predict(state, rows, score=self.looks)
+            if self.looks and scores is not None:
+                check_finite(scores, f"of the predictions at level {state.k}", first=tree.layers[depth].size)
+                columns["look"] = scores.cpu().numpy()
+            columns |= {name: self._stored(tensor) for name, tensor in state.carried.items()}
+        return tree.attach(depth, live, parent, x=self._stored(state.x), **columns), state
 
     def _edge(self, state: Trajectory) -> dict[str, Tensor]:
         """An edge's steps, (B, W, steps, ...), where they are kept: states left, and densities (NaN without noise)."""
@@ -193,14 +205,14 @@ class Growth:
             x0, *scores = self._on_rows(predict, state.x, rows)
         return state.carry(x0=x0), scores[0] if scores else None
 
-    def _rows(self, live: Tensor, device: torch.device) -> Tensor | None:
+    def _rows(self, live: NDArray[np.bool_], device: torch.device) -> Tensor | None:
         """Rows of the merged axis (B * W) that are live; None for all.
 
         A conditioned network needs every problem's rows in place: there idle columns are computed, and paid for.
         """
-        if self.process.problems is not None or bool(live.all()):
+        if self.process.problems is not None or live.all():
             return None
-        return live.flatten().nonzero()[:, 0].to(device)
+        return torch.from_numpy(live.reshape(-1).nonzero()[0]).to(device)
 
     @staticmethod
     def _on_rows(function: Callable[[Tensor], Any], x: Tensor, rows: Tensor | None) -> Any:
@@ -218,19 +230,20 @@ class Growth:
     def _stored(self, tensor: Tensor) -> Tensor:
         return tensor if self.store is None else tensor.to(self.store)
 
-    def _spent(self, entry: Tensor, rows: Sequence[int]) -> Tensor:
+    def _spent(self, entry: Slots, rows: Sequence[int]) -> Slots:
         """Network rows of a sweep for each tree, (B,)."""
-        running = torch.stack([(entry <= depth).sum(1) for depth in range(len(rows))])  # (D, B)
+        running = (entry <= np.arange(len(rows))[:, None, None]).sum(2)  # (D, B)
         if self.process.problems is not None:
-            running = running.amax(1, keepdim=True).expand_as(running)
-        return torch.tensor(rows) @ running
+            running = np.broadcast_to(running.max(1, keepdims=True), running.shape)
+        return (np.array(rows)[:, None] * running).sum(0)
 
-    def _fitted(self, plan: Plan, rows: Sequence[int], left: Tensor) -> Plan:
-        """The plan without its last walks, where a conditioned network's idle columns would overdraw the budget."""
+    def _fitted(self, plan: Plan, rows: Sequence[int], left: Slots) -> tuple[Slots, Slots, Slots]:
+        """The plan without its last walks, where a conditioned network's idle columns would overdraw the budget; and
+        what it spends."""
         entry, path = plan
-        while entry.shape[1] and bool((self._spent(entry, rows) > left).any()):
-            entry, path = entry[:, :-1], [slots[:, :-1] for slots in path]
-        return entry, path
+        while ((spent := self._spent(entry, rows)) > left).any():
+            entry, path = entry[:, :-1], path[:, :, :-1]
+        return entry, path, spent
 
     def _check_affordable(self, whole: int, cheapest: int, particles: int | None, budget: int | None) -> None:
         if not self.tree.leaves.size or budget is None:
@@ -342,7 +355,7 @@ def planted(tree: Any, problems: int, levels: tuple[int, ...]) -> Tree:
     return tree
 
 
-def resorted(entry: Tensor, path: list[Tensor]) -> Plan:
+def resorted(entry: Slots, path: Slots) -> Plan:
     """A plan with its walks in order of the depth they enter at, so that those under way are the first columns."""
-    entry, order = entry.sort(dim=1, stable=True)
-    return entry, [slots.gather(1, order) for slots in path]
+    order, problem = entry.argsort(axis=1, kind="stable"), np.arange(len(entry))[:, None]
+    return entry[problem, order], path[:, problem, order]

@@ -1,142 +1,31 @@
-"""Search trees over denoising chains: B trees as flat tensors, one layer per branching level.
+"""Search trees over denoising chains: B trees as flat arrays, one layer per branching level.
 
-Nodes of one depth are columns (B, room) that double when they are full; a node is its slot in the layer, and its
-parent is a slot in the layer above. Depth 0 is the root, which has no state: its transition is the prior. Depth d >= 1
-holds states at level `levels[d - 1]`, the last of them clean leaves. Between branching levels a chain is one edge.
-The bookkeeping lives on the host, where it is quicker than kernel launches; states live where they are asked to.
+A node is its slot in its layer, and its parent is a slot in the layer above. Depth 0 is the root, which has no state:
+its transition is the prior. Depth d >= 1 holds states at level `levels[d - 1]`, the last of them clean leaves. Between
+branching levels a chain is one edge.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from steer.errors import SteerError
 from steer.trajectory import gather
 
+from .layer import ChildLists, Layer, Slots, each
+
 if TYPE_CHECKING:
     import networkx
 
-
-class Layer:
-    """The nodes of one depth in every tree: named columns (B, room, ...), of which tree b has filled count[b].
-
-    parent: slot in the layer above.    children, visits: how many, and selections that passed through plus one.
-    value: soft value in units of the temperature (dts) or best reward below (dts_star).
-    correction: log p / q of the edge from the parent, 0 where children are draws of the model.
-    look: r(x0_hat) of the node, where a build asks for it. reward: scores of leaves. x, x0, gradient: states.
-    edge, edge_log_prob, edge_log_behaviour: (B, room, steps, ...), steps from the parent here, where they are kept.
-    """
-
-    def __init__(self, problems: int):
-        self.count = torch.zeros(problems, dtype=torch.int64)
-        self.size = 0  # of the largest tree
-        self.columns: dict[str, Tensor] = {}
-
-    def __getitem__(self, name: str) -> Tensor:
-        """The filled part of a column, (B, most nodes of a tree, ...): a view."""
-        return self.columns[name][:, : self.size]
-
-    @property
-    def filled(self) -> Tensor:
-        """Which slots hold nodes, (B, size)."""
-        return torch.arange(self.size) < self.count[:, None]
-
-    def append(self, live: Tensor, **values: Tensor) -> Tensor:
-        """New nodes for the columns that are live (B, W), with values (B, W, ...): their slots, (B, W)."""
-        first, width = self.size, live.shape[1]
-        if bool(live.all()) and int(self.count.min()) == first:  # the common case is a block
-            for name, value in values.items():
-                self._roomy(name, value, first + width)[:, first : first + width] = value
-            self.resize(self.count + width)
-            return torch.arange(first, first + width).expand(live.shape)
-        slots = self.count[:, None] + live.long().cumsum(1) - 1
-        index = live.nonzero(as_tuple=True)
-        place = (index[0], slots[index])
-        for name, value in values.items():
-            kept = self._roomy(name, value, int(slots.max()) + 1)
-            kept[tuple(i.to(kept.device) for i in place)] = value[tuple(i.to(value.device) for i in index)]
-        self.resize(self.count + live.sum(1))
-        return slots
-
-    def resize(self, count: Tensor) -> None:
-        """Says how many slots are filled, (B,)."""
-        self.count, self.size = count, int(count.max())
-
-    def _roomy(self, name: str, like: Tensor, need: int) -> Tensor:
-        column = self.columns.get(name)
-        if column is None or column.shape[1] < need:
-            room = max(16, 1 << (need - 1).bit_length())
-            shape = (like.shape[0], room, *like.shape[2:])
-            if column is None:
-                self.columns[name] = torch.zeros(shape, dtype=like.dtype, device=like.device)
-            else:
-                self.columns[name] = column.new_zeros(shape)
-                self.columns[name][:, : column.shape[1]] = column
-        return self.columns[name]
-
-
-class ChildLists:
-    """Children of every node of one layer, each node's side by side in one pool; full blocks move and double."""
-
-    def __init__(self, problems: int):
-        self.start = torch.zeros(problems, 0, dtype=torch.int64)
-        self.room = torch.zeros(problems, 0, dtype=torch.int64)
-        self.length = torch.zeros(problems, 0, dtype=torch.int64)
-        self.pool, self.used = torch.zeros(64, dtype=torch.int64), 0
-
-    def add(self, problem: Tensor, parent: Tensor, child: Tensor, size: int) -> None:
-        """Children, flat, appended to their parents' blocks in the order given; size: parents there are."""
-        self._widen(size)
-        owner, which, more = torch.unique(
-            problem * self.start.shape[1] + parent, return_inverse=True, return_counts=True
-        )
-        start, room, length = self.start.view(-1), self.room.view(-1), self.length.view(-1)
-        before = length[owner]
-        full = before + more > room[owner]
-        if bool(full.any()):
-            moved, kept = owner[full], before[full]
-            wide = torch.exp2(torch.log2((kept + more[full]).double()).ceil()).long()
-            place = self.used + wide.cumsum(0) - wide
-            self._reserve(self.used + int(wide.sum()))
-            offset = _within(kept)
-            self.pool[place.repeat_interleave(kept) + offset] = self.pool[start[moved].repeat_interleave(kept) + offset]
-            start[moved], room[moved] = place, wide
-        order = which.argsort(stable=True)
-        self.pool[(start[owner] + before).repeat_interleave(more) + _within(more)] = child[order]
-        length[owner] = before + more
-
-    def add_first(self, problem: Tensor, parent: Tensor, child: Tensor, size: int) -> None:
-        """The one child of each of some new parents: what a rollout makes nearly everywhere, without sorting."""
-        self._widen(size)
-        place = torch.arange(self.used, self.used + len(child))
-        self._reserve(self.used + len(child))
-        self.pool[place] = child
-        for column, value in ((self.start, place), (self.room, 1), (self.length, 1)):
-            column[problem, parent] = value
-
-    def of(self, problem: Tensor, node: Tensor) -> tuple[Tensor, Tensor]:
-        """All children of some nodes (M,): their slots, and which of the nodes each belongs to."""
-        length = self.length[problem, node]
-        owner = torch.arange(len(node)).repeat_interleave(length)
-        return self.pool[self.start[problem, node][owner] + _within(length)], owner
-
-    def _widen(self, size: int) -> None:
-        if self.start.shape[1] < size:
-            wide = max(16, 1 << (size - 1).bit_length())
-            for name in ("start", "room", "length"):
-                old = getattr(self, name)
-                new = old.new_zeros(old.shape[0], wide)
-                new[:, : old.shape[1]] = old
-                setattr(self, name, new)
-
-    def _reserve(self, need: int) -> None:
-        if need > len(self.pool):
-            self.pool = torch.cat([self.pool, self.pool.new_zeros(max(need, 2 * len(self.pool)) - len(self.pool))])
-        self.used = need
+_ONE = np.int32(1)  # of the counts' own type: where numpy has to cast, counting is ten times as slow
 
 
 class Tree:
@@ -146,7 +35,7 @@ class Tree:
     layers:     depth 0 (the roots) to depth D = len(levels) (the leaves).
     iterations: walks made so far in every tree; the next walk's noise has this slot.
     sweeps:     walks are made in sweeps of many; how many of those.
-    expansions: walks that ended by expanding a node of depth d, of each tree, (B,) for each d < D.
+    expansions: walks that ended by expanding a node of depth d < D, of each tree, (D, B).
     """
 
     def __init__(self, problems: int, levels: tuple[int, ...]):
@@ -154,8 +43,8 @@ class Tree:
         self.layers = [Layer(problems) for _ in range(len(levels) + 1)]
         self.lists: list[ChildLists] | None = None
         self.iterations = self.sweeps = 0
-        self.expansions = [torch.zeros(problems, dtype=torch.int64) for _ in levels]
-        self.attach(0, torch.ones(problems, 1, dtype=torch.bool), torch.zeros(problems, 1, dtype=torch.int64))
+        self.expansions = np.zeros((len(levels), problems), dtype=np.int64)
+        self.attach(0, np.ones((problems, 1), dtype=np.bool_), np.zeros((problems, 1), dtype=np.int64))
 
     def __repr__(self) -> str:
         leaves = int(self.leaves.count.sum())
@@ -179,42 +68,47 @@ class Tree:
     @property
     def nbytes(self) -> int:
         """Bytes held: columns with their room to grow, child lists, and states."""
-        held = [column for layer in self.layers for column in layer.columns.values()]
+        held = [c for layer in self.layers for c in (*layer.facts.values(), *layer.states.values())]
         for lists in self.lists or ():
             held += [lists.start, lists.room, lists.length, lists.pool]
-        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+        return sum(column.nbytes for column in held)
 
-    def attach(self, depth: int, live: Tensor, parent: Tensor, **columns: Tensor) -> Tensor:
-        """New nodes at a depth, (B, W) where live: their slots. They count as children only from `commit` on."""
-        zero = torch.zeros(live.shape, dtype=torch.float64)
-        columns = {"correction": zero, "value": zero, **columns}
-        whole = torch.zeros(live.shape, dtype=torch.int32)
-        return self.layers[depth].append(live, parent=parent, children=whole, visits=whole + 1, **columns)
+    def attach(self, depth: int, live: NDArray[np.bool_], parent: Slots, **columns: NDArray[Any] | Tensor) -> Slots:
+        """New nodes at a depth, (B, W) where live: their slots. Their old parents learn of them by `commit`.
 
-    def commit(self, entry: Tensor, path: list[Tensor]) -> None:
-        """Ends a sweep: visits along every walk, and new nodes known to their parents.
+        A node between root and leaf is born on a walk that goes on to its first child: with it, and with that visit.
+        """
+        first = int(0 < depth < self.depth)
+        counted = np.full(live.shape, first, dtype=np.int32)
+        return self.layers[depth].append(
+            live, parent=parent, children=counted, visits=counted + 1,
+            **{"correction": np.zeros(live.shape), "value": np.zeros(live.shape), **columns},
+        )  # fmt: skip
+
+    def commit(self, entry: Slots, path: Slots) -> None:
+        """Ends a sweep: visits to the old nodes on every walk, and new nodes known to their parents.
 
         entry: (B, W) depth of the node each walk expanded; `depth` for a walk that came to an old leaf, more for none.
-        path:  for each depth the slots (B, W) walked through.
+        path:  for each depth the slots walked through, (depth + 1, B, W).
         """
-        used, walks = (entry <= self.depth).int(), entry.shape[1]
-        for d in range(self.depth):
-            above, fresh = self.layers[d], entry <= d
-            above["visits"].scatter_add_(1, path[d], used)
-            above["children"].scatter_add_(1, path[d], fresh.int())
-            self.expansions[d] = self.expansions[d] + (entry == d).sum(1)
+        went = entry <= self.depth
+        for d, above in enumerate(self.layers[:-1]):
+            nodes, expands = above.nodes(each(entry), path[d]), entry == d
+            np.add.at(above.flat("visits"), nodes[went & (entry >= d)], _ONE)
+            np.add.at(above.flat("children"), nodes[expands], _ONE)
             if self.lists is not None:
-                for add, which in ((self.lists[d].add, entry == d), (self.lists[d].add_first, entry < d)):
-                    if bool(which.any()):
-                        problem, column = which.nonzero(as_tuple=True)
-                        add(problem, path[d][problem, column], path[d + 1][problem, column], above.size)
-        self.iterations, self.sweeps = self.iterations + walks, self.sweeps + 1
+                for add, which in ((self.lists[d].add, expands), (self.lists[d].add_first, entry < d)):
+                    if which.any():
+                        problem, column = which.nonzero()
+                        add(problem, path[d, problem, column], path[d + 1, problem, column], above.size)
+        self.expansions += (entry == np.arange(self.depth)[:, None, None]).sum(2)
+        self.iterations, self.sweeps = self.iterations + entry.shape[1], self.sweeps + 1
 
-    def counts(self) -> list[Tensor]:
+    def counts(self) -> list[Slots]:
         """What `rollback` needs to undo a sweep that did not end."""
         return [layer.count for layer in self.layers]
 
-    def rollback(self, counts: list[Tensor]) -> None:
+    def rollback(self, counts: list[Slots]) -> None:
         """Forgets the nodes attached since `counts`."""
         for layer, count in zip(self.layers, counts, strict=True):
             layer.resize(count)
@@ -225,19 +119,26 @@ class Tree:
             self.lists = [ChildLists(self.problems) for _ in self.levels]
             for above, below, lists in zip(self.layers, self.layers[1:], self.lists, strict=False):
                 if below.size:
-                    problem, slot = below.filled.nonzero(as_tuple=True)
-                    lists.add(problem, below["parent"][problem, slot], slot, above.size)
+                    problem, slot = below.filled.numpy().nonzero()
+                    lists.add(problem, below.facts["parent"][problem, slot], slot, above.size)
         return self.lists
 
-    def log_share(self, depth: int) -> Tensor:
-        """Log of a node's share of its tree, prod 1 / |C| over its ancestors times corrections: (B, size), or -inf.
+    def log_shares(self) -> Iterator[Tensor]:
+        """For every depth from the root down, the log of each node's share of its tree: prod 1 / |C| over its ancestors
+        times corrections, (B, size), -inf in empty slots.
 
         Shares of a layer sum to one where there are no corrections.
         """
         share = torch.zeros(self.problems, 1, dtype=torch.float64)
-        for above, below in zip(self.layers[:depth], self.layers[1 : depth + 1], strict=True):
+        yield share
+        for above, below in pairwise(self.layers):
             share = (share - above["children"].double().log()).gather(1, below["parent"]) + below["correction"]
-        return share.masked_fill(~self.layers[depth].filled, -torch.inf)
+            share = share.masked_fill(~below.filled, -torch.inf)
+            yield share
+
+    def log_share(self, depth: int) -> Tensor:
+        """`log_shares` of one depth."""
+        return next(islice(self.log_shares(), depth, None))
 
     def set_leaf_values(self, potential: Tensor) -> None:
         """Leaf values (B, size): log-potentials r / T for a soft tree, rewards for a greedy one."""
@@ -257,29 +158,28 @@ class Tree:
             above["value"].copy_(top)
         return self.layers[0]["value"][:, 0].clone()
 
-    def backup_paths(self, entry: Tensor, path: list[Tensor], *, greedy: bool = False) -> None:
+    def backup_paths(self, entry: Slots, path: Slots, *, greedy: bool = False) -> None:
         """`backup` of the nodes on walks (B, W) only, in time proportional to their children. Needs child lists."""
         assert self.lists is not None
         for d in range(self.depth - 1, -1, -1):
             above, below = self.layers[d], self.layers[d + 1]
-            walks, column = (entry < d).nonzero(as_tuple=True)  # new nodes, of one child
-            if len(walks):
-                child = path[d + 1][walks, column]
-                above["value"][walks, path[d][walks, column]] = (
-                    below["value"][walks, child] + below["correction"][walks, child]
-                )
-            walks, column = ((entry >= d) & (entry <= self.depth)).nonzero(as_tuple=True)
-            if len(walks):
-                node = torch.unique(walks * above.size + path[d][walks, column])
-                problem, node = node // above.size, node % above.size
-                child, owner = self.lists[d].of(problem, node)
-                value = below["value"][problem[owner], child] + below["correction"][problem[owner], child]
-                above["value"][problem, node] = _pool(value, owner, len(node), greedy)
+            at, value, correction = above.nodes(each(entry), path[d]), below.flat("value"), below.flat("correction")
+            fresh = entry < d  # new nodes, of one child
+            if fresh.any():
+                child = below.nodes(each(entry), path[d + 1])[fresh]
+                above.flat("value")[at[fresh]] = value[child] + correction[child]
+            old = (entry >= d) & (entry <= self.depth)
+            if old.any():
+                node = np.unique(at[old])
+                problem = node // above.room
+                child, first, length = self.lists[d].of(problem, node % above.room)
+                child += (problem * below.room).repeat(length)
+                above.flat("value")[node] = _pool(value[child] + correction[child], first, length, greedy)
 
     def states(self, depth: int, slots: Tensor, device: torch.device | None = None) -> dict[str, Tensor]:
         """States, predictions and gradients of nodes (B, W), on a device."""
-        columns = self.layers[depth].columns
-        kept = {name: columns[name] for name in ("x", "x0", "gradient") if name in columns}
+        held = self.layers[depth].states
+        kept = {name: held[name] for name in ("x", "x0", "gradient") if name in held}
         return {name: gather(column, slots.to(column.device)).to(device) for name, column in kept.items()}
 
     def nodes_at(self, depth: int, problem: int = 0) -> dict[str, Tensor]:
@@ -287,7 +187,7 @@ class Tree:
         scored look or reward. With `levels` and `states`, all that the report's figure reads."""
         layer = self.layers[depth]
         names = ("parent", "children", "visits", "value", "look", "reward")
-        return {name: layer[name][problem, : layer.count[problem]] for name in names if name in layer.columns}
+        return {name: layer[name][problem, : layer.count[problem]] for name in names if name in layer}
 
     def to_networkx(self, problem: int = 0) -> networkx.DiGraph:
         """One tree as a networkx graph: nodes (depth, slot) with level, visits, value, reward; edges to children."""
@@ -300,7 +200,7 @@ class Tree:
             for slot in range(int(layer.count[problem])):
                 known: dict[str, Any] = {"level": self.levels[depth - 1] if depth else -1}
                 for name in ("visits", "value", "look", "reward"):
-                    if name in layer.columns:
+                    if name in layer:
                         known[name] = layer[name][problem, slot].item()
                 graph.add_node((depth, slot), **known)
                 if depth:
@@ -308,20 +208,14 @@ class Tree:
         return graph
 
 
-def _within(length: Tensor) -> Tensor:
-    """0, 1, ..., n - 1 for every length n, end to end."""
-    total = int(length.sum())
-    return torch.arange(total) - (length.cumsum(0) - length).repeat_interleave(length, output_size=total)
-
-
-def _pool(value: Tensor, owner: Tensor, owners: int, greedy: bool) -> Tensor:
-    """Maximum, or log of the mean of exp, of the values of each owner."""
-    top = torch.full((owners,), -torch.inf, dtype=torch.float64).scatter_reduce_(0, owner, value, "amax")
+def _pool(value: NDArray[Any], first: Slots, length: Slots, greedy: bool) -> NDArray[Any]:
+    """Maximum, or log of the mean of exp, of groups of values side by side."""
+    top = np.maximum.reduceat(value, first)
     if greedy:
         return top
-    shift = top.masked_fill(top == -torch.inf, 0.0)
-    total = torch.zeros(owners, dtype=torch.float64).index_add_(0, owner, (value - shift[owner]).exp())
-    return total.log() + shift - torch.bincount(owner, minlength=owners).double().log()
+    shift = np.where(top == -np.inf, 0.0, top)
+    with np.errstate(divide="ignore"):  # log 0 = -inf, where all below is forbidden
+        return np.log(np.add.reduceat(np.exp(value - shift.repeat(length)), first)) + shift - np.log(length)
 
 
 def even_levels(steps: int, count: int) -> list[int]:

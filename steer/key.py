@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
@@ -34,6 +34,7 @@ class Key:
     problem: slot of row 0 on axis 0 of what is drawn (shift it to draw a later batch of problems).
     slot:    slot of column 0 on axis 1 (shift it to draw a later chunk of particles).
     step:    step of a chain, 0 <= step < 2**32.
+    columns: a hint to `peek`, no part of the name: how wide a population may be of which a part is drawn for.
     """
 
     seed: int
@@ -41,20 +42,25 @@ class Key:
     problem: int = 0
     slot: int = 0
     step: int = 0
+    columns: int = field(default=0, compare=False, repr=False)
 
     def fold(self, *names: str | int) -> Key:
         """The independent key below this one with that name."""
-        return Key(self.seed, (*self.stream, *names), self.problem, self.slot, self.step)
+        return Key(self.seed, (*self.stream, *names), self.problem, self.slot, self.step, self.columns)
 
     def at(self, step: int) -> Key:
         """This key at a step of the chain."""
         if not 0 <= step <= _MASK:
             raise SteerError(f"a key's step is a 32-bit counter, 0 <= step < 2**32, got {step}; fold the rest in")
-        return Key(self.seed, self.stream, self.problem, self.slot, step)
+        return Key(self.seed, self.stream, self.problem, self.slot, step, self.columns)
 
     def shifted(self, *, problem: int = 0, slot: int = 0) -> Key:
         """This key with the slots of row 0 and column 0 moved on, for drawing part of a larger tensor."""
-        return Key(self.seed, self.stream, self.problem + problem, self.slot + slot, self.step)
+        return Key(self.seed, self.stream, self.problem + problem, self.slot + slot, self.step, self.columns)
+
+    def wide(self, columns: int) -> Key:
+        """This key, for chains of which up to that many columns are under way at a time, and not always as many."""
+        return Key(self.seed, self.stream, self.problem, self.slot, self.step, columns)
 
     def normal(
         self, shape: Sequence[int], *, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu"
@@ -75,10 +81,14 @@ class Key:
 
         The tensor is shared with whoever asks again: read it, never write.
         """
-        calls = shape[0] * (math.prod(shape[1:]) // 4 + 2)
-        return self._draw(
-            kind, shape, dtype, device, min(64, 1 << max(0, (_CALLS_PER_BLOCK // calls).bit_length() - 1))
-        )
+        steps, width, size = 1, shape[1], math.prod(shape[2:])
+        for width in (max(shape[1], self.columns), shape[1]):
+            calls = shape[0] * (width * size // 4 + 2)
+            steps = min(64, 1 << max(0, (_CALLS_PER_BLOCK // calls).bit_length() - 1))
+            if steps > 1:
+                break
+        drawn = self._draw(kind, (shape[0], width, *shape[2:]), dtype, device, steps)
+        return drawn if width == shape[1] else drawn[:, : shape[1]]
 
     def _draw(
         self, kind: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str, steps: int
@@ -104,18 +114,14 @@ def philox(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor, Ten
     The bits are those of Random123's `philox4x32`.
     """
     counter = torch.broadcast_tensors(*counter)
-    shape, device = counter[0].shape, counter[0].device
-    rows = (2, *(1 for _ in shape))
-    multiplier = torch.tensor(_MULTIPLIERS, dtype=torch.int64, device=device).view(rows)
-    round_key = torch.tensor(key, dtype=torch.int64, device=device).view(rows)
-    weyl = torch.tensor(_WEYL, dtype=torch.int64, device=device).view(rows)
+    multiplier, *round_keys = _constants(key, counter[0].ndim, counter[0].device)
     even = torch.stack([counter[0], counter[2]])
     even0, even1 = even
     odd0, odd1 = counter[1], counter[3]
     high = torch.empty_like(even)
     high0, high1 = high
     products = [(whole, *whole) for whole in (torch.empty_like(even), torch.empty_like(even))]
-    for turn in range(10):
+    for turn, round_key in enumerate(round_keys):
         # 32 x 32 -> 64 bits. The sign of a product and what stands above 32 bits in odd words fall to the mask. Views
         # are taken once, because taking one costs as much as a small xor.
         product, product0, product1 = products[turn % 2]
@@ -125,8 +131,17 @@ def philox(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor, Ten
         torch.bitwise_xor(high0, odd1, out=even1)
         even.bitwise_xor_(round_key).bitwise_and_(_MASK)
         odd0, odd1 = product1, product0
-        round_key = round_key + weyl  # its carry above 32 bits falls to the mask too
     return even0, odd0 & _MASK, even1, odd1 & _MASK
+
+
+@lru_cache(maxsize=64)
+def _constants(key: tuple[int, int], ndim: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Philox's multipliers and the keys of its ten rounds, for counters of some dimensions."""
+    # Outside the caller's inference mode: a later call may need them under autograd.
+    with torch.inference_mode(False):
+        keys = [[(word + turn * weyl) & _MASK for word, weyl in zip(key, _WEYL, strict=True)] for turn in range(10)]
+        table = torch.tensor([_MULTIPLIERS, *keys], dtype=torch.int64, device=device)
+        return table.view(11, 2, *(1 for _ in range(ndim))).unbind(0)
 
 
 @lru_cache(maxsize=256)

@@ -64,11 +64,11 @@ def test_the_papers_build_is_caught():
     assert wide["evidence"] < -LIMIT, wide
 
 
-def looking_below(self, tree, depth, more):
+def looking_below(self, tree, depth, share, more):
     """A build whose shares depend on nodes' own leaves."""
     tree.keep_lists()
     tree.backup()
-    fair = torch.softmax(tree.log_share(depth) + tree.layers[depth]["value"], 1)
+    fair = torch.softmax(share + tree.layers[depth]["value"], 1)
     children = tree.layers[depth]["children"]
     return (fair * (children.sum(1, keepdim=True) + more) - children).clamp(min=0.0).log()
 
@@ -238,7 +238,7 @@ class Coins(Table):
             x = layer["x"][..., 0]
             chance = table[x] if above is None else table[above.gather(1, layer["parent"]), x]
             total = total + torch.where(layer.filled, chance.log(), 0.0).sum(1)
-            unused, above = unused - layer.count, x
+            unused, above = unused - torch.from_numpy(layer.count), x
         return total - unused.double() * math.log(2.0)
 
 
@@ -434,9 +434,9 @@ def test_the_search_finds_more_than_best_of_n():
 
 def test_the_search_leaves_the_root_within_the_first_walks():
     run = search.dts_star(quick_chain(20), REWARD, particles=36, walkers=1)
-    assert int(run.tree.expansions[0]) < 12
+    assert int(run.tree.expansions[0, 0]) < 12
     paper = search.dts_star(quick_chain(20), REWARD, particles=36, walkers=1, widening=(2.0, 0.8))
-    assert int(paper.tree.expansions[0]) == 36
+    assert int(paper.tree.expansions[0, 0]) == 36
 
 
 # -- arguments ----------------------------------------------------------------------------------------------------

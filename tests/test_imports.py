@@ -15,7 +15,7 @@ WARNINGS_MEANT = {("weighted_loop.py", "warnings.warn")}
 AT_MODULE_LEVEL = {
     "steer": {"torch", "steer"},
     "rewards": {"torch", "steer", "rewards"},
-    "search": {"torch", "steer", "search"},
+    "search": {"torch", "numpy", "steer", "search"},  # torch imports numpy anyway
 }
 
 

@@ -88,18 +88,36 @@ def test_draws_do_not_depend_on_batch_chunk_or_offset(kind, event):
         assert torch.equal(part, whole[problem : problem + problems, slot : slot + particles])
 
 
+def peeked(key, event, particles=3):
+    return key.peek("normal", (2, particles, *event), torch.float64, "cpu")
+
+
 @pytest.mark.parametrize("event", [(), (3,), (1, 8, 8)])
 def test_draws_do_not_depend_on_order_or_on_the_block_cache(event):
-    """Small draws come from cached blocks of steps, large ones do not; both must be the same numbers, bitwise."""
+    """Small draws of chains come from cached blocks of steps, large ones do not; all are the same numbers, bitwise."""
     key, steps = Key(8).fold("order"), [70, 0, 3, 64, 1, 63, 2, 1000, 65, 0, 3]
     key_module._block.cache_clear()
-    first = {k: key.at(k).normal((2, 3, *event)) for k in steps}
+    first = {k: peeked(key.at(k), event) for k in steps}
     for k in sorted(set(steps), reverse=True):
         key_module._block.cache_clear()
+        assert torch.equal(first[k], peeked(key.at(k), event))
         assert torch.equal(first[k], key.at(k).normal((2, 3, *event)))
         # one row of so many particles that nothing is cached
-        large = key.at(k).normal((2, 70_000 // max(1, math.prod(event)), *event))
+        large = peeked(key.at(k), event, 70_000 // max(1, math.prod(event)))
         assert torch.equal(first[k], large[:, :3])
+
+
+@pytest.mark.parametrize("event", [(), (3,), (1, 8, 8)])
+def test_wide_keys_draw_the_same_from_fewer_blocks(event):
+    """Chains whose width changes draw from one block, or, where that is too wide to hold, as they would without."""
+    for columns, shared in ((16, True), (10**6, False)):
+        key_module._block.cache_clear()
+        key = Key(8).fold("wide").shifted(problem=1, slot=2).wide(columns)
+        for k, particles in ((0, 3), (1, 7), (2, 16), (3, 1)):
+            drawn = peeked(key.at(k), event, particles)
+            assert torch.equal(drawn, key.at(k).normal((2, particles, *event)))
+        assert (key_module._block.cache_info().misses == 1) == shared  # else one for every width
+        assert key == key.wide(0)  # the name is the same
 
 
 def test_names_give_different_draws():
@@ -203,8 +221,8 @@ def test_draws_made_in_inference_mode_serve_autograd_later():
     key = Key(2).fold("inference")
     key_module._block.cache_clear()
     with torch.inference_mode():
-        inside = key.normal((1, 4, 2))
-    outside = key.normal((1, 4, 2))
+        inside = peeked(key, (2,))
+    outside = peeked(key, (2,))
     assert torch.equal(inside, outside)
     assert not outside.is_inference()
     assert not outside.requires_grad

@@ -2,13 +2,15 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from exact import Linear, mixture_2d
 
 import search
 import steer
-from search.tree import ChildLists, Layer, Tree, even_levels
+from search.layer import ChildLists, Layer
+from search.tree import Tree, even_levels
 
 REWARD = Linear([0.7, -0.5])
 BUILDS = ("unbiased", "uniform", "boltzmann")
@@ -40,12 +42,14 @@ def grown(request):
 def test_layers_append_where_live_and_grow():
     layer = Layer(2)
     for turn in range(20):
-        live = torch.tensor([[True, True], [True, turn % 2 == 0]])
-        slots = layer.append(live, x=torch.full((2, 2, 3), float(turn)))
+        live = np.array([[True, True], [True, turn % 2 == 0]])
+        fact = np.full((2, 2), turn, dtype=np.int32)
+        slots = layer.append(live, x=torch.full((2, 2, 3), float(turn)), visits=fact)
     assert layer.count.tolist() == [40, 30]
     assert slots.tolist()[0] == [38, 39]
     assert layer["x"][0, :, 0].tolist() == [t for t in range(20) for _ in range(2)]
     assert layer["x"][1, :30, 2].tolist() == [t for t in range(20) for _ in range(2 - t % 2)]
+    assert torch.equal(layer["visits"].float(), layer["x"][..., 1])
     assert layer.filled.sum(1).tolist() == [40, 30]
 
 
@@ -53,15 +57,16 @@ def test_child_lists_hold_every_child_in_order():
     lists, truth, key = ChildLists(3), {}, steer.Key(2)
     for turn in range(30):
         draw = key.at(turn).uniform((2, 12))
-        problem, parent = (draw[0] * 3).long(), (draw[1] * (turn + 1)).long()
-        child = torch.arange(12) + 12 * turn
+        problem, parent = (draw[0] * 3).long().numpy(), (draw[1] * (turn + 1)).long().numpy()
+        child = np.arange(12) + 12 * turn
         lists.add(problem, parent, child, turn + 1)
         for b, p, c in zip(problem.tolist(), parent.tolist(), child.tolist(), strict=True):
             truth.setdefault((b, p), []).append(c)
     nodes = list(truth)
-    child, owner = lists.of(torch.tensor([b for b, _ in nodes]), torch.tensor([p for _, p in nodes]))
-    for i, node in enumerate(nodes):
-        assert child[owner == i].tolist() == truth[node]
+    child, first, length = lists.of(np.array([b for b, _ in nodes]), np.array([p for _, p in nodes]))
+    assert len(child) == 30 * 12
+    for node, begin, count in zip(nodes, first, length, strict=True):
+        assert child[begin : begin + count].tolist() == truth[node]
 
 
 def test_counts_agree_with_the_parents(grown):
@@ -73,8 +78,7 @@ def test_counts_agree_with_the_parents(grown):
                 assert int(tree.layers[depth]["children"][problem, slot]) == len(below) > 0
     assert int(tree.layers[0]["visits"][0, 0]) == 1 + tree.iterations == 151
     for depth in range(tree.depth):  # every walk that expands at or above a depth adds one node to the next
-        added = sum(tree.expansions[: depth + 1], torch.zeros(3, dtype=torch.int64))
-        assert torch.equal(tree.layers[depth + 1].count, added)
+        assert np.array_equal(tree.layers[depth + 1].count, tree.expansions[: depth + 1].sum(0))
 
 
 def test_leaf_weights_are_the_telescoped_form_and_the_law_of_the_papers_readout(grown):
@@ -153,10 +157,10 @@ def test_budget_is_spent_to_within_the_cheapest_walk(build, walkers):
     cheapest = 20 - 16 - 1
     for budget in (20, 197, 150 + 150 * walkers):
         run = search.dts(process, REWARD, build=build, levels=4, batch=3, budget=budget, walkers=walkers)
-        rows = sum(made * cost for made, cost in zip(run.tree.expansions, (20, 15, 11, 7, 3), strict=True))
-        assert int(rows.sum()) == run.cost.nfe
-        assert bool((rows <= budget).all())
-        assert bool((rows > budget - cheapest).all())
+        rows = np.array((20, 15, 11, 7, 3)) @ run.tree.expansions
+        assert rows.sum() == run.cost.nfe
+        assert (rows <= budget).all()
+        assert (rows > budget - cheapest).all()
 
 
 @pytest.mark.parametrize("build", BUILDS)
@@ -277,7 +281,7 @@ def test_terminal_states_are_scored_once():
         return 40.0 * x[:, 0]
 
     run = search.dts(chain(4), reward, build="boltzmann", particles=400, walkers=1, widening=(1.0, 0.3))
-    leaves = int(run.tree.leaves.count)
+    leaves = int(run.tree.leaves.count[0])
     assert leaves < 350
     assert sum(count) == run.cost.rewards == leaves
     assert int(run.tree.layers[0]["visits"]) == 401

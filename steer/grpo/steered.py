@@ -137,7 +137,7 @@ def tree_steps(process: GaussianProcess, result: Result) -> list[Walked]:
     steps = []
     for depth in range(tree.depth, 0, -1):
         layer = tree.layers[depth]
-        if "edge" in layer.columns:
+        if "edge" in layer:
             at = slots.to(layer["edge"].device)
             states = torch.cat([gather(layer["edge"], at), gather(layer["x"], at)[:, :, None]], 2).to(device)
             density, drawn_by = (gather(layer[n], slots).to(device) for n in ("edge_log_prob", "edge_log_behaviour"))

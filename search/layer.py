@@ -1,0 +1,209 @@
+"""How trees are kept: the nodes of one depth as columns that double when they are full, and lists of their children.
+
+Bookkeeping is numpy on the host: a sweep touches few nodes at a time, and on few rows a numpy call costs a fifth of a
+tensor call, which costs less than a kernel launch. States are tensors, wherever they are asked to be.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Slots = NDArray[np.int64]
+"""Places of nodes, or of trees, in their columns."""
+
+
+class Layer:
+    """The nodes of one depth in every tree: named columns (B, room, ...), of which tree b has filled count[b].
+
+    facts are the bookkeeping, (B, room); states are tensors. Indexing by name gives a tensor of either.
+
+    parent: slot in the layer above.    children, visits: how many, and selections that passed through plus one.
+    value: soft value in units of the temperature (dts) or best reward below (dts_star).
+    correction: log p / q of the edge from the parent, 0 where children are draws of the model.
+    look: r(x0_hat) of the node, where a build asks for it. reward: scores of leaves. x, x0, gradient: states.
+    edge, edge_log_prob, edge_log_behaviour: (B, room, steps, ...), steps from the parent here, where they are kept.
+    """
+
+    def __init__(self, problems: int):
+        self.count = np.zeros(problems, dtype=np.int64)
+        self.size = 0  # of the largest tree
+        self.room = 0
+        self.facts: dict[str, NDArray[Any]] = {}
+        self.states: dict[str, Tensor] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.facts or name in self.states
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The filled part of a column, (B, most nodes of a tree, ...): a view."""
+        fact = self.facts.get(name)
+        return (self.states[name] if fact is None else torch.from_numpy(fact))[:, : self.size]
+
+    @property
+    def filled(self) -> Tensor:
+        """Which slots hold nodes, (B, size)."""
+        return torch.from_numpy(np.arange(self.size) < self.count[:, None])
+
+    def nodes(self, problem: Slots, slots: Slots) -> Slots:
+        """Where nodes stand on the merged axis (B * room), until the layer grows."""
+        return problem * self.room + slots
+
+    def flat(self, name: str) -> NDArray[Any]:
+        """A fact on the merged axis (B * room): a view."""
+        return self.facts[name].reshape(-1)
+
+    def append(self, live: NDArray[np.bool_], **values: NDArray[Any] | Tensor) -> Slots:
+        """New nodes for the columns that are live (B, W), with values (B, W, ...): their slots, (B, W)."""
+        first, width = self.size, live.shape[1]
+        if live.all() and self.count.min() == first:  # the common case is a block
+            self._reserve(first + width)
+            for name, value in values.items():
+                self._column(name, value)[:, first : first + width] = value
+            self.resize(self.count + width)
+            return np.broadcast_to(np.arange(first, first + width), live.shape)
+        slots = self.count[:, None] + live.cumsum(1) - 1
+        self._reserve(int(slots.max()) + 1)
+        taken, place = live.reshape(-1).nonzero()[0], self.nodes(each(live), slots)[live]
+        rows = torch.from_numpy(taken), torch.from_numpy(place)
+        for name, value in values.items():
+            column = self._column(name, value)
+            if isinstance(value, Tensor):
+                chosen, at = (index.to(value.device) for index in rows)
+                column.flatten(0, 1).index_copy_(0, at, value.flatten(0, 1).index_select(0, chosen))
+            else:
+                column.reshape(-1)[place] = value.reshape(-1)[taken]
+        self.resize(self.count + live.sum(1))
+        return slots
+
+    def resize(self, count: Slots) -> None:
+        """Says how many slots are filled, (B,)."""
+        self.count, self.size = count, int(count.max())
+
+    def _column(self, name: str, like: NDArray[Any] | Tensor) -> Any:
+        if name not in self:
+            shape = (like.shape[0], self.room, *like.shape[2:])
+            if isinstance(like, Tensor):
+                self.states[name] = like.new_zeros(shape)
+            else:
+                self.facts[name] = np.zeros(shape, dtype=like.dtype)
+        return self.states[name] if isinstance(like, Tensor) else self.facts[name]
+
+    def _reserve(self, need: int) -> None:
+        if need <= self.room:
+            return
+        old, self.room = self.room, max(16, 1 << (need - 1).bit_length())
+        for name, fact in self.facts.items():
+            self.facts[name] = np.zeros((len(fact), self.room), dtype=fact.dtype)
+            self.facts[name][:, :old] = fact
+        for name, state in self.states.items():
+            self.states[name] = state.new_zeros((len(state), self.room, *state.shape[2:]))
+            self.states[name][:, :old] = state
+
+
+class ChildLists:
+    """Children of every node of one layer, each node's side by side in one pool; full blocks move and double."""
+
+    def __init__(self, problems: int):
+        self.start, self.room, self.length = np.zeros((3, problems, 0), dtype=np.int64)
+        self.pool, self.used = np.zeros(64, dtype=np.int64), 0
+
+    def add(self, problem: Slots, parent: Slots, child: Slots, size: int) -> None:
+        """Children, flat, appended to their parents' blocks in the order given; size: parents there are."""
+        self._widen(size)
+        start, room, length = (column.reshape(-1) for column in (self.start, self.room, self.length))
+        owners = grouped(problem * self.start.shape[1] + parent)
+        owner, more = owners.ids, owners.size
+        before = length[owner]
+        full = before + more > room[owner]
+        if full.any():
+            moved, kept = owner[full], before[full]
+            wide = 1 << np.ceil(np.log2(kept + more[full])).astype(np.int64)
+            place = self.used + wide.cumsum() - wide
+            self._reserve(self.used + int(wide.sum()))
+            self.pool[ranges(place, kept)] = self.pool[ranges(start[moved], kept)]
+            start[moved], room[moved] = place, wide
+        self.pool[ranges(start[owner] + before, more)] = child[owners.order]
+        length[owner] = before + more
+
+    def add_first(self, problem: Slots, parent: Slots, child: Slots, size: int) -> None:
+        """The one child of each of some new parents: what a rollout makes nearly everywhere, without sorting."""
+        self._widen(size)
+        first = self.used
+        self._reserve(first + len(child))
+        self.pool[first : self.used] = child
+        self.start[problem, parent] = np.arange(first, self.used)
+        self.room[problem, parent] = self.length[problem, parent] = 1
+
+    def of(self, problem: Slots, node: Slots) -> tuple[Slots, Slots, Slots]:
+        """All children of some nodes (M,), node by node: their slots, where each node's begin, and how many."""
+        length = self.length[problem, node]
+        return self.pool[ranges(self.start[problem, node], length)], length.cumsum() - length, length
+
+    def _widen(self, size: int) -> None:
+        if self.start.shape[1] < size:
+            wide = max(16, 1 << (size - 1).bit_length())
+            for name in ("start", "room", "length"):
+                old = getattr(self, name)
+                new = np.zeros((len(old), wide), dtype=np.int64)
+                new[:, : old.shape[1]] = old
+                setattr(self, name, new)
+
+    def _reserve(self, need: int) -> None:
+        if need > len(self.pool):
+            self.pool = np.concatenate([self.pool, np.zeros(max(need, 2 * len(self.pool)) - len(self.pool), np.int64)])
+        self.used = need
+
+
+def each(columns: NDArray[Any]) -> Slots:
+    """The problem of every row of (B, W), (B, 1)."""
+    return np.arange(len(columns))[:, None]
+
+
+class Groups(NamedTuple):
+    """Entries (M,) of which some are equal, group by group.
+
+    ids: what each group's entries are. order: positions of the entries, one group after the other, in order within it.
+    first, size: where a group begins in `order`, and how many it has.
+    """
+
+    ids: Slots
+    order: Slots
+    first: Slots
+    size: Slots
+
+    @property
+    def which(self) -> Slots:
+        """Each entry's group, (M,)."""
+        return self.scatter(np.arange(len(self.ids)).repeat(self.size))
+
+    @property
+    def rank(self) -> Slots:
+        """How many entries of its group come before each entry, (M,)."""
+        return self.scatter(np.arange(len(self.order)) - self.first.repeat(self.size))
+
+    def scatter(self, ordered: NDArray[Any]) -> NDArray[Any]:
+        """Values that stand in `order`, back at their entries."""
+        back = np.empty_like(ordered)
+        back[self.order] = ordered
+        return back
+
+
+def grouped(ids: Slots) -> Groups:
+    """Equal entries of ids (M,) side by side."""
+    order = ids.argsort(kind="stable")
+    ordered = ids[order]
+    begins = np.ones(len(ids), dtype=np.bool_)
+    np.not_equal(ordered[1:], ordered[:-1], out=begins[1:])
+    first = begins.nonzero()[0]
+    return Groups(ordered[first], order, first, np.diff(first, append=len(ids)))
+
+
+def ranges(start: Slots, length: Slots) -> Slots:
+    """start, start + 1, ..., start + length - 1 of every range, end to end."""
+    end = length.cumsum()
+    return np.arange(end[-1] if len(end) else 0) + (start - (end - length)).repeat(length)
