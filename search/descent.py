@@ -62,7 +62,8 @@ class Descent:
                 uniform = key.fold("select", depth).uniform(entry.shape).numpy()[problem, column] if self.draw else None
                 at = self._children(tree, depth, lists[depth], grouped(layer.nodes(problem, at)), uniform)
                 path[depth + 1, problem, column] = at
-        entry[problem, column] = tree.depth
+        if self.revisit:
+            entry[problem, column] = tree.depth
         return resorted(entry, path)
 
     def _widens(self, tree: Tree, depth: int, here: Slots) -> NDArray[np.bool_]:

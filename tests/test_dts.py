@@ -10,6 +10,7 @@ from exact import LIMIT, Linear, Quadratic, exact_chain, mixture_2d, worst, z, z
 
 import search
 import steer
+from search.dts_star import _spread
 from steer import weights
 
 REWARD = Linear([0.7, -0.5])
@@ -437,6 +438,17 @@ def test_the_search_leaves_the_root_within_the_first_walks():
     assert int(run.tree.expansions[0, 0]) < 12
     paper = search.dts_star(quick_chain(20), REWARD, particles=36, walkers=1, widening=(2.0, 0.8))
     assert int(paper.tree.expansions[0, 0]) == 36
+
+
+def test_forbidden_leaves_do_not_count_in_the_spread_of_rewards():
+    def half(x):
+        return torch.where(x[:, 0] > 0, REWARD(x), -torch.inf)
+
+    run = search.dts_star(quick_chain(), half, particles=60, batch=3)
+    for reward, spread in zip(run.reward, _spread(run.tree), strict=True):
+        allowed = reward[reward.isfinite()]
+        assert 0 < len(allowed) < 60
+        assert spread == pytest.approx(allowed.std(correction=0).item())
 
 
 # -- arguments ----------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Trees as data: layers, child lists, values, shares, growth from where a tree stands."""
 
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -9,6 +10,9 @@ from exact import Linear, mixture_2d
 
 import search
 import steer
+from search.descent import Descent, _categorical
+from search.dts import _soft_value
+from search.growth import resorted
 from search.layer import ChildLists, Layer
 from search.tree import Tree, even_levels
 
@@ -65,6 +69,7 @@ def test_child_lists_hold_every_child_in_order():
     nodes = list(truth)
     child, first, length = lists.of(np.array([b for b, _ in nodes]), np.array([p for _, p in nodes]))
     assert len(child) == 30 * 12
+    assert lists.used < 4 * len(child)  # blocks double; they do not move for every child
     for node, begin, count in zip(nodes, first, length, strict=True):
         assert child[begin : begin + count].tolist() == truth[node]
 
@@ -107,6 +112,70 @@ def test_leaf_weights_are_the_telescoped_form_and_the_law_of_the_papers_readout(
                 node = above
             assert grown.log_weight[problem, slot].item() == pytest.approx(telescoped, abs=1e-12)
             assert grown.log_weight[problem, slot].item() == pytest.approx(readout, abs=1e-10)
+
+
+def one_after_another(tree, descent, walks, left, key):
+    """What the walks of a sweep choose, by loops: entry (B, W) and slots by depth, before they are put in order."""
+    entry = [[tree.depth + 1] * walks for _ in left]
+    path = [[[0] * (tree.depth + 1) for _ in range(walks)] for _ in left]
+    for problem, money in enumerate(left):
+        _, children = flat(tree, problem)
+        going = list(range(walks)) if money >= descent.rows[-1] else []
+        for depth in range(tree.depth):
+            layer, met, added = tree.layers[depth], Counter(), Counter()
+            uniform = key.fold("select", depth).shifted(slot=tree.iterations, problem=problem).uniform((1, walks))[0]
+            stayed = []
+            for walk in going:
+                slot = path[problem][walk][depth]
+                count = len(children[depth, slot])
+                room = descent.widening[0] * (int(layer["visits"][problem, slot]) + met[slot]) ** descent.widening[1]
+                always = count == 0 or (depth == tree.depth - 1 and not descent.revisit)
+                met[slot] += 1
+                if always or count + added[slot] < room:
+                    added[slot] += 1
+                    if descent.rows[depth] <= money:
+                        entry[problem][walk], money = depth, money - descent.rows[depth]
+                        continue
+                if count:
+                    stayed.append(walk)
+            met, going = Counter(), stayed
+            for walk in going:
+                slot = path[problem][walk][depth]
+                below = [child for _, child in children[depth, slot]]
+                of = torch.tensor([problem] * len(below)), torch.tensor([slot] * len(below)), torch.tensor(below)
+                score = torch.as_tensor(descent.score(tree, depth + 1, *(index.numpy() for index in of)))
+                if descent.draw:
+                    chosen = int((torch.softmax(score.double(), 0).cumsum(0) <= uniform[walk]).sum())
+                else:
+                    chosen = int(score.sort(descending=True, stable=True).indices[met[slot] % len(below)])
+                met[slot] += 1
+                path[problem][walk][depth + 1] = below[chosen]
+        for walk in going if descent.revisit else ():
+            entry[problem][walk] = tree.depth
+    return np.array(entry), np.moveaxis(np.array(path), 2, 0)
+
+
+@pytest.mark.parametrize("widening", [(1.0, 0.5), (1.1, 0.5), (1.0, 0.6)], ids=str)
+@pytest.mark.parametrize("revisit", [True, False])
+@pytest.mark.parametrize("draw", [True, False])
+def test_a_sweep_is_its_walks_one_after_another(draw, revisit, widening):
+    """Every walk sees the visits and the new children of the walks before it, and pays before those after it."""
+    tree = search.dts(chain(), REWARD, build="boltzmann", batch=3, particles=150, walkers=7, widening=(1.0, 0.5)).tree
+    descent = Descent(_soft_value, draw, widening, revisit, (10, 7, 5, 4, 3, 3, 2, 2, 1, 1)[: tree.depth])
+    for walks, left in ((40, [10**6] * 3), (12, [33, 0, 10**6])):
+        key = steer.Key(5).fold(walks)
+        entry, path = one_after_another(tree, descent, walks, left, key)
+        assert len(np.unique(entry)) > 2, entry
+        found = descent(tree, walks, np.array(left), key)
+        for one, other in zip(found, resorted(entry, path), strict=True):
+            assert np.array_equal(one, other)
+
+
+def test_choice_among_forbidden_children_and_at_the_edge():
+    """Two nodes of two and three children: all forbidden are all alike, and rounding leaves nobody to the neighbour."""
+    score, first, length = np.array([-np.inf, -np.inf, 0.0, -np.inf, 1.0]), np.array([0, 2]), np.array([2, 3])
+    which, uniform = np.array([0, 0, 0, 1, 1, 1]), np.array([0.4, 0.6, 1.0, 0.26, 0.28, 1.0])
+    assert _categorical(score, first, length, which, uniform).tolist() == [0, 1, 1, 2, 4, 4]
 
 
 def test_values_kept_current_equal_values_recomputed():
@@ -161,11 +230,14 @@ def test_budget_is_spent_to_within_the_cheapest_walk(build, walkers):
         assert rows.sum() == run.cost.nfe
         assert (rows <= budget).all()
         assert (rows > budget - cheapest).all()
+        if build != "boltzmann":  # whose walks may end at old leaves, which costs nothing; else no row, no walk
+            assert np.array_equal(run.tree.layers[0]["visits"][:, 0] - 1, run.tree.expansions.sum(0))
 
 
+@pytest.mark.parametrize("size", [{"particles": 90}, {"budget": 283}], ids=str)
 @pytest.mark.parametrize("build", BUILDS)
-def test_trees_of_a_batch_are_trees_of_their_own(build):
-    process, options = chain(), {"build": build, "particles": 90, "walkers": 5, "key": steer.Key(3)}
+def test_trees_of_a_batch_are_trees_of_their_own(build, size):
+    process, options = chain(), {"build": build, "walkers": 5, "key": steer.Key(3), **size}
     together = search.dts(process, REWARD, batch=4, **options)
     for problem in range(4):
         options["key"] = steer.Key(3).shifted(problem=problem)
@@ -301,7 +373,7 @@ def test_conditioned_networks_pay_for_idle_columns():
     )
     for build in BUILDS:
         seen.clear()
-        run = search.dts(process, REWARD, build=build, budget=500, walkers=5, key=2)
+        run = search.dts(process, REWARD, build=build, budget=500, walkers=5, widening=(1.0, 0.5), key=2)
         assert {rows[0] for rows in seen} == {3}
         assert run.cost.nfe == 3 * sum(rows[1] for rows in seen) <= 1500
         if build == "unbiased":
