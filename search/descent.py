@@ -43,7 +43,7 @@ class Descent:
         entry = np.full((tree.problems, walks), tree.depth + 1)
         path = np.zeros((tree.depth + 1, tree.problems, walks), dtype=np.int64)
         # Walks under way, flat and in order: of which tree, which of its walks, and at which node.
-        problem, column = np.broadcast_to((left >= self.rows[-1])[:, None], entry.shape).nonzero()
+        problem, column = (left >= self.rows[-1])[:, None].repeat(walks, 1).nonzero()
         at = np.zeros_like(problem)
         for depth, layer in enumerate(tree.layers[:-1]):
             if not len(at):

@@ -103,8 +103,9 @@ class Growth:
                 if width:
                     live, above = live[:, :width], path[depth, :, :width]
                     state = self._enter(depth, above, key, None if (entry == depth).any() else state)
-                    state = self._along_edge(state, live, tree.levels[depth], key.fold("step"))
-                    slots, state = self._attach(depth + 1, live, above, state)
+                    rows = self._rows(live, state.x.device)
+                    state = self._along_edge(state, rows, tree.levels[depth], key.fold("step"))
+                    slots, state = self._attach(depth + 1, live, rows, above, state)
                     np.copyto(path[depth + 1, :, :width], slots, where=live)
         except BaseException:
             tree.rollback(before)  # the tree holds whole walks only, so that it can be grown again
@@ -133,8 +134,8 @@ class Growth:
         level, x = self.tree.levels[depth - 1], kept.pop("x")
         return Trajectory.begin(self.process, x, k=level, keep_states=self.keep_states).carry(**kept)
 
-    def _along_edge(self, state: Trajectory, live: NDArray[np.bool_], until: int, noise: Key) -> Trajectory:
-        rows = self._rows(live, state.x.device)
+    @torch.no_grad()
+    def _along_edge(self, state: Trajectory, rows: Tensor | None, until: int, noise: Key) -> Trajectory:
         while state.k < until:
             if "x0" not in state.carried:
                 state, _ = self._predict(state, rows, score=False)
@@ -147,15 +148,15 @@ class Growth:
                 self.on_step(state)
         return state
 
+    @torch.no_grad()
     def _attach(
-        self, depth: int, live: NDArray[np.bool_], parent: Slots, state: Trajectory
+        self, depth: int, live: NDArray[np.bool_], rows: Tensor | None, parent: Slots, state: Trajectory
     ) -> tuple[Slots, Trajectory]:
         """New nodes at the end of an edge: predicted there once, and for ever; scored, where they are leaves."""
-        tree, rows = self.tree, self._rows(live, state.x.device)
+        tree = self.tree
         columns: dict[str, NDArray[Any] | Tensor] = {"correction": state.log_weight.cpu().numpy(), **self._edge(state)}
         if depth == tree.depth:
-            with torch.no_grad():
-                scores = self._on_rows(self.objective, state.x, rows).cpu()
+            scores = self._on_rows(self.objective, state.x, rows).cpu()
             check_finite(scores, "of the finished samples", first=tree.leaves.size)
             value = scores if self.greedy else log_potential(scores, self.temperature)
             columns |= {"reward": scores.numpy(), "value": value.numpy()}
@@ -201,8 +202,7 @@ class Growth:
             x0 = process.denoise(x, k)
             return (x0, self.objective(process.complete(x, x0))) if score else (x0,)
 
-        with torch.no_grad():
-            x0, *scores = self._on_rows(predict, state.x, rows)
+        x0, *scores = self._on_rows(predict, state.x, rows)
         return state.carry(x0=x0), scores[0] if scores else None
 
     def _rows(self, live: NDArray[np.bool_], device: torch.device) -> Tensor | None:

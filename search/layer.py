@@ -65,7 +65,7 @@ class Layer:
             for name, value in values.items():
                 self._column(name, value)[:, first : first + width] = value
             self.resize(self.count + width)
-            return np.broadcast_to(np.arange(first, first + width), live.shape)
+            return np.arange(first, first + width)[None].repeat(len(live), 0)
         slots = self.count[:, None] + live.cumsum(1) - 1
         self._reserve(int(slots.max()) + 1)
         taken, place = live.reshape(-1).nonzero()[0], self.nodes(each(live), slots)[live]

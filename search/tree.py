@@ -91,11 +91,13 @@ class Tree:
         entry: (B, W) depth of the node each walk expanded; `depth` for a walk that came to an old leaf, more for none.
         path:  for each depth the slots walked through, (depth + 1, B, W).
         """
-        went = entry <= self.depth
+        deepest = entry.max(where=entry <= self.depth, initial=0)
         for d, above in enumerate(self.layers[:-1]):
-            nodes, expands = above.nodes(each(entry), path[d]), entry == d
-            np.add.at(above.flat("visits"), nodes[went & (entry >= d)], _ONE)
-            np.add.at(above.flat("children"), nodes[expands], _ONE)
+            expands = entry == d
+            if d <= deepest:  # below, all nodes on walks are new
+                nodes = above.nodes(each(entry), path[d])
+                np.add.at(above.flat("visits"), nodes[(entry >= d) & (entry <= self.depth)], _ONE)
+                np.add.at(above.flat("children"), nodes[expands], _ONE)
             if self.lists is not None:
                 for add, which in ((self.lists[d].add, expands), (self.lists[d].add_first, entry < d)):
                     if which.any():
