@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
+from steer import weights
 from steer.errors import SteerError
 from steer.key import Key, as_key
 from steer.objective import check_finite, check_temperature, conditioned, open_run
@@ -70,12 +70,11 @@ def best_of_n(
         if interrupted:
             break
     x, score = torch.cat(samples, 1), torch.cat(scores, 1)
-    winners = torch.sort(score, dim=1, descending=True, stable=True).indices[:, :keep]
-    log_weight = torch.full_like(score, -torch.inf).scatter_(1, winners, -math.log(winners.shape[1]))
+    log_weight = weights.of_best(score, keep)
     none = torch.full_like(score[:, 0], torch.nan)
     return Result(
         process=process, x=x, reward=score, log_weight=log_weight, log_evidence=none,
         root=torch.arange(score.shape[1], device=score.device).expand_as(score), key=key, cost=meter.cost(),
-        temperature=temperature, seen=(Seen(process.steps, torch.full_like(none, float(keep)), score),),
+        temperature=temperature, seen=(Seen(process.steps, weights.ess(log_weight), score),),
         interrupted=interrupted,
     )  # fmt: skip

@@ -6,7 +6,6 @@ chunks rename none of the others.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -104,10 +103,8 @@ class Run:
         interrupted: bool = False,
     ) -> Result:
         """The Result of samples (B, n, *event): the `keep` best share the weight; None: all of them."""
-        log_weight = weights.normalise(torch.zeros_like(reward))
-        if keep is not None:
-            winners = torch.sort(reward, dim=1, descending=True, stable=True).indices[:, :keep]
-            log_weight = torch.full_like(reward, -torch.inf).scatter_(1, winners, -math.log(winners.shape[1]))
+        even = weights.normalise(torch.zeros_like(reward))
+        log_weight = even if keep is None else weights.of_best(reward, keep)
         none = torch.full_like(reward[:, 0], torch.nan)
         seen = (*seen, Seen(self.process.steps, weights.ess(log_weight), reward))
         return Result(

@@ -35,21 +35,23 @@ def dts_star(
     walkers: int = 4,
     widening: tuple[float, float] = (1.0, 0.35),
     explore: float = 0.5,
+    keep: int = 1,
     start: Start = prior,
     tree: Tree | None = None,
     store: torch.device | str | None = None,
     on_step: OnStep | None = None,
 ) -> Result:
-    """The leaves of a tree grown towards high reward, all the weight on the best.
+    """The leaves of a tree grown towards high reward, the weight on the best.
 
     widening:  (C, alpha): a node of N visits is expanded while it has fewer than C N^alpha children.
     explore:   weight of the bonus sqrt(log N(parent) / N(child)) that keeps rarely visited children in play, in units
                of the standard deviation of the leaf rewards so far.
+    keep:      how many of the leaves share the weight.
     walkers:   walks per sweep. Those that meet at a node take its best child, its second best, and so on.
     Other arguments as `search.dts`. temperature is noted in the result and changes nothing: values are maxima (T -> 0).
 
-    Returns every leaf x (B, N, *event), reward (B, N), log_weight 0 at the best leaf and -inf elsewhere, `tree`;
-    log_evidence is NaN. Anytime: stopped early, it returns the best so far.
+    Returns every leaf x (B, N, *event), reward (B, N), log_weight equal at the `keep` best leaves and -inf elsewhere,
+    `tree`; log_evidence is NaN. Anytime: stopped early, it returns the best so far.
     Cost per tree: as `search.dts`, without rewards of inner nodes. Every walk makes a new leaf.
     Source: Jain et al. 2025 (2506.20701), DTS*. Differs: the paper's widening (2, .8) expands only the root for the
     first 36 walks and mostly the root for thousands, which is best-of-N; this one expands the root about N^.35 times,
@@ -60,7 +62,7 @@ def dts_star(
     process, objective, meter = open_run(process, reward, key=key)
     tree = planted(tree, conditioned(process, batch), branching_levels(process, levels))
     growth = Growth(
-        process, objective, meter, tree, key, temperature, plantable(start), bootstrap, greedy=True, live=True,
+        process, objective, meter, tree, key, temperature, plantable(start), bootstrap, keep=keep, live=True,
         store=store, on_step=on_step,
     )  # fmt: skip
     rows = segment_rows(process, tree.levels)

@@ -39,7 +39,7 @@ class Growth:
     """One run that grows trees: what walks are made of, and the ledger.
 
     looks:  score the prediction at every node, for builds that ask for it.
-    greedy: values are best rewards, not soft values.
+    keep:   for searches, where values are best rewards: how many of the leaves share the weight. None: soft values.
     live:   keep values current after every sweep, for builds that select by them.
     store:  device of the nodes' states, None for the network's.
     keep_states: keep the states and densities of steps between nodes too.
@@ -54,12 +54,17 @@ class Growth:
     start: Start
     proposal: Proposal
     looks: bool = False
-    greedy: bool = False
+    keep: int | None = None
     live: bool = False
     store: torch.device | str | None = None
     on_step: OnStep | None = None
     keep_states: bool = False
     paid: Trajectory | None = field(default=None, init=False)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether values are best rewards."""
+        return self.keep is not None
 
     def run(self, choose: Choose, walkers: int, particles: int | None, budget: int | None) -> Result:
         """Sweeps until the particles are made, the budget is spent, or `on_step` asks to stop."""
@@ -273,8 +278,8 @@ class Growth:
         for layer in tree.layers[:1:-1]:
             ancestor = layer["parent"].gather(1, ancestor)
         x = tree.states(tree.depth, slots, getattr(self.process, "device", None))["x"]
-        if self.greedy:
-            log_weight = torch.full_like(reward, -torch.inf).scatter_(1, reward.argmax(1, keepdim=True), 0.0)
+        if self.keep is not None:
+            log_weight = weights.of_best(reward.masked_fill(~filled, -torch.inf), self.keep)
             root_value = torch.full_like(root_value, math.nan)
         else:
             log_weight = weights.normalise(tree.log_share(tree.depth) + leaves["value"])
@@ -288,8 +293,7 @@ class Growth:
             scores = self.objective(x)
         check_finite(scores, "of the predictions")
         potential = log_potential(scores, self.temperature)
-        chosen = torch.full_like(scores, -torch.inf).scatter_(1, scores.argmax(1, keepdim=True), 0.0)
-        log_weight = chosen if self.greedy else weights.normalise(potential)
+        log_weight = weights.normalise(potential) if self.keep is None else weights.of_best(scores, self.keep)
         evidence = weights.log_mean_exp(potential)
         root = torch.arange(scores.shape[1]).expand(scores.shape)
         return self._on_device(x, scores, log_weight, evidence * math.nan if self.greedy else evidence, root, True)

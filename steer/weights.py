@@ -23,6 +23,17 @@ def normalise(log_weight: Tensor) -> Tensor:
     return log_weight - torch.logsumexp(log_weight, 1, keepdim=True)
 
 
+def of_best(score: Tensor, keep: int) -> Tensor:
+    """Log-weights (B, N) that the `keep` highest scores of each problem share equally (the first of equals).
+
+    Fewer share where fewer are not forbidden (-inf); where all are, that is overlooked.
+    """
+    best = torch.sort(score, dim=1, descending=True, stable=True).indices[:, :keep]
+    shared = torch.full_like(score, -torch.inf).scatter_(1, best, 0.0)
+    forbidden = score == -torch.inf
+    return normalise(shared.masked_fill(forbidden & ~forbidden.all(1, keepdim=True), -torch.inf))
+
+
 def ess(log_weight: Tensor) -> Tensor:
     """Effective sample size 1 / sum W^2 of accumulated weights, in [1, N]: (B, N) -> (B,). NaN where all are zero."""
     return torch.softmax(log_weight, 1).square().sum(1).reciprocal()

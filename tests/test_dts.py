@@ -440,6 +440,22 @@ def test_the_search_leaves_the_root_within_the_first_walks():
     assert int(paper.tree.expansions[0, 0]) == 36
 
 
+def test_the_best_leaves_share_the_weight():
+    """Those of each tree: not slots that a smaller tree does not fill, and not forbidden leaves."""
+
+    def half(x):
+        return torch.where(x[:, 0] > 0, REWARD(x), -torch.inf)
+
+    run = search.dts_star(quick_chain(), half, budget=130, batch=4, walkers=3, keep=9)
+    assert run.tree.leaves.count.min() < run.x.shape[1]  # trees differ in leaves
+    for problem, (reward, log_weight) in enumerate(zip(run.reward, run.log_weight, strict=True)):
+        own = reward[: run.tree.leaves.count[problem]]
+        allowed = own[own.isfinite()].sort(descending=True).values[:9]
+        shown = log_weight.isfinite()
+        assert sorted(reward[shown].tolist(), reverse=True) == allowed.tolist()
+        torch.testing.assert_close(log_weight[shown].exp(), torch.full_like(allowed, 1.0 / len(allowed)))
+
+
 def test_forbidden_leaves_do_not_count_in_the_spread_of_rewards():
     def half(x):
         return torch.where(x[:, 0] > 0, REWARD(x), -torch.inf)

@@ -44,6 +44,16 @@ def test_normalise():
     )
 
 
+def test_the_best_share_equally():
+    """Ties go to the first, forbidden scores to nobody, and where all are forbidden that is overlooked."""
+    score = rows((1.0, 3.0, 3.0, 3.0), (0.0, -math.inf, -math.inf, 2.0), (-math.inf,) * 4)
+    torch.testing.assert_close(
+        weights.of_best(score, 2).exp(), rows((0.0, 0.5, 0.5, 0.0), (0.5, 0.0, 0.0, 0.5), (0.5, 0.5, 0.0, 0.0))
+    )
+    torch.testing.assert_close(weights.of_best(score, 3)[1].exp(), rows((0.5, 0.0, 0.0, 0.5))[0])
+    torch.testing.assert_close(weights.of_best(score, 9)[0].exp(), rows((0.25,) * 4)[0])
+
+
 def test_ess_of_small_cases():
     cases = {(0.0,): 1.0, (0.0, 0.0): 2.0, (0.0, -INF): 1.0, (0.0, -INF, 0.0, -INF): 2.0, (1e6, 0.0, 1e6): 2.0}
     cases |= {(-1e300, -1e300): 2.0, (math.log(3.0), 0.0): 16.0 / 10.0, (-1e5, -INF, -1e5 - math.log(2.0)): 9.0 / 5.0}
