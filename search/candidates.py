@@ -103,8 +103,7 @@ class Run:
         interrupted: bool = False,
     ) -> Result:
         """The Result of samples (B, n, *event): the `keep` best share the weight; None: all of them."""
-        even = weights.normalise(torch.zeros_like(reward))
-        log_weight = even if keep is None else weights.of_best(reward, keep)
+        log_weight = weights.normalise(torch.zeros_like(reward)) if keep is None else weights.of_best(reward, keep)
         none = torch.full_like(reward[:, 0], torch.nan)
         seen = (*seen, Seen(self.process.steps, weights.ess(log_weight), reward))
         return Result(

@@ -48,7 +48,7 @@ class Descent:
         for depth, layer in enumerate(tree.layers[:-1]):
             if not len(at):
                 break
-            here = layer.nodes(problem, at)
+            here = layer.places(problem, at)
             childless = layer.flat("children")[here] == 0  # a new root, that all walks expand
             wanted = childless | self._widens(tree, depth, here)
             before = np.searchsorted(problem, problem)  # walks of the trees before, which these do not pay for
@@ -60,7 +60,7 @@ class Descent:
             problem, column, at = problem[going], column[going], at[going]
             if len(at):
                 uniform = key.fold("select", depth).uniform(entry.shape).numpy()[problem, column] if self.draw else None
-                at = self._children(tree, depth, lists[depth], grouped(layer.nodes(problem, at)), uniform)
+                at = self._children(tree, depth, lists[depth], grouped(layer.places(problem, at)), uniform)
                 path[depth + 1, problem, column] = at
         if self.revisit:
             entry[problem, column] = tree.depth

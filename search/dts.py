@@ -34,7 +34,7 @@ from steer.types import OnStep, ReverseProcess, Reward
 
 from .descent import Descent
 from .growth import Choose, Growth, Plan, branching_levels, plantable, planted, segment_rows
-from .layer import Slots
+from .layer import Slots, each_problem
 from .tree import Tree
 
 
@@ -129,13 +129,13 @@ def _builder(build: str, growth: Growth, widening: tuple[float, float], defence:
 
 def _soft_value(tree: Tree, depth: int, problem: Slots, parent: Slots, child: Slots) -> NDArray[Any]:
     layer = tree.layers[depth]
-    node = layer.nodes(problem, child)
+    node = layer.places(problem, child)
     return layer.flat("value")[node] + layer.flat("correction")[node]
 
 
 def _least_visited(tree: Tree, depth: int, problem: Slots, parent: Slots, child: Slots) -> NDArray[Any]:
     layer = tree.layers[depth]
-    return -layer.flat("visits")[layer.nodes(problem, child)]
+    return -layer.flat("visits")[layer.places(problem, child)]
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class Apportionment:
     defence: float
 
     def __call__(self, tree: Tree, walks: int, left: Slots, key: Key) -> Plan:
-        depths, problem = self._depths(tree, walks, int(left.min())), np.arange(tree.problems)[:, None]
+        depths, problem = self._depths(tree, walks, int(left.min())), each_problem(tree.problems)
         entry = np.full((tree.problems, len(depths)), depths, dtype=np.int64)
         path = np.zeros((tree.depth + 1, *entry.shape), dtype=np.int64)
         for depth, share in zip(range(1 + max(depths, default=-1)), tree.log_shares(), strict=False):

@@ -79,8 +79,8 @@ class Optimism:
 
     def __call__(self, tree: Tree, depth: int, problem: Slots, parent: Slots, child: Slots) -> NDArray[Any]:
         above, layer = tree.layers[depth - 1], tree.layers[depth]
-        node = layer.nodes(problem, child)
-        often = np.log(above.flat("visits")[above.nodes(problem, parent)])
+        node = layer.places(problem, child)
+        often = np.log(above.flat("visits")[above.places(problem, parent)])
         bonus = np.sqrt(often / layer.flat("visits")[node])
         return layer.flat("value")[node] + self.explore * _spread(tree)[problem] * bonus
 

@@ -23,7 +23,7 @@ from steer.smc import PreparedStart, Proposal, Start
 from steer.trajectory import Stepped, Trajectory
 from steer.types import GaussianTransition, OnStep, ReverseProcess, Stop
 
-from .layer import Slots
+from .layer import Slots, each_problem
 from .tree import Tree, even_levels
 
 Plan = tuple[Slots, Slots]
@@ -361,5 +361,5 @@ def planted(tree: Any, problems: int, levels: tuple[int, ...]) -> Tree:
 
 def resorted(entry: Slots, path: Slots) -> Plan:
     """A plan with its walks in order of the depth they enter at, so that those under way are the first columns."""
-    order, problem = entry.argsort(axis=1, kind="stable"), np.arange(len(entry))[:, None]
+    order, problem = entry.argsort(axis=1, kind="stable"), each_problem(len(entry))
     return entry[problem, order], path[:, problem, order]

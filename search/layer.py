@@ -49,7 +49,7 @@ class Layer:
         """Which slots hold nodes, (B, size)."""
         return torch.from_numpy(np.arange(self.size) < self.count[:, None])
 
-    def nodes(self, problem: Slots, slots: Slots) -> Slots:
+    def places(self, problem: Slots, slots: Slots) -> Slots:
         """Where nodes stand on the merged axis (B * room), until the layer grows."""
         return problem * self.room + slots
 
@@ -68,7 +68,7 @@ class Layer:
             return np.arange(first, first + width)[None].repeat(len(live), 0)
         slots = self.count[:, None] + live.cumsum(1) - 1
         self._reserve(int(slots.max()) + 1)
-        taken, place = live.reshape(-1).nonzero()[0], self.nodes(each(live), slots)[live]
+        taken, place = live.reshape(-1).nonzero()[0], self.places(each_problem(len(live)), slots)[live]
         rows = torch.from_numpy(taken), torch.from_numpy(place)
         for name, value in values.items():
             column = self._column(name, value)
@@ -96,10 +96,8 @@ class Layer:
     def _reserve(self, need: int) -> None:
         if need <= self.room:
             return
-        old, self.room = self.room, max(16, 1 << (need - 1).bit_length())
-        for name, fact in self.facts.items():
-            self.facts[name] = np.zeros((len(fact), self.room), dtype=fact.dtype)
-            self.facts[name][:, :old] = fact
+        old, self.room = self.room, _doubled(need)
+        self.facts = {name: _widened(fact, self.room) for name, fact in self.facts.items()}
         for name, state in self.states.items():
             self.states[name] = state.new_zeros((len(state), self.room, *state.shape[2:]))
             self.states[name][:, :old] = state
@@ -107,6 +105,10 @@ class Layer:
 
 class ChildLists:
     """Children of every node of one layer, each node's side by side in one pool; full blocks move and double."""
+
+    start: Slots
+    room: Slots
+    length: Slots
 
     def __init__(self, problems: int):
         self.start, self.room, self.length = np.zeros((3, problems, 0), dtype=np.int64)
@@ -146,12 +148,8 @@ class ChildLists:
 
     def _widen(self, size: int) -> None:
         if self.start.shape[1] < size:
-            wide = max(16, 1 << (size - 1).bit_length())
-            for name in ("start", "room", "length"):
-                old = getattr(self, name)
-                new = np.zeros((len(old), wide), dtype=np.int64)
-                new[:, : old.shape[1]] = old
-                setattr(self, name, new)
+            held = (self.start, self.room, self.length)
+            self.start, self.room, self.length = (_widened(column, _doubled(size)) for column in held)
 
     def _reserve(self, need: int) -> None:
         if need > len(self.pool):
@@ -159,9 +157,21 @@ class ChildLists:
         self.used = need
 
 
-def each(columns: NDArray[Any]) -> Slots:
-    """The problem of every row of (B, W), (B, 1)."""
-    return np.arange(len(columns))[:, None]
+def _doubled(need: int) -> int:
+    """Room for that many, so that columns seldom grow: a power of two, at least 16."""
+    return max(16, 1 << (need - 1).bit_length())
+
+
+def _widened(column: NDArray[Any], room: int) -> NDArray[Any]:
+    """A column (B, n) with room for more."""
+    wide = np.zeros((len(column), room), dtype=column.dtype)
+    wide[:, : column.shape[1]] = column
+    return wide
+
+
+def each_problem(problems: int) -> Slots:
+    """0, 1, ..., B - 1 down axis 0, (B, 1), to go with slots (B, W)."""
+    return np.arange(problems)[:, None]
 
 
 class Groups(NamedTuple):

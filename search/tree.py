@@ -20,7 +20,7 @@ from torch import Tensor
 from steer.errors import SteerError
 from steer.trajectory import gather
 
-from .layer import ChildLists, Layer, Slots, each
+from .layer import ChildLists, Layer, Slots, each_problem
 
 if TYPE_CHECKING:
     import networkx
@@ -95,9 +95,9 @@ class Tree:
         for d, above in enumerate(self.layers[:-1]):
             expands = entry == d
             if d <= deepest:  # below, all nodes on walks are new
-                nodes = above.nodes(each(entry), path[d])
-                np.add.at(above.flat("visits"), nodes[(entry >= d) & (entry <= self.depth)], _ONE)
-                np.add.at(above.flat("children"), nodes[expands], _ONE)
+                at = above.places(each_problem(self.problems), path[d])
+                np.add.at(above.flat("visits"), at[(entry >= d) & (entry <= self.depth)], _ONE)
+                np.add.at(above.flat("children"), at[expands], _ONE)
             if self.lists is not None:
                 for add, which in ((self.lists[d].add, expands), (self.lists[d].add_first, entry < d)):
                     if which.any():
@@ -163,12 +163,13 @@ class Tree:
     def backup_paths(self, entry: Slots, path: Slots, *, greedy: bool = False) -> None:
         """`backup` of the nodes on walks (B, W) only, in time proportional to their children. Needs child lists."""
         assert self.lists is not None
+        row = each_problem(self.problems)
         for d in range(self.depth - 1, -1, -1):
             above, below = self.layers[d], self.layers[d + 1]
-            at, value, correction = above.nodes(each(entry), path[d]), below.flat("value"), below.flat("correction")
+            at, value, correction = above.places(row, path[d]), below.flat("value"), below.flat("correction")
             fresh = entry < d  # new nodes, of one child
             if fresh.any():
-                child = below.nodes(each(entry), path[d + 1])[fresh]
+                child = below.places(row, path[d + 1])[fresh]
                 above.flat("value")[at[fresh]] = value[child] + correction[child]
             old = (entry >= d) & (entry <= self.depth)
             if old.any():

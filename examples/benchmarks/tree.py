@@ -23,7 +23,6 @@ import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ import torch
 
 import search
 import steer
+from search.growth import segment_rows
 from steer.key import Key
 
 STEPS, LEVELS = 50, list(range(5, 50, 5))
@@ -70,7 +70,7 @@ class Objects:
         self.process, self.reward, self.key, self.walk = process.metered(self.meter), reward, key, 0
         self.ends, self.build, self.sweeps = [*LEVELS, process.steps], build, 0
         self.layers: list[list[Node]] = [[Node(None)], *([] for _ in self.ends)]
-        edges = [end - (first if d else -1) for d, (first, end) in enumerate(pairwise([0, *LEVELS, process.steps - 1]))]
+        edges = segment_rows(process, self.ends)
         self.rows = [sum(edges[d:]) for d in range(len(edges))]
         self.spent = [0] * len(edges)
 

@@ -26,11 +26,10 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
 from diffusers.utils import logging
 from digits_data import Digits, splits
-from digits_generators import NULL_CLASS, build_unet, flow_scheduler
+from digits_generators import NULL_CLASS, build_unet, fit, flow_scheduler
 from digits_quality import Metrics, measure
 from torch import Tensor
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import steer
 
@@ -95,28 +94,18 @@ def distil(count: int, steps: int, seed: int) -> UNet2DModel:
     unet = pipeline(TEACHER).unet
     jumps, (noise, clean) = lessons(unet, count)
     unet.train().requires_grad_(True)
-    ema = AveragedModel(unet, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
-    optimizer = torch.optim.Adam(unet.parameters(), lr=LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, LEARNING_RATE, steps, pct_start=0.05, cycle_momentum=False
-    )
-    for step in range(1, steps + 1):
+
+    def loss() -> Tensor:
         a, b = torch.randint(count, (2, BATCH_SIZE // 2))
         time_b = torch.rand(len(b), 1, 1, 1)
         x = torch.cat([jumps.x[a], (1 - time_b) * clean[b] + time_b * noise[b]])
         t, labels = torch.cat([jumps.t[a], time_b]), torch.cat([jumps.labels[a], jumps.labels[b]])
         target = torch.cat([(jumps.x[a] - jumps.end[a]) / jumps.t[a], noise[b] - clean[b]])
-        loss = F.mse_loss(unet(x, 1000 * t.flatten(), class_labels=labels).sample, target)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        ema.update_parameters(unet)
-        if step % 500 == 0:
-            print(f"step {step}: loss {loss.item():.4f}", flush=True)
+        return F.mse_loss(unet(x, 1000 * t.flatten(), class_labels=labels).sample, target)
+
+    average = fit(unet, loss, steps, LEARNING_RATE, EMA_DECAY)
     twin = build_unet()
-    twin.load_state_dict(ema.module.state_dict())
+    twin.load_state_dict(average.state_dict())
     return twin
 
 

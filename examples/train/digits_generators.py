@@ -15,7 +15,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
@@ -160,26 +160,45 @@ def train(objective: Objective, data: Digits, held_out: Digits, steps: int, seed
     """Train a U-Net with Adam and return the exponential moving average of its weights."""
     torch.manual_seed(seed)
     unet, scheduler = build_unet(), objective.scheduler()
-    ema = AveragedModel(unet, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
-    optimizer = torch.optim.Adam(unet.parameters(), lr=LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, LEARNING_RATE, steps, pct_start=0.05, cycle_momentum=False
-    )
-    for step in range(1, steps + 1):
+
+    def loss() -> torch.Tensor:
         batch = torch.randint(len(data.labels), (BATCH_SIZE,))
         dropped = torch.rand(BATCH_SIZE) < LABEL_DROPOUT
         labels = data.labels[batch].masked_fill(dropped, NULL_CLASS)
-        loss = mean_loss(unet, objective, scheduler, Digits(data.images[batch], labels))
+        return mean_loss(unet, objective, scheduler, Digits(data.images[batch], labels))
+
+    def unseen(average: torch.nn.Module) -> str:
+        return f", held-out loss {held_out_loss(average, objective, held_out):.4f}"
+
+    return fit(unet, loss, steps, LEARNING_RATE, EMA_DECAY, unseen).eval().requires_grad_(False)
+
+
+def fit(
+    unet: torch.nn.Module,
+    loss: Callable[[], torch.Tensor],
+    steps: int,
+    rate: float,
+    decay: float,
+    report: Callable[[torch.nn.Module], str] = lambda average: "",
+) -> Any:
+    """The exponential moving average of a U-Net trained with Adam on a loss drawn anew at every step.
+
+    report: what to add of the average to the line printed every 500 steps.
+    """
+    ema = AveragedModel(unet, multi_avg_fn=get_ema_multi_avg_fn(decay))
+    optimizer = torch.optim.Adam(unet.parameters(), lr=rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.05, cycle_momentum=False)
+    for step in range(1, steps + 1):
+        value = loss()
         optimizer.zero_grad()
-        loss.backward()
+        value.backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         ema.update_parameters(unet)
         if step % 500 == 0:
-            unseen = held_out_loss(ema.module, objective, held_out)
-            print(f"step {step}: train loss {loss.item():.4f}, held-out loss {unseen:.4f}", flush=True)
-    return ema.module.eval().requires_grad_(False)
+            print(f"step {step}: train loss {value.item():.4f}{report(ema.module)}", flush=True)
+    return ema.module
 
 
 @torch.no_grad()
