@@ -137,12 +137,10 @@ def philox(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor, Ten
 @lru_cache(maxsize=64)
 def _constants(key: tuple[int, int], ndim: int, device: torch.device) -> tuple[Tensor, ...]:
     """Philox's multipliers and the keys of its ten rounds, for counters of some dimensions."""
-    # Outside the caller's inference mode: a later call may need them under autograd.
-    with torch.inference_mode(False):
-        # What a key carries above 32 bits falls to the mask of its round.
-        keys = [[word + turn * weyl for word, weyl in zip(key, _WEYL, strict=True)] for turn in range(10)]
-        table = torch.tensor([_MULTIPLIERS, *keys], dtype=torch.int64, device=device)
-        return table.view(11, 2, *(1 for _ in range(ndim))).unbind(0)
+    # What a key carries above 32 bits falls to the mask of its round.
+    keys = [[word + turn * weyl for word, weyl in zip(key, _WEYL, strict=True)] for turn in range(10)]
+    table = torch.tensor([_MULTIPLIERS, *keys], dtype=torch.int64, device=device)
+    return table.view(11, 2, *(1 for _ in range(ndim))).unbind(0)
 
 
 @lru_cache(maxsize=256)

@@ -178,6 +178,15 @@ def test_the_best_share_the_weight():
     assert bool(result.log_evidence.isnan().all())
 
 
+@pytest.mark.parametrize("keep", [1, 3, 50])
+def test_the_best_of_n_share_the_weight_and_the_ess_says_how_many(keep):
+    result = search.best_of_n(process(), REWARD, particles=6, keep=keep, batch=2)
+    shown = result.log_weight.isfinite()
+    assert shown.sum(1).tolist() == [min(keep, 6)] * 2
+    assert bool((result.reward[shown].view(2, -1).amin(1) >= result.reward.masked_fill(shown, -math.inf).amax(1)).all())
+    torch.testing.assert_close(result.seen[-1].ess, torch.full((2,), float(min(keep, 6)), dtype=torch.float64))
+
+
 def test_an_exception_keeps_what_was_paid_for():
     def fails_late(x):
         fails_late.calls += 1

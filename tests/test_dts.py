@@ -456,6 +456,18 @@ def test_the_best_leaves_share_the_weight():
         torch.testing.assert_close(log_weight[shown].exp(), torch.full_like(allowed, 1.0 / len(allowed)))
 
 
+def test_a_search_stopped_in_its_first_sweep_shows_its_best_predictions():
+    def stop(state):
+        raise steer.Stop
+
+    run = search.dts_star(quick_chain(), REWARD, particles=9, walkers=9, batch=2, keep=2, on_step=stop)
+    assert run.interrupted
+    assert bool(run.log_evidence.isnan().all())
+    for reward, log_weight in zip(run.reward, run.log_weight, strict=True):
+        assert sorted(log_weight.topk(2).indices.tolist()) == sorted(reward.topk(2).indices.tolist())
+        torch.testing.assert_close(log_weight.exp().sort().values[-3:], torch.tensor([0.0, 0.5, 0.5]).double())
+
+
 def test_forbidden_leaves_do_not_count_in_the_spread_of_rewards():
     def half(x):
         return torch.where(x[:, 0] > 0, REWARD(x), -torch.inf)
