@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from steer.key import Key
 
 from .growth import Plan, resorted
-from .layer import ChildLists, Groups, Slots, grouped
+from .layer import Groups, Slots, grouped
 from .tree import Tree
 
 Score = Callable[[Tree, int, Slots, Slots, Slots], NDArray[Any]]
@@ -39,7 +39,7 @@ class Descent:
 
     def __call__(self, tree: Tree, walks: int, left: NDArray[np.int64], key: Key) -> Plan:
         """Walks of one sweep. Visits count as they are made: each walk sees those of the walks before it."""
-        lists, key, left = tree.keep_lists(), key.shifted(slot=tree.iterations), left.copy()
+        key, left = key.shifted(slot=tree.iterations), left.copy()
         entry = np.full((tree.problems, walks), tree.depth + 1)
         path = np.zeros((tree.depth + 1, tree.problems, walks), dtype=np.int64)
         # Walks under way, flat and in order: of which tree, which of its walks, and at which node.
@@ -50,17 +50,13 @@ class Descent:
                 break
             here = layer.places(problem, at)
             childless = layer.flat("children")[here] == 0  # a new root, that all walks expand
-            wanted = childless | self._widens(tree, depth, here)
-            before = np.searchsorted(problem, problem)  # walks of the trees before, which these do not pay for
-            price = np.concatenate([[0], wanted.cumsum()]) * self.rows[depth]
-            expands = wanted & (price[1:] - price[before] <= left[problem])
-            left -= np.bincount(problem[expands], minlength=tree.problems) * self.rows[depth]
+            expands = self._paid(childless | self._widens(tree, depth, here), problem, left, self.rows[depth])
             entry[problem[expands], column[expands]] = depth
             going = ~(expands | childless)
             problem, column, at = problem[going], column[going], at[going]
             if len(at):
                 uniform = key.fold("select", depth).uniform(entry.shape).numpy()[problem, column] if self.draw else None
-                at = self._children(tree, depth, lists[depth], grouped(layer.places(problem, at)), uniform)
+                at = self._children(tree, depth, grouped(layer.places(problem, at)), uniform)
                 path[depth + 1, problem, column] = at
         if self.revisit:
             entry[problem, column] = tree.depth
@@ -80,13 +76,23 @@ class Descent:
         # are E_j = min(E_(j-1) + 1, room_j). Unrolled, before walk j they are j + min(0, min_(i<j) room_i - i - 1).
         return rank + _least_before(room - rank - 1.0, nodes) < room
 
-    def _children(
-        self, tree: Tree, depth: int, lists: ChildLists, nodes: Groups, uniform: NDArray[Any] | None
-    ) -> Slots:
+    @staticmethod
+    def _paid(wanted: NDArray[np.bool_], problem: Slots, left: Slots, price: int) -> NDArray[np.bool_]:
+        """Which walks find a child and the rows to pay for it, which are taken from what is left to their tree."""
+        asked = np.bincount(problem[wanted], minlength=len(left)) * price
+        if (asked > left).any():  # the first ones of each tree get it
+            before = np.searchsorted(problem, problem)
+            through = np.concatenate([[0], wanted.cumsum()]) * price
+            wanted = wanted & (through[1:] - through[before] <= left[problem])
+            asked = np.bincount(problem[wanted], minlength=len(left)) * price
+        left -= asked
+        return wanted
+
+    def _children(self, tree: Tree, depth: int, nodes: Groups, uniform: NDArray[Any] | None) -> Slots:
         """The child that each walk moves to from the node it is at: drawn by a uniform, or by rank."""
         layer = tree.layers[depth]
         problem, parent = nodes.ids // layer.room, nodes.ids % layer.room
-        child, first, length = lists.of(problem, parent)
+        child, first, length = tree.children(depth, problem, parent)
         score = self.score(tree, depth + 1, problem.repeat(length), parent.repeat(length), child)
         if uniform is None:
             return child[_ranked(score, first, length, nodes.which, nodes.rank)]

@@ -80,10 +80,10 @@ class Growth:
         try:
             while most is None or made < most:
                 width = walkers if most is None else min(walkers, most - made)
-                entry, path, spent = self._fitted(choose(tree, width, left, self.key), rows, left)
+                entry, path, running, spent = self._fitted(choose(tree, width, left, self.key), rows, left)
                 if not (entry <= tree.depth).any():
                     break
-                self._sweep(entry, path)
+                self._sweep(entry, path, running)
                 made, left = made + width, left - spent
         except (Stop, KeyboardInterrupt):
             if self.paid is None:
@@ -96,22 +96,29 @@ class Growth:
             raise
         return self._result(interrupted=interrupted)
 
-    def _sweep(self, entry: Slots, path: Slots) -> None:
-        """Every walk goes on from the node it chose; each network call has one level, and walks join on the way."""
+    def _sweep(self, entry: Slots, path: Slots, running: Slots) -> None:
+        """Every walk goes on from the node it chose; each network call has one level, and walks join on the way.
+
+        running: walks under way on the edges below each depth, (D, B).
+        """
         tree, key = self.tree, self.key.shifted(slot=self.tree.iterations).wide(entry.shape[1])
         self.meter.key = key
-        before, state = tree.counts(), None
+        widest, fewest = running.max(1).tolist(), running.min(1).tolist()
+        joined = [False, *(running[1:] > running[:-1]).any(1).tolist()]
+        before = tree.counts()
         try:
-            for depth in range(tree.depth):
-                live = entry <= depth
-                width = int(live.sum(1).max())
-                if width:
-                    live, above = live[:, :width], path[depth, :, :width]
-                    state = self._enter(depth, above, key, None if (entry == depth).any() else state)
+            state = self._begun(key, widest[0]) if widest[0] else None
+            with torch.no_grad():
+                for depth, width in enumerate(widest):
+                    above, live = path[depth, :, :width], None if fewest[depth] == width else entry[:, :width] <= depth
+                    if joined[depth]:
+                        state = self._entered(depth, above)
+                    if state is None:
+                        continue
                     rows = self._rows(live, state.x.device)
                     state = self._along_edge(state, rows, tree.levels[depth], key.fold("step"))
                     slots, state = self._attach(depth + 1, live, rows, above, state)
-                    np.copyto(path[depth + 1, :, :width], slots, where=live)
+                    np.copyto(path[depth + 1, :, :width], slots, where=True if live is None else live)
         except BaseException:
             tree.rollback(before)  # the tree holds whole walks only, so that it can be grown again
             raise
@@ -119,27 +126,22 @@ class Growth:
         if self.live:
             tree.backup_paths(entry, path, greedy=self.greedy)
 
-    def _enter(self, depth: int, slots: Slots, key: Key, state: Trajectory | None) -> Trajectory:
-        """The walks under way at this depth, at their nodes (B, W), with what is remembered there.
+    def _begun(self, key: Key, width: int) -> Trajectory:
+        """Walks that begin at the root, `width` in every tree."""
+        begun = self.start(self.process, self.objective, key, self.tree.problems, width)
+        if begun.k > self.tree.levels[0]:
+            raise SteerError(
+                f"the start puts particles at level {begun.k}, past the first branching level "
+                f"{self.tree.levels[0]}; pass levels that begin there or later"
+            )
+        return replace(begun, keep_states=self.keep_states)
 
-        state: where they came to, if no walk joins them here.
-        """
-        if depth == 0:
-            begun = self.start(self.process, self.objective, key, *slots.shape)
-            if begun.k > self.tree.levels[0]:
-                raise SteerError(
-                    f"the start puts particles at level {begun.k}, past the first branching level "
-                    f"{self.tree.levels[0]}; pass levels that begin there or later"
-                )
-            return replace(begun, keep_states=self.keep_states)
-        if state is None:
-            kept = self.tree.states(depth, torch.from_numpy(slots), getattr(self.process, "device", None))
-        else:
-            kept = {"x": state.x, **state.carried}
+    def _entered(self, depth: int, slots: Slots) -> Trajectory:
+        """Walks at nodes (B, W) of a depth, with what is remembered there."""
+        kept = self.tree.states(depth, torch.from_numpy(slots), getattr(self.process, "device", None))
         level, x = self.tree.levels[depth - 1], kept.pop("x")
         return Trajectory.begin(self.process, x, k=level, keep_states=self.keep_states).carry(**kept)
 
-    @torch.no_grad()
     def _along_edge(self, state: Trajectory, rows: Tensor | None, until: int, noise: Key) -> Trajectory:
         while state.k < until:
             if "x0" not in state.carried:
@@ -153,13 +155,15 @@ class Growth:
                 self.on_step(state)
         return state
 
-    @torch.no_grad()
     def _attach(
-        self, depth: int, live: NDArray[np.bool_], rows: Tensor | None, parent: Slots, state: Trajectory
+        self, depth: int, live: NDArray[np.bool_] | None, rows: Tensor | None, parent: Slots, state: Trajectory
     ) -> tuple[Slots, Trajectory]:
-        """New nodes at the end of an edge: predicted there once, and for ever; scored, where they are leaves."""
+        """New nodes at the end of an edge: predicted there once, and for ever; scored, where they are leaves.
+
+        Returns their slots, and the walks as they go on from there.
+        """
         tree = self.tree
-        columns: dict[str, NDArray[Any] | Tensor] = {"correction": state.log_weight.cpu().numpy(), **self._edge(state)}
+        columns: dict[str, Any] = {"correction": state.log_weight.cpu().numpy(), **self._edge(state)}
         if depth == tree.depth:
             scores = self._on_rows(self.objective, state.x, rows).cpu()
             check_finite(scores, "of the finished samples", first=tree.leaves.size)
@@ -171,7 +175,7 @@ class Growth:
                 check_finite(scores, f"of the predictions at level {state.k}", first=tree.layers[depth].size)
                 columns["look"] = scores.cpu().numpy()
             columns |= {name: self._stored(tensor) for name, tensor in state.carried.items()}
-        return tree.attach(depth, live, parent, x=self._stored(state.x), **columns), state
+        return tree.attach(depth, live, parent, x=self._stored(state.x), **columns), state.anew()
 
     def _edge(self, state: Trajectory) -> dict[str, Tensor]:
         """An edge's steps, (B, W, steps, ...), where they are kept: states left, and densities (NaN without noise)."""
@@ -210,12 +214,12 @@ class Growth:
         x0, *scores = self._on_rows(predict, state.x, rows)
         return state.carry(x0=x0), scores[0] if scores else None
 
-    def _rows(self, live: NDArray[np.bool_], device: torch.device) -> Tensor | None:
+    def _rows(self, live: NDArray[np.bool_] | None, device: torch.device) -> Tensor | None:
         """Rows of the merged axis (B * W) that are live; None for all.
 
         A conditioned network needs every problem's rows in place: there idle columns are computed, and paid for.
         """
-        if self.process.problems is not None or live.all():
+        if self.process.problems is not None or live is None:
             return None
         return torch.from_numpy(live.reshape(-1).nonzero()[0]).to(device)
 
@@ -235,20 +239,17 @@ class Growth:
     def _stored(self, tensor: Tensor) -> Tensor:
         return tensor if self.store is None else tensor.to(self.store)
 
-    def _spent(self, entry: Slots, rows: Sequence[int]) -> Slots:
-        """Network rows of a sweep for each tree, (B,)."""
-        running = (entry <= np.arange(len(rows))[:, None, None]).sum(2)  # (D, B)
-        if self.process.problems is not None:
-            running = np.broadcast_to(running.max(1, keepdims=True), running.shape)
-        return (np.array(rows)[:, None] * running).sum(0)
-
-    def _fitted(self, plan: Plan, rows: Sequence[int], left: Slots) -> tuple[Slots, Slots, Slots]:
-        """The plan without its last walks, where a conditioned network's idle columns would overdraw the budget; and
-        what it spends."""
+    def _fitted(self, plan: Plan, rows: Sequence[int], left: Slots) -> tuple[Slots, Slots, Slots, Slots]:
+        """The plan without its last walks, where a conditioned network's idle columns would overdraw the budget; how
+        many are under way on each edge, (D, B), and the network rows that each tree spends, (B,)."""
         entry, path = plan
-        while ((spent := self._spent(entry, rows)) > left).any():
+        while True:
+            running = (entry <= np.arange(len(rows))[:, None, None]).sum(2)
+            paid = running if self.process.problems is None else running.max(1, keepdims=True)
+            spent = np.broadcast_to(np.dot(rows, paid), left.shape)
+            if (spent <= left).all():
+                return entry, path, running, spent
             entry, path = entry[:, :-1], path[:, :, :-1]
-        return entry, path, spent
 
     def _check_affordable(self, whole: int, cheapest: int, particles: int | None, budget: int | None) -> None:
         if not self.tree.leaves.size or budget is None:

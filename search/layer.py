@@ -30,11 +30,11 @@ class Layer:
     """
 
     def __init__(self, problems: int):
-        self.count = np.zeros(problems, dtype=np.int64)
-        self.size = 0  # of the largest tree
         self.room = 0
-        self.facts: dict[str, NDArray[Any]] = {}
+        types = {"parent": np.int64, "children": np.int32, "visits": np.int32, "value": float, "correction": float}
+        self.facts: dict[str, NDArray[Any]] = {name: np.zeros((problems, 0), dtype) for name, dtype in types.items()}
         self.states: dict[str, Tensor] = {}
+        self.resize(np.zeros(problems, dtype=np.int64))
 
     def __contains__(self, name: str) -> bool:
         return name in self.facts or name in self.states
@@ -57,15 +57,20 @@ class Layer:
         """A fact on the merged axis (B * room): a view."""
         return self.facts[name].reshape(-1)
 
-    def append(self, live: NDArray[np.bool_], **values: NDArray[Any] | Tensor) -> Slots:
-        """New nodes for the columns that are live (B, W), with values (B, W, ...): their slots, (B, W)."""
-        first, width = self.size, live.shape[1]
-        if live.all() and self.count.min() == first:  # the common case is a block
-            self._reserve(first + width)
+    def append(self, live: NDArray[np.bool_] | None, parent: Slots, **values: int | NDArray[Any] | Tensor) -> Slots:
+        """New nodes below parents (B, W), where live (B, W), None for everywhere: their slots, (B, W).
+
+        values: of their columns, (B, W, ...) or one number for all.
+        """
+        values = {"parent": parent, **values}
+        if live is None and self.even:  # the common case is a block
+            first, end = self.size, self.size + parent.shape[1]
+            self._reserve(end)
             for name, value in values.items():
-                self._column(name, value)[:, first : first + width] = value
-            self.resize(self.count + width)
-            return np.arange(first, first + width)[None].repeat(len(live), 0)
+                self._column(name, value)[:, first:end] = value
+            self.count, self.size = self.count + (end - first), end
+            return np.arange(first, end)[None].repeat(len(parent), 0)
+        live = np.ones(parent.shape, dtype=np.bool_) if live is None else live
         slots = self.count[:, None] + live.cumsum(1) - 1
         self._reserve(int(slots.max()) + 1)
         taken, place = live.reshape(-1).nonzero()[0], self.places(each_problem(len(live)), slots)[live]
@@ -76,22 +81,26 @@ class Layer:
                 chosen, at = (index.to(value.device) for index in rows)
                 column.flatten(0, 1).index_copy_(0, at, value.flatten(0, 1).index_select(0, chosen))
             else:
-                column.reshape(-1)[place] = value.reshape(-1)[taken]
+                column.reshape(-1)[place] = value.reshape(-1)[taken] if isinstance(value, np.ndarray) else value
         self.resize(self.count + live.sum(1))
         return slots
 
     def resize(self, count: Slots) -> None:
         """Says how many slots are filled, (B,)."""
         self.count, self.size = count, int(count.max())
+        self.even = int(count.min()) == self.size
 
-    def _column(self, name: str, like: NDArray[Any] | Tensor) -> Any:
-        if name not in self:
-            shape = (like.shape[0], self.room, *like.shape[2:])
-            if isinstance(like, Tensor):
-                self.states[name] = like.new_zeros(shape)
-            else:
-                self.facts[name] = np.zeros(shape, dtype=like.dtype)
-        return self.states[name] if isinstance(like, Tensor) else self.facts[name]
+    def _column(self, name: str, value: int | NDArray[Any] | Tensor) -> Any:
+        column = self.facts.get(name, self.states.get(name))
+        if column is not None:
+            return column
+        assert not isinstance(value, int), name
+        shape = (value.shape[0], self.room, *value.shape[2:])
+        if isinstance(value, Tensor):
+            self.states[name] = value.new_zeros(shape)
+            return self.states[name]
+        self.facts[name] = np.zeros(shape, dtype=value.dtype)
+        return self.facts[name]
 
     def _reserve(self, need: int) -> None:
         if need <= self.room:
@@ -104,7 +113,10 @@ class Layer:
 
 
 class ChildLists:
-    """Children of every node of one layer, each node's side by side in one pool; full blocks move and double."""
+    """Children of every node of one layer, each node's side by side in one pool; full blocks move and double.
+
+    known: how many nodes of the layer below are in the lists, (B,).
+    """
 
     start: Slots
     room: Slots
@@ -113,10 +125,27 @@ class ChildLists:
     def __init__(self, problems: int):
         self.start, self.room, self.length = np.zeros((3, problems, 0), dtype=np.int64)
         self.pool, self.used = np.zeros(64, dtype=np.int64), 0
+        self.known = np.zeros(problems, dtype=np.int64)
+
+    def read(self, below: Layer, size: int) -> None:
+        """Takes in what the layer below has gained since it was last read; size: parents there are.
+
+        Lists of a layer are read when they are asked for, so that deep ones, which few walks go through, cost nothing.
+        """
+        if (self.known == below.count).all():
+            return
+        since = int(self.known.min())
+        slots = np.arange(since, below.size)
+        problem, slot = ((slots >= self.known[:, None]) & (slots < below.count[:, None])).nonzero()
+        slot += since
+        self.add(problem, below.facts["parent"][problem, slot], slot, size)
+        self.known = below.count
 
     def add(self, problem: Slots, parent: Slots, child: Slots, size: int) -> None:
         """Children, flat, appended to their parents' blocks in the order given; size: parents there are."""
-        self._widen(size)
+        if self.start.shape[1] < size:
+            held = (self.start, self.room, self.length)
+            self.start, self.room, self.length = (_widened(column, _doubled(size)) for column in held)
         start, room, length = (column.reshape(-1) for column in (self.start, self.room, self.length))
         owners = grouped(problem * self.start.shape[1] + parent)
         owner, more = owners.ids, owners.size
@@ -132,24 +161,10 @@ class ChildLists:
         self.pool[ranges(start[owner] + before, more)] = child[owners.order]
         length[owner] = before + more
 
-    def add_first(self, problem: Slots, parent: Slots, child: Slots, size: int) -> None:
-        """The one child of each of some new parents: what a rollout makes nearly everywhere, without sorting."""
-        self._widen(size)
-        first = self.used
-        self._reserve(first + len(child))
-        self.pool[first : self.used] = child
-        self.start[problem, parent] = np.arange(first, self.used)
-        self.room[problem, parent] = self.length[problem, parent] = 1
-
     def of(self, problem: Slots, node: Slots) -> tuple[Slots, Slots, Slots]:
         """All children of some nodes (M,), node by node: their slots, where each node's begin, and how many."""
         length = self.length[problem, node]
         return self.pool[ranges(self.start[problem, node], length)], length.cumsum() - length, length
-
-    def _widen(self, size: int) -> None:
-        if self.start.shape[1] < size:
-            held = (self.start, self.room, self.length)
-            self.start, self.room, self.length = (_widened(column, _doubled(size)) for column in held)
 
     def _reserve(self, need: int) -> None:
         if need > len(self.pool):

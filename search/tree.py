@@ -41,10 +41,10 @@ class Tree:
     def __init__(self, problems: int, levels: tuple[int, ...]):
         self.problems, self.levels = problems, levels
         self.layers = [Layer(problems) for _ in range(len(levels) + 1)]
-        self.lists: list[ChildLists] | None = None
+        self.lists = [ChildLists(problems) for _ in levels]
         self.iterations = self.sweeps = 0
         self.expansions = np.zeros((len(levels), problems), dtype=np.int64)
-        self.attach(0, np.ones((problems, 1), dtype=np.bool_), np.zeros((problems, 1), dtype=np.int64))
+        self.attach(0, None, np.zeros((problems, 1), dtype=np.int64))
 
     def __repr__(self) -> str:
         leaves = int(self.leaves.count.sum())
@@ -69,42 +69,37 @@ class Tree:
     def nbytes(self) -> int:
         """Bytes held: columns with their room to grow, child lists, and states."""
         held = [c for layer in self.layers for c in (*layer.facts.values(), *layer.states.values())]
-        for lists in self.lists or ():
+        for lists in self.lists:
             held += [lists.start, lists.room, lists.length, lists.pool]
         return sum(column.nbytes for column in held)
 
-    def attach(self, depth: int, live: NDArray[np.bool_], parent: Slots, **columns: NDArray[Any] | Tensor) -> Slots:
-        """New nodes at a depth, (B, W) where live: their slots. Their old parents learn of them by `commit`.
+    def attach(
+        self, depth: int, live: NDArray[np.bool_] | None, parent: Slots, **columns: int | NDArray[Any] | Tensor
+    ) -> Slots:
+        """New nodes at a depth below parents (B, W), where live: their slots. `commit` counts them at old parents.
 
         A node between root and leaf is born on a walk that goes on to its first child: with it, and with that visit.
         """
         first = int(0 < depth < self.depth)
-        counted = np.full(live.shape, first, dtype=np.int32)
-        return self.layers[depth].append(
-            live, parent=parent, children=counted, visits=counted + 1,
-            **{"correction": np.zeros(live.shape), "value": np.zeros(live.shape), **columns},
-        )  # fmt: skip
+        return self.layers[depth].append(live, parent, children=first, visits=first + 1, **{"correction": 0, **columns})
 
     def commit(self, entry: Slots, path: Slots) -> None:
-        """Ends a sweep: visits to the old nodes on every walk, and new nodes known to their parents.
+        """Ends a sweep: visits to the old nodes on every walk, and their new children, are counted.
 
         entry: (B, W) depth of the node each walk expanded; `depth` for a walk that came to an old leaf, more for none.
         path:  for each depth the slots walked through, (depth + 1, B, W).
         """
-        deepest = entry.max(where=entry <= self.depth, initial=0)
-        for d, above in enumerate(self.layers[:-1]):
-            expands = entry == d
-            if d <= deepest:  # below, all nodes on walks are new
-                at = above.places(each_problem(self.problems), path[d])
-                np.add.at(above.flat("visits"), at[(entry >= d) & (entry <= self.depth)], _ONE)
-                np.add.at(above.flat("children"), at[expands], _ONE)
-            if self.lists is not None:
-                for add, which in ((self.lists[d].add, expands), (self.lists[d].add_first, entry < d)):
-                    if which.any():
-                        problem, column = which.nonzero()
-                        add(problem, path[d, problem, column], path[d + 1, problem, column], above.size)
+        for d in range(min(self._deepest(entry) + 1, self.depth)):
+            above = self.layers[d]
+            at = above.places(each_problem(self.problems), path[d])
+            np.add.at(above.flat("visits"), at[(entry >= d) & (entry <= self.depth)], _ONE)
+            np.add.at(above.flat("children"), at[entry == d], _ONE)
         self.expansions += (entry == np.arange(self.depth)[:, None, None]).sum(2)
         self.iterations, self.sweeps = self.iterations + entry.shape[1], self.sweeps + 1
+
+    def _deepest(self, entry: Slots) -> int:
+        """The deepest old node that a walk of a sweep came to: below, all nodes on walks are new."""
+        return int(entry.max(where=entry <= self.depth, initial=0))
 
     def counts(self) -> list[Slots]:
         """What `rollback` needs to undo a sweep that did not end."""
@@ -115,15 +110,10 @@ class Tree:
         for layer, count in zip(self.layers, counts, strict=True):
             layer.resize(count)
 
-    def keep_lists(self) -> list[ChildLists]:
-        """Child lists, built once from the parents and kept up by `commit` from then on."""
-        if self.lists is None:
-            self.lists = [ChildLists(self.problems) for _ in self.levels]
-            for above, below, lists in zip(self.layers, self.layers[1:], self.lists, strict=False):
-                if below.size:
-                    problem, slot = below.filled.numpy().nonzero()
-                    lists.add(problem, below.facts["parent"][problem, slot], slot, above.size)
-        return self.lists
+    def children(self, depth: int, problem: Slots, node: Slots) -> tuple[Slots, Slots, Slots]:
+        """All children of nodes (M,) of a depth, node by node: slots, where each node's begin, and how many."""
+        self.lists[depth].read(self.layers[depth + 1], self.layers[depth].size)
+        return self.lists[depth].of(problem, node)
 
     def log_shares(self) -> Iterator[Tensor]:
         """For every depth from the root down, the log of each node's share of its tree: prod 1 / |C| over its ancestors
@@ -161,21 +151,18 @@ class Tree:
         return self.layers[0]["value"][:, 0].clone()
 
     def backup_paths(self, entry: Slots, path: Slots, *, greedy: bool = False) -> None:
-        """`backup` of the nodes on walks (B, W) only, in time proportional to their children. Needs child lists."""
-        assert self.lists is not None
-        row = each_problem(self.problems)
+        """`backup` of the nodes on walks (B, W) only, in time proportional to their children."""
+        row, deepest = each_problem(self.problems), self._deepest(entry)
         for d in range(self.depth - 1, -1, -1):
             above, below = self.layers[d], self.layers[d + 1]
             at, value, correction = above.places(row, path[d]), below.flat("value"), below.flat("correction")
             fresh = entry < d  # new nodes, of one child
-            if fresh.any():
-                child = below.places(row, path[d + 1])[fresh]
-                above.flat("value")[at[fresh]] = value[child] + correction[child]
-            old = (entry >= d) & (entry <= self.depth)
-            if old.any():
-                node = np.unique(at[old])
+            child = below.places(row, path[d + 1])[fresh]
+            above.flat("value")[at[fresh]] = value[child] + correction[child]
+            if d <= deepest:
+                node = np.unique(at[(entry >= d) & (entry <= self.depth)])
                 problem = node // above.room
-                child, first, length = self.lists[d].of(problem, node % above.room)
+                child, first, length = self.children(d, problem, node % above.room)
                 child += (problem * below.room).repeat(length)
                 above.flat("value")[node] = _pool(value[child] + correction[child], first, length, greedy)
 

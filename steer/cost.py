@@ -52,6 +52,21 @@ class Cost:
         return asdict(self)
 
 
+class Stopwatch:
+    """Adds the wall time of a `with` block to one kind. A generator would take four times as long, at every step."""
+
+    __slots__ = ("began", "kind", "seconds")
+
+    def __init__(self, seconds: dict[str, float], kind: str) -> None:
+        self.seconds, self.kind = seconds, kind
+
+    def __enter__(self) -> None:
+        self.began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds[self.kind] += time.perf_counter() - self.began
+
+
 class Meter:
     """Counts calls while a run is in progress. The one mutable object of a run besides a search tree.
 
@@ -74,41 +89,25 @@ class Meter:
         finally:
             self.key = before
 
-    @contextmanager
-    def network(self, rows: int) -> Iterator[None]:
+    def network(self, rows: int) -> Stopwatch:
         """Counts `rows` network evaluations."""
         self.nfe += rows
-        with self._timed("network"):
-            yield
+        return Stopwatch(self.seconds, "network")
 
-    @contextmanager
-    def gradient(self, rows: int) -> Iterator[None]:
+    def gradient(self, rows: int) -> Stopwatch:
         """Counts `rows` backward passes."""
         self.grads += rows
-        with self._timed("gradient"):
-            yield
+        return Stopwatch(self.seconds, "gradient")
 
-    @contextmanager
-    def scoring(self, rows: int) -> Iterator[None]:
+    def scoring(self, rows: int) -> Stopwatch:
         """Counts `rows` reward evaluations."""
         self.rewards += rows
-        with self._timed("reward"):
-            yield
+        return Stopwatch(self.seconds, "reward")
 
-    @contextmanager
-    def decoding(self, rows: int) -> Iterator[None]:
+    def decoding(self, rows: int) -> Stopwatch:
         """Counts `rows` decoded states."""
         self.decodes += rows
-        with self._timed("decode"):
-            yield
-
-    @contextmanager
-    def _timed(self, kind: str) -> Iterator[None]:
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[kind] += time.perf_counter() - began
+        return Stopwatch(self.seconds, "decode")
 
     def cost(self) -> Cost:
         """What was spent so far."""

@@ -94,6 +94,12 @@ class Trajectory:
         """Effective sample size of the weights carried, (B,); NaN where all are zero."""
         return ess(self.log_weight)
 
+    def anew(self) -> Trajectory:
+        """The same states, with what they carry, as a population that begins here: weights of one, nothing past."""
+        weight = torch.zeros_like(self.log_weight)
+        evidence = torch.zeros_like(self.log_evidence)
+        return self._with(log_weight=weight, log_evidence=evidence, memory={}, past=(), diagnostics={})
+
     def carry(self, **tensors: Tensor) -> Trajectory:
         """With per-particle tensors (B, N, ...) attached, which move with their particles until the next step."""
         return self._with(carried={**self.carried, **tensors})
@@ -227,10 +233,9 @@ class Trajectory:
     def _with(self, **changes: Any) -> Trajectory:
         # dataclasses.replace, which rebuilds a frozen value field by field, took a fifth of a cheap step.
         new = object.__new__(Trajectory)
-        kept = self.__dict__.copy()
+        kept = {**self.__dict__, **changes}
         kept.pop("log_total", None)
-        kept.update(changes)
-        new.__dict__.update(kept)
+        object.__setattr__(new, "__dict__", kept)
         return new
 
     def _need_states(self) -> None:

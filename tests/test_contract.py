@@ -1,6 +1,7 @@
 """What every sampler owes, in one file: each row of METHODS runs every case."""
 
 import functools
+import itertools
 import math
 
 import pytest
@@ -127,6 +128,20 @@ def test_ledger_equals_a_spys_count(method, name):
     assert cost.seconds["total"] > 0
 
 
+def test_seconds_add_up_also_of_calls_that_fail(monkeypatch):
+    clock = itertools.count(start=10.0, step=0.5)
+    monkeypatch.setattr(steer.cost.time, "perf_counter", lambda: next(clock))
+    meter = steer.cost.Meter()  # at 10
+    for _ in range(3):
+        with meter.network(4):
+            pass
+    with pytest.raises(KeyError), meter.gradient(2), meter.scoring(1):
+        raise KeyError
+    cost = meter.cost()
+    assert cost.seconds == {"network": 1.5, "gradient": 1.5, "reward": 0.5, "decode": 0.0, "total": 5.5}
+    assert (cost.nfe, cost.grads, cost.rewards) == (12, 2, 1)
+
+
 @pytest.mark.parametrize("more", [0, 6 * STEPS + 3])
 def test_budget_is_never_exceeded_and_used_up_to_a_particle(method, name, more):
     budget = rows(name, 1) + more
@@ -153,6 +168,22 @@ def test_the_global_generator_is_left_alone(method):
     before = torch.get_rng_state()
     method(mixture_process(), REWARD, particles=4)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_no_graph_is_built_or_kept(method, name):
+    """A network in training, whose weights ask for gradients: it runs without autograd where none is asked for."""
+    process, weight, building = mixture_process(), torch.nn.Parameter(torch.ones(())), []
+
+    def network(x, t):
+        building.append(torch.is_grad_enabled())
+        return weight * process.denoiser(x, t)
+
+    trained = steer.from_denoiser(network, process.schedule, process.times, event=process.event)
+    result = method(trained, REWARD, particles=6)
+    assert any(building) == (name in GRADIENTS)
+    assert not any(part.requires_grad for part in (result.x, result.reward, result.log_weight, result.log_evidence))
+    if result.tree is not None:
+        assert not any(state.requires_grad for layer in result.tree.layers for state in layer.states.values())
 
 
 def test_other_problems_do_not_matter(method):

@@ -67,7 +67,6 @@ def test_the_papers_build_is_caught():
 
 def looking_below(self, tree, depth, share, more):
     """A build whose shares depend on nodes' own leaves."""
-    tree.keep_lists()
     tree.backup()
     fair = torch.softmax(share + tree.layers[depth]["value"], 1)
     children = tree.layers[depth]["children"]

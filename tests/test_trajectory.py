@@ -96,6 +96,17 @@ def test_every_field_moves_with_its_particle(verb):
     check_unchanged(state, before, 0)
 
 
+def test_anew_keeps_states_and_what_they_carry():
+    moved = dataclasses.replace(population(), keep_states=True, diagnostics={"acceptance": torch.ones(3)})
+    moved = moved.resample(torch.zeros(3, 5, dtype=torch.int64)).reweight(torch.ones(3, 5))
+    fresh = moved.anew()
+    begun = Trajectory.begin(PROCESS, moved.x, k=2, keep_states=True).carry(**moved.carried)
+    assert fresh.__dict__.keys() == begun.__dict__.keys()
+    for field in dataclasses.fields(Trajectory):
+        one, other = getattr(fresh, field.name), getattr(begun, field.name)
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other, field.name
+
+
 def test_gather():
     tensor = Key(1).normal((3, 5, 2, 4))
     index = torch.tensor([[0, 4], [2, 2], [1, 3]])

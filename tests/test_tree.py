@@ -48,7 +48,7 @@ def test_layers_append_where_live_and_grow():
     for turn in range(20):
         live = np.array([[True, True], [True, turn % 2 == 0]])
         fact = np.full((2, 2), turn, dtype=np.int32)
-        slots = layer.append(live, x=torch.full((2, 2, 3), float(turn)), visits=fact)
+        slots = layer.append(live, fact.astype(np.int64), x=torch.full((2, 2, 3), float(turn)), visits=fact, value=turn)
     assert layer.count.tolist() == [40, 30]
     assert slots.tolist()[0] == [38, 39]
     assert layer["x"][0, :, 0].tolist() == [t for t in range(20) for _ in range(2)]
@@ -72,6 +72,22 @@ def test_child_lists_hold_every_child_in_order():
     assert lists.used < 4 * len(child)  # blocks double; they do not move for every child
     for node, begin, count in zip(nodes, first, length, strict=True):
         assert child[begin : begin + count].tolist() == truth[node]
+
+
+def test_child_lists_follow_the_layer_below():
+    """Read now and then, while one tree gains nodes and the other does not."""
+    lists, below = ChildLists(2), Layer(2)
+    for turn in range(12):
+        live = np.array([[turn % 3 != 0, True], [turn % 4 == 0, False]])
+        below.append(live, np.array([[turn, turn // 2], [turn // 3, 0]]))
+        if turn % 2 == 0:
+            continue
+        lists.read(below, turn + 1)
+        for problem in range(2):
+            parents = below["parent"][problem, : below.count[problem]].tolist()
+            for node in range(turn + 1):
+                child, _, _ = lists.of(np.array([problem]), np.array([node]))
+                assert child.tolist() == [slot for slot, parent in enumerate(parents) if parent == node]
 
 
 def test_counts_agree_with_the_parents(grown):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -185,12 +184,12 @@ class MixtureTransition:
     factors: Tensor  # (K, D, D) lower triangular
     dtype: torch.dtype
 
-    @cached_property
+    @property
     def mean(self) -> Tensor:
         """Mean of the kernel, (B, N, D)."""
         return torch.einsum("bnk,bnkd->bnd", self.log_share.exp(), self.means).to(self.dtype)
 
-    @cached_property
+    @property
     def std(self) -> float:
         """Root mean variance of a component, averaged: the scale that guidance steps are measured by."""
         return math.sqrt(self.factors.square().sum((1, 2)).mean().item() / self.factors.shape[1])
