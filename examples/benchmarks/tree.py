@@ -6,7 +6,7 @@ Trees on an eight-mode mixture in the plane with 50 steps and nodes at ten level
 that bookkeeping is what is measured; by the paper's build (Algorithm 1), and by the default one, whose walks begin at
 all depths and so make fewer nodes each. Objects follow the same rules: one tree after the other, one Python object a
 node, the W walks of a sweep rolled out in one batch from each level (which is the most that objects allow).
-Reported: nodes made per second of CPU time, medians of rounds, and per second besides network and reward: selection,
+Reported: nodes made per second of CPU time, medians of rounds taken in turn, and per second besides network and reward: selection,
 noise, steps, new nodes, values. Then the same of one process on every core, each with its part of 64 trees of 16
 walks, by the clock; the memory of a node and its states; and growth to a million nodes.
 """
@@ -34,6 +34,7 @@ from search.growth import segment_rows
 from steer.key import Key
 
 STEPS, LEVELS = 50, list(range(5, 50, 5))
+CELLS = [(1, 1), (1, 9), (1, 16), (1, 64), *((trees, walkers) for trees in (16, 64) for walkers in (1, 16, 64))]
 
 
 def problem() -> tuple[steer.GaussianProcess, steer.Reward]:
@@ -233,20 +234,19 @@ def main() -> None:
     print(f"{'':11} | {'thousand nodes / s':^31} | {'besides network and reward':^31}")
     print(f"{'':11} | {' | '.join(['     paper         default     '] * 2)}")
     print(f"{'trees':>5} {'walks':>5} | {' | '.join(['objects  arrays objects  arrays'] * 2)}")
-    for trees in (1, 16, 64):
-        for walkers in (1, 16, 64):
-            sweeps = max(40, min(400, options.nodes // (trees * walkers * 9)))
-            whole, alone = [], []
-            for build in ("boltzmann", "unbiased"):
-                for make in (objects, arrays):
-                    # Trees of objects are independent of one another: a few of them give the rate of all.
-                    count = min(trees, 2) if make is objects else trees
-                    runs = [make(build, count, walkers, sweeps) for _ in range(options.rounds)]
-                    whole.append(statistics.median(nodes / total / 1e3 for nodes, total, _ in runs))
-                    alone.append(statistics.median(nodes / (total - other) / 1e3 for nodes, total, other in runs))
-            print(f"{trees:5} {walkers:5} | {' '.join(f'{v:7.0f}' for v in whole)} | "
-                  f"{' '.join(f'{v:7.0f}' for v in alone)}", flush=True)  # fmt: skip
-            table.append({"trees": trees, "walkers": walkers, "all": whole, "besides": alone})
+    for trees, walkers in CELLS:
+        sweeps = max(40, min(400, options.nodes // (trees * walkers * 9)))
+        whole, alone = [], []
+        for build in ("boltzmann", "unbiased"):
+            # Trees of objects are independent of one another: a few of them give the rate of all.
+            cases = [(objects, min(trees, 2)), (arrays, trees)]
+            rounds = [[make(build, count, walkers, sweeps) for make, count in cases] for _ in range(options.rounds)]
+            for runs in zip(*rounds, strict=True):
+                whole.append(statistics.median(nodes / total / 1e3 for nodes, total, _ in runs))
+                alone.append(statistics.median(nodes / (total - other) / 1e3 for nodes, total, other in runs))
+        print(f"{trees:5} {walkers:5} | {' '.join(f'{v:7.1f}' for v in whole)} | "
+              f"{' '.join(f'{v:7.1f}' for v in alone)}", flush=True)  # fmt: skip
+        table.append({"trees": trees, "walkers": walkers, "all": whole, "besides": alone})
     cores = min(64, os.cpu_count() or 1)
     by_clock = {build: on_every_core(build, 64, 16, 100, cores) / 1e3 for build in ("boltzmann", "unbiased")}
     print(f"64 trees of 16 walks on {cores} cores, thousand nodes / s by the clock: {by_clock}", flush=True)
