@@ -15,11 +15,11 @@ from torch import Tensor
 
 from steer import weights
 from steer.cost import Meter, affordable
-from steer.errors import BudgetError, CollapsedWeightsError, NotStochasticError, StateSpaceError, SteerError
+from steer.errors import BudgetError, CollapsedWeightsError, NotStochasticError, SteerError
 from steer.key import Key
 from steer.objective import Objective, check_finite, log_potential
 from steer.result import Result, Seen
-from steer.smc import PreparedStart, Proposal, Start
+from steer.smc import PreparedStart, Proposal, Start, evaluated
 from steer.trajectory import Stepped, Trajectory
 from steer.types import GaussianTransition, OnStep, ReverseProcess, Stop
 
@@ -148,7 +148,7 @@ class Growth:
                 state, _ = self._predict(state, rows, score=False)
             self.paid = state
             model = self.process.transition(state.x, state.carried["x0"], state.k)
-            guided = "gradient" in state.carried
+            guided = len(state.carried) > 1  # by what a proposal has put beside the prediction
             drawn = self.proposal(state, cast(GaussianTransition, model)) if guided else model
             state = state.step(drawn, noise, model=None if drawn is model else model)
             if self.on_step is not None:
@@ -165,7 +165,7 @@ class Growth:
         tree = self.tree
         columns: dict[str, Any] = {"correction": state.log_weight.cpu().numpy(), **self._edge(state)}
         if depth == tree.depth:
-            scores = self._on_rows(self.objective, state.x, rows).cpu()
+            scores = self._on_rows(lambda x: {"score": self.objective(x)}, state.x, rows)["score"].cpu()
             check_finite(scores, "of the finished samples", first=tree.leaves.size)
             value = scores if self.greedy else log_potential(scores, self.temperature)
             columns |= {"reward": scores.numpy(), "value": value.numpy()}
@@ -194,25 +194,20 @@ class Growth:
         }
 
     def _predict(self, state: Trajectory, rows: Tensor | None, *, score: bool) -> tuple[Trajectory, Tensor | None]:
-        """The state with its prediction (and the gradient a proposal needs), and scores where they are asked for."""
+        """The state with its prediction (and what a proposal needs), and scores where they are asked for."""
         process, k = self.process, state.k
-        if self.proposal.scale and process.stochastic(k):
-            if not hasattr(process, "levels"):
-                raise StateSpaceError(
-                    "a proposal that follows a gradient needs states on a Gaussian path, got "
-                    f"{type(process).__name__}; use proposal=steer.bootstrap"
-                )
-            x0, scores, gradient = self._on_rows(
-                lambda x: self.objective.value_and_grad(x, k, 1.0 / self.temperature), state.x, rows
-            )
-            return state.carry(x0=x0, gradient=gradient), scores
 
-        def predict(x: Tensor) -> tuple[Tensor, ...]:
+        def predicted(x: Tensor) -> dict[str, Tensor]:
+            if self.proposal.scale and process.stochastic(k):
+                here = Trajectory.begin(process, x, k=k)
+                here, scores = evaluated(here, self.objective, self.temperature, self.proposal, score)
+                return {**here.carried} if scores is None else {**here.carried, "score": scores}
             x0 = process.denoise(x, k)
-            return (x0, self.objective(process.complete(x, x0))) if score else (x0,)
+            return {"x0": x0, "score": self.objective(process.complete(x, x0))} if score else {"x0": x0}
 
-        x0, *scores = self._on_rows(predict, state.x, rows)
-        return state.carry(x0=x0), scores[0] if scores else None
+        found = self._on_rows(predicted, state.x, rows)
+        scores = found.pop("score", None)
+        return state.carry(**found), scores
 
     def _rows(self, live: NDArray[np.bool_] | None, device: torch.device) -> Tensor | None:
         """Rows of the merged axis (B * W) that are live; None for all.
@@ -224,17 +219,17 @@ class Growth:
         return torch.from_numpy(live.reshape(-1).nonzero()[0]).to(device)
 
     @staticmethod
-    def _on_rows(function: Callable[[Tensor], Any], x: Tensor, rows: Tensor | None) -> Any:
-        """A function of states (B, W, ...) on some rows alone, 0 elsewhere, so that idle columns cost nothing."""
+    def _on_rows(function: Callable[[Tensor], dict[str, Tensor]], x: Tensor, rows: Tensor | None) -> dict[str, Tensor]:
+        """What a function says of states (B, W, ...), on some rows alone, 0 elsewhere: idle columns cost nothing."""
         if rows is None:
             return function(x)
-        packed = function(x.flatten(0, 1).index_select(0, rows)[None])
 
         def unpacked(part: Tensor) -> Tensor:
             wide = part.new_zeros((x.shape[0] * x.shape[1], *part.shape[2:]))
             return wide.index_copy_(0, rows, part[0]).view(*x.shape[:2], *part.shape[2:])
 
-        return tuple(map(unpacked, packed)) if isinstance(packed, tuple) else unpacked(packed)
+        packed = function(x.flatten(0, 1).index_select(0, rows)[None])
+        return {name: unpacked(part) for name, part in packed.items()}
 
     def _stored(self, tensor: Tensor) -> Tensor:
         return tensor if self.store is None else tensor.to(self.store)

@@ -25,7 +25,8 @@ class Layer:
     parent: slot in the layer above.    children, visits: how many, and selections that passed through plus one.
     value: soft value in units of the temperature (dts) or best reward below (dts_star).
     correction: log p / q of the edge from the parent, 0 where children are draws of the model.
-    look: r(x0_hat) of the node, where a build asks for it. reward: scores of leaves. x, x0, gradient: states.
+    look: r(x0_hat) of the node, where a build asks for it. reward: scores of leaves. x, x0: states and predictions;
+    gradient, displacement: what proposals need there.
     edge, edge_log_prob, edge_log_behaviour: (B, room, steps, ...), steps from the parent here, where they are kept.
     """
 

@@ -167,10 +167,9 @@ class Tree:
                 above.flat("value")[node] = _pool(value[child] + correction[child], first, length, greedy)
 
     def states(self, depth: int, slots: Tensor, device: torch.device | None = None) -> dict[str, Tensor]:
-        """States, predictions and gradients of nodes (B, W), on a device."""
-        held = self.layers[depth].states
-        kept = {name: held[name] for name in ("x", "x0", "gradient") if name in held}
-        return {name: gather(column, slots.to(column.device)).to(device) for name, column in kept.items()}
+        """States of nodes (B, W), predictions and what proposals need there, on a device."""
+        held = {name: column for name, column in self.layers[depth].states.items() if not name.startswith("edge")}
+        return {name: gather(column, slots.to(column.device)).to(device) for name, column in held.items()}
 
     def nodes_at(self, depth: int, problem: int = 0) -> dict[str, Tensor]:
         """What is known of one tree's nodes of a depth, (n,) each: parent, children, visits, value, and where they are

@@ -242,7 +242,7 @@ class _Loop:
 
     def weighed(self, state: Trajectory, weighted: bool) -> Trajectory:
         """The state carrying its prediction, reweighted and resampled where its level is."""
-        state, scores = _evaluate(state, self.objective, self.temperature, self.proposal, weighted)
+        state, scores = evaluated(state, self.objective, self.temperature, self.proposal, weighted)
         if scores is None:
             return state
         value = log_potential(scores, self.temperature)
@@ -285,13 +285,13 @@ class _Loop:
                 scores = self.objective(state.x)
             state = state.carry(score=scores)
         else:
-            state, seen = _evaluate(state, self.objective, self.temperature, self.proposal, True)
+            state, seen = evaluated(state, self.objective, self.temperature, self.proposal, True)
             scores = cast(Tensor, seen)
         check_finite(scores, f"of paths moved to level {state.k}")
         return state, self.weight.tempered(state, log_potential(scores, self.temperature))
 
 
-def _evaluate(
+def evaluated(
     state: Trajectory, objective: Objective, temperature: float, proposal: Proposal, weighted: bool
 ) -> tuple[Trajectory, Tensor | None]:
     """The state carrying its prediction (and gradient, where it is needed), and its scores where it is weighted."""

@@ -45,6 +45,7 @@ BLIND = {
     "one-level-cold": {"levels": [5], "temperature": 0.5},
     "quadratic": {"reward": Quadratic([1.5, 1.0], 1.0)},
     "guided": {"proposal": steer.guided(0.7), "levels": 2, "particles": 48, "replicates": 200},
+    "hooks": {"proposal": steer.follow(steer.dps(REWARD, 0.3)), "levels": 2, "particles": 48, "replicates": 200},
     "uniform": {"build": "uniform"},
     "uniform-narrow": {"build": "uniform", "widening": (1.0, 0.5)},
     "budget": {"particles": None, "budget": 400},
@@ -328,6 +329,29 @@ def test_guidance_is_corrected_on_every_edge():
     target = process.exact(REWARD)
     assert worst(z_scores(run, target, mixture_2d()))[0] < LIMIT
     assert worst(z_scores(wrong, target, mixture_2d()))[0] > LIMIT
+
+
+class Sideways:
+    """Proposes the model's step moved by a fifth of its noise, and asks for the reward's gradient."""
+
+    scale = 1.0
+
+    def __call__(self, state, model):
+        return model.shift(torch.full_like(model.mean, 0.2 * model.std))
+
+
+@pytest.mark.parametrize("build", ["unbiased", "boltzmann"])
+def test_hooks_propose_in_trees_as_any_proposal(build):
+    """Their displacement is kept at nodes, for walks that join there, and where trees of a batch differ."""
+    process, hooks = quick_chain(), steer.guidance.Hooks(mean=(lambda at: at.mean + 0.2 * at.std,))
+    options = {"build": build, "batch": 3, "particles": 60, "walkers": 4, "levels": 3, "widening": (1.0, 0.5)}
+    one, other = (
+        search.dts(process, REWARD, proposal=proposal, **options) for proposal in (Sideways(), steer.follow(hooks))
+    )
+    torch.testing.assert_close(one.x, other.x, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(one.log_weight, other.log_weight, rtol=1e-10, atol=1e-10)
+    assert float(one.tree.layers[2]["correction"].abs().max()) > 0.05
+    assert other.cost.grads == 0 < one.cost.grads
 
 
 def test_a_weighted_start_is_carried():

@@ -154,8 +154,6 @@ def test_errors_of_the_seam():
         steer.rollout(guide(process, guidance.dps(ones)), ones)
     with pytest.raises(steer.NotStochasticError, match="after hook"):
         steer.tds(guide(process, guidance.corrector()), EVIDENCE, particles=2)
-    with pytest.raises(steer.SteerError, match="reward's gradient alone"):
-        search.dts(process, EVIDENCE, budget=40, proposal=follow(guidance.dps(EVIDENCE, 0.1)))
     guided = guide(process, guidance.mpgd(EVIDENCE, 0.1))
     with pytest.raises(steer.StateSpaceError, match="mean hooks"):
         steer.smc(guided, EVIDENCE, proposal=follow(guidance.mpgd(EVIDENCE, 0.1)))

@@ -6,9 +6,9 @@ Trees on an eight-mode mixture in the plane with 50 steps and nodes at ten level
 that bookkeeping is what is measured; by the paper's build (Algorithm 1), and by the default one, whose walks begin at
 all depths and so make fewer nodes each. Objects follow the same rules: one tree after the other, one Python object a
 node, the W walks of a sweep rolled out in one batch from each level (which is the most that objects allow).
-Reported: nodes made per second of CPU time, medians of rounds taken in turn, and per second besides network and reward: selection,
-noise, steps, new nodes, values. Then the same of one process on every core, each with its part of 64 trees of 16
-walks, by the clock; the memory of a node and its states; and growth to a million nodes.
+Reported: nodes made per second of CPU time, medians of rounds taken in turn, and per second besides network and reward:
+selection, noise, steps, new nodes, values. Then the same of one process on every core, each with its part of 64 trees
+of 16 walks, by the clock; the memory of a node and its states; and growth to a million nodes.
 """
 
 from __future__ import annotations

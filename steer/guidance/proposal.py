@@ -50,16 +50,11 @@ class Follow:
         return state.carry(x0=looked.raw, displacement=move), scores
 
     def __call__(self, state: Trajectory, model: GaussianTransition) -> GaussianTransition:
-        if "displacement" not in state.carried:
-            raise SteerError(
-                "hooks propose in steer.smc and what is built on it, got a sampler that hands proposals the reward's "
-                "gradient alone; run that one on the process steer.guidance.guide(process, hooks)"
-            )
         return model.shift(state.carried["displacement"])
 
 
 def follow(hooks: Hooks, *, limit: float | None = None, key: Key | int | None = None) -> Follow:
-    """A proposal for `steer.smc` (and what is made of it) that moves by hooks.
+    """A proposal for `steer.smc` (and what is made of it) and `search.dts` that moves by hooks.
 
     hooks: score, x0 and mean hooks. Start hooks and after hooks have no density to correct by: SteerError.
     key:   names what hooks draw; None: the run's key does.
