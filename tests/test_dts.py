@@ -336,7 +336,11 @@ class Sideways:
 
     scale = 1.0
 
+    def __init__(self):
+        self.levels = []
+
     def __call__(self, state, model):
+        self.levels.append(state.k)
         return model.shift(torch.full_like(model.mean, 0.2 * model.std))
 
 
@@ -345,9 +349,10 @@ def test_hooks_propose_in_trees_as_any_proposal(build):
     """Their displacement is kept at nodes, for walks that join there, and where trees of a batch differ."""
     process, hooks = quick_chain(), steer.guidance.Hooks(mean=(lambda at: at.mean + 0.2 * at.std,))
     options = {"build": build, "batch": 3, "particles": 60, "walkers": 4, "levels": 3, "widening": (1.0, 0.5)}
-    one, other = (
-        search.dts(process, REWARD, proposal=proposal, **options) for proposal in (Sideways(), steer.follow(hooks))
-    )
+    sideways, taken = Sideways(), []
+    one = search.dts(process, REWARD, proposal=sideways, on_step=lambda state: taken.append(state.k - 1), **options)
+    assert sideways.levels == [k for k in taken if process.stochastic(k)]
+    other = search.dts(process, REWARD, proposal=steer.follow(hooks), **options)
     torch.testing.assert_close(one.x, other.x, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(one.log_weight, other.log_weight, rtol=1e-10, atol=1e-10)
     assert float(one.tree.layers[2]["correction"].abs().max()) > 0.05
