@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from steer.cost import check_counts
 from steer.key import Key
 from steer.result import Result
 from steer.types import OnStep, ReverseProcess, Reward
@@ -54,6 +55,7 @@ def beam(
     candidates of the first block begin from noises of their own; a prediction serves value and next step; ties go to
     the earlier candidate; child counts sum to N. Their gradient-guided proposals (TreeG-G) are left out.
     """
+    check_counts(keep=keep)
     value, run = value or x0_hat(), Run.open(process, reward, batch, temperature, key, chunk)
     path = plan(
         run.process, value, block=block, candidates=candidates, particles=particles, budget=budget, usual=8, default=16

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from steer import weights
+from steer.cost import check_counts
 from steer.errors import SteerError
 from steer.key import Key, as_key
 from steer.objective import check_finite, check_temperature, conditioned, open_run
@@ -42,6 +43,7 @@ def best_of_n(
     Cost per problem: N K network rows and N rewards.
     """
     temperature, key = check_temperature(temperature), as_key(key)
+    check_counts(keep=keep, chunk=chunk)
     process, objective, meter = open_run(process, reward, groupwise=True, key=key)
     ready, count = prepared(start, process, temperature, particles=particles, budget=budget)
     if ready is not start or objective.groupwise:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from steer import weights
-from steer.cost import Meter, affordable
+from steer.cost import Meter, affordable, check_counts
 from steer.errors import NotStochasticError, SteerError
 from steer.key import Key, as_key
 from steer.objective import Objective, check_finite, check_temperature, conditioned, open_run
@@ -46,8 +46,8 @@ class Run:
         cls, process: ReverseProcess, reward: Reward, batch: int, temperature: float, key: Key | int, chunk: int = 256
     ) -> Run:
         """A run with its own ledger."""
-        temperature = check_temperature(temperature)
-        key = as_key(key)
+        temperature, key = check_temperature(temperature), as_key(key)
+        check_counts(chunk=chunk)
         process, objective, meter = open_run(process, reward, key=key)
         return cls(process, objective, meter, conditioned(process, batch), temperature, key, chunk)
 
@@ -145,8 +145,7 @@ def plan(
     candidates None: the budget decides, after `usual` of them have decided how many chains there are.
     default: chains where neither particles nor budget is given.
     """
-    if block < 1:
-        raise SteerError(f"a block is at least one draw, got {block}")
+    check_counts(block=block)
     ends = [k for k in range(block - 1, process.steps, block) if process.steps - k >= block] + [process.steps]
     spans = list(zip([0, *(end + 1 for end in ends)], ends, strict=False))
     drawing = [_draws(process, max(0, first - 1), last) for first, last in spans]
@@ -155,9 +154,9 @@ def plan(
     fixed = 0 if value.predicts else len(spans) - 1  # kept states are predicted after the choice
 
     def widths(wanted: int | Callable[[int], int]) -> list[int]:
-        each = [wanted if isinstance(wanted, int) else wanted(last) for _, last in spans]
-        if any(not isinstance(width, int) or width < 1 for width in each):
-            raise SteerError(f"candidates per chain are whole numbers of at least 1, got {each}")
+        each = [wanted(last) if callable(wanted) else wanted for _, last in spans]
+        for width in each:
+            check_counts(candidates=width)
         if max(each) > 1 and len(spans) > 1 and not any(drawing[1:]):
             raise NotStochasticError(
                 "candidates of one chain differ by the noise of its steps, and this process's transitions add none; "
@@ -191,6 +190,12 @@ def scattered(process: ReverseProcess) -> bool:
     """Whether the prior draws anything: masked states all begin the same."""
     first, second = process.prior(Key(0), process.problems or 1, 2).unbind(1)
     return not torch.equal(first, second)
+
+
+def priced(process: ReverseProcess) -> bool:
+    """Whether drawing a state may itself evaluate the network, as hooks on the prior and after steps do."""
+    hooks = getattr(process, "hooks", None)
+    return hooks is not None and bool(hooks.start or hooks.after)
 
 
 def _draws(process: ReverseProcess, first: int, last: int) -> bool:

@@ -7,8 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from steer.cost import affordable
-from steer.errors import SteerError
+from steer.cost import affordable, check_counts
 from steer.key import Key
 from steer.result import Result
 from steer.types import OnStep, ReverseProcess, Reward
@@ -52,11 +51,10 @@ def depth_first(
     Source: Zhang et al. 2025 (2505.23614), depth-first search. Differs: the threshold's default; the budget is used up,
     where the paper stops at the first sample that passes; a chain goes back only where it can still reach the data.
     """
+    check_counts(keep=keep, **{name: n for name, n in (("every", every), ("back", back)) if n is not None})
     run = Run.open(process, reward, batch, temperature, key, chunk)
     levels = run.process.steps
     every, back = every or max(1, levels // 4), min(levels, back or max(1, levels // 2))
-    if every < 1 or back < 1:
-        raise SteerError(f"every and back count levels and are at least 1, got {every} and {back}")
     rows = run.process.rows
     if budget is None:
         budget = 16 * levels * rows * (particles or 1)
@@ -87,7 +85,7 @@ def _chain(
         values[k] = score
         shown = Held(process.complete(x, x0), score, slot)
         bar = limit(k) if limit is not None else to_beat.get(k, -math.inf)
-        target = max(0, k - back)
+        target = _noisier(process, max(0, k - back), k)
         if k > 0 and k % every == 0 and score <= bar and left >= steps - target:
             x, k = renoise(run, name, returns * count + slot, x, k, target), target
             returns += 1
@@ -104,6 +102,15 @@ def _chain(
             best, to_beat = Held(x, score, slot), dict(values)
         if left == 0:
             return best
-        target = steps - min(back, left)
+        target = _noisier(process, steps - min(back, left), steps)
         x, k, values = renoise(run, name, returns * count + slot, best.clean, steps, target), target, dict(to_beat)
         returns += 1
+
+
+def _noisier(process: ReverseProcess, target: int, k: int) -> int:
+    """The last level up to `target` that is no less noisy than level k: chains that restart do not only get cleaner."""
+    inner = getattr(process, "base", None)
+    visits = getattr(process, "visits", getattr(inner, "visits", range(process.steps + 1)))
+    while visits[target] > visits[k]:
+        target -= 1
+    return target

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from steer.errors import SteerError
 from steer.key import Key
 
 from .growth import Plan, resorted
@@ -36,6 +37,15 @@ class Descent:
     widening: tuple[float, float]
     revisit: bool
     rows: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.widening, (tuple, list)) or len(self.widening) != 2:
+            raise SteerError(f"widening is two numbers (C, alpha), got {self.widening!r}")
+        if not (self.widening[0] > 0.0 and 0.0 < self.widening[1] <= 1.0):
+            raise SteerError(
+                f"widening is (C, alpha) with C > 0 and 0 < alpha <= 1, got {self.widening}: nodes expand below "
+                "C N^alpha children, and a number that does not grow with the visits N ends all growth"
+            )
 
     def __call__(self, tree: Tree, walks: int, left: NDArray[np.int64], key: Key) -> Plan:
         """Walks of one sweep. Visits count as they are made: each walk sees those of the walks before it."""

@@ -117,7 +117,8 @@ def _builder(build: str, growth: Growth, widening: tuple[float, float], defence:
     rows = segment_rows(growth.process, growth.tree.levels)
     cost = tuple(sum(rows[depth:]) for depth in range(len(rows)))
     if build == "unbiased":
-        if any("look" not in layer for layer in growth.tree.layers[1:-1] if layer.size):
+        inner = [layer for layer in growth.tree.layers[1:-1] if layer.size]
+        if any("look" not in layer or bool(layer["look"][layer.filled].isnan().any()) for layer in inner):
             raise SteerError("a tree built by another rule keeps no predicted rewards; grow it by that rule")
         return Apportionment(cost, growth.temperature, defence)
     if build == "boltzmann":
@@ -181,6 +182,8 @@ class Apportionment:
         """Log of the children that nodes of a depth, of log-shares (B, size), lack of their fair part once there are
         `more` at it, (B, size)."""
         layer = tree.layers[depth]
+        lost = (share == -torch.inf).all(1, keepdim=True)  # the start forbids all that was found so far: all alike
+        share = torch.where(lost & layer.filled, 0.0, share)
         tilted = share + log_potential(layer["look"], self.temperature)
         hopeless = (tilted == -torch.inf).all(1, keepdim=True)
         fair = torch.softmax(torch.where(hopeless, share, tilted), 1)

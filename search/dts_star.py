@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from steer.cost import check_counts
 from steer.key import Key, as_key
 from steer.objective import check_temperature, conditioned, open_run
 from steer.result import Result
@@ -59,6 +60,7 @@ def dts_star(
     paper leaves its scale open). Walks never end at an old leaf.
     """
     temperature, key = check_temperature(temperature), as_key(key)
+    check_counts(keep=keep)
     process, objective, meter = open_run(process, reward, key=key)
     tree = planted(tree, conditioned(process, batch), branching_levels(process, levels))
     growth = Growth(

@@ -14,15 +14,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from steer import weights
-from steer.cost import Meter, affordable
+from steer.cost import Meter, affordable, check_counts
 from steer.errors import BudgetError, CollapsedWeightsError, NotStochasticError, SteerError
 from steer.key import Key
 from steer.objective import Objective, check_finite, log_potential
 from steer.result import Result, Seen
-from steer.smc import PreparedStart, Proposal, Start, evaluated
+from steer.smc import PreparedStart, Proposal, Start, evaluated, prior
 from steer.trajectory import Stepped, Trajectory
 from steer.types import GaussianTransition, OnStep, ReverseProcess, Stop
 
+from .candidates import priced
 from .layer import Slots, each_problem
 from .tree import Tree, even_levels
 
@@ -60,6 +61,7 @@ class Growth:
     on_step: OnStep | None = None
     keep_states: bool = False
     paid: Trajectory | None = field(default=None, init=False)
+    so_far: Tensor | float = field(default=0.0, init=False)
 
     @property
     def greedy(self) -> bool:
@@ -74,7 +76,10 @@ class Growth:
             raise SteerError(
                 "a tree keeps the states of all its steps or of none; grow it with the keep_states it was begun with"
             )
+        check_counts(walkers=walkers)
         made, most = 0, particles or (16 if budget is None else None)
+        if self.live and tree.leaves.size:  # of another temperature, or another kind of value
+            self._back_up()
         left = np.full(tree.problems, 2**62 if budget is None else budget)
         interrupted = False
         try:
@@ -91,7 +96,10 @@ class Growth:
             interrupted = True
         except SteerError as error:
             if tree.leaves.size:
-                error.keep(self._result(interrupted=True))
+                try:
+                    error.keep(self._result(interrupted=True))
+                except CollapsedWeightsError as collapsed:
+                    error.keep(collapsed.partial)
             error.keep(self.paid)
             raise
         return self._result(interrupted=interrupted)
@@ -120,6 +128,9 @@ class Growth:
                     slots, state = self._attach(depth + 1, live, rows, above, state)
                     np.copyto(path[depth + 1, :, :width], slots, where=True if live is None else live)
         except BaseException:
+            if self.paid is not None and not tree.leaves.size:  # a first sweep: nodes stand in the order of its walks
+                made = zip(tree.levels, tree.layers[1:], strict=True)
+                self.so_far = sum(layer["correction"] for k, layer in made if layer.size and k <= self.paid.k)
             tree.rollback(before)  # the tree holds whole walks only, so that it can be grown again
             raise
         tree.commit(entry, path)
@@ -134,7 +145,12 @@ class Growth:
                 f"the start puts particles at level {begun.k}, past the first branching level "
                 f"{self.tree.levels[0]}; pass levels that begin there or later"
             )
-        return replace(begun, keep_states=self.keep_states)
+        begun = replace(begun, keep_states=self.keep_states)
+        if self.start is prior:
+            return begun
+        # What another start has weighted, spent and normalised by is the weight of the edge from the root.
+        self.tree.normalised &= ~begun.log_evidence.isnan().cpu().numpy()
+        return begun.reweight(begun.log_evidence[:, None].nan_to_num() - begun.memory.get("spent", 0.0))
 
     def _entered(self, depth: int, slots: Slots) -> Trajectory:
         """Walks at nodes (B, W) of a depth, with what is remembered there."""
@@ -149,11 +165,21 @@ class Growth:
             self.paid = state
             model = self.process.transition(state.x, state.carried["x0"], state.k)
             guided = len(state.carried) > 1  # by what a proposal has put beside the prediction
-            drawn = self.proposal(state, cast(GaussianTransition, model)) if guided else model
+            drawn = self._proposed(state, cast(GaussianTransition, model)) if guided else model
             state = state.step(drawn, noise, model=None if drawn is model else model)
             if self.on_step is not None:
                 self.on_step(state)
         return state
+
+    def _proposed(self, state: Trajectory, model: GaussianTransition) -> GaussianTransition:
+        try:
+            return self.proposal(state, model)
+        except KeyError as missing:
+            kept = ", ".join(sorted(set(state.carried) - {"x0"}))
+            raise SteerError(
+                f"nodes of this tree keep {kept} for the proposal that it was grown with, and {self.proposal} asks for "
+                f"{missing}; grow it on with the former, or with steer.bootstrap"
+            ) from missing
 
     def _attach(
         self, depth: int, live: NDArray[np.bool_] | None, rows: Tensor | None, parent: Slots, state: Trajectory
@@ -171,10 +197,18 @@ class Growth:
             columns |= {"reward": scores.numpy(), "value": value.numpy()}
         else:
             state, scores = self._predict(state, rows, score=self.looks)
+            if "look" in tree.layers[depth] and not self.looks:
+                columns["look"] = math.nan
             if self.looks and scores is not None:
                 check_finite(scores, f"of the predictions at level {state.k}", first=tree.layers[depth].size)
                 columns["look"] = scores.cpu().numpy()
             columns |= {name: self._stored(tensor) for name, tensor in state.carried.items()}
+        held = tree.layers[depth].states.get("edge")
+        if held is not None and held.shape[2] != columns["edge"].shape[2]:
+            raise SteerError(
+                f"this tree keeps {held.shape[2]} steps on every edge to level {state.k}, and its walks now take "
+                f"{columns['edge'].shape[2]}: their start begins at another level; grow it on with the start it had"
+            )
         return tree.attach(depth, live, parent, x=self._stored(state.x), **columns), state.anew()
 
     def _edge(self, state: Trajectory) -> dict[str, Tensor]:
@@ -240,13 +274,16 @@ class Growth:
         entry, path = plan
         while True:
             running = (entry <= np.arange(len(rows))[:, None, None]).sum(2)
-            paid = running if self.process.problems is None else running.max(1, keepdims=True)
+            idle = self.process.problems is not None or priced(self.process)  # whether idle columns cost rows
+            paid = running.max(1, keepdims=True) if idle else running
             spent = np.broadcast_to(np.dot(rows, paid), left.shape)
             if (spent <= left).all():
                 return entry, path, running, spent
             entry, path = entry[:, :-1], path[:, :, :-1]
 
     def _check_affordable(self, whole: int, cheapest: int, particles: int | None, budget: int | None) -> None:
+        if particles is not None:
+            check_counts(particles=particles)
         if not self.tree.leaves.size or budget is None:
             affordable(whole, particles=particles, budget=budget)
         elif budget < cheapest:
@@ -262,24 +299,24 @@ class Growth:
         filled, reward = leaves.filled, leaves["reward"]
         # Trees of fewer leaves repeat their first one, at weight zero.
         slots = torch.where(filled, torch.arange(leaves.size), 0)
-        tree.set_leaf_values(reward if self.greedy else log_potential(reward, self.temperature))
-        root_value = tree.backup(greedy=self.greedy)
-        if bool((root_value == -torch.inf).any()):
-            raise CollapsedWeightsError(
-                f"every leaf of problem {int((root_value == -torch.inf).nonzero()[0])} has weight zero: the reward "
-                "forbids (-inf) all of them; grow the tree further, or give a reward that is finite on what the "
-                "model makes"
-            )
+        root_value = self._back_up()
         reward, ancestor = reward.gather(1, slots), slots
         for layer in tree.layers[:1:-1]:
             ancestor = layer["parent"].gather(1, ancestor)
         x = tree.states(tree.depth, slots, getattr(self.process, "device", None))["x"]
         if self.keep is not None:
             log_weight = weights.of_best(reward.masked_fill(~filled, -torch.inf), self.keep)
-            root_value = torch.full_like(root_value, math.nan)
+            evidence = torch.full_like(root_value, math.nan)
         else:
-            log_weight = weights.normalise(tree.log_share(tree.depth) + leaves["value"])
-        return self._on_device(x, reward, log_weight, root_value, ancestor, interrupted)
+            log_weight = tree.log_share(tree.depth) + leaves["value"]
+            evidence = torch.where(torch.from_numpy(tree.normalised), root_value, math.nan)
+        return self._weighted(x, reward, log_weight, evidence, ancestor, interrupted)
+
+    def _back_up(self) -> Tensor:
+        """Values of all nodes, from the leaves' rewards: those of the roots, (B,)."""
+        reward = self.tree.leaves["reward"]
+        self.tree.set_leaf_values(reward if self.greedy else log_potential(reward, self.temperature))
+        return self.tree.backup(greedy=self.greedy)
 
     def _predictions(self) -> Result:
         """What a run has that was stopped in its first sweep: the last predictions of its walks, as leaves."""
@@ -288,21 +325,34 @@ class Growth:
             x = self.process.complete(self.paid.x, self.paid.carried["x0"])
             scores = self.objective(x)
         check_finite(scores, "of the predictions")
-        potential = log_potential(scores, self.temperature)
-        log_weight = weights.normalise(potential) if self.keep is None else weights.of_best(scores, self.keep)
-        evidence = weights.log_mean_exp(potential)
         root = torch.arange(scores.shape[1]).expand(scores.shape)
-        return self._on_device(x, scores, log_weight, evidence * math.nan if self.greedy else evidence, root, True)
+        if self.keep is not None:
+            return self._weighted(
+                x, scores, weights.of_best(scores, self.keep), torch.full_like(scores[:, 0], math.nan), root, True
+            )
+        log_weight = log_potential(scores, self.temperature) + self.paid.log_weight + self.so_far
+        evidence = torch.where(torch.from_numpy(self.tree.normalised), weights.log_mean_exp(log_weight), math.nan)
+        return self._weighted(x, scores, log_weight, evidence, root, True)
 
-    def _on_device(
+    def _weighted(
         self, x: Tensor, reward: Tensor, log_weight: Tensor, evidence: Tensor, root: Tensor, interrupted: bool
     ) -> Result:
+        """The Result of samples with log-weights of any scale; an error with it inside, where a problem has none."""
+        dead = (log_weight == -torch.inf).all(1)
+        log_weight = torch.where(dead[:, None], log_weight, weights.normalise(log_weight))
         reward, log_weight, evidence, root = (part.to(x.device) for part in (reward, log_weight, evidence, root))
-        return Result(
+        result = Result(
             process=self.process, x=x, reward=reward, log_weight=log_weight, log_evidence=evidence, root=root,
             key=self.key, cost=self.meter.cost(), temperature=self.temperature,
             seen=(Seen(self.process.steps, weights.ess(log_weight), reward),), interrupted=interrupted, tree=self.tree,
         )  # fmt: skip
+        if bool(dead.any()):
+            raise CollapsedWeightsError(
+                f"every leaf of problem {int(dead.nonzero()[0])} has weight zero: the reward forbids (-inf) all of "
+                "them; grow the tree further (error.partial.tree), or give a reward that is finite on what the model "
+                "makes"
+            ).keep(result)
+        return result
 
 
 def segment_rows(process: ReverseProcess, levels: Sequence[int]) -> list[int]:

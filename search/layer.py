@@ -58,7 +58,7 @@ class Layer:
         """A fact on the merged axis (B * room): a view."""
         return self.facts[name].reshape(-1)
 
-    def append(self, live: NDArray[np.bool_] | None, parent: Slots, **values: int | NDArray[Any] | Tensor) -> Slots:
+    def append(self, live: NDArray[np.bool_] | None, parent: Slots, **values: float | NDArray[Any] | Tensor) -> Slots:
         """New nodes below parents (B, W), where live (B, W), None for everywhere: their slots, (B, W).
 
         values: of their columns, (B, W, ...) or one number for all.
@@ -79,8 +79,9 @@ class Layer:
         for name, value in values.items():
             column = self._column(name, value)
             if isinstance(value, Tensor):
-                chosen, at = (index.to(value.device) for index in rows)
-                column.flatten(0, 1).index_copy_(0, at, value.flatten(0, 1).index_select(0, chosen))
+                chosen, at = rows[0].to(value.device), rows[1].to(column.device)
+                taken_rows = value.flatten(0, 1).index_select(0, chosen)
+                column.flatten(0, 1).index_copy_(0, at, taken_rows.to(column.device))
             else:
                 column.reshape(-1)[place] = value.reshape(-1)[taken] if isinstance(value, np.ndarray) else value
         self.resize(self.count + live.sum(1))
@@ -91,11 +92,11 @@ class Layer:
         self.count, self.size = count, int(count.max())
         self.even = int(count.min()) == self.size
 
-    def _column(self, name: str, value: int | NDArray[Any] | Tensor) -> Any:
+    def _column(self, name: str, value: float | NDArray[Any] | Tensor) -> Any:
         column = self.facts.get(name, self.states.get(name))
         if column is not None:
             return column
-        assert not isinstance(value, int), name
+        assert not isinstance(value, (int, float)), name
         shape = (value.shape[0], self.room, *value.shape[2:])
         if isinstance(value, Tensor):
             self.states[name] = value.new_zeros(shape)

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from steer.cost import affordable
+from steer.cost import affordable, check_counts
 from steer.errors import StateSpaceError, SteerError
 from steer.key import Key
 from steer.result import Result
@@ -77,11 +77,12 @@ def noise_search(
     NotStochasticError, NonFiniteError, RewardError.
     Source: Ma et al. 2025 (2501.09732); Ramesh & Mardani 2025 (2506.03164) for epsilon_greedy.
     """
+    check_counts(keep=keep)
     strategy, run = strategy or zero_order(), Run.open(process, reward, batch, temperature, key, chunk)
     least, rows, chains = strategy.least(run.process), run.process.rows, particles or strategy.chains
     budget = 16 * run.process.steps * rows * chains if budget is None else budget
-    chains = particles or min(chains, affordable(least * rows, particles=None, budget=budget))
-    affordable(least * rows, particles=chains, budget=budget)
+    most = affordable(least * rows, particles=particles, budget=budget)
+    chains = min(chains, most) if particles is None else particles
     found = strategy(run, chains, budget // rows // chains, on_step)
     return run.result(found.x, found.reward, found.root, keep=keep, interrupted=found.interrupted)
 

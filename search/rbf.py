@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from steer.cost import affordable
+from steer.cost import affordable, check_counts
 from steer.errors import NotStochasticError, SteerError
 from steer.key import Key
 from steer.result import Result
@@ -65,6 +65,7 @@ def rbf(
     ):
         if given not in allowed:
             raise SteerError(f"{name} is one of {', '.join(allowed)}, got {given!r}")
+    check_counts(keep=keep, **{name: n for name, n in (("quota", quota), ("initial", initial)) if n is not None})
     run = Run.open(process, reward, batch, temperature, key, chunk)
     branches = [scattered(process), *(process.stochastic(k) for k in range(process.steps - 1))]  # candidates differ
     quotas = _quotas(run.process, branches, particles, budget, quota, initial)
@@ -131,17 +132,14 @@ def _quotas(
         amount = iter(amounts)
         return [next(amount) if branch else 1 for branch in branches]
 
-    for name, given in (("quota", quota), ("initial", initial)):
-        if given is not None and given < 1:
-            raise SteerError(f"{name} is at least 1, got {given}")
     first = [initial] if initial is not None and branches[0] else []
     if budget is None or quota is not None:
         each = levels([*first, *[quota or 16] * (sum(branches) - len(first))])
         count = affordable(sum(each) * process.rows, particles=particles, budget=budget, default=1)
         return [each] * count
     least = (process.steps - len(first) + sum(first)) * process.rows
-    count = particles or min(2, affordable(least, particles=None, budget=budget))
-    affordable(least, particles=count, budget=budget)
+    most = affordable(least, particles=particles, budget=budget)
+    count = min(2, most) if particles is None else particles
     fixed = sum(first) + branches.count(False)
     return [
         levels([*first, *spread(calls - fixed, sum(branches) - len(first))])

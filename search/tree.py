@@ -35,6 +35,7 @@ class Tree:
     layers:     depth 0 (the roots) to depth D = len(levels) (the leaves).
     iterations: walks made so far in every tree; the next walk's noise has this slot.
     sweeps:     walks are made in sweeps of many; how many of those.
+    normalised: whether the normaliser of the law that roots were drawn from is known, (B,).
     expansions: walks that ended by expanding a node of depth d < D, of each tree, (D, B).
     """
 
@@ -43,6 +44,7 @@ class Tree:
         self.layers = [Layer(problems) for _ in range(len(levels) + 1)]
         self.lists = [ChildLists(problems) for _ in levels]
         self.iterations = self.sweeps = 0
+        self.normalised = np.ones(problems, dtype=np.bool_)
         self.expansions = np.zeros((len(levels), problems), dtype=np.int64)
         self.attach(0, None, np.zeros((problems, 1), dtype=np.int64))
 
@@ -74,7 +76,7 @@ class Tree:
         return sum(column.nbytes for column in held)
 
     def attach(
-        self, depth: int, live: NDArray[np.bool_] | None, parent: Slots, **columns: int | NDArray[Any] | Tensor
+        self, depth: int, live: NDArray[np.bool_] | None, parent: Slots, **columns: float | NDArray[Any] | Tensor
     ) -> Slots:
         """New nodes at a depth below parents (B, W), where live: their slots. `commit` counts them at old parents.
 
@@ -137,9 +139,11 @@ class Tree:
         self.leaves["value"].copy_(potential)
 
     def backup(self, *, greedy: bool = False) -> Tensor:
-        """Recomputes every value from the leaves up by log-mean-exp, or by maximum: values of the roots, (B,)."""
+        """Recomputes every value from the leaves up: by log-mean-exp with corrections, or by maximum, in units of the
+        reward and without. Values of the roots, (B,)."""
         for above, below in zip(self.layers[-2::-1], self.layers[:0:-1], strict=True):
-            value = (below["value"] + below["correction"]).masked_fill(~below.filled, -torch.inf)
+            value = below["value"] if greedy else below["value"] + below["correction"]
+            value = value.masked_fill(~below.filled, -torch.inf)
             top = torch.full(above["value"].shape, -torch.inf, dtype=torch.float64)
             top.scatter_reduce_(1, below["parent"], value, "amax")
             if not greedy:
@@ -158,13 +162,14 @@ class Tree:
             at, value, correction = above.places(row, path[d]), below.flat("value"), below.flat("correction")
             fresh = entry < d  # new nodes, of one child
             child = below.places(row, path[d + 1])[fresh]
-            above.flat("value")[at[fresh]] = value[child] + correction[child]
+            above.flat("value")[at[fresh]] = value[child] if greedy else value[child] + correction[child]
             if d <= deepest:
                 node = np.unique(at[(entry >= d) & (entry <= self.depth)])
                 problem = node // above.room
                 child, first, length = self.children(d, problem, node % above.room)
                 child += (problem * below.room).repeat(length)
-                above.flat("value")[node] = _pool(value[child] + correction[child], first, length, greedy)
+                worth = value[child] if greedy else value[child] + correction[child]
+                above.flat("value")[node] = _pool(worth, first, length, greedy)
 
     def states(self, depth: int, slots: Tensor, device: torch.device | None = None) -> dict[str, Tensor]:
         """States of nodes (B, W), predictions and what proposals need there, on a device."""

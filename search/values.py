@@ -76,7 +76,7 @@ class LookAhead:
                 "not; use value=values.x0_hat()"
             )
         for stop in self.stops(process, k):
-            here, there = levels[k], levels[stop]
+            here, there, x0 = levels[k], levels[stop], process.complete(x, x0)
             x = there.alpha * x0 + (x - here.alpha * x0) * (there.sigma / here.sigma)
             k, x0 = stop, process.denoise(x, stop)
         return objective(process.complete(x, x0))

@@ -19,7 +19,7 @@ from steer.result import Result
 from steer.trajectory import Trajectory
 from steer.types import OnStep, Stop
 
-from .candidates import Run
+from .candidates import Run, priced
 
 
 class Held(NamedTuple):
@@ -89,15 +89,17 @@ def collect(run: Run, held: list[list[Held]], interrupted: bool, keep: int) -> R
 
 def begin(run: Run, name: Name, slots: range) -> Tensor:
     """The prior's draws of some equally spaced noise slots, (1, m, *event)."""
-    return run.process.prior(_named(run.key.fold("prior"), name[0], slots), 1, _span(slots))[:, :: slots.step]
+    return _drawn(run, name, slots, "prior", lambda key, many: run.process.prior(key, 1, many))
 
 
 def draw(run: Run, name: Name, slots: range, x: Tensor, x0: Tensor, k: int) -> Tensor:
     """Steps from level k of one state (1, 1, *event), drawn with the noise of some slots: (1, m, *event)."""
-    span = _span(slots)
-    x, x0 = (tensor.expand(1, span, *tensor.shape[2:]) for tensor in (x, x0))
-    key = _named(run.key.fold("step"), name[0], slots)
-    return run.process.transition(x, x0, k).sample(key.at(k))[:, :: slots.step]
+
+    def step(key: Key, many: int) -> Tensor:
+        wide, ahead = (tensor.expand(1, many, *tensor.shape[2:]) for tensor in (x, x0))
+        return run.process.transition(wide, ahead, k).sample(key.at(k))
+
+    return _drawn(run, name, slots, "step", step)
 
 
 def renoise(run: Run, name: Name, slot: int, x: Tensor, k_from: int, k_to: int) -> Tensor:
@@ -106,12 +108,16 @@ def renoise(run: Run, name: Name, slot: int, x: Tensor, k_from: int, k_to: int) 
     return run.process.noise(x, k_from, k_to, key)
 
 
+def _drawn(run: Run, name: Name, slots: range, what: str, make: Callable[[Key, int], Tensor]) -> Tensor:
+    """What is made with the noise of some slots: all that lie between are drawn too, unless drawing has a price."""
+    key = run.key.fold(what)
+    if slots.step > 1 and priced(run.process):
+        return torch.cat([make(_named(key, name[0], slots[i : i + 1]), 1) for i in range(len(slots))], 1)
+    return make(_named(key, name[0], slots), slots[-1] - slots[0] + 1)[:, :: slots.step]
+
+
 def _named(key: Key, problem: int, slots: range) -> Key:
     return key.shifted(problem=problem, slot=slots.start)
-
-
-def _span(slots: range) -> int:
-    return slots[-1] - slots[0] + 1
 
 
 def _answers(run: Run, runs: list[Run], particles: int, asks: dict[Name, Ask]) -> dict[Name, Answer]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .errors import BudgetError
+from .errors import BudgetError, SteerError
 from .key import Key
 
 
@@ -115,6 +115,15 @@ class Meter:
         return Cost(self.nfe, self.grads, self.rewards, self.decodes, seconds, _peak_bytes())
 
 
+def check_counts(**counts: Any) -> None:
+    """Raises SteerError where a number, by its name, is not a whole one of at least 1."""
+    for name, count in counts.items():
+        if isinstance(count, bool) or not hasattr(count, "__index__"):
+            raise SteerError(f"{name} is a whole number, got {count!r} of type {type(count).__name__}; pass an int")
+        if count < 1:
+            raise SteerError(f"{name} must be at least 1, got {count}")
+
+
 def affordable(
     rows: int | Callable[[int], int],
     *,
@@ -129,11 +138,12 @@ def affordable(
     particles: the number itself; budget: network rows per problem, never exceeded. Giving neither means `default`;
         giving both asks for `particles` and checks them against the budget. before: rows spent whatever their number.
     """
-    if particles is not None and particles < 1:
-        raise BudgetError(f"particles must be at least 1, got {particles}")
+    if particles is not None:
+        check_counts(particles=particles)
     if budget is None:
         return default if particles is None else particles
     price = rows if callable(rows) else lambda count: rows * count
+    check_counts(budget=max(budget, 1))  # one that pays for nothing is told so below
     left = max(0, budget - before)
     most = bisect_right(range(1, left // price(1) + 1), left, key=price)
     if most < (particles or 1):

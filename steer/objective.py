@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cost import Meter
+from .cost import Meter, check_counts
 from .errors import NonFiniteError, NotDifferentiableError, RewardError, ShapeError, SteerError
 from .key import Key
 from .types import ReverseProcess, RewardSpec
@@ -137,6 +137,7 @@ def open_run(
 
 def conditioned(process: ReverseProcess, batch: int) -> int:
     """The number of problems to run: `batch`, or as many as the process is conditioned on where that was left at 1."""
+    check_counts(batch=batch)
     return process.problems if process.problems is not None and batch == 1 else batch
 
 

@@ -69,7 +69,7 @@ def test_blocks_are_counted_in_draws():
     assert chosen(2) == [1, 3, 5, 7, 10]  # the last one, of a single draw, joins the one before
     assert chosen(5) == [4, 10]
     assert chosen(10) == chosen(11) == [10]
-    with pytest.raises(steer.SteerError, match="at least one draw"):
+    with pytest.raises(steer.SteerError, match="block must be at least 1"):
         chosen(0)
 
 

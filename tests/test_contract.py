@@ -1,6 +1,7 @@
 """What every sampler owes, in one file: each row of METHODS runs every case."""
 
 import functools
+import inspect
 import itertools
 import math
 
@@ -148,6 +149,32 @@ def test_budget_is_never_exceeded_and_used_up_to_a_particle(method, name, more):
     result = method(mixture_process(), REWARD, budget=budget, batch=2)
     spare = SWEEPS.get(name, 1) * CANDIDATES.get(name, 1) * STEPS + MOVED.get(name, lambda n: 0)(2)
     assert budget - spare < result.cost.nfe / 2 <= budget
+
+
+COUNTS = ["particles", "batch", "keep", "chunk", "walkers", "quota", "every", "candidates"]
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        (name, count)
+        for name, method in METHODS.items()
+        for count in inspect.signature(getattr(method, "func", method)).parameters
+        if count in COUNTS
+    ],
+)
+def test_counts_are_checked_before_anything_is_paid_for(name, count):
+    method = METHODS[name]
+    function, options = getattr(method, "func", method), getattr(method, "keywords", {})
+    for value in (0, -1, 1.5):
+        given = options | ({} if count == "particles" else {"budget": rows(name, 4)}) | {count: value}
+        with pytest.raises(steer.SteerError, match=rf"{count} (must be at least 1|is a whole number), .*{value}"):
+            function(mixture_process(), REWARD, **given)
+
+
+def test_a_budget_of_another_type_is_named(method):
+    with pytest.raises(steer.SteerError, match=r"budget is a whole number, got 1000.0 of type float"):
+        method(mixture_process(), REWARD, budget=1e3)
 
 
 def test_budget_too_small_says_what_is_needed(method, name):

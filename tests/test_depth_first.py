@@ -134,3 +134,14 @@ def test_bad_options_are_named(options):
     with pytest.raises(steer.BudgetError):
         search.depth_first(process(), REWARD, budget=7)
     assert math.isnan(search.depth_first(process(), REWARD, budget=8).log_evidence.item())
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize(("every", "back"), [(1, 1), (1, 3), (2, 5)])
+def test_chains_that_restart_go_back_to_what_is_noisier(every, back, guided):
+    """There the level `back` before may be the cleaner one."""
+    chain = steer.guidance.restart(process(20), [(0.2, 0.6, 2)])
+    chain = steer.guide(chain, steer.guidance.Hooks()) if guided else chain
+    for key in range(3):
+        run = search.depth_first(chain, REWARD, budget=4 * chain.steps, every=every, back=back, key=key)
+        assert 3 * chain.steps < run.cost.nfe <= 4 * chain.steps

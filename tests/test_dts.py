@@ -2,6 +2,7 @@
 
 import math
 import sys
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -329,6 +330,147 @@ def test_guidance_is_corrected_on_every_edge():
     target = process.exact(REWARD)
     assert worst(z_scores(run, target, mixture_2d()))[0] < LIMIT
     assert worst(z_scores(wrong, target, mixture_2d()))[0] > LIMIT
+
+
+@pytest.mark.parametrize("unknown", [False, True])
+def test_what_a_start_has_spent_and_normalised_by_is_heard(unknown):
+    """A tree of one level is importance sampling, to the last weight."""
+
+    def start(process, objective, key, batch, particles):
+        state = steer.smc.__globals__["prior"](process, objective, key, batch, particles)
+        state = state.remember(spent=state.x.double().sum(2)).reweight(0.5 * state.x[..., 0].double())
+        return replace(state, log_evidence=state.log_evidence + (math.nan if unknown else 3.0))
+
+    options = {"particles": 12, "batch": 2, "start": start, "key": 3}
+    tree = search.dts(quick_chain(), REWARD, levels=0, **options)
+    plain = steer.importance_sampling(quick_chain(), REWARD, **options)
+    torch.testing.assert_close(tree.log_weight, plain.log_weight)
+    torch.testing.assert_close(tree.log_evidence, plain.log_evidence, equal_nan=True)
+
+
+@pytest.mark.parametrize("steps", [2, 5, 9])
+@pytest.mark.parametrize("how", ["start", "guided"])
+def test_stopped_in_its_first_sweep_it_keeps_its_weights(how, steps):
+    """Predictions with the weights their walks had: those of importance sampling, stopped at the same step."""
+
+    def start(process, objective, key, batch, particles):
+        state = steer.smc.__globals__["prior"](process, objective, key, batch, particles)
+        return state.reweight(torch.arange(particles).double().expand(batch, -1))
+
+    def stopping(state):
+        if state.k == steps:
+            raise steer.Stop
+
+    options = {"particles": 5, "batch": 2, "on_step": stopping, "key": 3}
+    options |= {"start": start} if how == "start" else {"proposal": steer.guided(0.7)}
+    tree = search.dts(quick_chain(), REWARD, levels=3, **options)
+    plain = steer.smc(
+        quick_chain(), REWARD, weight=steer.final_only(), selection=steer.resample(threshold=0.0), **options
+    )
+    assert tree.interrupted
+    torch.testing.assert_close(tree.log_weight, plain.log_weight)
+    torch.testing.assert_close(tree.log_evidence, plain.log_evidence)
+    assert float((tree.log_weight - tree.reward).std()) > 0.01  # not the reward alone
+
+
+def forbid(x):
+    return torch.full((len(x),), -math.inf)
+
+
+def test_collapsed_trees_are_kept_and_hide_no_other_error():
+    for options in ({"on_step": stop}, {}):
+        with pytest.raises(steer.CollapsedWeightsError) as caught:
+            search.dts(quick_chain(), forbid, particles=4, **options)
+        assert caught.value.partial.x.shape == (1, 4, 2)
+        assert (caught.value.partial.log_weight == -math.inf).all()
+    tree = caught.value.partial.tree
+    assert search.dts(quick_chain(), REWARD, particles=4, tree=tree).x.shape[1] == 8
+    calls = []
+
+    def worse_and_worse(x):
+        calls.append(1)
+        return torch.full((len(x),), -math.inf if len(calls) < 12 else math.nan)
+
+    with pytest.raises(steer.NonFiniteError) as caught:
+        search.dts(quick_chain(), worse_and_worse, particles=60, walkers=4)
+    assert caught.value.partial.x.shape[1] > 1
+    best = search.dts_star(quick_chain(), forbid, particles=4)  # a search claims no law
+    assert best.reward.max() == -math.inf
+
+
+def stop(state):
+    raise steer.Stop
+
+
+@pytest.mark.parametrize("walkers", [1, 2])
+def test_a_start_that_forbids_roots_leaves_a_tree_to_grow(walkers):
+    def half(process, objective, key, batch, particles):
+        state = steer.smc.__globals__["prior"](process, objective, key, batch, particles)
+        return state.reweight(torch.where(state.x[..., 0] > 0, 0.0, -math.inf).double())
+
+    found = []
+    for key in range(6):
+        with suppress(steer.CollapsedWeightsError):  # few walks are for roots, and all of those may be forbidden
+            found.append(search.dts(quick_chain(), REWARD, particles=40, walkers=walkers, start=half, key=key))
+    assert len(found) > 2
+    assert all(math.isfinite(run.log_evidence.item()) for run in found)
+
+
+def test_a_search_ranks_by_reward_alone():
+    def start(process, objective, key, batch, particles):
+        state = steer.smc.__globals__["prior"](process, objective, key, batch, particles)
+        return state.reweight(10.0 * torch.arange(particles).double().expand(batch, -1))
+
+    run = search.dts_star(quick_chain(), REWARD, particles=60, walkers=3, start=start)
+    root = run.tree.layers[0]["value"].item()
+    assert root == run.reward.max()
+    assert run.tree.backup(greedy=True).item() == root
+
+
+def test_a_tree_grows_on_at_another_temperature_as_if_it_had_been_asked_before():
+    options = {"build": "boltzmann", "particles": 60, "walkers": 3, "widening": (1.0, 0.5)}
+    runs = []
+    for refreshed in (False, True):
+        tree = search.dts(quick_chain(), REWARD, temperature=0.01, **options).tree
+        if refreshed:
+            tree.set_leaf_values(tree.leaves["reward"])
+            tree.backup()
+        runs.append(search.dts(quick_chain(), REWARD, tree=tree, **options))
+    assert torch.equal(runs[0].x, runs[1].x)
+
+
+def test_what_a_tree_cannot_be_grown_on_with_is_said():
+    process = quick_chain()
+
+    def grown(tree=None, **options):
+        return search.dts(process, REWARD, particles=40, levels=3, tree=tree, **options).tree
+
+    with pytest.raises(steer.SteerError, match=r"keep gradient for .* Follow.* 'displacement'"):
+        grown(grown(proposal=steer.guided(0.5)), proposal=steer.follow(steer.dps(REWARD, 0.2)))
+    with pytest.raises(steer.SteerError, match="keeps no predicted rewards"):
+        grown(grown(grown(), build="uniform"))
+
+    def late(process, objective, key, batch, particles):
+        return steer.Trajectory.begin(process, process.prior(key.fold("prior"), batch, particles), k=1)
+
+    with pytest.raises(steer.SteerError, match="begins at another level"):
+        grown(grown(start=late, keep_states=True), keep_states=True, build="uniform")
+    for widening in ((1.0, 0.0), (0.0, 0.5), (1.0, 1.5), 2.0):
+        with pytest.raises(steer.SteerError, match="widening"):
+            grown(build="boltzmann", widening=widening)
+
+
+@pytest.mark.parametrize("method", [search.dts, search.dts_star, search.rbf], ids=lambda m: m.__name__)
+def test_budgets_hold_where_drawing_a_step_costs_network_rows(method):
+    """A corrector evaluates the network on every state that is drawn, also on those that nobody asked for."""
+    process, uneven = steer.guide(quick_chain(), steer.guidance.corrector()), {}
+    if method is not search.rbf:
+        uneven = {"batch": 4, "walkers": 5, "widening": (1.0, 0.5)}
+    if method is search.dts:
+        uneven["build"] = "boltzmann"
+    for more in ({}, {"particles": 4}) if method is search.rbf else ({},):
+        run = method(process, REWARD, budget=400, **uneven, **more)
+        assert 300 < run.cost.nfe / run.x.shape[0] <= 400
 
 
 class Sideways:

@@ -595,3 +595,10 @@ def test_adaptive_guidance_drops_the_unconditional_pass():
     assert 0 < guidance.settled(before.process.log, 0.99) < 40  # any full run tells, without a pilot
     with pytest.raises(steer.SteerError, match="similarity"):
         guidance.settled(guidance.Log())
+
+
+def test_a_chain_of_one_noisy_step_can_be_guided():
+    """No step leads to noise there, by which strengths are spread over a chain."""
+    chain = gaussian(1).with_rule(steer.euler_maruyama(lambda level: 0.5))
+    moved = steer.rollout(guide(chain, guidance.dps(EVIDENCE, 0.2)), EVIDENCE, particles=3)
+    assert bool(moved.x.isfinite().all())

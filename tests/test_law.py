@@ -269,13 +269,13 @@ def test_mutant_gradient_not_permuted_is_rejected(monkeypatch):
             pushed = super().__call__(state.carry(gradient=state.carried["stale"]), model)
             return _PushedBy(law, pushed)
 
-    evaluate = smc_module._evaluate
+    evaluate = smc_module.evaluated
 
     def evaluate_twice(*args):
         state, scores = evaluate(*args)
         return state.carry(stale=state.carried["gradient"]) if "gradient" in state.carried else state, scores
 
-    monkeypatch.setattr(smc_module, "_evaluate", evaluate_twice)
+    monkeypatch.setattr(smc_module, "evaluated", evaluate_twice)
     options = {"selection": steer.resample(threshold=1.0)}
     process = exact_chain(MIXTURES[2], "vp", STEPS)
     assert worst_of(process, proposal=StalePush(1.0), **options) > LIMIT

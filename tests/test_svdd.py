@@ -97,7 +97,7 @@ def test_candidates_may_depend_on_the_level():
     assert [seen.score.shape[1] for seen in result.seen] == [2, 6, 6, 6, 6, 2]
     assert result.cost.nfe == 2 * (1 + 4 * 3)
     assert torch.equal(result.root, torch.tensor([[0, 1]]))
-    with pytest.raises(steer.SteerError, match="whole numbers of at least 1"):
+    with pytest.raises(steer.SteerError, match="candidates must be at least 1"):
         search.svdd(process(), REWARD, candidates=lambda k: k)
 
 

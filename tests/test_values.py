@@ -151,3 +151,14 @@ def test_an_interrupted_search_with_learned_values_scores_its_predictions():
     result = search.svdd(process(), REWARD, particles=3, candidates=4, value=learned, on_step=watch)
     assert result.interrupted
     torch.testing.assert_close(result.reward, REWARD(result.x[0])[None])
+
+
+def test_a_look_ahead_on_a_process_with_mean_hooks_is_the_same_as_without():
+    """Its prediction is stacked with what the hooks add to the mean; an idle hook adds nothing."""
+    idle = steer.guide(process(), steer.guidance.Hooks(mean=(lambda at: at.mean,)))
+    for count in (1, 3):
+        plain, hooked = (
+            search.svdd(chain, REWARD, particles=4, candidates=2, value=values.look_ahead(count), key=3)
+            for chain in (process(), idle)
+        )
+        torch.testing.assert_close(plain.x, hooked.x)

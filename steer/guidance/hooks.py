@@ -252,9 +252,10 @@ def named(process: GaussianProcess, key: Key | None) -> Key:
 
     Predictions are functions of state and level, evaluated by searches in any order, so `denoise` takes no key; the run
     says its own by the meter, shifted to the slots of a chunk. Runs of different keys thus share no hook noise, and
-    runs of one key do not depend on the chunk. Two predictions of a run at one level and slot share their draws; in a
-    tree a slot is a walk's, and of walks that are packed into one call their place in it. Predictions outside of any
-    run are named by Key(0): made again, they are the same.
+    runs of one key do not depend on the chunk. Two predictions of a run at one level and slot share their draws. In a
+    tree a slot is a walk's; walks that are packed into one call, and the chains of `search.rbf` and
+    `search.depth_first`, which meet in one, are named by their place in it, which depends on the batch (and on the
+    chunk). Predictions outside of any run are named by Key(0): made again, they are the same.
     """
     run = key or (process.meter.key if process.meter is not None else None) or KEY
     return run.fold("guidance")

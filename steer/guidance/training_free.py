@@ -267,4 +267,5 @@ def _shares(levels: tuple[Level, ...], profile: Profile, noisy: bool) -> tuple[f
     """A profile scaled to mean 1 over a chain, or over its steps with noise."""
     shares = [profile(here, there) for here, there in itertools.pairwise(levels)]
     counted = [share for share, there in zip(shares, levels[1:], strict=True) if there.sigma > 0.0 or not noisy]
-    return tuple(share * len(counted) / sum(counted) for share in shares)
+    total = sum(counted)
+    return tuple(share * len(counted) / total if counted else share for share in shares)
