@@ -11,6 +11,7 @@ prompts of its samples names an argument `prompts`.
     GenEval, Count, Layout              of objects that a detector finds; TransformersDetector is one
     OCR                                 of the text in an image; TransformersReader reads it
     InWords, LetterCount, Matches, TextLogProb, QED     of texts and molecules that tokens are decoded to
+    NeighbourDistance, OnManifold       how rare a sample is among data, and whether it is like them at all
     Remote, serve                       any reward in another process or on another machine
     weighted, Weighted                  sums with units
     zscore, clip, target, log, minimum, softmin, product, gate  functions of rewards, with units
@@ -37,6 +38,7 @@ from .hps import HPS
 from .image import Ink, Saturation, Sharpness, Symmetry
 from .image_reward import ImageReward
 from .layout import Count, Layout
+from .minority import NeighbourDistance, OnManifold
 from .molecule import QED
 from .ocr import OCR, TransformersReader
 from .parse import from_spec
@@ -71,6 +73,8 @@ __all__ = [
     "Linear",
     "LogDensity",
     "Matches",
+    "NeighbourDistance",
+    "OnManifold",
     "PNGSize",
     "PickScore",
     "Quadratic",

@@ -48,6 +48,7 @@ from .masked import MaskedProcess, from_logits
 from .mcmc import mala, pcnl, ula
 from .minority import (
     NewToken,
+    agreed_rarity,
     boost_and_skip,
     minority,
     minority_guidance,
@@ -128,6 +129,7 @@ __all__ = [
     "Transport",
     "Unmasking",
     "adaptive_tempering",
+    "agreed_rarity",
     "at_state",
     "base_transport",
     "birth_death",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ from .cost import Meter
 from .errors import ModelError, ShapeError, StateSpaceError, SteerError
 from .key import Key
 from .transitions import DDIM
-from .types import Denoiser, GaussianTransition, Level, Rule, Schedule
+from .types import Denoiser, GaussianTransition, Level, ReverseProcess, Rule, Schedule
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,6 +187,15 @@ def check_batch(problems: int | None, batch: int) -> None:
             f"this process is conditioned on {problems} problem(s), got batch={batch}; "
             f"pass batch={problems}, or condition it on {batch} prompts or labels"
         )
+
+
+def decoded_alone(process: ReverseProcess, x: Tensor, problem: int) -> Tensor:
+    """Clean states (1, n, *event) of one of a process's problems as rewards see them, (n, ...)."""
+    if process.problems in (None, 1):
+        return process.decode(x)
+    with contextlib.suppress(ShapeError):  # where its network cannot be asked about one, its decoder knows of none
+        process = process.only(problem)
+    return process.decode(x)
 
 
 def from_denoiser(

@@ -17,6 +17,7 @@ from .best_path import best_path
 from .images import enlarged, is_images, to_images
 from .key import as_key
 from .page import card, img, number, page, table, whole, with_error
+from .process import decoded_alone
 from .resampling import systematic
 from .saving import plain, write_atomically
 from .tree_figure import LEAVES, NODES, drawable, tree_figure
@@ -364,7 +365,7 @@ def _way(result: Result) -> str:
         shown_as = [f"<span>{escape(word)}</span>" for word in read(clean)]
     else:
         with torch.no_grad():
-            decoded = result.process.decode(clean[None])
+            decoded = decoded_alone(result.process, clean[None], 0)
         if is_images(decoded):
             shown_as = [img(_thumbnail(image, 128), "prediction") for image in to_images(decoded)]
         elif clean[0].numel() <= 4:

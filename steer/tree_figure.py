@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .images import is_images, to_images
 from .page import img, number
+from .process import decoded_alone
 from .tree_script import SHADES
 
 if TYPE_CHECKING:
@@ -286,7 +287,7 @@ def _thumbnails(
     read = getattr(result.process, "text", None)
     with torch.no_grad():
         probe = clean_states(result, tree.depth, tree.slots[-1][tree.best[-1] :][:1], problem)
-        decoded = None if read else result.process.decode(probe)
+        decoded = None if read else decoded_alone(result.process, probe, problem)
     if decoded is not None and not is_images(decoded):
         return None, {}, {}
     side = 0 if decoded is None else min(48, max(decoded.shape[-2:]))
@@ -302,7 +303,7 @@ def _thumbnails(
                 if read:
                     words |= {(d, i): word for i, word in zip(part, read(clean.flatten(0, 1)), strict=True)}
                 else:
-                    made = to_images(result.process.decode(clean))
+                    made = to_images(decoded_alone(result.process, clean, problem))
                     pictures |= {(d, i): image for i, image in zip(part, made, strict=True)}
     if not pictures:
         return None, {}, words

@@ -42,6 +42,18 @@ def test_smc_weighs_decoded_pictures(processes, name):
     assert 0.0 <= float(result.decoded.min()) <= float(result.decoded.max()) <= 1.0
 
 
+def test_searching_for_several_prompts_is_reported(tmp_path):
+    """As the README has it: one best image for each prompt, and the trees."""
+    pipe, call = build("sd15")
+    prompts = ["a red fox in snow", "a blue teapot", "a green bird"]
+    process = steer.from_pipeline(pipe, steps=5, transition=RULES["sd15"], **call | {"prompt": prompts})
+    result = search.dts_star(process, brightness, budget=60)
+    assert (result.log_weight.exp() > 0).sum(1).tolist() == [1, 1, 1]
+    page = result.report(tmp_path).read_text()
+    assert page.count("<summary>problem") == 3
+    assert "How the best sample came about" in page
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_guided_smc_differentiates_the_whole_chain(processes, name):
     process = processes[name]

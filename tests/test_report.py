@@ -1,3 +1,4 @@
+import functools
 import json
 import re
 from html.parser import HTMLParser
@@ -92,6 +93,48 @@ def test_report_of_other_samples(tmp_path, dim, plots):
     check(page)
     assert page.count("<svg") == plots
     assert "unsteered" not in numbers_in(page)["reward"]
+
+
+class Tinted:
+    """Pictures of two problems, each with a grey of its own; rows come problem by problem."""
+
+    def __init__(self, greys=(0.0, 1.0)):
+        self.greys, self.asked = greys, []
+
+    def __call__(self, flat):
+        grey = torch.tensor(self.greys).repeat_interleave(len(flat) // len(self.greys))
+        assert len(grey) == len(flat)
+        self.asked.append(self.greys)
+        return grey[:, None, None, None].expand(-1, 1, 8, 8) + 0.0 * flat
+
+    def only(self, problem):
+        alone = Tinted((self.greys[problem],))
+        alone.asked = self.asked
+        return alone
+
+
+class Halved:
+    def __call__(self, x, t):
+        return 0.5 * x
+
+    def only(self, problem):
+        return self
+
+
+@pytest.mark.parametrize("separable", [True, False])
+def test_pictures_of_several_problems_are_decoded_by_their_own(tmp_path, separable):
+    """Ways and trees show one problem's states at a time, in numbers that no other problem would share out."""
+    decoder = Tinted()
+    process = steer.from_denoiser(
+        Halved() if separable else lambda x, t: 0.5 * x, steer.VP(), 5, event=(1, 8, 8), problems=2,
+        decoder=decoder if separable else lambda x: (0.5 * x + 0.5).clamp(0.0, 1.0),
+    )  # fmt: skip
+    for i, method in enumerate((search.dts, search.dts_star, functools.partial(steer.smc, keep_states=True))):
+        page = method(process, score, particles=5, key=2).report(tmp_path / str(i)).read_text()
+        assert "How the best sample came about" in page
+        assert ("<details" in page) == (i < 2)
+    if separable:
+        assert {(0.0,), (1.0,)} <= set(decoder.asked)
 
 
 def test_no_string_of_the_user_becomes_markup(tmp_path):

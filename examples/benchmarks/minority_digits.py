@@ -8,11 +8,11 @@ Every method spends `budget` network rows, a row differentiated through counting
 it can afford. Everything is judged in features of `digits-judge`, which no method has seen, against the full set of
 training scans. Columns: n, samples; minority, for `styles` the share of samples on the manifold that are farther from
 the scans of their own class (judged) than nine in ten of these are from each other, for `thinned` the share on the
-manifold that the judge takes for the thinned digit; then the metrics of `steer.minority.metrics`, recall of the first
+manifold that the judge takes for the thinned digit; then the metrics of `steer.minority_metrics`, recall of the first
 50 samples; copies, the share closer to a training scan (pixels) than all but 1 % of held-out scans.
 "Ours" is minority guidance (or self-guidance) of whose finished samples some are kept: "gate", those in the 1-NN ball
 (times .9) of a training scan, in pixels; "by gated reward", the best of those by distance in pixels; "agreed", the best
-by `steer.minority.agreed_rarity` in pixels and in the features of eight small classifiers of what the model has seen:
+by `steer.agreed_rarity` in pixels and in the features of eight small classifiers of what the model has seen:
 rare within a class for `styles`, among all images for `thinned`, as the classifiers that guide were taught. Its
 settings are chosen among nine on keys 5 and up, which are not reported (docs/minority.md says by which rule and how
 often); the other ours on key 5.

@@ -8,7 +8,7 @@ digit among samples is known to be small and its images are there to be compared
 images with quantiles of the minority score of a model (Um et al. 2023, 2301.12334, Sec. 3.2) and learns those labels
 from noisy images: for the shipped `digits`, quantiles within each class, for the thinned model, of all images.
 Networks are told log(alpha^2 / sigma^2) and see x / sqrt(alpha^2 + sigma^2), so one serves every path. `feature_nets`
-are trained where they are used: the spaces in which `steer.minority.agreed_rarity` looks for rare samples.
+are trained where they are used: the spaces in which `steer.agreed_rarity` looks for rare samples.
 """
 
 from __future__ import annotations
