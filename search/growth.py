@@ -112,7 +112,8 @@ class Growth:
         tree, key = self.tree, self.key.shifted(slot=self.tree.iterations).wide(entry.shape[1])
         self.meter.key = key
         widest, fewest = running.max(1).tolist(), running.min(1).tolist()
-        joined = [False, *(running[1:] > running[:-1]).any(1).tolist()]
+        more: NDArray[np.bool_] = np.any(running[1:] > running[:-1], axis=1)
+        joined = [False, *more]
         before = tree.counts()
         try:
             state = self._begun(key, widest[0]) if widest[0] else None
