@@ -116,7 +116,7 @@ def score(reward: Scorer, samples: Tensor, prompts: Sequence[str] | None = None)
             f"the reward {name_of(reward)} must return shape ({samples.shape[0]},), one score per sample, for samples "
             f"of shape {tuple(samples.shape)}, got {tuple(scores.shape)}"
         )
-    return scores
+    return scores if scores.is_floating_point() else scores.double()  # flags and counts are numbers too
 
 
 def score_part(whole: str, name: str, reward: Scorer, samples: Tensor, prompts: Sequence[str] | None) -> Tensor:

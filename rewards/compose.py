@@ -52,7 +52,10 @@ class Weighted:
         the whole.
         """
         weighed = [self._weigh(term, samples, prompts) for term in self.terms]
-        return sum(weighed[1:], start=weighed[0])
+        forbidden = [w == -torch.inf for term, w in zip(self.terms, weighed, strict=True) if term.weight >= 0.0]
+        total = sum(weighed[1:], start=weighed[0])
+        # Also next to a part of negative weight that is -inf, where the sum itself would be NaN.
+        return total.masked_fill(torch.stack(forbidden).any(0), -torch.inf) if forbidden else total
 
     def _weigh(self, term: Term, samples: Tensor, prompts: Sequence[str] | None) -> Tensor:
         if term.weight:

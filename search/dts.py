@@ -72,7 +72,7 @@ def dts(
     widening:  (C, alpha) of "uniform" and "boltzmann": a node of N visits expands below C N^alpha children.
     defence:   share of "unbiased" growth that ignores predicted rewards, in (0, 1].
     proposal:  `steer.bootstrap`, or `steer.guided(scale)` or `steer.follow(hooks)`, corrected by p / q on every edge.
-    start:     where chains begin; it may set weights, not spend network rows.
+    start:     where chains begin; it may set weights, what it has spent and its normaliser, not spend network rows.
     tree:      `result.tree` of an earlier run, grown on from where it stands (and changed). Its levels stand; a budget
                is what this run may add. The same key goes on with fresh noise: a walk's noise is named by its number.
     store:     device to keep nodes' states on, "cpu" to offload them; default, the network's.

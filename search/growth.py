@@ -63,6 +63,12 @@ class Growth:
     paid: Trajectory | None = field(default=None, init=False)
     so_far: Tensor | float = field(default=0.0, init=False)
 
+    def __post_init__(self) -> None:
+        try:
+            torch.empty(0, device=self.store)
+        except (RuntimeError, TypeError, AssertionError) as error:
+            raise SteerError(f"store is a device to keep states on, as 'cpu', got {self.store!r}: {error}") from error
+
     @property
     def greedy(self) -> bool:
         """Whether values are best rewards."""

@@ -19,6 +19,8 @@ def write_run(
     from .report import shown, summary, write_report
     from .saving import save_result, write_atomically
 
+    for stale in ("compare.json", "images.png"):  # of an earlier command, which would be taken for this one's
+        (out / stale).unlink(missing_ok=True)
     index = shown(result, n)
     save_result(result, out, reference=reference, **about, shown=index.tolist())
     chosen = result.take(index)
@@ -35,8 +37,10 @@ def write_comparison_files(
 ) -> dict[str, Any]:
     from .images import grid, is_images, to_png
     from .report import shown, write_comparison
-    from .saving import plain, to_json, versions, write_atomically
+    from .saving import FACTS, TENSORS, plain, to_json, versions, write_atomically
 
+    for stale in (FACTS, TENSORS, "images.png"):  # of a `steer generate`, which would be taken for this command's
+        (out / stale).unlink(missing_ok=True)
     facts = plain({"about": about, **comparison.to_dict(), "versions": versions()})
     write_atomically(out / "compare.json", to_json(facts))
     pictures, texts = {}, {}

@@ -14,8 +14,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from .cost import Cost, affordable
-from .errors import ShapeError, StateSpaceError, SteerError
+from .cost import Cost, affordable, check_counts
+from .errors import ShapeError, StateSpaceError
 from .key import Key, as_key
 from .objective import Objective, conditioned
 from .potentials import Weight
@@ -106,7 +106,8 @@ def particle_gibbs(
     from which a path with another beginning was drawn, (B,); near 0, the runs are too small for the reward and the
     result is still where it began.
     Cost per problem: sweeps N K network rows (K = process.steps), and rewards and gradients as that many runs of `smc`.
-    Raises ShapeError for a path of another shape, StateSpaceError where there is no transition rule to pin.
+    Raises ShapeError for a path of another shape, StateSpaceError where there is no transition rule to pin, as on
+    processes that restart or are corrected between steps.
     Source: Andrieu, Doucet & Holenstein 2010, Secs. 2.4.3 and 4.3 (conditional SMC, multinomial). Differs: resampling
     by ESS, under which slot 0 keeps its ancestor as every slot does; the last population and not only one path.
     Ancestor sampling is left out: its weights are densities of one pinned state given every particle, and in the
@@ -115,8 +116,12 @@ def particle_gibbs(
     key, free = as_key(key), cast(GaussianProcess, process)
     if not hasattr(process, "levels"):
         raise StateSpaceError(f"particle Gibbs pins Gaussian transitions, which {type(process).__name__} does not have")
-    if sweeps < 1:
-        raise SteerError(f"sweeps must be at least 1, got {sweeps}")
+    if len(set(free.levels)) < len(free.levels) or getattr(getattr(process, "hooks", None), "after", ()):
+        raise StateSpaceError(
+            "particle Gibbs pins the one step that leads to a level, and this process comes back to levels (restart, "
+            "recur) or works on what a step has drawn (a corrector); leave those out, or use steer.smc"
+        )
+    check_counts(sweeps=sweeps)
     count = affordable(sweeps * process.steps * process.rows, particles=particles, budget=budget)
     batch = conditioned(process, batch)
     _check_path(path, (batch, process.steps + 1, *process.event))

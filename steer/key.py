@@ -105,7 +105,11 @@ class Key:
 
 def as_key(key: Key | int) -> Key:
     """A Key from a Key or an integer seed."""
-    return key if isinstance(key, Key) else Key(int(key))
+    if isinstance(key, Key):
+        return key
+    if isinstance(key, bool) or not hasattr(key, "__index__"):
+        raise SteerError(f"a key is a steer.Key or a whole number, got {key!r}")
+    return Key(int(key))
 
 
 def philox(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

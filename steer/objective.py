@@ -164,7 +164,7 @@ def log_potential(scores: Tensor, temperature: float) -> Tensor:
 
 def check_temperature(temperature: float) -> float:
     """A temperature, checked: positive, in units of the reward."""
-    if not temperature > 0.0:
+    if not isinstance(temperature, int | float) or not temperature > 0.0:
         raise SteerError(f"temperature divides rewards and must be positive (inf turns them off), got {temperature}")
     return float(temperature)
 

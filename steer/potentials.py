@@ -62,8 +62,11 @@ class Weight:
         return value if exponent is None else torch.where(value == -torch.inf, value, exponent * value)
 
     def close(self, state: Trajectory, value: Tensor) -> Trajectory:
-        """The finished state reweighted so that the product of all potentials is exp(value), value (B, N)."""
-        return state.reweight(value - state.memory["spent"])
+        """The finished state reweighted so that the product of all potentials is exp(value), value (B, N).
+
+        It remembers that: whoever went on from there would count the reward twice.
+        """
+        return state.reweight(value - state.memory["spent"], closed=torch.ones_like(value, dtype=torch.bool))
 
 
 def difference(at: Collection[int] | None = None, tempering: Tempering | None = None) -> Weight:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import weights
-from .cost import Cost
+from .cost import Cost, check_counts
 from .errors import StateSpaceError
 from .key import Key, as_key
 from .moves import ACCEPTANCE
@@ -126,6 +126,7 @@ class Result:
 
     def draw(self, count: int, key: Key | int = 0) -> Result:
         """`count` samples per problem of equal weight, by systematic resampling of the weights."""
+        check_counts(count=count)
         index = systematic(self.log_weight, as_key(key).fold("draw"), count)
         return self.take(index)
 

@@ -11,7 +11,7 @@ from .key import Key, as_key
 from .objective import check_finite, check_temperature, conditioned, open_run
 from .potentials import final_only
 from .result import Result, Seen
-from .selection import resample
+from .selection import check, resample
 from .smc import Start, prepared, prior, smc
 from .trajectory import Trajectory
 from .types import OnStep, ReverseProcess, Reward, Stop
@@ -40,11 +40,12 @@ def rollout(
     process, objective, meter = open_run(process, reward, groupwise=True, key=key)
     start, count = prepared(start, process, temperature, particles=particles, budget=budget)
     state = start(process, objective, key, conditioned(process, batch), count)
-    state, interrupted = advance(replace(state, keep_states=keep_states), key, on_step)
     try:
+        state, interrupted = advance(replace(state, keep_states=keep_states), key, on_step)
         with torch.no_grad():
             scores = objective(state.x)
         check_finite(scores, "of the finished samples")
+        check(state, ())
     except SteerError as error:
         error.keep(state)
         raise

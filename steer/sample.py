@@ -10,6 +10,7 @@ from typing import Any, overload
 
 import torch
 
+from .cost import check_counts
 from .errors import SteerError
 from .key import Key, as_key
 from .result import Result
@@ -202,7 +203,8 @@ def compare(
         "methods": methods, "temperature": temperature, "batch": batch, "key": key, "keys": keys, "metrics": metrics,
         "options": options,
     }  # fmt: skip
-    if isinstance(budget, int):
+    check_counts(keys=keys)
+    if not isinstance(budget, Sequence):
         return _compare(process, reward, budget=budget, **common)
     if not budget:
         raise SteerError("a comparison needs a budget, or several; got an empty sequence")
@@ -235,7 +237,12 @@ def _compare(
     """The comparison at one budget."""
     chosen: dict[str, Method] = {}
     for method in ("rollout", "best_of_n", *methods):
-        chosen.setdefault(method if isinstance(method, str) else method.__name__, resolve(method))
+        name, function = _named(method), resolve(method)
+        if chosen.setdefault(name, function) is not function:
+            raise SteerError(f"two of the methods are called {name}, and a table tells them by name; rename one")
+    unknown = sorted(set(options or {}) - set(chosen))
+    if unknown:
+        raise SteerError(f"options are for the methods compared, {', '.join(chosen)}; got {', '.join(unknown)}")
     finished: list[dict[str, Result]] = []
     for i in range(keys):
         runs = _round(
@@ -250,6 +257,13 @@ def _compare(
     results = {name: tuple(runs[name] for runs in finished) for name in chosen}
     rows = tuple(_row(name, runs, metrics or {}) for name, runs in results.items())
     return Comparison(budget, len(finished), rows, results, interrupted=len(finished) < keys)
+
+
+def _named(method: str | Method) -> str:
+    """What a method is called in a table: a partial, as the function in it."""
+    if isinstance(method, str):
+        return method
+    return getattr(method, "__name__", None) or getattr(getattr(method, "func", None), "__name__", repr(method))
 
 
 def _round(methods: dict[str, Method], options: dict[str, dict[str, Any]], **common: Any) -> dict[str, Result] | None:

@@ -51,7 +51,8 @@ class Saved:
     @property
     def key(self) -> Key:
         """The key the run was started with."""
-        return Key(self.facts["key"]["seed"], tuple(self.facts["key"]["stream"]))
+        key = self.facts["key"]
+        return Key(key["seed"], tuple(key["stream"]), key.get("problem", 0), key.get("slot", 0), key.get("step", 0))
 
     def result(self, process: ReverseProcess) -> Result:
         """The run again, on the process that made it (of the same steps): its lineage, without states and tree."""
@@ -72,11 +73,13 @@ class Saved:
             trajectory = Trajectory.begin(process, read["x"], k=process.steps)._with(
                 past=past,
                 diagnostics={
-                    k: torch.tensor(v, dtype=torch.float64) for k, v in self.facts.get("diagnostics", {}).items()
+                    name: torch.tensor([math.nan if entry is None else entry for entry in found], dtype=torch.float64)
+                    for name, found in self.facts.get("diagnostics", {}).items()
                 },
             )
         return Result(
-            process=process, key=self.key, cost=self.cost, temperature=self.facts["temperature"],
+            process=process, key=self.key, cost=self.cost,
+            temperature=math.inf if self.facts["temperature"] is None else self.facts["temperature"],
             interrupted=self.facts["interrupted"], seen=seen, trajectory=trajectory,
             **{name: read[name] for name in ("x", "reward", "log_weight", "log_evidence", "root")},
         )  # fmt: skip
@@ -262,7 +265,10 @@ def _facts(result: Result) -> dict[str, Any]:
         "temperature": result.temperature,
         "log_evidence": result.log_evidence,
         "log_evidence_variance": result.log_evidence_variance,
-        "key": {"seed": result.key.seed, "stream": list(result.key.stream)},
+        "key": {
+            "seed": result.key.seed, "stream": list(result.key.stream), "problem": result.key.problem,
+            "slot": result.key.slot, "step": result.key.step,
+        },
         "process": {
             "event": list(process.event),
             "steps": process.steps,
@@ -270,7 +276,7 @@ def _facts(result: Result) -> dict[str, Any]:
             "schedule": repr(getattr(process, "schedule", None)),
             "rule": repr(getattr(process, "rule", None)),
         },
-        # The starting noise of a candidate is Key(seed, (*stream, "prior"), problem=problem, slot=slot).
+        # The starting noise of a candidate is key.fold("prior").shifted(problem=problem, slot=slot).
         "candidates": [
             {"problem": b, "particle": n, "slot": slots[b][n], "reward": scores[b][n],
              "weight": shares[b][n]}

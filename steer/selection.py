@@ -86,10 +86,11 @@ def select(state: Trajectory, scores: Tensor, selection: Resample, key: Key, see
 
 def check(state: Trajectory, seen: Sequence[Seen]) -> None:
     """Raises the error that bad scores or weights call for, naming step and particle. Reads the device."""
-    scores = torch.stack([entry.score for entry in seen])
-    if bool((scores.isnan() | (scores == torch.inf)).any()):
-        for k, _, scores in seen:
-            check_finite(scores, f"at level {k} of {state.process.steps}")
+    if seen:
+        scores = torch.stack([entry.score for entry in seen])
+        if bool((scores.isnan() | (scores == torch.inf)).any()):
+            for k, _, scores in seen:
+                check_finite(scores, f"at level {k} of {state.process.steps}")
     # The weights carried, not the evidence: that is NaN by right where the start's normaliser is unknown, and what was
     # collected was finite, or nothing would have been resampled.
     dead = state.log_total == -torch.inf
@@ -100,7 +101,8 @@ def check(state: Trajectory, seen: Sequence[Seen]) -> None:
         )
     if not bool(state.log_total.isfinite().all()):
         raise NonFiniteError(
-            f"log-weights at level {state.k} are not finite although every score is: states ran away, or densities "
-            "overflow; lower the guidance scale, start below the noise that the model was trained on, or keep states "
-            "in float32"
+            f"log-weights at level {state.k} are not finite although no score is NaN: states ran away, or densities "
+            "overflow (lower the guidance scale, start below the noise that the model was trained on, or keep states "
+            "in float32); or the reward forbids (-inf) a prediction, whose gain Feynman-Kac weights cannot take (use "
+            "weight=steer.KernelRatio(), or a reward that is finite)"
         )

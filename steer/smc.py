@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from .cost import affordable
-from .errors import NotStochasticError, ShapeError, StateSpaceError, SteerError
+from .errors import BudgetError, NotStochasticError, ShapeError, StateSpaceError, SteerError
 from .key import Key, as_key
 from .moves import forget
 from .objective import Objective, check_finite, check_temperature, conditioned, log_potential, open_run
 from .potentials import Weight, difference
+from .process import check_batch
 from .result import Result, Seen
 from .selection import Resample, check, resample, select
 from .trajectory import Ancestors, Trajectory
@@ -173,7 +174,7 @@ def smc(
     weight, selection = weight or difference(), selection or resample()
     process, objective, meter = open_run(process, reward, key=key)
     if isinstance(start, Trajectory):
-        state = resumed(start, process)
+        state = resumed(start, process, particles, batch, budget)
     else:
         start, count = prepared(start, process, temperature, particles=particles, budget=budget, selection=selection)
         state = start(process, objective, key, conditioned(process, batch), count)
@@ -313,7 +314,7 @@ def evaluated(
 
 def _check_stochastic(state: Trajectory, selection: Resample) -> None:
     process = state.process
-    if state.x.shape[1] == 1 or selection.threshold == 0.0 or state.k == process.steps:
+    if state.x.shape[1] == 1 or selection.threshold == 0.0 or (state.k > 0 and state.k >= process.steps - 1):
         return
     if not any(process.stochastic(k) for k in range(state.k, process.steps)):
         raise NotStochasticError(
@@ -323,10 +324,31 @@ def _check_stochastic(state: Trajectory, selection: Resample) -> None:
         )
 
 
-def resumed(state: Trajectory, process: ReverseProcess) -> Trajectory:
+def resumed(
+    state: Trajectory, process: ReverseProcess, particles: int | None, batch: int, budget: int | None, rows: int = 1
+) -> Trajectory:
+    """A trajectory to go on from, checked. rows: of the network, per row of a prediction that is still to come."""
     if tuple(state.x.shape[2:]) != tuple(process.event) or not 0 <= state.k <= process.steps:
         raise ShapeError(
             f"a trajectory to go on from must have event {tuple(process.event)} and a level in [0, {process.steps}], "
             f"got event {tuple(state.x.shape[2:])} at level {state.k}"
+        )
+    if "closed" in state.memory:
+        raise SteerError(
+            "a trajectory to go on from is one that a run was at, and this one is a run's end: its weights hold the "
+            "final reward, and where it was stopped its states are predictions; keep the state that on_step is given"
+        )
+    problems, count = state.x.shape[:2]
+    check_batch(process.problems, problems)
+    if particles not in (None, count) or batch not in (1, problems):
+        raise SteerError(
+            f"a trajectory to go on from has its own numbers, {problems} problem(s) of {count} particle(s); got "
+            f"batch={batch}, particles={particles}; leave them out"
+        )
+    price = count * (process.steps - state.k) * process.rows * rows
+    if budget is not None and price > budget:
+        raise BudgetError(
+            f"going on from level {state.k} takes {price} network rows per problem, more than a budget of {budget}; "
+            f"raise it to {price}, or select fewer particles (Trajectory.select)"
         )
     return replace(state, process=process)

@@ -67,7 +67,8 @@ class Tilt:
             return
         with torch.enable_grad():
             x0 = x0.detach().requires_grad_()
-            (slope,) = torch.autograd.grad(self.objective(x0).sum() / self.temperature, x0)
+            scores = self.objective(self.objective.process.complete(self.latent(at.x), x0))
+            (slope,) = torch.autograd.grad(scores.sum() / self.temperature, x0)
         answer = norm(slope).masked_fill(at.value == -torch.inf, 0.0).amax(1)
         lost = (strongest < 1e-4) & (answer > 1e4 * strongest)
         if bool(lost.any()):

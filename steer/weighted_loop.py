@@ -165,7 +165,8 @@ def _started(
     """The population at its first level, with the path's normaliser there in its evidence."""
     target = engine.target
     if isinstance(start, Trajectory):
-        state = resumed(start, target)
+        each = -(-rows // (target.steps * target.rows))
+        state = resumed(start, target, particles, batch, budget, rows=each)
     else:
         before = 0
         if isinstance(start, PreparedStart):

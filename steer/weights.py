@@ -20,7 +20,8 @@ def log_mean_exp(log_weight: Tensor) -> Tensor:
 
 def normalise(log_weight: Tensor) -> Tensor:
     """Log-weights that sum to one within each problem, (B, N)."""
-    return log_weight - torch.logsumexp(log_weight, 1, keepdim=True)
+    shifted = log_weight - log_weight.amax(1, keepdim=True)  # first: next to 1e8, their sum would be off by 1e-8
+    return shifted - torch.logsumexp(shifted, 1, keepdim=True)
 
 
 def of_best(score: Tensor, keep: int) -> Tensor:

@@ -382,3 +382,26 @@ def test_sigint_to_a_real_process(tmp_path):
     assert saved.facts["interrupted"]
     assert 720 <= saved.cost.nfe < 900 * 8
     assert (out / "report.html").is_file()
+
+
+def test_more_steps_than_a_model_knows_are_named(tmp_path):
+    done = run("generate", "--model", "digits", "--reward", "digit:3", "--steps", "1001", "--out", tmp_path / "x")
+    assert done.exit_code != 0
+    assert isinstance(done.exception, SystemExit)
+    assert "no grid of 1001 steps" in " ".join(done.output.split())
+
+
+def test_a_directory_holds_one_command_s_files(tmp_path):
+    """What an earlier command left would be taken for this one's."""
+    assert generate(tmp_path, "--budget", 40, "--n", 2, "--reference", 2).exit_code == 0
+    assert (tmp_path / "images.png").exists()
+    letters = ["--model", "letters", "--reward", "letters:e", "--budget", 64, "--n", 2, "--reference", 2]
+    done = run("generate", *letters, "--out", tmp_path)
+    assert done.exit_code == 0, done.output
+    assert not (tmp_path / "images.png").exists()
+    done = run("compare", *QUICK, "--methods", "smc", "--budget", 40, "--keys", 2, "--out", tmp_path)
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "compare.json").exists()
+    assert not (tmp_path / "result.json").exists()
+    assert generate(tmp_path, "--budget", 40, "--n", 2, "--reference", 2).exit_code == 0
+    assert not (tmp_path / "compare.json").exists()

@@ -455,6 +455,8 @@ def test_what_a_tree_cannot_be_grown_on_with_is_said():
 
     with pytest.raises(steer.SteerError, match="begins at another level"):
         grown(grown(start=late, keep_states=True), keep_states=True, build="uniform")
+    with pytest.raises(steer.SteerError, match="store is a device"):
+        grown(store="nowhere")
     for widening in ((1.0, 0.0), (0.0, 0.5), (1.0, 1.5), 2.0):
         with pytest.raises(steer.SteerError, match="widening"):
             grown(build="boltzmann", widening=widening)

@@ -180,3 +180,15 @@ def test_arguments_are_checked():
         steer.particle_gibbs(PROCESS, REWARD, sweeps=0)
     with pytest.raises(steer.BudgetError, match="raise the budget to 20"):
         steer.particle_gibbs(PROCESS, REWARD, budget=19)
+
+
+@pytest.mark.parametrize("kind", ["recur", "restart", "corrector"])
+def test_processes_whose_steps_cannot_be_pinned_are_refused(kind):
+    """A level is reached by several steps there, or what a step has drawn is changed after it."""
+    changed = {
+        "recur": lambda: steer.recur(PROCESS, 2),
+        "restart": lambda: steer.restart(PROCESS, [(0.3, 2.0, 1)]),
+        "corrector": lambda: steer.guide(PROCESS, steer.guidance.corrector()),
+    }[kind]()
+    with pytest.raises(steer.StateSpaceError, match="pins the one step"):
+        steer.particle_gibbs(changed, REWARD, particles=4)

@@ -195,3 +195,25 @@ def test_an_ess_of_rows_is_blind_where_one_noise_is_left():
     plain = grpo.collect(process, REWARD, groups=2, group_size=ROWS)
     assert (plain.ess() == ROWS).all()
     assert (plain.effective_roots() == ROWS).all()
+
+
+def test_rows_without_weight_spoil_no_statistics():
+    """A forbidden leaf counts for nothing: depth-wise advantages of the others stand, and scouts keep their moments."""
+    process = steer.models.gaussian_mixture(
+        MIXTURE.means, MIXTURE.covs, MIXTURE.weights, schedule=steer.RectifiedFlow(), steps=10,
+        transition=steer.ddim(1.0),
+    )  # fmt: skip
+
+    def some(x):
+        return torch.where(x[:, 0] > 1.5, -torch.inf, 0.1 * x[:, 1])
+
+    tree = grpo.collect(process, some, groups=2, group_size=32, method=search.dts, temperature=2.0)
+    assert int((tree.weights() == 0).sum()) > 5
+    assert int((grpo.depth_advantages(tree).value != 0).sum()) > 200
+
+    batch = grpo.collect(process, some, groups=2, group_size=32)
+    dropped = torch.where(batch.rewards["reward"] == -torch.inf, -torch.inf, batch.log_w_base)
+    batch = dataclasses.replace(batch, log_w_base=dropped)
+    kept = grpo.keep(batch, best=4, worst=2, middle=3, by="reward")
+    torch.testing.assert_close(kept.reward_mean["reward"], grpo.advantages(batch).mean["reward"])
+    assert bool(grpo.advantages(kept).value.isfinite().all())

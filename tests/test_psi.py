@@ -201,3 +201,12 @@ def test_diagnostics_are_found_in_the_result():
     assert all(value.shape == (3,) and bool(value.isfinite().all()) for value in diagnostics.values())
     assert result.log_evidence.isnan().all()
     assert bool(result.log_weight.isfinite().all())
+
+
+def test_a_start_on_a_process_with_mean_hooks_asks_about_the_prediction():
+    """Its predictions are stacked with what the hooks add; at high temperature the gradient is checked to be there."""
+    process = exact_chain(DATA, "vp", STEPS)
+    guided = steer.guide(process, steer.guidance.Hooks(mean=(lambda at: at.mean,)))
+    options = {"particles": 4, "temperature": 1e5}
+    plain, hooked = (steer.psi(chain, REWARDS["linear"], **options) for chain in (process, guided))
+    torch.testing.assert_close(plain.x, hooked.x)

@@ -132,3 +132,17 @@ def test_a_result_shows_itself():
     assert shown._repr_png_().startswith(b"\x89PNG")
     assert len(shown.images) == 4
     assert shown.images[0].size == (8, 8)
+
+
+def test_methods_of_a_comparison_have_names_of_their_own():
+    import functools
+
+    tempered = functools.partial(steer.smc, weight=steer.maximum())
+    table = steer.compare(process(), REWARD, methods=[tempered], budget=50, keys=2)
+    assert [row.method for row in table.rows] == ["rollout", "best_of_n", "smc"]
+    with pytest.raises(steer.SteerError, match="two of the methods are called smc"):
+        steer.compare(process(), REWARD, methods=["smc", tempered], budget=50)
+    with pytest.raises(steer.SteerError, match="options are for the methods compared"):
+        steer.compare(process(), REWARD, methods=["smc"], budget=50, options={"smk": {}})
+    with pytest.raises(steer.SteerError, match="keys must be at least 1"):
+        steer.compare(process(), REWARD, methods=["smc"], budget=50, keys=0)

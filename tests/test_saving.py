@@ -1,4 +1,5 @@
 import json
+import math
 import os
 from dataclasses import replace
 
@@ -176,3 +177,22 @@ def test_every_kind_of_run_is_saved_and_comes_back(method, tmp_path):
 def test_json_is_strict():
     value = {"nan": float("nan"), "inf": [float("inf")], "tensor": torch.tensor([1.0, float("nan")]), "odd": {1, 2}}
     assert json.loads(to_json(value)) == {"nan": None, "inf": [None], "tensor": [1.0, None], "odd": [1, 2]}
+
+
+def test_numbers_that_json_lacks_come_back(tmp_path):
+    """NaN among the diagnostics (two chains of one state have no split R-hat), and an infinite temperature."""
+    run = steer.psi(mixture(), score, particles=1, temperature=math.inf)
+    assert any(bool(found.isnan().any()) for found in run.diagnostics.values())
+    run.save(tmp_path)
+    again = load_result(tmp_path).result(mixture())
+    assert again.temperature == math.inf
+    for name, found in run.diagnostics.items():
+        assert torch.allclose(again.diagnostics[name], found, equal_nan=True)
+
+
+def test_a_key_comes_back_with_its_slots(tmp_path):
+    key = steer.Key(3, ("a",)).shifted(problem=2, slot=5)
+    run = steer.smc(mixture(), score, particles=4, key=key)
+    run.save(tmp_path)
+    assert load_result(tmp_path).key == key
+    assert torch.equal(steer.smc(mixture(), score, particles=4, key=load_result(tmp_path).key).x, run.x)

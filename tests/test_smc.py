@@ -200,3 +200,49 @@ def test_a_start_that_spends_rows_is_paid_from_the_budget(method):
     result = method(process(), REWARD, budget=100, start=start, key=1)
     assert result.cost.nfe <= 100
     assert result.x.shape[1] == (100 - 2 * (1 + 3 + 4)) // 6
+
+
+def test_every_level_of_a_run_can_be_gone_on_from_but_its_end_cannot():
+    at, chain = {}, process()
+    whole = steer.smc(chain, REWARD, particles=8, on_step=lambda state: at.__setitem__(state.k, state))
+    for k, state in at.items():
+        if k < chain.steps:
+            assert torch.equal(steer.smc(chain, REWARD, start=state).log_weight, whole.log_weight), k
+
+    def stop(state):
+        if state.k == 3:
+            raise steer.Stop
+
+    for ended in (whole, steer.smc(chain, REWARD, particles=8, on_step=stop), steer.fkc(chain, REWARD, particles=8)):
+        for sampler in (steer.smc, steer.fkc):
+            with pytest.raises(steer.SteerError, match="a run's end"):
+                sampler(chain, REWARD, start=ended.trajectory)
+
+
+@pytest.mark.parametrize("sampler", [steer.smc, steer.fkc])
+def test_a_trajectory_has_its_own_numbers_and_a_price(sampler):
+    chain = process()
+    begun = steer.Trajectory.begin(chain, chain.prior(steer.Key(1), 1, 50), k=2)
+    price = sampler(chain, REWARD, start=begun).cost.nfe
+    assert sampler(chain, REWARD, start=begun, budget=price).cost.nfe == price == 50 * 4
+    with pytest.raises(steer.BudgetError, match=f"takes {price} network rows"):
+        sampler(chain, REWARD, start=begun, budget=price - 1)
+    for options in ({"particles": 3}, {"batch": 3}):
+        with pytest.raises(steer.SteerError, match="its own numbers"):
+            sampler(chain, REWARD, start=begun, **options)
+    three = steer.from_denoiser(lambda x, t: 0.5 * x, steer.VP(), 6, event=(2,), problems=3)
+    with pytest.raises(steer.ShapeError, match="3 problem"):
+        sampler(three, REWARD, start=steer.Trajectory.begin(three, torch.zeros(2, 4, 2)))
+
+
+def test_a_rollout_whose_start_finds_only_what_is_forbidden_says_so():
+    with pytest.raises(steer.CollapsedWeightsError):
+        steer.rollout(
+            process(), lambda x: torch.where(x[:, 0] > 50.0, x[:, 0], -torch.inf), particles=4,
+            start=steer.pcnl(chains=2, burn_in=1, kept=1),
+        )  # fmt: skip
+
+
+def test_feynman_kac_weights_name_what_they_cannot_take():
+    with pytest.raises(steer.NonFiniteError, match=r"forbids \(-inf\) a prediction"):
+        steer.driftlite(process(), lambda x: torch.where(x[:, 0] > 0.5, x[:, 0], -torch.inf), particles=64)

@@ -318,3 +318,9 @@ def test_pareto_k_is_nan_where_there_is_no_tail():
     assert weights.pareto_k(torch.zeros(2, 100)).isnan().all()
     assert weights.pareto_k(2.0 * Key(12).normal((3, 20))).isnan().all()
     assert bool(weights.pareto_k(2.0 * Key(12).normal((3, 21))).isfinite().all())
+
+
+def test_large_weights_are_normalised_to_the_last_digits():
+    log_weight = 1e12 * torch.tensor([[1.0, 1.0 - 1e-12, 0.5]], dtype=torch.float64)
+    total = weights.normalise(log_weight).exp().sum()
+    assert abs(float(total) - 1.0) < 1e-15

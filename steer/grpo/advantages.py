@@ -48,7 +48,7 @@ def advantages(
     row_weight = batch.weights().double()
     flat = torch.ones(batch.groups, dtype=torch.bool, device=batch.x0.device)
     for name, factor in asked.items():
-        reward = _counted(batch, name, row_weight)
+        reward = counted(batch, name, row_weight)
         mean, spread = group_moments(reward, batch.group_id, row_weight)
         if name in batch.reward_mean:
             mean, spread = batch.reward_mean[name].double(), batch.reward_std[name].double()
@@ -74,7 +74,7 @@ def depth_advantages(
     row_weight = batch.weights().double()
     total = torch.zeros(batch.mask.shape, dtype=torch.float64, device=batch.x0.device)
     for name, factor in asked.items():
-        reward = _counted(batch, name, row_weight)
+        reward = counted(batch, name, row_weight)
         for k in torch.unique(batch.step_idx[batch.mask]).tolist():
             row, slot = (batch.mask & (batch.step_idx == k)).nonzero(as_tuple=True)
             edge = torch.unique(batch.step_id[row, slot], return_inverse=True)[1]
@@ -87,16 +87,19 @@ def depth_advantages(
 
 
 def group_moments(value: Tensor, group: Tensor, weight: Tensor, groups: int | None = None) -> tuple[Tensor, Tensor]:
-    """Self-normalised weighted mean and standard deviation (divided by N) of each group, (groups,) each."""
+    """Self-normalised weighted mean and standard deviation (divided by N) of each group, (groups,) each.
+
+    0 where nothing in a group has weight: such rows count for nothing where they meet others.
+    """
     count = int(group.max()) + 1 if groups is None else groups
     zero = torch.zeros(count, dtype=torch.float64, device=value.device)
     total = zero.index_add(0, group, weight)
-    share = weight / total[group]
+    share = torch.where(weight > 0.0, weight / total[group], 0.0)
     mean = zero.index_add(0, group, share * value)
     return mean, zero.index_add(0, group, share * (value - mean[group]).square()).sqrt()
 
 
-def _counted(batch: RolloutBatch, name: str, weight: Tensor) -> Tensor:
+def counted(batch: RolloutBatch, name: str, weight: Tensor) -> Tensor:
     """Rewards, float64, 0 in rows without weight; NonFiniteError where one that counts is not finite."""
     reward = torch.where(weight > 0.0, batch.rewards[name].double(), 0.0)
     if not bool(reward.isfinite().all()):

@@ -9,7 +9,7 @@ import torch
 
 from ..errors import SteerError
 from ..key import Key, as_key
-from .advantages import group_moments
+from .advantages import counted, group_moments
 from .batch import RolloutBatch
 
 
@@ -34,7 +34,7 @@ def keep(batch: RolloutBatch, *, best: int, worst: int, middle: int, by: str, ke
             "nothing of it and no weight corrects that"
         )
     weight = batch.weights().double()
-    moments = {name: group_moments(value.double(), batch.group_id, weight) for name, value in batch.rewards.items()}
+    moments = {name: group_moments(counted(batch, name, weight), batch.group_id, weight) for name in batch.rewards}
     ranked = torch.sort(batch.rewards[by].view(problems, rows), dim=1, descending=True, stable=True).indices
     draw = as_key(key).fold("scout").uniform((problems, max(1, others)), device=batch.x0.device)[:, :others]
     chosen = draw.argsort(1)[:, :middle] + best

@@ -110,7 +110,13 @@ class _Network:
 def _levels(scheduler: Any, steps: int) -> tuple[Schedule, tuple[float, ...], Any]:
     """The scheduler's path, its own time grid, and the map from path time to the network's timestep."""
     scheduler = copy.deepcopy(scheduler)
-    scheduler.set_timesteps(steps)
+    try:
+        scheduler.set_timesteps(steps)
+    except ValueError as error:
+        raise ModelError(
+            f"{type(scheduler).__name__} has no grid of {steps} steps: {error}; it was trained on "
+            f"{scheduler.config.num_train_timesteps} levels, so ask for at most that many"
+        ) from error
     if type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler":
         length = scheduler.config.num_train_timesteps
         return RectifiedFlow(), tuple(scheduler.sigmas.double().tolist()), lambda t: t * length

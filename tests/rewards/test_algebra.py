@@ -320,3 +320,20 @@ def test_a_declared_lack_of_gradient_is_refused_before_the_network_is_called():
         steer.smc(PROCESS, Silent(), particles=4, key=0, proposal=steer.guided())
     assert calls == []
     assert steer.smc(PROCESS, Silent(), particles=4, key=0).reward.shape == (1, 4)
+
+
+def test_flags_and_counts_are_scores_too():
+    """Functions of rewards take what samplers take: booleans and integers."""
+    images = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def flag(x):
+        return x.flatten(1).mean(1) > 0.5
+
+    def count(x):
+        return (x > 0.5).flatten(1).sum(1)
+
+    assert (gate(flag, Ink(), 10.0)(images) == -INF).all()
+    assert torch.equal(gate(flag, Ink(), -10.0)(images), flag(images).double())
+    assert torch.equal(clip(count, 0, 30)(images), count(images).clamp(0, 30).double())
+    for combined in (product(flag, count), minimum(flag, count), target(count, 30.0), zscore(count, 30.0, 4.0), rank(flag)):
+        assert bool(combined(images).isfinite().all())

@@ -175,3 +175,11 @@ def test_built_by_weighted_only_in_the_unit_it_says():
     assert isinstance(total, Weighted)
     assert [term.unit for term in total.terms] == ["nat", "nat"]
     assert total.spec.unit == "nat"
+
+
+def test_what_a_part_forbids_stays_forbidden_beside_a_part_of_negative_weight():
+    def forbids(x):
+        return torch.where(x[:, 0] > 0.5, -math.inf, x[:, 0])
+
+    samples = torch.tensor([[0.2], [0.9]], dtype=torch.float64)
+    assert weighted((-1.0, forbids), (2.0, forbids))(samples).tolist() == [pytest.approx(0.2), -math.inf]
