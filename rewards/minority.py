@@ -16,6 +16,11 @@ from steer.types import RewardSpec
 from .analytic import flat
 
 
+def apart(x: Tensor, y: Tensor) -> Tensor:
+    """Distances (M, R) between rows. By differences: by products, points far from 0 and near each other are blurred."""
+    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+
+
 class NeighbourDistance:
     """A tent over the distance to the data: up to 1 at the rarest real points, and falling beyond them.
 
@@ -58,7 +63,7 @@ class NeighbourDistance:
     @cached_property
     def scale(self) -> tuple[float, float]:
         """Median and ceiling of the reference's own distances."""
-        between = torch.cdist(self.points, self.points).fill_diagonal_(inf)
+        between = apart(self.points, self.points).fill_diagonal_(inf)
         own = between.topk(self.k, dim=1, largest=False).values.mean(1).double()
         middle, top = own.quantile(0.5).item(), own.quantile(self.ceiling).item()
         if not top > middle:
@@ -67,7 +72,7 @@ class NeighbourDistance:
 
     def __call__(self, samples: Tensor) -> Tensor:
         x = flat(self._features(samples), self.points.shape[1], self.__name__)
-        distance = torch.cdist(x, self.points.to(x)).topk(self.k, dim=1, largest=False).values.mean(1)
+        distance = apart(x, self.points.to(x)).topk(self.k, dim=1, largest=False).values.mean(1)
         middle, top = self.scale
         height = (distance - middle) / (top - middle)
         return torch.where(height <= 1.0, height, 1.0 - self.fall * (height - 1.0))
@@ -111,11 +116,11 @@ class OnManifold:
         """Centres (R, F) and radii (R,)."""
         with torch.no_grad():
             points = flat(self.reference if self.features is None else self.features(self.reference))
-            between = torch.cdist(points, points).fill_diagonal_(inf)
+            between = apart(points, points).fill_diagonal_(inf)
             return points, self.radius * between.topk(self.k, dim=1, largest=False).values[:, -1]
 
     def __call__(self, samples: Tensor) -> Tensor:
         points, radii = self.balls
         x = flat(samples if self.features is None else self.features(samples), points.shape[1], self.__name__)
-        inside = (torch.cdist(x, points.to(x)) <= radii.to(x)).any(1)
+        inside = (apart(x, points.to(x)) <= radii.to(x)).any(1)
         return torch.where(inside, x.new_zeros(()), x.new_full((), -inf))

@@ -112,6 +112,8 @@ class Saved:
 
         With it a single candidate is made again alone: start at `key.fold("prior").shifted(problem=b, slot=s[0])`,
         then step k draws with `key.fold("step").shifted(problem=b, slot=s[k]).at(k)`.
+        That is so of runs from the prior by the model's own transitions; guided proposals, MCMC starts, moves and
+        pinned paths make states of more than these draws.
         """
         if "ancestors" not in self.tensors:
             raise SteerError("this run was saved without its lineage, so the slots of its noise are unknown")

@@ -66,10 +66,11 @@ def weighted_loop(
 
     seen: list[Seen] = []
     thetas: dict[int, Tensor] = {}
-    paid, interrupted = state, False
+    paid, standing, interrupted = state, state, False
     try:
         try:
             for k in range(state.k, target.steps):
+                standing = state  # what an error leaves to go on from: the gain of its step is not in it yet
                 state, scores, thetas[k] = engine.evaluate(state)
                 if not engine.last(k):
                     state = _selected(state, scores, selection, key, seen)
@@ -87,7 +88,7 @@ def weighted_loop(
         seen.append(Seen(target.steps, state.ess, scores))
         check(state, seen)
     except SteerError as error:
-        error.keep(paid)
+        error.keep(standing)
         raise
     result = Result.of(
         state, scores, key=key, cost=meter.cost(), temperature=temperature, seen=tuple(seen), interrupted=interrupted

@@ -276,3 +276,28 @@ def test_what_has_no_noised_laws_is_refused():
     for model in (guided, [process(4), guided], steer.load("letters")):
         with pytest.raises(steer.StateSpaceError, match="not known of a"):
             steer.fkc(model, exponent=2.0, particles=2)
+
+
+@pytest.mark.parametrize("weight", [steer.KernelRatio(), steer.FeynmanKac()], ids=["ratio", "feynman-kac"])
+def test_what_an_error_leaves_can_be_gone_on_from(weight):
+    """The state of before the step that failed: its gain is not in it twice."""
+    process = steer.models.gaussian_mixture([[-1.0, 0.0], [1.0, 0.5]], [0.3, 0.2], steps=5, dtype=torch.float64)
+    slope = torch.tensor([2.8, -2.0], dtype=torch.float64)
+    whole = steer.fkc(process, lambda x: x @ slope, particles=40, weight=weight)
+    for calls in range(2, 9):
+        left = [calls]
+
+        def failing(x, left=left):
+            left[0] -= 1
+            if left[0] == 0:
+                raise ValueError
+            return x @ slope
+
+        try:
+            steer.fkc(process, failing, particles=40, weight=weight)
+        except steer.SteerError as error:
+            rest = steer.fkc(process, lambda x: x @ slope, start=error.partial, weight=weight)
+            torch.testing.assert_close(rest.log_weight, whole.log_weight, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(rest.log_evidence, whole.log_evidence, rtol=1e-9, atol=1e-9)
+        else:
+            assert calls > 5

@@ -392,3 +392,10 @@ def test_what_stores_no_steps_or_moves_by_other_laws_is_refused():
     samples = grpo.collect(toy(), REWARD, group_size=16, method=steer.fkc, temperature=2.0, law="none")
     assert samples.mask.shape == (16, 0)
     assert samples.objective == "tilted_sft"
+
+
+@pytest.mark.parametrize(("share", "steps"), [(0.29, 100), (0.57, 100), (0.99, 100), (0.3, 10), (1.0, 7)])
+def test_a_share_of_the_steps_is_whole_where_it_is(share, steps):
+    """.29 of a hundred are 29, though their product in binary is 28.999999999999996."""
+    held = grpo.every(share)(steps, 1, 1, steer.Key(0))
+    assert int(held.sum()) == round(share * steps)

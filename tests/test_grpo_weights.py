@@ -217,3 +217,21 @@ def test_rows_without_weight_spoil_no_statistics():
     kept = grpo.keep(batch, best=4, worst=2, middle=3, by="reward")
     torch.testing.assert_close(kept.reward_mean["reward"], grpo.advantages(batch).mean["reward"])
     assert bool(grpo.advantages(kept).value.isfinite().all())
+
+
+def test_merged_rows_are_padding_in_every_field():
+    """As `RolloutBatch` has it; so a first update's ratio is 1 there too."""
+    process = steer.models.gaussian_mixture(
+        MIXTURE.means, MIXTURE.covs, MIXTURE.weights, schedule=steer.RectifiedFlow(), steps=5
+    )
+    method = functools.partial(steer.smc, selection=steer.resample(threshold=1.0, at=[3]))
+    batch = grpo.collect(
+        process, REWARD, groups=2, group_size=16, method=method, temperature=0.3, window=grpo.every(0.6),
+        objective="tilted_sft",
+    )  # fmt: skip
+    assert batch.mask.dtype is torch.bool
+    empty = ~batch.mask
+    assert int(empty.all(1).sum()) > 2
+    for name in ("x_t", "x_next", "t", "t_next", "step_idx", "std", "logp_old", "logp_behavior"):
+        assert not getattr(batch, name)[empty].any(), name
+    assert grpo.clip_fraction(grpo.log_probs(process, batch), batch.logp()) == 0.0

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 
+from ..cost import check_counts
 from ..key import Key, as_key
 from ..objective import conditioned
 from ..process import GaussianProcess
@@ -57,6 +58,7 @@ def collect(
     Cost: that of the method; plain, K network rows and one call of each reward per row. Nothing is evaluated twice.
     Raises SteerError (ESS too low; `.partial` has the Result), StateSpaceError, NonFiniteError, RewardError.
     """
+    check_counts(groups=groups, group_size=group_size)
     model, key, rewards, window = need_gaussian(process), as_key(key), named(reward), window or every()
     if method is not None:
         return collect_steered(

@@ -44,7 +44,10 @@ def kl(mean: Tensor, reference: Tensor, std: Tensor | float, *, reduction: str =
 
 
 def clip_fraction(new: Tensor, old: Tensor, *, clip: float = 1e-4) -> float:
-    """Share of ratios outside [1 - clip, 1 + clip]; 0 at the first update of correct densities."""
+    """Share of ratios outside [1 - clip, 1 + clip]; 0 at the first update of correct densities.
+
+    Of all entries given: where rows are padded, give those of the mask, new[batch.mask] and old[batch.mask].
+    """
     return float(((new - old).exp() - 1.0).abs().gt(clip).double().mean())
 
 

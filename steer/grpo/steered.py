@@ -125,9 +125,17 @@ def merged(batch: RolloutBatch) -> RolloutBatch:
         total = torch.zeros_like(log_weight).index_add(0, owner, (log_weight - shift[owner]).exp())
         return torch.where(kept, total.log() + shift, -torch.inf)
 
+    def padded(steps: Tensor, blank: int = 0) -> Tensor:
+        return torch.where(kept.view(-1, *(1 for _ in steps.shape[1:])), steps, blank)
+
+    names = ("x_t", "x_next", "t", "t_next", "step_idx", "std", "logp_old", "logp_behavior")
     return replace(
         batch, log_w_target=pooled(batch.log_w_target), log_w_base=pooled(batch.log_w_base),
         mask=batch.mask & kept[:, None],
+        mean_old=None if batch.mean_old is None else padded(batch.mean_old),
+        step_id=None if batch.step_id is None else padded(batch.step_id, -1),
+        step_rewards={name: padded(value) for name, value in batch.step_rewards.items()},
+        **{name: padded(getattr(batch, name)) for name in names},
     )  # fmt: skip
 
 

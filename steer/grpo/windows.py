@@ -6,6 +6,7 @@ Steps to which the process's rule adds no noise are never in a window, whatever 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ class Every:
     share: float = 1.0
 
     def __call__(self, steps: int, problems: int, rows: int, key: Key) -> Tensor:
-        return (torch.arange(steps) < int(self.share * steps)).expand(problems, rows, steps)
+        return (torch.arange(steps) < _part(self.share, steps)).expand(problems, rows, steps)
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class RandomStart:
 
     def __call__(self, steps: int, problems: int, rows: int, key: Key) -> Tensor:
         _fits(self.size, steps)
-        starts = min(int(self.share * steps), steps - self.size) + 1
+        starts = min(_part(self.share, steps), steps - self.size) + 1
         drawn = key.fold("window").uniform((problems, rows if self.each == "row" else 1))
         return _run((drawn * starts).long(), self.size, steps).expand(problems, rows, steps)
 
@@ -56,6 +57,11 @@ class Sliding:
         _fits(self.size, steps)
         start = self.update // self.every * self.stride % (steps - self.size + 1)
         return _run(torch.tensor([[start]]), self.size, steps).expand(problems, rows, steps)
+
+
+def _part(share: float, steps: int) -> int:
+    """Whole steps of a share: .29 of a hundred are 29, though the product in binary falls short of it."""
+    return math.floor(share * steps + 1e-9)
 
 
 def every(share: float = 1.0) -> Every:

@@ -335,5 +335,11 @@ def test_flags_and_counts_are_scores_too():
     assert (gate(flag, Ink(), 10.0)(images) == -INF).all()
     assert torch.equal(gate(flag, Ink(), -10.0)(images), flag(images).double())
     assert torch.equal(clip(count, 0, 30)(images), count(images).clamp(0, 30).double())
-    for combined in (product(flag, count), minimum(flag, count), target(count, 30.0), zscore(count, 30.0, 4.0), rank(flag)):
+    for combined in (
+        product(flag, count),
+        minimum(flag, count),
+        target(count, 30.0),
+        zscore(count, 30.0, 4.0),
+        rank(flag),
+    ):
         assert bool(combined(images).isfinite().all())
