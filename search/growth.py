@@ -195,7 +195,7 @@ class Growth:
 
         Returns their slots, and the walks as they go on from there.
         """
-        tree = self.tree
+        tree, layer = self.tree, self.tree.layers[depth]
         columns: dict[str, Any] = {"correction": state.log_weight.cpu().numpy(), **self._edge(state)}
         if depth == tree.depth:
             scores = self._on_rows(lambda x: {"score": self.objective(x)}, state.x, rows)["score"].cpu()
@@ -204,17 +204,17 @@ class Growth:
             columns |= {"reward": scores.numpy(), "value": value.numpy()}
         else:
             state, scores = self._predict(state, rows, score=self.looks)
-            if "look" in tree.layers[depth] and not self.looks:
+            if "look" in layer and not self.looks:
                 columns["look"] = math.nan
             if self.looks and scores is not None:
-                check_finite(scores, f"of the predictions at level {state.k}", first=tree.layers[depth].size)
+                check_finite(scores, f"of the predictions at level {state.k}", first=layer.size)
                 columns["look"] = scores.cpu().numpy()
             columns |= {name: self._stored(tensor) for name, tensor in state.carried.items()}
-        held = tree.layers[depth].states.get("edge")
-        if held is not None and held.shape[2] != columns["edge"].shape[2]:
+        kept, taken = (0 if edge is None else edge.shape[2] for edge in (layer.states.get("edge"), columns.get("edge")))
+        if layer.size and kept != taken:
             raise SteerError(
-                f"this tree keeps {held.shape[2]} steps on every edge to level {state.k}, and its walks now take "
-                f"{columns['edge'].shape[2]}: their start begins at another level; grow it on with the start it had"
+                f"this tree keeps {kept} steps on every edge to level {state.k}, and its walks now take {taken}: their "
+                "start begins at another level; grow it on with the start it had"
             )
         return tree.attach(depth, live, parent, x=self._stored(state.x), **columns), state.anew()
 

@@ -455,6 +455,10 @@ def test_what_a_tree_cannot_be_grown_on_with_is_said():
 
     with pytest.raises(steer.SteerError, match="begins at another level"):
         grown(grown(start=late, keep_states=True), keep_states=True, build="uniform")
+    options = {"build": "uniform", "particles": 9, "keep_states": True}
+    tree = search.dts(process, REWARD, start=late, levels=[1, 5], **options).tree
+    with pytest.raises(steer.SteerError, match=r"keeps 0 steps .* now take 1"):
+        search.dts(process, REWARD, tree=tree, **options)
     with pytest.raises(steer.SteerError, match="store is a device"):
         grown(store="nowhere")
     for widening in ((1.0, 0.0), (0.0, 0.5), (1.0, 1.5), 2.0):

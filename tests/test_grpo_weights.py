@@ -107,16 +107,22 @@ def test_step_weights_correct_a_guided_step():
         assert abs(z((ratio[:, slot] - 1.0).view(GROUPS, ROWS).mean(1))) < LIMIT
 
 
-def test_copies_of_a_sample_are_merged():
-    """Resampled before last steps that draw nothing, copies are equal: one row keeps their weight."""
+def with_copies(groups):
+    """Resampled before last steps that draw nothing, so that copies are equal: process, method and batch."""
     process = steer.models.gaussian_mixture(
         MIXTURE.means, MIXTURE.covs, MIXTURE.weights, schedule=steer.RectifiedFlow(), steps=5
     )
     method = functools.partial(steer.smc, selection=steer.resample(threshold=1.0, at=[3]))
     batch = grpo.collect(
-        process, REWARD, groups=20, group_size=16, method=method, temperature=0.3, window=grpo.every(0.6),
+        process, REWARD, groups=groups, group_size=16, method=method, temperature=0.3, window=grpo.every(0.6),
         objective="tilted_sft",
     )  # fmt: skip
+    return process, method, batch
+
+
+def test_copies_of_a_sample_are_merged():
+    """One row keeps their weight."""
+    process, method, batch = with_copies(20)
     kept = batch.sample_id == torch.arange(batch.rows)
     assert 0 < int(kept.sum()) < batch.rows
     assert not batch.mask[~kept].any()
@@ -221,14 +227,7 @@ def test_rows_without_weight_spoil_no_statistics():
 
 def test_merged_rows_are_padding_in_every_field():
     """As `RolloutBatch` has it; so a first update's ratio is 1 there too."""
-    process = steer.models.gaussian_mixture(
-        MIXTURE.means, MIXTURE.covs, MIXTURE.weights, schedule=steer.RectifiedFlow(), steps=5
-    )
-    method = functools.partial(steer.smc, selection=steer.resample(threshold=1.0, at=[3]))
-    batch = grpo.collect(
-        process, REWARD, groups=2, group_size=16, method=method, temperature=0.3, window=grpo.every(0.6),
-        objective="tilted_sft",
-    )  # fmt: skip
+    process, _, batch = with_copies(2)
     assert batch.mask.dtype is torch.bool
     empty = ~batch.mask
     assert int(empty.all(1).sum()) > 2
