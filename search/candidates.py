@@ -192,12 +192,6 @@ def scattered(process: ReverseProcess) -> bool:
     return not torch.equal(first, second)
 
 
-def priced(process: ReverseProcess) -> bool:
-    """Whether drawing a state may itself evaluate the network, as hooks on the prior and after steps do."""
-    hooks = getattr(process, "hooks", None)
-    return hooks is not None and bool(hooks.start or hooks.after)
-
-
 def _draws(process: ReverseProcess, first: int, last: int) -> bool:
     """Whether any step from level first to level last is stochastic."""
     return any(process.stochastic(k) for k in range(first, last))

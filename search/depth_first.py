@@ -51,7 +51,7 @@ def depth_first(
     Source: Zhang et al. 2025 (2505.23614), depth-first search. Differs: the threshold's default; the budget is used up,
     where the paper stops at the first sample that passes; a chain goes back only where it can still reach the data.
     """
-    check_counts(keep=keep, **{name: n for name, n in (("every", every), ("back", back)) if n is not None})
+    check_counts(keep=keep, every=every, back=back)
     run = Run.open(process, reward, batch, temperature, key, chunk)
     levels = run.process.steps
     every, back = every or max(1, levels // 4), min(levels, back or max(1, levels // 2))
@@ -109,8 +109,7 @@ def _chain(
 
 def _noisier(process: ReverseProcess, target: int, k: int) -> int:
     """The last level up to `target` that is no less noisy than level k: chains that restart do not only get cleaner."""
-    inner = getattr(process, "base", None)
-    visits = getattr(process, "visits", getattr(inner, "visits", range(process.steps + 1)))
+    visits = getattr(process, "visits", range(process.steps + 1))
     while visits[target] > visits[k]:
         target -= 1
     return target

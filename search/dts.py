@@ -33,8 +33,9 @@ from steer.smc import Proposal, Start, bootstrap, prior
 from steer.types import OnStep, ReverseProcess, Reward
 
 from .descent import Descent
-from .growth import Choose, Growth, Plan, branching_levels, plantable, planted, segment_rows
+from .growth import Choose, Growth, Plan
 from .layer import Slots, each_problem
+from .planting import branching_levels, plantable, planted, segment_rows
 from .tree import Tree
 
 

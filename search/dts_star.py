@@ -18,8 +18,9 @@ from steer.smc import Start, bootstrap, prior
 from steer.types import OnStep, ReverseProcess, Reward
 
 from .descent import Descent
-from .growth import Growth, branching_levels, plantable, planted, segment_rows
+from .growth import Growth
 from .layer import Slots
+from .planting import branching_levels, plantable, planted, segment_rows
 from .tree import Tree
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from typing import Any, cast
 
 import numpy as np
@@ -15,17 +14,18 @@ from torch import Tensor
 
 from steer import weights
 from steer.cost import Meter, affordable, check_counts
-from steer.errors import BudgetError, CollapsedWeightsError, NotStochasticError, SteerError
+from steer.errors import BudgetError, CollapsedWeightsError, SteerError
 from steer.key import Key
 from steer.objective import Objective, check_finite, log_potential
+from steer.process import priced
 from steer.result import Result, Seen
-from steer.smc import PreparedStart, Proposal, Start, evaluated, prior
+from steer.smc import Proposal, Start, evaluated, prior
 from steer.trajectory import Stepped, Trajectory
 from steer.types import GaussianTransition, OnStep, ReverseProcess, Stop
 
-from .candidates import priced
 from .layer import Slots, each_problem
-from .tree import Tree, even_levels
+from .planting import segment_rows
+from .tree import Tree
 
 Plan = tuple[Slots, Slots]
 """Where the walks of a sweep go: entry (B, W), the depth of the node each expands (`depth` for a walk that ends at an
@@ -77,12 +77,12 @@ class Growth:
     def run(self, choose: Choose, walkers: int, particles: int | None, budget: int | None) -> Result:
         """Sweeps until the particles are made, the budget is spent, or `on_step` asks to stop."""
         tree, rows = self.tree, segment_rows(self.process, self.tree.levels)
+        check_counts(walkers=walkers)
         self._check_affordable(sum(rows), rows[-1], particles, budget)
         if tree.leaves.size and ("edge" in tree.leaves) != self.keep_states:
             raise SteerError(
                 "a tree keeps the states of all its steps or of none; grow it with the keep_states it was begun with"
             )
-        check_counts(walkers=walkers)
         made, most = 0, particles or (16 if budget is None else None)
         if self.live and tree.leaves.size:  # of another temperature, or another kind of value
             self._back_up()
@@ -118,8 +118,7 @@ class Growth:
         tree, key = self.tree, self.key.shifted(slot=self.tree.iterations).wide(entry.shape[1])
         self.meter.key = key
         widest, fewest = running.max(1).tolist(), running.min(1).tolist()
-        more: NDArray[np.bool_] = np.any(running[1:] > running[:-1], axis=1)
-        joined = [False, *more]
+        joined: list[bool] = [False, *np.any(running[1:] > running[:-1], axis=1)]
         before = tree.counts()
         try:
             state = self._begun(key, widest[0]) if widest[0] else None
@@ -289,8 +288,7 @@ class Growth:
             entry, path = entry[:, :-1], path[:, :, :-1]
 
     def _check_affordable(self, whole: int, cheapest: int, particles: int | None, budget: int | None) -> None:
-        if particles is not None:
-            check_counts(particles=particles)
+        check_counts(particles=particles)
         if not self.tree.leaves.size or budget is None:
             affordable(whole, particles=particles, budget=budget)
         elif budget < cheapest:
@@ -360,56 +358,6 @@ class Growth:
                 "makes"
             ).keep(result)
         return result
-
-
-def segment_rows(process: ReverseProcess, levels: Sequence[int]) -> list[int]:
-    """Network rows that one walk spends on each edge: a node's prediction belongs to the edge that made it."""
-    ends = [-1, *levels[:-1], process.steps - 1]
-    return [process.rows * (there - here) for here, there in pairwise(ends)]
-
-
-def branching_levels(process: ReverseProcess, levels: int | Sequence[int]) -> tuple[int, ...]:
-    """Levels at which nodes are kept, the last one the data, from their number (equally spaced) or themselves.
-
-    A node needs a noisy step behind it, or its children are copies, and a prediction behind it, or they are free.
-    """
-    if not any(process.stochastic(k) for k in range(process.steps)):
-        raise NotStochasticError(
-            "the children of a node differ by the noise of its transitions, and this process's add none; use a "
-            "stochastic rule, for instance process.with_rule(steer.ddim(eta=1.0))"
-        )
-    asked = None if isinstance(levels, int) else [int(k) for k in levels]
-    chosen = even_levels(process.steps, cast(int, levels)) if asked is None else asked
-    rising = sorted({k for k in chosen if 0 <= k <= process.steps - 2})
-    edges = zip(rising, [*rising, process.steps][1:], strict=True)
-    useful = [k for k, end in edges if any(process.stochastic(j) for j in range(k, end))]
-    if asked is not None and asked != useful:
-        raise SteerError(
-            f"branching levels must rise within [0, {process.steps - 2}], with a step that adds noise after each, got "
-            f"{asked}"
-        )
-    return (*useful, process.steps)
-
-
-def plantable(start: Start) -> Start:
-    """A start that trees can use."""
-    if isinstance(start, PreparedStart):
-        raise SteerError(
-            f"a tree draws its roots a few at a time, and {type(start).__name__} spends network rows on each draw; run "
-            "the start once and pass a function that hands its particles out, or use steer.prior"
-        )
-    return start
-
-
-def planted(tree: Any, problems: int, levels: tuple[int, ...]) -> Tree:
-    """New trees, or the given ones, which then must fit."""
-    if tree is None:
-        return Tree(problems, levels)
-    if not isinstance(tree, Tree) or tree.problems != problems or tree.levels[-1] != levels[-1]:
-        raise SteerError(
-            f"a tree to grow on must be {problems} trees over {levels[-1]} steps (result.tree), got {tree!r}"
-        )
-    return tree
 
 
 def resorted(entry: Slots, path: Slots) -> Plan:

@@ -65,7 +65,7 @@ def rbf(
     ):
         if given not in allowed:
             raise SteerError(f"{name} is one of {', '.join(allowed)}, got {given!r}")
-    check_counts(keep=keep, **{name: n for name, n in (("quota", quota), ("initial", initial)) if n is not None})
+    check_counts(keep=keep, quota=quota, initial=initial)
     run = Run.open(process, reward, batch, temperature, key, chunk)
     branches = [scattered(process), *(process.stochastic(k) for k in range(process.steps - 1))]  # candidates differ
     quotas = _quotas(run.process, branches, particles, budget, quota, initial)

@@ -7,7 +7,6 @@ branching levels a chain is one edge.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any
@@ -210,8 +209,3 @@ def _pool(value: NDArray[Any], first: Slots, length: Slots, greedy: bool) -> NDA
     shift = np.where(top == -np.inf, 0.0, top)
     with np.errstate(divide="ignore"):  # log 0 = -inf, where all below is forbidden
         return np.log(np.add.reduceat(np.exp(value - shift.repeat(length)), first)) + shift - np.log(length)
-
-
-def even_levels(steps: int, count: int) -> list[int]:
-    """`count` equally spaced levels strictly between noise and data, without repeats."""
-    return sorted({math.floor(steps * (i + 1) / (count + 1) + 0.5) for i in range(count)} - {0, steps})

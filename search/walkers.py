@@ -15,11 +15,12 @@ from torch import Tensor
 from steer.errors import SteerError
 from steer.key import Key
 from steer.objective import check_finite
+from steer.process import priced
 from steer.result import Result
 from steer.trajectory import Trajectory
 from steer.types import OnStep, Stop
 
-from .candidates import Run, priced
+from .candidates import Run
 
 
 class Held(NamedTuple):

@@ -116,8 +116,10 @@ class Meter:
 
 
 def check_counts(**counts: Any) -> None:
-    """Raises SteerError where a number, by its name, is not a whole one of at least 1."""
+    """Raises SteerError where a number, by its name, is not a whole one of at least 1; None is one not given."""
     for name, count in counts.items():
+        if count is None:
+            continue
         if isinstance(count, bool) or not hasattr(count, "__index__"):
             raise SteerError(f"{name} is a whole number, got {count!r} of type {type(count).__name__}; pass an int")
         if count < 1:
@@ -138,8 +140,7 @@ def affordable(
     particles: the number itself; budget: network rows per problem, never exceeded. Giving neither means `default`;
         giving both asks for `particles` and checks them against the budget. before: rows spent whatever their number.
     """
-    if particles is not None:
-        check_counts(particles=particles)
+    check_counts(particles=particles)
     if budget is None:
         return default if particles is None else particles
     price = rows if callable(rows) else lambda count: rows * count

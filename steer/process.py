@@ -189,6 +189,12 @@ def check_batch(problems: int | None, batch: int) -> None:
         )
 
 
+def priced(process: ReverseProcess) -> bool:
+    """Whether drawing a state may itself evaluate the network, as hooks on the prior and after steps do."""
+    hooks = getattr(process, "hooks", None)
+    return hooks is not None and bool(hooks.start or hooks.after)
+
+
 def decoded_alone(process: ReverseProcess, x: Tensor, problem: int) -> Tensor:
     """Clean states (1, n, *event) of one of a process's problems as rewards see them, (n, ...)."""
     if process.problems in (None, 1):

@@ -71,7 +71,7 @@ def _planned(
 ) -> tuple[int, Langevin]:
     """How many particles, and for how long the chains run."""
     chain, per_step = process.steps * process.rows, start.rows(process)
-    check_counts(**{name: n for name, n in (("particles", particles), ("budget", budget)) if n is not None})
+    check_counts(particles=particles, budget=budget)
     if budget is None:
         particles = particles or 16
         rows = max(2 * per_step, round(particles * chain * share / (1.0 - share)))

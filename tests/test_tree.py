@@ -14,7 +14,8 @@ from search.descent import Descent, _categorical
 from search.dts import _soft_value
 from search.growth import resorted
 from search.layer import ChildLists, Layer
-from search.tree import Tree, even_levels
+from search.planting import even_levels
+from search.tree import Tree
 
 REWARD = Linear([0.7, -0.5])
 BUILDS = ("unbiased", "uniform", "boltzmann")

@@ -30,7 +30,7 @@ import torch
 
 import search
 import steer
-from search.growth import segment_rows
+from search.planting import segment_rows
 from steer.key import Key
 
 STEPS, LEVELS = 50, list(range(5, 50, 5))

@@ -51,6 +51,7 @@ class GuidedProcess:
     device = of_base("device")
     dtype = of_base("dtype")
     decoder = of_base("decoder")
+    visits = of_base("visits")
 
     def __post_init__(self) -> None:
         check_gaussian(self.base)
