@@ -13,8 +13,8 @@ import json
 import re
 from pathlib import Path
 
-import rewards
 import steer
+from steer import rewards
 from steer.images import to_images
 
 

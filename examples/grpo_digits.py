@@ -15,9 +15,8 @@ from importlib.resources import files
 import torch
 from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
 
-import rewards
 import steer
-from steer import grpo
+from steer import grpo, rewards
 
 WINDOWS = {
     "every": lambda update: grpo.every(0.99),

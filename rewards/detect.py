@@ -70,8 +70,8 @@ class TransformersDetector:
     least: confidence below which nothing is reported. names: other names for labels of the model, {"mouse": "computer
         mouse"}: detectors of one set of classes write them in several ways. download, device: for a model by id.
     Grounding DINO's own text threshold is set to `least` too; its labels come back as the phrases that were asked.
-    Raises RewardError for missing packages (pip install 'steer[vlm]') or weights, and for a label that a model with
-    fixed classes does not know: it would never be found.
+    Raises RewardError for missing packages (pip install 'steer-diffusion[vlm]') or weights, and for a label that a
+    model with fixed classes does not know: it would never be found.
     """
 
     model: Any = field(repr=False)

@@ -84,7 +84,7 @@ def load_digit_net(name: str) -> DigitNet:
     """
     from safetensors.torch import load
 
-    folders = {folder.name: folder for folder in (resources.files("rewards") / "assets").iterdir()}
+    folders = {folder.name: folder for folder in (resources.files("steer.rewards") / "assets").iterdir()}
     names = sorted(key for key, folder in folders.items() if (folder / "model.safetensors").is_file())
     if name not in names:
         raise ValueError(f"unknown digit network {name!r}; stored networks: {', '.join(names)}")

@@ -18,7 +18,7 @@ def optional(module: str, extra: str) -> Any:
     except ImportError as error:
         raise RewardError(
             f"this reward needs the package {module.partition('.')[0]}, which cannot be imported ({error}); "
-            f"install it with: pip install 'steer[{extra}]'"
+            f"install it with: pip install 'steer-diffusion[{extra}]'"
         ) from error
 
 

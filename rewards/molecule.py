@@ -21,7 +21,7 @@ class QED:
 
     text: tokens (M, L) to M strings, as in `rewards.text`. invalid: the score of what is no molecule (text that does
     not parse, impossible valences, nothing at all); -inf forbids it. RDKit writes its reasons to its own log.
-    Scores float32, no gradient. Raises RewardError where rdkit is missing (pip install 'steer[molecules]').
+    Scores float32, no gradient. Raises RewardError where rdkit is missing (pip install 'steer-diffusion[molecules]').
     Source: Bickerton et al. 2012, "Quantifying the chemical beauty of drugs"; RDKit's `Chem.QED.qed`, BSD-3-Clause.
     """
 

@@ -93,8 +93,8 @@ class TextLogProb:
     model, tokenizer: a ready pair, or a hub id or folder ("textattack/roberta-base-CoLA" with label 1 for grammatical
         English) and no tokenizer; each has its own licence. label: index of the class, or its name in the model's
         config. text: decodes the samples. length: tokens after which texts are cut. rows: texts per forward pass.
-    download, device: for a model by id. Raises RewardError for a missing package (pip install 'steer[vlm]'), weights
-    or label. A model with one output gives log sigmoid of it.
+    download, device: for a model by id. Raises RewardError for a missing package (pip install
+    'steer-diffusion[vlm]'), weights or label. A model with one output gives log sigmoid of it.
     Source: the classifier rewards of Singhal et al. 2025 (FK steering, arXiv 2501.06848).
     """
 

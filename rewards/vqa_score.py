@@ -37,7 +37,8 @@ class VQAScore:
         makes ties of close scores.
     spec.gradient is "exact" where the processor works on tensors and keeps their gradient (found out once, on a small
     image, with no forward pass of the model), else "none", and images are rounded to 8 bits as files are.
-    Cost: one forward pass per sample. Raises RewardError for a missing package (pip install 'steer[vlm]') or weights.
+    Cost: one forward pass per sample. Raises RewardError for a missing package (pip install
+    'steer-diffusion[vlm]') or weights.
     Source: Lin et al. 2024, "Evaluating Text-to-Visual Generation with Image-to-Text Generation" (arXiv 2404.01291);
     github.com/linzhiqiu/t2v_metrics, Apache-2.0. Its CLIP-FlanT5 class is not one of transformers'; that one gives
     exp(-mean cross-entropy of "Yes" and the end token), about the square root of P("Yes"). The model has its own

@@ -1,5 +1,9 @@
 """steer: inference-time reward alignment of frozen diffusion and flow models."""
 
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
 from . import grpo, guidance, models
 from .birth_death import BirthDeath, birth_death
 from .composite import Composite, compose
@@ -79,10 +83,21 @@ from .transitions import Normal, churn, cps, dance_sde, ddim, euler_maruyama, fl
 from .transports import Transport, base_transport, ecg, flow_transport, half_transport, score_transport, vcg
 from .types import Coeffs, Denoiser, Level, QuadraticForm, ReverseProcess, Reward, Rule, Schedule, Stop, Transition
 from .unmasking import Unmasking, unmask
+from .version import __version__
 from .waste_free import waste_free
 from .weighted_sde import FeynmanKac, KernelRatio
 
-__version__ = "0.1.0"
+# In a checkout that is on the path but not installed, the folders of steer.rewards and steer.search stand beside this.
+if not (Path(__file__).parent / "search").exists():
+    __path__.append(str(Path(__file__).parent.parent))
+
+
+def __getattr__(name: str) -> Any:
+    """`steer.rewards` and `steer.search`, imported when they are first asked for."""
+    if name in ("rewards", "search"):
+        return import_module(f"steer.{name}")
+    raise AttributeError(f"module 'steer' has no attribute {name!r}")
+
 
 __all__ = [
     "VE",
@@ -128,6 +143,7 @@ __all__ = [
     "Transition",
     "Transport",
     "Unmasking",
+    "__version__",
     "adaptive_tempering",
     "agreed_rarity",
     "at_state",

@@ -9,7 +9,7 @@ from typing import Any
 
 def embedded() -> list[dict[str, Any]]:
     """For each model: name, kind, parameters, bytes, what was measured of it, licence."""
-    return [_card(folder) for package in ("steer", "rewards") for folder in _folders(package)]
+    return [_card(folder) for package in ("steer", "steer.rewards") for folder in _folders(package)]
 
 
 def _folders(package: str) -> list[Any]:

@@ -325,7 +325,7 @@ def serve_reward(
 
     Clients on the command line send the token in STEER_REWARD_TOKEN.
     """
-    from rewards import serve
+    from steer import rewards
 
     from .errors import RewardError
 
@@ -335,7 +335,7 @@ def serve_reward(
     score = open_reward(reward)
     with reported_errors(debug, as_json=False):
         try:
-            server = serve(score, host=host, port=port, token=token, queue=queue, threads=threads)
+            server = rewards.serve(score, host=host, port=port, token=token, queue=queue, threads=threads)
         except RewardError as error:
             raise typer.BadParameter(str(error), param_hint="--host") from error
     with server:

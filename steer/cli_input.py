@@ -7,7 +7,7 @@ import json
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import typer
 from rich.console import Console
@@ -66,12 +66,12 @@ def open_model(model: str, steps: int | None, label: int | None, device: str) ->
 
 def open_reward(spec: str, process: Any = None) -> Callable[..., Any]:
     """The reward that a specification stands for; one of text, on a process that has a text."""
-    from rewards import from_spec
+    from steer import rewards
 
     from .errors import SteerError
 
     try:
-        return from_spec(spec, getattr(process, "text", None))
+        return rewards.from_spec(spec, getattr(process, "text", None))
     except SteerError as error:
         raise typer.BadParameter(str(error), param_hint="--reward") from error
 
@@ -89,11 +89,11 @@ def find_method(name: str) -> Callable[..., Any]:
 
 def metrics_of(spec: str, reward: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
     """The held-out judge of a reward, where there is one."""
-    from rewards.classifier import DigitLogProb, judge
+    from steer import rewards
 
-    if not isinstance(reward, DigitLogProb):
+    if not isinstance(reward, rewards.DigitLogProb):
         return {}
-    return {f"held-out judge p({spec.partition(':')[2]})": judge(reward.label)}
+    return {f"held-out judge p({spec.partition(':')[2]})": rewards.judge(cast(Any, reward).label)}
 
 
 def own_options(sampler: Callable[..., Any], name: str, n: int, guided: float | None) -> dict[str, Any]:

@@ -32,8 +32,8 @@ def resolve(method: str | Method) -> Method:
         if point.name == method:
             return point.load()
     raise SteerError(
-        f"no method is called {method!r}; there are {', '.join(methods()) or 'none installed (pip install steer)'}, "
-        "and any function f(process, reward, *, budget, batch, temperature, key) -> Result is one"
+        f"no method is called {method!r}; there are {', '.join(methods())}, and "
+        "any function f(process, reward, *, budget, batch, temperature, key) -> Result is one"
     )
 
 

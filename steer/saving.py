@@ -21,6 +21,7 @@ from .cost import Cost
 from .errors import SteerError
 from .key import Key
 from .trajectory import Ancestors
+from .version import __version__
 
 if TYPE_CHECKING:
     from .result import Result
@@ -224,8 +225,8 @@ def plain(value: Any) -> Any:
 
 def versions() -> dict[str, str | None]:
     """Versions that a run depends on; None for what is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in ("steer", "torch", "diffusers", "safetensors"):
+    found: dict[str, str | None] = {"python": platform.python_version(), "steer": __version__}
+    for name in ("torch", "diffusers", "safetensors"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

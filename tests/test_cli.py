@@ -40,7 +40,7 @@ def test_generate_writes_everything(tmp_path):
     assert saved.facts["run"]["reward"] == "digit:3"
     assert saved.key == steer.Key(3)
     assert Image.open(out / "images.png").size == (2 * 96 + 3 * 2, 2 * 96 + 3 * 2)
-    from rewards import from_spec
+    from steer.rewards import from_spec
 
     again = steer.smc(steer.load("digits", steps=4), from_spec("digit:3"), budget=40, key=3)
     assert saved.tensors["x"].equal(again.x)
@@ -108,7 +108,7 @@ def test_every_method_runs(tmp_path, method):
 
 
 def test_options_of_a_method_reach_it(tmp_path):
-    from rewards import from_spec
+    from steer.rewards import from_spec
 
     words = ["--method", "dts", "--budget", 60, "--n", 2, "--reference", 0, "--quiet"]
     sets = ["--set", "levels=1,2", "--set", "build=boltzmann", "--set", "widening=(1, 0.5)"]
@@ -299,7 +299,7 @@ def test_models_lists_what_ships():
 
 
 def steer_parameters(name):
-    from rewards.digits import load_digit_net
+    from steer.rewards.digits import load_digit_net
 
     return sum(parameter.numel() for parameter in load_digit_net(name).parameters())
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from exact import Linear, mixture_2d
 
-import search
 import steer
+from steer import search
 
 METHODS = {
     "rollout": steer.rollout,

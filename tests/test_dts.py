@@ -9,10 +9,9 @@ import pytest
 import torch
 from exact import LIMIT, Linear, Quadratic, exact_chain, mixture_2d, worst, z, z_scores
 
-import search
 import steer
-from search.dts_star import _spread
-from steer import weights
+from steer import search, weights
+from steer.search.dts_star import _spread
 
 REWARD = Linear([0.7, -0.5])
 STEPS = 10

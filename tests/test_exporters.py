@@ -20,9 +20,8 @@ import numpy as np
 import pytest
 import torch
 
-import search
 import steer
-from steer import grpo
+from steer import grpo, search
 from steer.errors import NotStochasticError, ShapeError, StateSpaceError, SteerError
 from steer.exporters import (
     flow_factory_settings,

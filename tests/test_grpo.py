@@ -8,9 +8,8 @@ import pytest
 import torch
 from exact import Linear, mixture_2d
 
-import search
 import steer
-from steer import grpo
+from steer import grpo, search
 
 KERNELS = {
     "flow-sde": steer.flow_sde(0.7),

@@ -8,9 +8,8 @@ import pytest
 import torch
 from exact import LIMIT, Linear, exact_chain, mixture_2d, z
 
-import search
 import steer
-from steer import grpo
+from steer import grpo, search
 from steer.grpo.kernels import Windowed
 from steer.models import gaussian
 

@@ -12,9 +12,8 @@ import pytest
 import torch
 from exact import LIMIT, Linear, Quadratic, exact_chain, mixture_2d, worst, z, z_scores
 
-import search
 import steer
-from steer import guidance
+from steer import guidance, search
 from steer.cost import Meter
 from steer.guidance import Hooks, follow, guide
 from steer.models import chain_law

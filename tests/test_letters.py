@@ -10,8 +10,8 @@ import pytest
 import torch
 from exact import LIMIT, z
 
-import search
 import steer
+from steer import search
 from steer.catalogue import embedded
 from steer.models.letters import ALPHABET, LENGTH, MASK, to_text, to_tokens
 

@@ -11,8 +11,8 @@ import test_contract as contract
 import torch
 from exact import LIMIT, Linear, z
 
-import search
 import steer
+from steer import search
 from steer.models.markov import enumerate_strings
 from steer.unmasking import Ancestral, Each, Given, InOrder, MaskLevel, Subset
 

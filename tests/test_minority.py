@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
-import rewards
 import steer
+from steer import rewards
 from steer.guidance import GuidedProcess, follow
 from steer.minority import (
     boost_and_skip,

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import search
 import steer
+from steer import search
 from steer.minority import agreed_rarity
 
 KEY = steer.Key(3)

@@ -7,10 +7,10 @@ import torch
 from sklearn.neighbors import LocalOutlierFactor, NearestNeighbors
 
 import steer
-from rewards.minority import NeighbourDistance, OnManifold
 from steer.minority import minority_metrics
 from steer.minority.metrics import in_balls, knn_distance, local_outlier_factor, rarity
 from steer.models import GaussianMixture
+from steer.rewards.minority import NeighbourDistance, OnManifold
 
 
 def points(count, size, seed):

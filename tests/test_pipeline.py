@@ -159,7 +159,7 @@ def test_errors_name_what_is_served():
 @pytest.mark.parametrize("name", ["digits", "digits-flow"])
 def test_embedded_models_draw_the_digit_asked_for(name):
     """Of 40 conditional samples the held-out judge recognises at least 36 (measured share above 0.99)."""
-    import rewards
+    from steer import rewards
 
     process = steer.load(name, steps=20, labels=list(range(10)))
     result = steer.rollout(process, lambda x: x.mean((1, 2, 3)), particles=4, key=0, keep_states=False)
@@ -169,7 +169,7 @@ def test_embedded_models_draw_the_digit_asked_for(name):
 
 def test_a_digit_run_on_another_path_draws_digits_too():
     """The diffusion model as a flow and the flow model as a VP diffusion."""
-    import rewards
+    from steer import rewards
 
     for name, path in (("digits", steer.RectifiedFlow()), ("digits-flow", steer.VP())):
         process = steer.convert(steer.load(name, steps=25, labels=7), path)

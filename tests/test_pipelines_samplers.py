@@ -7,9 +7,8 @@ import pytest
 import torch
 from tiny_pipelines import build
 
-import rewards
-import search
 import steer
+from steer import rewards, search
 
 FAMILIES = ["sd15", "sdxl", "flux", "wan"]
 RULES = {"sd15": steer.ddim(1.0), "sdxl": steer.ddim(1.0), "flux": steer.cps(0.7), "wan": steer.flow_sde(0.7)}

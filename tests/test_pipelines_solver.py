@@ -5,8 +5,8 @@ import pytest
 import torch
 from tiny_pipelines import build, steps_recorded
 
-import search
 import steer
+from steer import search
 
 DIFFUSION = [
     "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler", "DPMSolverSinglestepScheduler",

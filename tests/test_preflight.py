@@ -7,9 +7,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import rewards
 import steer
-from steer import cli
+from steer import cli, rewards
 
 
 def digits(steps=12, **options):

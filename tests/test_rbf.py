@@ -8,8 +8,8 @@ import pytest
 import torch
 from exact import Linear, exact_chain, mixture_2d
 
-import search
 import steer
+from steer import search
 
 REWARD = Linear([0.7, -0.5])
 

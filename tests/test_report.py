@@ -6,8 +6,8 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-import search
 import steer
+from steer import search
 from steer.best_path import best_path
 from steer.page import number, with_error
 from steer.report import shown, summary, write_comparison, write_report

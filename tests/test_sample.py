@@ -6,8 +6,8 @@ import pytest
 import torch
 from exact import Linear, mixture_2d
 
-import search
 import steer
+from steer import search
 
 REWARD = Linear([0.7, -0.5])
 

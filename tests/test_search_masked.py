@@ -5,9 +5,9 @@ import functools
 import pytest
 import torch
 
-import search
 import steer
-from search import selection
+from steer import search
+from steer.search import selection
 
 LENGTH, WORDS = 6, 4
 WEIGHT = torch.tensor([0.0, 1.0, 2.0, 4.0], dtype=torch.float64)

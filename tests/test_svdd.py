@@ -6,10 +6,10 @@ import pytest
 import torch
 from exact import Linear, exact_chain, mixture_2d, z
 
-import search
 import steer
-from search import selection
-from search.selection import Choice
+from steer import search
+from steer.search import selection
+from steer.search.selection import Choice
 
 REWARD = Linear([0.7, -0.5])
 

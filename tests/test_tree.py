@@ -8,14 +8,14 @@ import pytest
 import torch
 from exact import Linear, mixture_2d
 
-import search
 import steer
-from search.descent import Descent, _categorical
-from search.dts import _soft_value
-from search.growth import resorted
-from search.layer import ChildLists, Layer
-from search.planting import even_levels
-from search.tree import Tree
+from steer import search
+from steer.search.descent import Descent, _categorical
+from steer.search.dts import _soft_value
+from steer.search.growth import resorted
+from steer.search.layer import ChildLists, Layer
+from steer.search.planting import even_levels
+from steer.search.tree import Tree
 
 REWARD = Linear([0.7, -0.5])
 BUILDS = ("unbiased", "uniform", "boltzmann")

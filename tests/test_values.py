@@ -5,10 +5,10 @@ import torch
 from exact import Linear, mixture_2d
 from torch import nn
 
-import search
 import steer
-from search import values
+from steer import search
 from steer.objective import open_run
+from steer.search import values
 
 REWARD = Linear([0.7, -0.5])
 

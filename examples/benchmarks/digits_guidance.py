@@ -31,9 +31,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import rewards
 import steer
-from rewards.digits import load_digit_net
+from steer import rewards
+from steer.rewards.digits import load_digit_net
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
 from digits_data import splits

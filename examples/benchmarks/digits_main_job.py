@@ -21,9 +21,8 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-import rewards
-import search
 import steer
+from steer import rewards, search
 from steer.images import grid
 
 METHODS: dict[str, Callable[..., steer.Result]] = {

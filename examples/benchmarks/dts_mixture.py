@@ -34,9 +34,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import rewards
-import search
 import steer
+from steer import rewards, search
 from steer.models import Exact, ExactStep, GaussianMixture
 
 

@@ -30,9 +30,8 @@ from typing import Any
 import torch
 from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
 
-import rewards
 import steer
-from steer import grpo
+from steer import grpo, rewards
 
 DIGIT, STEPS, TEMPERATURE = 3, 10, 0.35
 REWARD, JUDGE = rewards.DigitProb(DIGIT, "digits-classifier"), rewards.judge(DIGIT)

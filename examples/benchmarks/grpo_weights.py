@@ -16,9 +16,8 @@ import math
 
 import torch
 
-import rewards
 import steer
-from steer import grpo
+from steer import grpo, rewards
 
 SAMPLERS = {
     "plain": steer.smc,

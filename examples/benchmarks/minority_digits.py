@@ -33,11 +33,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import rewards
-import search
 import steer
-from rewards.digits import load_digit_net
-from rewards.minority import NeighbourDistance, OnManifold
+from steer import rewards, search
 from steer.minority import (
     agreed_rarity,
     boost_and_skip,
@@ -47,6 +44,8 @@ from steer.minority import (
     self_guided,
 )
 from steer.minority.metrics import in_balls, knn_distance
+from steer.rewards.digits import load_digit_net
+from steer.rewards.minority import NeighbourDistance, OnManifold
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
 import minority_digits as trained

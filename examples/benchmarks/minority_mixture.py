@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import rewards
 import steer
+from steer import rewards
 from steer.minority import boost_and_skip, minority, minority_guidance, minority_metrics, self_guided
 from steer.models import GaussianMixture
 

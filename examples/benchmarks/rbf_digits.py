@@ -33,10 +33,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import rewards
-import search
 import steer
-from search import selection
+from steer import rewards, search
+from steer.search import selection
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "train"))
 from digits_flow_twin import TEACHER, TWIN, process

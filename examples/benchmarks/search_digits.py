@@ -24,10 +24,9 @@ from typing import Any
 
 import torch
 
-import rewards
-import search
 import steer
-from search import selection, values
+from steer import rewards, search
+from steer.search import selection, values
 
 STEPS = 25
 REWARDS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], float]] = {  # and the temperature of what has one

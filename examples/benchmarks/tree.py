@@ -28,10 +28,10 @@ from typing import Any
 
 import torch
 
-import search
 import steer
-from search.planting import segment_rows
+from steer import search
 from steer.key import Key
+from steer.search.planting import segment_rows
 
 STEPS, LEVELS = 50, list(range(5, 50, 5))
 CELLS = [(1, 1), (1, 9), (1, 16), (1, 64), *((trees, walkers) for trees in (16, 64) for walkers in (1, 16, 64))]

@@ -19,7 +19,7 @@ from digits_data import Digits, splits
 from safetensors.torch import save as to_safetensors
 from torch.nn import functional as F
 
-from rewards.digits import DigitNet
+from steer.rewards.digits import DigitNet
 
 ASSETS = Path(__file__).resolve().parents[2] / "rewards" / "assets"
 
@@ -140,7 +140,7 @@ of shape (M, 1, 8, 8).
 
 {role}
 
-    from rewards.digits import load_digit_net
+    from steer.rewards.digits import load_digit_net
     net = load_digit_net("{name}")
 
 ## Data

@@ -6,7 +6,7 @@ All images are in [-1, 1], shape (M, 1, 8, 8), as the generative models make the
 import torch
 from digits_data import Digits, Splits
 
-from rewards.digits import load_digit_net
+from steer.rewards.digits import load_digit_net
 
 Metrics = dict[str, float | list[int]]
 

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import steer
-from rewards.digits import DigitNet
 from steer.minority.score import minority_score, quantile_labels
+from steer.rewards.digits import DigitNet
 
 sys.path.insert(0, str(Path(__file__).parent))
 from digits_data import Digits, splits

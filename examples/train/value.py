@@ -17,11 +17,10 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-import rewards
-import search
 import steer
-from search import values
+from steer import rewards, search
 from steer.objective import open_run
+from steer.search import values
 
 STEPS = 25
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import steer
-from rewards import (
+from steer.errors import NotDifferentiableError, RewardError
+from steer.rewards import (
     DigitLogProb,
     Ink,
     JPEGSize,
@@ -32,8 +33,7 @@ from rewards import (
     weighted,
     zscore,
 )  # fmt: skip
-from search import best_of_n
-from steer.errors import NotDifferentiableError, RewardError
+from steer.search import best_of_n
 from steer.types import RewardSpec
 
 INF, NAN = math.inf, math.nan

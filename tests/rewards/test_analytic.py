@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from rewards import Linear, LogDensity, Quadratic
 from steer.errors import ShapeError
 from steer.models.mixture import GaussianMixture
+from steer.rewards import Linear, LogDensity, Quadratic
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rewards import DigitLogProb, judge
-from rewards.digits import load_digit_net
 from steer.errors import RewardError, ShapeError
+from steer.rewards import DigitLogProb, judge
+from steer.rewards.digits import load_digit_net
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from rewards import HPS, Aesthetic, CLIPScore, PickScore, chunked, weighted
-from rewards.checkpoints import affine
-from rewards.clip_network import PROMPTS_KEPT
 from steer.errors import RewardError, ShapeError
+from steer.rewards import HPS, Aesthetic, CLIPScore, PickScore, chunked, weighted
+from steer.rewards.checkpoints import affine
+from steer.rewards.clip_network import PROMPTS_KEPT
 
 open_clip = pytest.importorskip("open_clip")
 transformers = pytest.importorskip("transformers")
@@ -298,7 +298,7 @@ def test_absent_weights_are_named_with_the_cure(no_cache, reward, file):
 
 def test_a_missing_package_is_named_with_the_line_that_installs_it(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "open_clip", None)
-    with pytest.raises(RewardError, match=r"package open_clip.*pip install 'steer\[clip\]'"):
+    with pytest.raises(RewardError, match=r"package open_clip.*pip install 'steer-diffusion\[clip\]'"):
         CLIPScore()(pictures(1), prompts=["a cat"])
 
 

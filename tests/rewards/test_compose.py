@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
-from rewards import DigitLogProb, Ink, JPEGSize, Linear, Quadratic, Symmetry, Weighted, weighted
 from steer.errors import NotDifferentiableError, RewardError, ShapeError
+from steer.rewards import DigitLogProb, Ink, JPEGSize, Linear, Quadratic, Symmetry, Weighted, weighted
 
 
 def rows(*shape: int) -> torch.Tensor:

@@ -8,9 +8,9 @@ import transformers
 from PIL import Image
 from tiny_vlm import VISION, word_tokenizer
 
-from rewards.colors import COLORS, CLIPColors
-from rewards.detect import Detection, TransformersDetector, detect, iou, phrase_of
 from steer.errors import RewardError
+from steer.rewards.colors import COLORS, CLIPColors
+from steer.rewards.detect import Detection, TransformersDetector, detect, iou, phrase_of
 
 
 def picture(seed: int = 0, width: int = 48, height: int = 32) -> Image.Image:

@@ -7,10 +7,10 @@ import random
 import pytest
 import torch
 
-from rewards.detect import Detection
-from rewards.geneval import GenEval, places
-from rewards.layout import Count, Layout
 from steer.errors import RewardError
+from steer.rewards.detect import Detection
+from steer.rewards.geneval import GenEval, places
+from steer.rewards.layout import Count, Layout
 
 IMAGE = torch.rand(1, 3, 20, 40, generator=torch.Generator().manual_seed(0))
 

@@ -13,13 +13,13 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from rewards.clip_score import CLIPScore
-from rewards.detect import TransformersDetector
-from rewards.geneval import NAMES, GenEval
-from rewards.image_reward import ImageReward
-from rewards.ocr import OCR, TransformersReader
-from rewards.vqa_score import VQAScore
 from steer.errors import RewardError
+from steer.rewards.clip_score import CLIPScore
+from steer.rewards.detect import TransformersDetector
+from steer.rewards.geneval import NAMES, GenEval
+from steer.rewards.image_reward import ImageReward
+from steer.rewards.ocr import OCR, TransformersReader
+from steer.rewards.vqa_score import VQAScore
 
 
 def picture(name):

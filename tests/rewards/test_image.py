@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from rewards import Ink, JPEGSize, PNGSize, Saturation, Sharpness, Symmetry
 from steer.errors import NotDifferentiableError, RewardError, ShapeError
+from steer.rewards import Ink, JPEGSize, PNGSize, Saturation, Sharpness, Symmetry
 
 
 def pictures(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.nn.functional import conv2d, gelu, layer_norm, linear
 
-from rewards import ImageReward, chunked
-from rewards.image_reward import MEAN, STD
-from rewards.preprocess import clip_pixels
 from steer.errors import RewardError
+from steer.rewards import ImageReward, chunked
+from steer.rewards.image_reward import MEAN, STD
+from steer.rewards.preprocess import clip_pixels
 
 pytest.importorskip("transformers")
 

@@ -7,10 +7,10 @@ import threading
 import pytest
 import torch
 
-import rewards
 import steer
-from rewards import DigitLogProb, JPEGSize, Linear, Quadratic, chunked, timeout, weighted
+from steer import rewards
 from steer.errors import CollapsedWeightsError, NonFiniteError, NotDifferentiableError, RewardError, ShapeError
+from steer.rewards import DigitLogProb, JPEGSize, Linear, Quadratic, chunked, timeout, weighted
 
 PROCESS = steer.models.gaussian([0.0, 0.0], 1.0, steps=4)
 

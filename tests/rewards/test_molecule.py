@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-import rewards.loading
-from rewards.molecule import QED
+from steer import rewards
 from steer.errors import RewardError
+from steer.rewards.molecule import QED
 
 pytest.importorskip("rdkit")
 SMILES = ["CC(=O)Oc1ccccc1C(=O)O", "CCO", "C1CC", "", "C(C)(C)(C)(C)C", "not a molecule"]
@@ -31,5 +31,5 @@ def test_a_missing_package_says_how_to_install_it(monkeypatch):
         raise ImportError(f"No module named {name!r}")
 
     monkeypatch.setattr(rewards.loading.importlib, "import_module", missing)
-    with pytest.raises(RewardError, match=r"needs the package rdkit.*pip install 'steer\[molecules\]'"):
+    with pytest.raises(RewardError, match=r"needs the package rdkit.*pip install 'steer-diffusion\[molecules\]'"):
         QED(to_text)

@@ -7,8 +7,8 @@ import torch
 import transformers
 from tiny_vlm import VISION, word_tokenizer
 
-from rewards.ocr import OCR, TransformersReader, edits, likeness, quoted
 from steer.errors import RewardError
+from steer.rewards.ocr import OCR, TransformersReader, edits, likeness, quoted
 
 GREY = (torch.arange(4) / 255).view(4, 1, 1, 1).expand(4, 3, 8, 8)
 

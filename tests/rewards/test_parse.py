@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rewards import (
+from steer.errors import RewardError
+from steer.rewards import (
     HPS,
     Aesthetic,
     CLIPScore,
@@ -20,7 +21,6 @@ from rewards import (
     Symmetry,
     from_spec,
 )  # fmt: skip
-from steer.errors import RewardError
 
 
 @pytest.mark.parametrize(

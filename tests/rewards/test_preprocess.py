@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from rewards.preprocess import MEAN, STD, clip_pixels
 from steer.errors import RewardError, ShapeError
+from steer.rewards.preprocess import MEAN, STD, clip_pixels
 
 transforms = pytest.importorskip("torchvision.transforms")
 BICUBIC = transforms.InterpolationMode.BICUBIC

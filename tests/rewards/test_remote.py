@@ -19,13 +19,14 @@ import pytest
 import torch
 from PIL import Image
 
-import rewards.request
 import steer
-from rewards.pictures import from_png, to_pictures, to_png
-from rewards.remote import Remote
-from rewards.serve import serve
-from rewards.wire import decode_request, encode_parts, encode_request
+import steer.rewards.request
+from steer import rewards
 from steer.errors import NotDifferentiableError, RewardError, ShapeError
+from steer.rewards.pictures import from_png, to_pictures, to_png
+from steer.rewards.remote import Remote
+from steer.rewards.serve import serve
+from steer.rewards.wire import decode_request, encode_parts, encode_request
 from steer.types import RewardSpec
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from rewards import Ink, Remote, from_spec
 from steer.cli import app
 from steer.errors import RewardError
+from steer.rewards import Ink, Remote, from_spec
 
 
 def run(*words: str, env: dict[str, str] | None = None):

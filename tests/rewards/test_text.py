@@ -10,9 +10,9 @@ import transformers
 from tiny_vlm import word_tokenizer
 
 import steer
-from rewards.text import InWords, LetterCount, Matches, TextLogProb
 from steer.errors import RewardError
 from steer.models.letters import to_text, to_tokens
+from steer.rewards.text import InWords, LetterCount, Matches, TextLogProb
 
 WORDS = to_tokens(["bee", "see", "being", "xyzzy", "tree"])
 

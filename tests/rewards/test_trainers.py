@@ -13,7 +13,9 @@ import torch
 from PIL import Image
 
 import steer
-from rewards import (
+from steer.errors import NonFiniteError, NotDifferentiableError, RewardError, ShapeError
+from steer.models import letters
+from steer.rewards import (
     Ink,
     JPEGSize,
     LetterCount,
@@ -26,8 +28,6 @@ from rewards import (
     from_trl,
     group_zscore,
 )
-from steer.errors import NonFiniteError, NotDifferentiableError, RewardError, ShapeError
-from steer.models import letters
 
 
 def images(count: int = 4, channels: int = 3) -> torch.Tensor:

@@ -12,10 +12,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 
-import rewards.request
-from rewards.pictures import from_png
-from rewards.vlm_judge import VLMJudge, read_json, read_line
+from steer import rewards
 from steer.errors import RewardError
+from steer.rewards.pictures import from_png
+from steer.rewards.vlm_judge import VLMJudge, read_json, read_line
 
 
 @contextmanager

@@ -6,9 +6,9 @@ import pytest
 import torch
 from tiny_vlm import blip2, llava, qwen2_vl
 
-from rewards.pictures import to_pictures
-from rewards.vqa_score import QUESTION, VQAScore, to_square
 from steer.errors import NotDifferentiableError, RewardError, ShapeError
+from steer.rewards.pictures import to_pictures
+from steer.rewards.vqa_score import QUESTION, VQAScore, to_square
 
 TEMPLATE = "USER: <image> {question} ASSISTANT:"
 

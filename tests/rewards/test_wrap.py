@@ -11,8 +11,8 @@ import time
 import pytest
 import torch
 
-from rewards import Ink, Linear, chunked, full_precision, per_frame, rank, timeout
 from steer.errors import RewardError, ShapeError
+from steer.rewards import Ink, Linear, chunked, full_precision, per_frame, rank, timeout
 
 WRAPPERS = [lambda reward: chunked(reward, 2), lambda reward: timeout(reward, 30), full_precision]
 
@@ -140,7 +140,8 @@ def test_an_interrupt_inside_the_reward_reaches_the_caller():
 
 def test_an_abandoned_call_does_not_hold_the_program_open():
     program = """
-import time, torch, rewards
+import time, torch
+from steer import rewards
 def stuck(samples):
     time.sleep(60)
 try:
