@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from steer.errors import NotStochasticError, StateSpaceError, SteerError
+from steer.processes.transitions import Normal
 from steer.trajectory import Trajectory
-from steer.transitions import Normal
 from steer.types import OnStep, ReverseProcess, Stop
 
 from .candidates import Run, spread

@@ -17,7 +17,7 @@ from steer.cost import Meter, affordable, check_counts
 from steer.errors import BudgetError, CollapsedWeightsError, SteerError
 from steer.key import Key
 from steer.objective import Objective, check_finite, log_potential
-from steer.process import priced
+from steer.processes.gaussian import priced
 from steer.result import Result, Seen
 from steer.smc import Proposal, Start, evaluated, prior
 from steer.trajectory import Stepped, Trajectory

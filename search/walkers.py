@@ -15,7 +15,7 @@ from torch import Tensor
 from steer.errors import SteerError
 from steer.key import Key
 from steer.objective import check_finite
-from steer.process import priced
+from steer.processes.gaussian import priced
 from steer.result import Result
 from steer.trajectory import Trajectory
 from steer.types import OnStep, Stop

@@ -10,7 +10,6 @@ from .composite import Composite, compose
 from .cost import Cost
 from .das import das
 from .driftlite import driftlite
-from .edm import from_edm, karras_sigmas
 from .errors import (
     BudgetError,
     CollapsedWeightsError,
@@ -48,7 +47,6 @@ from .guidance import (
 from .hub import from_hub
 from .key import Key
 from .look_ahead import LookAhead, at_state, flow_map, ode_steps, x0_hat
-from .masked import MaskedProcess, from_logits
 from .mcmc import mala, pcnl, ula
 from .minority import (
     NewToken,
@@ -67,22 +65,24 @@ from .moves import path_moves
 from .pipelines import from_latents, from_pipeline, own_solver, verify
 from .potentials import adaptive_tempering, difference, final_only, geometric_tempering, maximum, total
 from .preflight import Preflight, preflight
-from .process import GaussianProcess, convert, from_denoiser, from_eps, from_score, from_v, from_velocity
+from .processes.edm import from_edm, karras_sigmas
+from .processes.gaussian import GaussianProcess, convert, from_denoiser, from_eps, from_score, from_v, from_velocity
+from .processes.masked import MaskedProcess, from_logits
+from .processes.schedules import VE, VP, Cosine, RectifiedFlow, Tabulated, log_snr_times, sigma_times, uniform_times
+from .processes.transitions import Normal, churn, cps, dance_sde, ddim, euler_maruyama, flow_sde, ode
+from .processes.unmasking import Unmasking, unmask
 from .psi import psi
 from .resampling import killing, multinomial, residual, ssp, stratified, systematic
 from .result import Result
 from .rollout import importance_sampling, rollout
 from .sample import compare, methods, sample
-from .schedules import VE, VP, Cosine, RectifiedFlow, Tabulated, log_snr_times, sigma_times, uniform_times
 from .selection import resample
 from .smc import bootstrap, guided, prior, smc
 from .tds import tds, twisted
 from .top_k import top_k_of_n
 from .trajectory import Trajectory
-from .transitions import Normal, churn, cps, dance_sde, ddim, euler_maruyama, flow_sde, ode
 from .transports import Transport, base_transport, ecg, flow_transport, half_transport, score_transport, vcg
 from .types import Coeffs, Denoiser, Level, QuadraticForm, ReverseProcess, Reward, Rule, Schedule, Stop, Transition
-from .unmasking import Unmasking, unmask
 from .version import __version__
 from .waste_free import waste_free
 from .weighted_sde import FeynmanKac, KernelRatio

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 if TYPE_CHECKING:
-    from .process import GaussianProcess
+    from .processes.gaussian import GaussianProcess
     from .progress import Watch
     from .result import Result
 

@@ -15,9 +15,9 @@ from .cost import Meter
 from .errors import ModelError, StateSpaceError, SteerError
 from .key import Key
 from .models.mixture import GaussianMixture
-from .process import GaussianProcess
+from .processes.gaussian import GaussianProcess
+from .processes.transitions import Normal
 from .span import span
-from .transitions import Normal
 from .types import Level
 
 Exponents = Callable[[Level], Sequence[float]]

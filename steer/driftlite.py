@@ -16,7 +16,7 @@ from .key import Key, as_key
 from .look_ahead import LookAhead, x0_hat
 from .objective import conditioned
 from .potentials import Tempering
-from .process import GaussianProcess
+from .processes.gaussian import GaussianProcess
 from .result import Result
 from .selection import Resample, resample
 from .smc import PreparedStart, Start, prior

@@ -9,7 +9,7 @@ from .composite import Composite, Exponents, compose
 from .key import Key
 from .look_ahead import LookAhead, x0_hat
 from .potentials import Tempering
-from .process import GaussianProcess
+from .processes.gaussian import GaussianProcess
 from .result import Result
 from .selection import Resample, resample
 from .smc import Start, prior

@@ -19,13 +19,13 @@ from .errors import ShapeError, StateSpaceError
 from .key import Key, as_key
 from .objective import Objective, conditioned
 from .potentials import Weight
-from .process import GaussianProcess
+from .processes.gaussian import GaussianProcess
+from .processes.transitions import Redrawn
 from .resampling import Resampler, multinomial
 from .result import Result
 from .selection import resample
 from .smc import Proposal, Start, bootstrap, prior, smc
 from .trajectory import Trajectory
-from .transitions import Redrawn
 from .types import GaussianTransition, Level, OnStep, ReverseProcess, Reward, Rule
 
 

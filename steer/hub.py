@@ -9,7 +9,7 @@ import torch
 
 from .errors import ModelError
 from .pipelines import from_pipeline
-from .process import GaussianProcess
+from .processes.gaussian import GaussianProcess
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 

@@ -23,11 +23,11 @@ from torch import Tensor
 from .cost import Meter
 from .errors import StateSpaceError, SteerError
 from .key import Key
-from .process import GaussianProcess
+from .processes.gaussian import GaussianProcess
+from .processes.transitions import Normal
 from .resampling import Resampler
 from .tilted import spread
 from .trajectory import Ancestors, Trajectory
-from .transitions import Normal
 from .types import ReverseProcess, Transition
 
 Judge = Callable[[Trajectory], tuple[Trajectory, Tensor]]

@@ -17,7 +17,7 @@ from .best_path import best_path
 from .images import enlarged, is_images, to_images
 from .key import as_key
 from .page import card, img, number, page, table, whole, with_error
-from .process import decoded_alone
+from .processes.gaussian import decoded_alone
 from .resampling import systematic
 from .saving import plain, write_atomically
 from .tree_figure import LEAVES, NODES, drawable, tree_figure

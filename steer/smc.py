@@ -19,7 +19,7 @@ from .key import Key, as_key
 from .moves import forget
 from .objective import Objective, check_finite, check_temperature, conditioned, log_potential, open_run
 from .potentials import Weight, difference
-from .process import check_batch
+from .processes.gaussian import check_batch
 from .result import Result, Seen
 from .selection import Resample, check, resample, select
 from .trajectory import Ancestors, Trajectory

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from .key import Key
-from .process import GaussianProcess
+from .processes.gaussian import GaussianProcess
 from .resampling import systematic
 from .result import Result
 from .selection import Resample, resample

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .images import is_images, to_images
 from .page import img, number
-from .process import decoded_alone
+from .processes.gaussian import decoded_alone
 from .tree_script import SHADES
 
 if TYPE_CHECKING:

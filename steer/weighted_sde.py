@@ -37,9 +37,9 @@ from .composite import Composite
 from .derivatives import Differentiator, Needs, Point
 from .key import Key
 from .potentials import Weight
+from .processes.transitions import Normal
 from .span import Span, span
 from .trajectory import Trajectory
-from .transitions import Normal
 from .transports import REWARD, Fields, Transport
 from .types import Level
 

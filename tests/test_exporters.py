@@ -31,7 +31,7 @@ from steer.exporters import (
     to_verl_omni,
     verl_omni_settings,
 )
-from steer.schedules import RectifiedFlow
+from steer.processes.schedules import RectifiedFlow
 
 K, EVENT, PROMPTS, ROWS = 6, (3, 4, 4), 2, 4
 BF16, F32 = torch.bfloat16, torch.float32

@@ -10,7 +10,7 @@ from scipy import stats
 import steer
 from steer import grpo
 from steer.models import gaussian
-from steer.transitions import Normal
+from steer.processes.transitions import Normal
 
 ROWS, STEPS, LEVELS = 20_000, 6, (0, 2, 4)
 KERNELS = {

@@ -7,8 +7,9 @@ import torch
 from exact import LIMIT, z
 
 import steer
-from steer import guidance, schedules
+from steer import guidance
 from steer.guidance import Hooks, guide
+from steer.processes import schedules
 
 SIZE, SCHEDULE = 32, steer.VP()
 

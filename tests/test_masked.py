@@ -14,7 +14,7 @@ from exact import LIMIT, Linear, z
 import steer
 from steer import search
 from steer.models.markov import enumerate_strings
-from steer.unmasking import Ancestral, Each, Given, InOrder, MaskLevel, Subset
+from steer.processes.unmasking import Ancestral, Each, Given, InOrder, MaskLevel, Subset
 
 VOCABULARY, LENGTH = 3, 3
 STATES = enumerate_strings(VOCABULARY + 1, LENGTH)

@@ -8,10 +8,10 @@ import torch
 from tiny_pipelines import clip_encoder, conditional_unet
 
 import steer
-from steer import parameterization
 from steer.guidance import Hooks
 from steer.minority import NewToken, minority, minority_prompt
 from steer.minority.token import LearnedToken
+from steer.processes import parameterization
 
 END, PAD, WORD = 2, 1, 40
 

@@ -12,7 +12,7 @@ from scipy import stats
 import steer
 from steer.key import Key
 from steer.models import Exact, ExactStep, GaussianMixture, chain_law, finite_data, gaussian, gaussian_mixture
-from steer.schedules import RectifiedFlow, level
+from steer.processes.schedules import RectifiedFlow, level
 from steer.types import Level
 
 MIXTURES = {

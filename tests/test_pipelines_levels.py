@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import steer
-from steer import schedules
 from steer.pipelines import levels
+from steer.processes import schedules
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SCHEDULERS = {

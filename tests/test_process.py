@@ -10,11 +10,11 @@ import torch
 from exact import LIMIT, PATHS, mixture_2d, times, z
 
 import steer
-from steer import parameterization, schedules
 from steer.cost import Meter
 from steer.key import Key
 from steer.models import chain_law, gaussian
-from steer.schedules import VP, RectifiedFlow, level
+from steer.processes import parameterization, schedules
+from steer.processes.schedules import VP, RectifiedFlow, level
 
 each_path = pytest.mark.parametrize("path", PATHS)
 PAIRS = list(itertools.permutations(PATHS, 2))

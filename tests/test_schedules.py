@@ -10,8 +10,8 @@ import torch
 from diffusers import DDPMScheduler
 
 import steer
-from steer import schedules
-from steer.schedules import VE, VP, Cosine, RectifiedFlow, Tabulated
+from steer.processes import schedules
+from steer.processes.schedules import VE, VP, Cosine, RectifiedFlow, Tabulated
 
 ALPHAS_CUMPROD = DDPMScheduler(num_train_timesteps=50, beta_end=0.2).alphas_cumprod.double().tolist()
 SCHEDULES = {

@@ -13,8 +13,8 @@ from exact import LIMIT, z
 import steer
 from steer.key import Key
 from steer.models import gaussian
+from steer.processes.transitions import Normal
 from steer.trajectory import Ancestors, Stepped, Trajectory, gather
-from steer.transitions import Normal
 from steer.weights import log_mean_exp
 
 EVENT = (2, 3)

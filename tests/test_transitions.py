@@ -15,8 +15,8 @@ from torch.distributions import Normal as TorchNormal
 import steer
 from steer.key import Key
 from steer.models import chain_law, gaussian
-from steer.schedules import VE, VP, RectifiedFlow, Tabulated, level
-from steer.transitions import ClippedPrediction, Normal
+from steer.processes.schedules import VE, VP, RectifiedFlow, Tabulated, level
+from steer.processes.transitions import ClippedPrediction, Normal
 
 KEEPING = {
     "ode": steer.ode(),

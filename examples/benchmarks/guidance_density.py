@@ -18,7 +18,7 @@ import torch
 
 import steer
 from steer import guidance as g
-from steer import schedules
+from steer.processes import schedules
 
 SIZE, SCHEDULE = 32, steer.VP()
 

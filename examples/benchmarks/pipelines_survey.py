@@ -188,8 +188,8 @@ def between_levels(row: Row, process: Any, x: Tensor) -> None:
     The unit is how far the first level's prediction is: pipelines that look their level up by the loop's index, and
     not by the timestep, would give that one.
     """
-    from steer import schedules
     from steer.pipelines import levels
+    from steer.processes import schedules
 
     if process.steps < 2:
         return

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import SteerError
 from ..key import Key, as_key
 from ..objective import conditioned
-from ..process import GaussianProcess
+from ..processes.gaussian import GaussianProcess
 from ..trajectory import Trajectory
 from ..types import ReverseProcess
 from .batch import RolloutBatch

@@ -10,7 +10,7 @@ import torch
 from ..cost import check_counts
 from ..key import Key, as_key
 from ..objective import conditioned
-from ..process import GaussianProcess
+from ..processes.gaussian import GaussianProcess
 from ..trajectory import Trajectory
 from ..types import ReverseProcess
 from .batch import RolloutBatch

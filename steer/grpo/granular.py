@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import SteerError
 from ..key import Key, as_key
 from ..objective import conditioned
-from ..process import GaussianProcess
+from ..processes.gaussian import GaussianProcess
 from ..types import ReverseProcess
 from .batch import RolloutBatch
 from .kernels import need_gaussian, ode_of, stored_as

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import parameterization
 from ..errors import StateSpaceError
 from ..key import Key
-from ..process import GaussianProcess
-from ..transitions import DDIM, ClippedPrediction, Redrawn
+from ..processes import parameterization
+from ..processes.gaussian import GaussianProcess
+from ..processes.transitions import DDIM, ClippedPrediction, Redrawn
 from ..types import Denoiser, GaussianTransition, Level, Rule
 
 

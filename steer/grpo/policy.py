@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ShapeError, SteerError
-from ..process import GaussianProcess
+from ..processes.gaussian import GaussianProcess
 from .batch import Reduction, RolloutBatch, scale
 from .kernels import describe
 

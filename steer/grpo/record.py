@@ -13,7 +13,7 @@ from ..cost import Cost, Meter
 from ..errors import RewardError, SteerError
 from ..key import Key
 from ..objective import check_finite, open_run
-from ..process import GaussianProcess
+from ..processes.gaussian import GaussianProcess
 from ..trajectory import Ancestors, Trajectory, gather
 from .batch import RolloutBatch
 from .kernels import describe

@@ -24,7 +24,7 @@ from torch import Tensor
 from ..errors import SteerError
 from ..key import Key
 from ..objective import conditioned, log_potential
-from ..process import GaussianProcess
+from ..processes.gaussian import GaussianProcess
 from ..result import Result
 from ..trajectory import gather
 from .batch import RolloutBatch

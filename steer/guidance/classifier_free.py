@@ -10,8 +10,8 @@ from torch import Tensor
 from ..cost import Cost, Meter
 from ..errors import ShapeError, SteerError
 from ..key import Key, as_key
-from ..parameterization import eps
-from ..process import GaussianProcess
+from ..processes.gaussian import GaussianProcess
+from ..processes.parameterization import eps
 from .hooks import Hooks, Log, Step
 from .process import GuidedProcess, guide
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..errors import SteerError
 from ..key import Key
-from ..parameterization import score
-from ..process import GaussianProcess
+from ..processes.gaussian import GaussianProcess
+from ..processes.parameterization import score
 from .hooks import Hooks
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import SteerError
 from ..key import Key
-from ..process import GaussianProcess
+from ..processes.gaussian import GaussianProcess
 from ..types import Level
 from .hooks import Hooks, Step, ancestral_std, norms, per_particle
 from .process import check_gaussian

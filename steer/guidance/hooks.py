@@ -36,8 +36,8 @@ from ..cost import Meter
 from ..errors import NotDifferentiableError, ShapeError, StateSpaceError, SteerError
 from ..key import Key
 from ..objective import Objective, open_run
-from ..parameterization import score as score_of
-from ..process import GaussianProcess
+from ..processes.gaussian import GaussianProcess
+from ..processes.parameterization import score as score_of
 from ..types import Level, Reward
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from ..cost import Meter
 from ..errors import NotStochasticError, StateSpaceError
 from ..key import Key, as_key
-from ..parameterization import only as only_of
-from ..process import GaussianProcess
+from ..processes.gaussian import GaussianProcess
+from ..processes.parameterization import only as only_of
 from ..types import GaussianTransition, Rule
 from .forwarding import of_base
 from .hooks import Hooks, Log, extra_rows, look

@@ -22,8 +22,8 @@ from ..cost import Meter
 from ..errors import StateSpaceError, SteerError
 from ..key import Key
 from ..models.mixture import MixtureTransition
-from ..process import GaussianProcess
-from ..transitions import Normal
+from ..processes.gaussian import GaussianProcess
+from ..processes.transitions import Normal
 from ..types import GaussianTransition, Level, Rule
 from .forwarding import of_base
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ..cost import Cost
 from ..errors import NonFiniteError, SteerError
 from ..key import Key, as_key
-from ..process import GaussianProcess
+from ..processes.gaussian import GaussianProcess
 from ..result import Result
 from ..rollout import rollout
 from ..types import Reward

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import StateSpaceError, SteerError
 from ..guidance import GuidedProcess, Hooks, guide
-from ..process import GaussianProcess
+from ..processes.gaussian import GaussianProcess
 from .agreement import AgreedRarity, agreed_rarity
 from .boost import Boost, BoostAndSkip, boost_and_skip
 from .guidance import minority_guidance, self_guided

@@ -9,7 +9,7 @@ import torch
 
 from ..errors import SteerError
 from ..guidance import GuidedProcess
-from ..process import GaussianProcess
+from ..processes.gaussian import GaussianProcess
 from .signal import share, size
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import SteerError
 from ..guidance import Hooks, Step
 from ..guidance.hooks import per_particle
-from ..process import GaussianProcess
+from ..processes.gaussian import GaussianProcess
 from .score import Distance, euclidean
 from .signal import level_near, log_snr, share, size
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import ShapeError, SteerError
 from ..key import Key, as_key
-from ..process import GaussianProcess
+from ..processes.gaussian import GaussianProcess
 from .signal import level_near
 
 Distance = Callable[[Tensor, Tensor], Tensor]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from ..errors import SteerError
-from ..process import GaussianProcess
+from ..processes.gaussian import GaussianProcess
 from ..types import Level
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError
-from ..process import GaussianProcess
+from ..processes.gaussian import GaussianProcess
 from .mixture import GaussianMixture, MixtureTransition
 
 

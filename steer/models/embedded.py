@@ -10,11 +10,11 @@ from typing import Any, cast
 import torch
 
 from ..errors import ModelError
-from ..masked import MaskedProcess
 from ..pipelines import from_pipeline
-from ..process import GaussianProcess
+from ..processes.gaussian import GaussianProcess
+from ..processes.masked import MaskedProcess
+from ..processes.unmasking import UnmaskRule
 from ..types import Rule
-from ..unmasking import UnmaskRule
 from .letters import LettersNet, letters_process
 
 _DIGITS = ("digits", "digits-flow")

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..masked import MaskedProcess, from_logits
-from ..unmasking import UnmaskRule, unmask
+from ..processes.masked import MaskedProcess, from_logits
+from ..processes.unmasking import UnmaskRule, unmask
 
 LENGTH = 8
 ALPHABET = "abcdefghijklmnopqrstuvwxyz "

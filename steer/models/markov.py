@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError, ShapeError
-from ..masked import MaskedProcess, masking_times
 from ..objective import check_temperature, log_potential
-from ..unmasking import Ancestral, UnmaskRule
+from ..processes.masked import MaskedProcess, masking_times
+from ..processes.unmasking import Ancestral, UnmaskRule
 
 MOST = 1 << 20
 """The largest number of strings that a table may have."""

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import schedules
 from ..errors import ModelError, ShapeError
 from ..key import Key
-from ..process import GaussianProcess
-from ..transitions import DDIM
+from ..processes import schedules
+from ..processes.gaussian import GaussianProcess
+from ..processes.transitions import DDIM
 from ..types import Level, QuadraticForm, Rule, Schedule
 
 

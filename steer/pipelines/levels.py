@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError
-from ..schedules import VE, RectifiedFlow, Trigonometric
+from ..processes.schedules import VE, RectifiedFlow, Trigonometric
 from ..types import Level, Schedule
 
 _BY_TIMESTEP = (

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import schedules
 from ..errors import ModelError, ShapeError
-from ..process import GaussianProcess
-from ..transitions import CPS, DDIM, Churn, ClippedPrediction
+from ..processes import schedules
+from ..processes.gaussian import GaussianProcess
+from ..processes.transitions import CPS, DDIM, Churn, ClippedPrediction
 from ..types import Rule
 from . import levels, unet2d
 from .call import PipelineCall

@@ -18,9 +18,9 @@ from torch import Tensor
 from ..cost import Meter
 from ..errors import ModelError, StateSpaceError
 from ..key import Key
-from ..process import GaussianProcess
-from ..schedules import level
-from ..transitions import Normal
+from ..processes.gaussian import GaussianProcess
+from ..processes.schedules import level
+from ..processes.transitions import Normal
 from . import levels
 from .opening import PipelineDenoiser
 

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import parameterization
 from ..errors import ModelError, ShapeError
-from ..process import GaussianProcess
-from ..schedules import RectifiedFlow, Tabulated
-from ..transitions import CPS, DDIM, Churn, ClippedPrediction
+from ..processes import parameterization
+from ..processes.gaussian import GaussianProcess
+from ..processes.schedules import RectifiedFlow, Tabulated
+from ..processes.transitions import CPS, DDIM, Churn, ClippedPrediction
 from ..types import Denoiser, Rule, Schedule
 
 _SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "FlowMatchEulerDiscreteScheduler")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError, SteerError
-from ..process import GaussianProcess
+from ..processes.gaussian import GaussianProcess
 from .opening import Decoder, PipelineDenoiser
 from .prelude import copied
 from .steered import steered_grid

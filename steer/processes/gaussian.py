@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cost import Meter
+from ..errors import ModelError, ShapeError, StateSpaceError, SteerError
+from ..key import Key
+from ..types import Denoiser, GaussianTransition, Level, ReverseProcess, Rule, Schedule
 from . import parameterization, schedules
-from .cost import Meter
-from .errors import ModelError, ShapeError, StateSpaceError, SteerError
-from .key import Key
 from .transitions import DDIM
-from .types import Denoiser, GaussianTransition, Level, ReverseProcess, Rule, Schedule
 
 
 @dataclass(frozen=True, eq=False)

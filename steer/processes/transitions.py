@@ -21,9 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .errors import NotStochasticError, SteerError
-from .key import Key
-from .types import GaussianTransition, Level
+from ..errors import NotStochasticError, SteerError
+from ..key import Key
+from ..types import GaussianTransition, Level
 
 _LOG_2PI = math.log(2.0 * math.pi)
 

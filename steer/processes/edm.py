@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..errors import ModelError, ShapeError
+from ..types import Rule
 from . import parameterization
-from .errors import ModelError, ShapeError
-from .process import GaussianProcess
+from .gaussian import GaussianProcess
 from .schedules import VE
 from .transitions import DDIM
-from .types import Rule
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,8 +15,8 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from .errors import NotStochasticError, ShapeError, SteerError
-from .key import Key
+from ..errors import NotStochasticError, ShapeError, SteerError
+from ..key import Key
 
 Order = Callable[[Tensor, Tensor], Tensor]
 """(tokens (B, N, L), log-probs (B, N, L, V)) -> scores (B, N, L): the masked position of highest score comes first."""

@@ -12,8 +12,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .errors import SteerError
-from .types import Coeffs, Level, Schedule
+from ..errors import SteerError
+from ..types import Coeffs, Level, Schedule
 
 
 @dataclass(frozen=True)

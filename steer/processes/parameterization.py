@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .errors import ModelError, ShapeError
-from .types import Coeffs, Denoiser, Level, Schedule
+from ..errors import ModelError, ShapeError
+from ..types import Coeffs, Denoiser, Level, Schedule
 
 Network = Callable[[Tensor, float], Tensor]
 

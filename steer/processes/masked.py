@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cost import Meter
-from .errors import ModelError, ShapeError, StateSpaceError, SteerError
-from .key import Key
+from ..cost import Meter
+from ..errors import ModelError, ShapeError, StateSpaceError, SteerError
+from ..key import Key
+from .gaussian import check_batch
 from .parameterization import only
-from .process import check_batch
 from .unmasking import Ancestral, MaskLevel, Unmasking, UnmaskRule
 
 Logits = Callable[[Tensor, float], Tensor]
