@@ -7,15 +7,15 @@ from dataclasses import replace
 
 import torch
 
-from steer import weights
+from steer.core import log_weights
+from steer.core.chain import advance
+from steer.core.objective import check_finite, check_temperature, conditioned, open_run
+from steer.core.start import Start, prepared, prior
+from steer.core.trajectory import Seen, Trajectory
 from steer.cost import check_counts
 from steer.errors import SteerError
 from steer.key import Key, as_key
-from steer.objective import check_finite, check_temperature, conditioned, open_run
-from steer.result import Result, Seen
-from steer.rollout import advance
-from steer.smc import Start, prepared, prior
-from steer.trajectory import Trajectory
+from steer.result import Result
 from steer.types import ReverseProcess, Reward
 
 
@@ -72,11 +72,11 @@ def best_of_n(
         if interrupted:
             break
     x, score = torch.cat(samples, 1), torch.cat(scores, 1)
-    log_weight = weights.of_best(score, keep)
+    log_weight = log_weights.of_best(score, keep)
     none = torch.full_like(score[:, 0], torch.nan)
     return Result(
         process=process, x=x, reward=score, log_weight=log_weight, log_evidence=none,
         root=torch.arange(score.shape[1], device=score.device).expand_as(score), key=key, cost=meter.cost(),
-        temperature=temperature, seen=(Seen(process.steps, weights.ess(log_weight), score),),
+        temperature=temperature, seen=(Seen(process.steps, log_weights.ess(log_weight), score),),
         interrupted=interrupted,
     )  # fmt: skip

@@ -13,13 +13,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from steer import weights
+from steer.core import log_weights
+from steer.core.objective import Objective, check_finite, check_temperature, conditioned, open_run
+from steer.core.trajectory import Seen, Trajectory
 from steer.cost import Meter, affordable, check_counts
 from steer.errors import NotStochasticError, SteerError
 from steer.key import Key, as_key
-from steer.objective import Objective, check_finite, check_temperature, conditioned, open_run
-from steer.result import Result, Seen
-from steer.trajectory import Trajectory
+from steer.result import Result
 from steer.types import OnStep, ReverseProcess, Reward, Stop
 
 from .selection import Choice, Selection
@@ -103,9 +103,11 @@ class Run:
         interrupted: bool = False,
     ) -> Result:
         """The Result of samples (B, n, *event): the `keep` best share the weight; None: all of them."""
-        log_weight = weights.normalise(torch.zeros_like(reward)) if keep is None else weights.of_best(reward, keep)
+        log_weight = (
+            log_weights.normalise(torch.zeros_like(reward)) if keep is None else log_weights.of_best(reward, keep)
+        )
         none = torch.full_like(reward[:, 0], torch.nan)
-        seen = (*seen, Seen(self.process.steps, weights.ess(log_weight), reward))
+        seen = (*seen, Seen(self.process.steps, log_weights.ess(log_weight), reward))
         return Result(
             process=self.process, x=x, reward=reward, log_weight=log_weight, log_evidence=none, root=root,
             key=self.key, cost=self.meter.cost(), temperature=self.temperature, seen=seen, interrupted=interrupted,

@@ -24,12 +24,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from steer.core.log_weights import log_potential
+from steer.core.objective import check_temperature, conditioned, open_run
+from steer.core.resampling import systematic
+from steer.core.start import Start, prior
 from steer.errors import SteerError
 from steer.key import Key, as_key
-from steer.objective import check_temperature, conditioned, log_potential, open_run
-from steer.resampling import systematic
 from steer.result import Result
-from steer.smc import Proposal, Start, bootstrap, prior
+from steer.smc import Proposal, bootstrap
 from steer.types import OnStep, ReverseProcess, Reward
 
 from .descent import Descent

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from steer.core.trajectory import Trajectory
 from steer.errors import NotStochasticError, StateSpaceError, SteerError
 from steer.processes.transitions import Normal
-from steer.trajectory import Trajectory
 from steer.types import OnStep, ReverseProcess, Stop
 
 from .candidates import Run, spread

@@ -12,15 +12,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from steer import weights
+from steer.core import log_weights
+from steer.core.log_weights import log_potential
+from steer.core.objective import Objective, check_finite
+from steer.core.start import Start, prior
+from steer.core.trajectory import Seen, Stepped, Trajectory
 from steer.cost import Meter, affordable, check_counts
 from steer.errors import BudgetError, CollapsedWeightsError, SteerError
 from steer.key import Key
-from steer.objective import Objective, check_finite, log_potential
 from steer.processes.gaussian import priced
-from steer.result import Result, Seen
-from steer.smc import Proposal, Start, evaluated, prior
-from steer.trajectory import Stepped, Trajectory
+from steer.result import Result
+from steer.smc import Proposal, evaluated
 from steer.types import GaussianTransition, OnStep, ReverseProcess, Stop
 
 from .layer import Slots, each_problem
@@ -310,7 +312,7 @@ class Growth:
             ancestor = layer["parent"].gather(1, ancestor)
         x = tree.states(tree.depth, slots, getattr(self.process, "device", None))["x"]
         if self.keep is not None:
-            log_weight = weights.of_best(reward.masked_fill(~filled, -torch.inf), self.keep)
+            log_weight = log_weights.of_best(reward.masked_fill(~filled, -torch.inf), self.keep)
             evidence = torch.full_like(root_value, math.nan)
         else:
             log_weight = tree.log_share(tree.depth) + leaves["value"]
@@ -333,10 +335,10 @@ class Growth:
         root = torch.arange(scores.shape[1]).expand(scores.shape)
         if self.keep is not None:
             return self._weighted(
-                x, scores, weights.of_best(scores, self.keep), torch.full_like(scores[:, 0], math.nan), root, True
+                x, scores, log_weights.of_best(scores, self.keep), torch.full_like(scores[:, 0], math.nan), root, True
             )
         log_weight = log_potential(scores, self.temperature) + self.paid.log_weight + self.so_far
-        evidence = torch.where(torch.from_numpy(self.tree.normalised), weights.log_mean_exp(log_weight), math.nan)
+        evidence = torch.where(torch.from_numpy(self.tree.normalised), log_weights.log_mean_exp(log_weight), math.nan)
         return self._weighted(x, scores, log_weight, evidence, root, True)
 
     def _weighted(
@@ -344,12 +346,12 @@ class Growth:
     ) -> Result:
         """The Result of samples with log-weights of any scale; an error with it inside, where a problem has none."""
         dead = (log_weight == -torch.inf).all(1)
-        log_weight = torch.where(dead[:, None], log_weight, weights.normalise(log_weight))
+        log_weight = torch.where(dead[:, None], log_weight, log_weights.normalise(log_weight))
         reward, log_weight, evidence, root = (part.to(x.device) for part in (reward, log_weight, evidence, root))
         result = Result(
             process=self.process, x=x, reward=reward, log_weight=log_weight, log_evidence=evidence, root=root,
             key=self.key, cost=self.meter.cost(), temperature=self.temperature,
-            seen=(Seen(self.process.steps, weights.ess(log_weight), reward),), interrupted=interrupted, tree=self.tree,
+            seen=(Seen(self.process.steps, log_weights.ess(log_weight), reward),), interrupted=interrupted, tree=self.tree,
         )  # fmt: skip
         if bool(dead.any()):
             raise CollapsedWeightsError(

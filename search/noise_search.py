@@ -9,12 +9,12 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from steer.core.trajectory import Trajectory, gather
 from steer.cost import affordable, check_counts
 from steer.errors import StateSpaceError, SteerError
 from steer.key import Key
 from steer.processes.transitions import Normal
 from steer.result import Result
-from steer.trajectory import Trajectory, gather
 from steer.types import OnStep, ReverseProcess, Reward, Stop
 
 from .candidates import Run

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from steer.core.trajectory import Trajectory, gather
 from steer.errors import SteerError
-from steer.trajectory import Trajectory, gather
 from steer.types import OnStep, ReverseProcess
 
 from .candidates import Run

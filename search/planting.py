@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, cast
 
+from steer.core.start import PreparedStart, Start
 from steer.errors import NotStochasticError, SteerError
-from steer.smc import PreparedStart, Start
 from steer.types import ReverseProcess
 
 from .tree import Tree

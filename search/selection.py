@@ -13,10 +13,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from steer.core.log_weights import log_potential
+from steer.core.resampling import Resampler, ssp
 from steer.errors import SteerError
 from steer.key import Key
-from steer.objective import log_potential
-from steer.resampling import Resampler, ssp
 
 
 class Choice(NamedTuple):

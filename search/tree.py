@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from steer.core.trajectory import gather
 from steer.errors import SteerError
-from steer.trajectory import gather
 
 from .layer import ChildLists, Layer, Slots, each_problem
 

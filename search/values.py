@@ -13,9 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from steer.core.objective import Objective, conditioned
 from steer.errors import ShapeError, StateSpaceError, SteerError
 from steer.key import Key, as_key
-from steer.objective import Objective, conditioned
 from steer.rollout import rollout
 from steer.types import ReverseProcess, Reward
 

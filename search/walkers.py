@@ -12,12 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from steer.core.objective import check_finite
+from steer.core.trajectory import Trajectory
 from steer.errors import SteerError
 from steer.key import Key
-from steer.objective import check_finite
 from steer.processes.gaussian import priced
 from steer.result import Result
-from steer.trajectory import Trajectory
 from steer.types import OnStep, Stop
 
 from .candidates import Run

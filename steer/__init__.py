@@ -7,6 +7,9 @@ from typing import Any
 from . import grpo, guidance, models
 from .birth_death import BirthDeath, birth_death
 from .composite import Composite, compose
+from .core.resampling import killing, multinomial, residual, ssp, stratified, systematic
+from .core.start import prior
+from .core.trajectory import Trajectory
 from .cost import Cost
 from .das import das
 from .driftlite import driftlite
@@ -72,15 +75,13 @@ from .processes.schedules import VE, VP, Cosine, RectifiedFlow, Tabulated, log_s
 from .processes.transitions import Normal, churn, cps, dance_sde, ddim, euler_maruyama, flow_sde, ode
 from .processes.unmasking import Unmasking, unmask
 from .psi import psi
-from .resampling import killing, multinomial, residual, ssp, stratified, systematic
 from .result import Result
 from .rollout import importance_sampling, rollout
 from .sample import compare, methods, sample
 from .selection import resample
-from .smc import bootstrap, guided, prior, smc
+from .smc import bootstrap, guided, smc
 from .tds import tds, twisted
 from .top_k import top_k_of_n
-from .trajectory import Trajectory
 from .transports import Transport, base_transport, ecg, flow_transport, half_transport, score_transport, vcg
 from .types import Coeffs, Denoiser, Level, QuadraticForm, ReverseProcess, Reward, Rule, Schedule, Stop, Transition
 from .version import __version__

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .trajectory import Ancestors, Stepped, gather
+from .core.trajectory import Ancestors, Stepped, gather
 from .tree_figure import best_slots, clean_states, drawable
 
 if TYPE_CHECKING:

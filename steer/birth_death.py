@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .core.resampling import multinomial
+from .core.trajectory import Trajectory
 from .key import Key
-from .resampling import multinomial
-from .trajectory import Trajectory
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from .core.resampling import ssp
+from .core.start import Start, prior
+from .core.trajectory import Trajectory
 from .key import Key
 from .potentials import GeometricTempering, difference, geometric_tempering
-from .resampling import ssp
 from .result import Result
 from .selection import Resample, resample
-from .smc import Start, prior, smc
-from .trajectory import Trajectory
+from .smc import smc
 from .types import GaussianTransition, OnStep, ReverseProcess, Reward
 
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from .composite import Composite
+from .core.log_weights import log_potential
+from .core.objective import Objective
 from .errors import NotDifferentiableError
 from .key import Key
 from .look_ahead import LookAhead
-from .objective import Objective, log_potential
 
 
 class Point(NamedTuple):

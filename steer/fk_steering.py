@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
+from .core.resampling import Resampler, systematic
+from .core.start import Start, prior
 from .key import Key
 from .potentials import Weight, difference
-from .resampling import Resampler, systematic
 from .result import Result
 from .selection import resample
-from .smc import Start, prior, smc
+from .smc import smc
 from .types import OnStep, ReverseProcess, Reward
 
 

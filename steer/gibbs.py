@@ -14,18 +14,19 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from .core.objective import Objective, conditioned
+from .core.resampling import Resampler, multinomial
+from .core.start import Start, prior
+from .core.trajectory import Trajectory
 from .cost import Cost, affordable, check_counts
 from .errors import ShapeError, StateSpaceError
 from .key import Key, as_key
-from .objective import Objective, conditioned
 from .potentials import Weight
 from .processes.gaussian import GaussianProcess
 from .processes.transitions import Redrawn
-from .resampling import Resampler, multinomial
 from .result import Result
 from .selection import resample
-from .smc import Proposal, Start, bootstrap, prior, smc
-from .trajectory import Trajectory
+from .smc import Proposal, bootstrap, smc
 from .types import GaussianTransition, Level, OnStep, ReverseProcess, Reward, Rule
 
 

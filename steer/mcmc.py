@@ -25,12 +25,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .core.diagnostics import split_rhat
+from .core.objective import Objective, check_finite
+from .core.start import Start
+from .core.trajectory import Trajectory
 from .errors import NonFiniteError, SteerError
 from .key import Key
-from .objective import Objective, check_finite
-from .smc import Start
 from .tilted import Predictor, Tilt, Tilted, given, norm, predicting, prior_moments, spread
-from .trajectory import Trajectory
 from .types import ReverseProcess
 
 
@@ -272,21 +273,6 @@ def ula(
     return Langevin(
         euler, False, step_size, None, temperature, chains, burn_in, kept, clip, x0_predictor, predictor_rows
     )
-
-
-def split_rhat(traces: Tensor) -> Tensor:
-    """Split R-hat of traces (B, steps, C), (B,): root of total over within-chain variance, halves counted as chains.
-
-    Near 1 where chains agree; above 1.01 (long chains) or 1.1 (short ones) they do not. NaN below 4 steps, and where
-    nothing moves. Source: Gelman et al. 2013, Sec. 11.4; without the rank normalisation of Vehtari et al. 2021.
-    """
-    half = traces.shape[1] // 2
-    if half < 2:
-        return torch.full_like(traces[:, 0, 0], torch.nan)
-    halves = torch.cat([traces[:, :half], traces[:, -half:]], 2)
-    within = halves.var(1).mean(1)
-    between = halves.mean(1).var(1)
-    return ((half - 1) / half + between / within).sqrt()
 
 
 def _check(visits: Sequence[Visit]) -> None:

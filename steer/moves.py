@@ -20,14 +20,14 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
+from .core.resampling import Resampler
+from .core.trajectory import Ancestors, Trajectory
 from .cost import Meter
 from .errors import StateSpaceError, SteerError
 from .key import Key
 from .processes.gaussian import GaussianProcess
 from .processes.transitions import Normal
-from .resampling import Resampler
 from .tilted import spread
-from .trajectory import Ancestors, Trajectory
 from .types import ReverseProcess, Transition
 
 Judge = Callable[[Trajectory], tuple[Trajectory, Tensor]]

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import weights
+from .core import log_weights
+from .core.trajectory import Trajectory
 from .errors import SteerError
-from .trajectory import Trajectory
 
 Combine = Callable[[Tensor, Mapping[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
 """(value, memory) -> (log-potential, memory to keep)."""
@@ -138,7 +138,7 @@ def adaptive_tempering(share: float = 0.5, *, lowest: float = 0.0) -> Tempering:
         begin = state.memory["exponent"][:, 0] if "exponent" in state.memory else begin
         forbidden = value == -torch.inf  # predictions that leave their weights as they are, see `Weight.apply`
         value, spent = value.masked_fill(forbidden, 0.0), state.memory["spent"].masked_fill(forbidden, 0.0)
-        return weights.temper(state.log_weight + begin[:, None] * value - spent, value, begin, share=share)
+        return log_weights.temper(state.log_weight + begin[:, None] * value - spent, value, begin, share=share)
 
     return exponent
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .core.objective import Objective, check_finite, check_temperature, conditioned, open_run
 from .cost import Cost
 from .errors import BudgetError, NotDifferentiableError
 from .key import Key, as_key
-from .objective import Objective, check_finite, check_temperature, conditioned, open_run
 from .types import ReverseProcess, Reward
 
 _PROBED = 8  # levels at which predictions are scored, at most

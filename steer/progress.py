@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .trajectory import Trajectory
+    from .core.trajectory import Trajectory
 
 
 class Interrupt:
@@ -72,13 +72,13 @@ class Watch:
         self._bar.stop()
 
     def __call__(self, state: Trajectory) -> None:
-        from . import weights
+        from .core import log_weights
 
         meter = state.process.meter
         if self._meter is not None and meter is not self._meter:
             self._done += self._meter.nfe  # another run began
         self._meter, done = meter, (self._done + meter.nfe)
-        note = f"level {state.k} of {state.process.steps}, ess {weights.ess(state.log_weight).mean().item():.0f}"
+        note = f"level {state.k} of {state.process.steps}, ess {log_weights.ess(state.log_weight).mean().item():.0f}"
         note += f", best {self.best:.3g}" if math.isfinite(self.best) else ""
         self._bar.update(self._task, completed=done, note=note)
         if self._lines and done * 10 // self.rows > self._tenth:

@@ -14,15 +14,15 @@ from torch import Tensor
 
 from . import plots
 from .best_path import best_path
+from .core.log_weights import weighted_mean
+from .core.resampling import systematic
 from .images import enlarged, is_images, to_images
 from .key import as_key
 from .page import card, img, number, page, table, whole, with_error
 from .processes.gaussian import decoded_alone
-from .resampling import systematic
 from .saving import plain, write_atomically
 from .tree_figure import LEAVES, NODES, drawable, tree_figure
 from .tree_script import SCRIPT, STYLE
-from .weights import weighted_mean
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -6,30 +6,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from . import weights
+from .core import diagnostics, log_weights
+from .core.resampling import systematic
+from .core.trajectory import Seen, Trajectory, gather
 from .cost import Cost, check_counts
 from .errors import StateSpaceError
 from .key import Key, as_key
 from .moves import ACCEPTANCE
-from .resampling import systematic
-from .trajectory import Trajectory, gather
 from .types import ReverseProcess
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-
-class Seen(NamedTuple):
-    """What a sampler saw at level k: the ESS of accumulated weights (B,) and the scores (B, N) it weighted by."""
-
-    k: int
-    ess: Tensor
-    score: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +63,7 @@ class Result:
         """What a sampler of a law returns: its last population with scores (B, N). run: key, cost and what else it
         knows of itself."""
         return cls(
-            state.process, state.x, reward, weights.normalise(state.log_weight), state.log_normaliser, state.root,
+            state.process, state.x, reward, log_weights.normalise(state.log_weight), state.log_normaliser, state.root,
             trajectory=state, **run,
         )  # fmt: skip
 
@@ -91,12 +83,12 @@ class Result:
     @property
     def ess(self) -> Tensor:
         """Effective sample size of the final weights, (B,)."""
-        return weights.ess(self.log_weight)
+        return log_weights.ess(self.log_weight)
 
     @property
     def pareto_k(self) -> Tensor:
         """Pareto k-hat of the final weights, (B,): above .7 their tail is too heavy to trust (`weights.pareto_k`)."""
-        return weights.pareto_k(self.log_weight)
+        return diagnostics.pareto_k(self.log_weight)
 
     @property
     def diagnostics(self) -> Mapping[str, Tensor]:
@@ -106,19 +98,19 @@ class Result:
     @property
     def mean_reward(self) -> Tensor:
         """Weighted mean reward, (B,)."""
-        return weights.weighted_mean(self.log_weight, self.reward)
+        return log_weights.weighted_mean(self.log_weight, self.reward)
 
     @property
     def log_evidence_variance(self) -> Tensor:
         """Estimated variance of log_evidence, (B,); NaN where the run has no lineage, or moved it. See `weights`."""
         if self.trajectory is None or any(name.startswith(ACCEPTANCE) for name in self.diagnostics):
             return torch.full_like(self.log_evidence, torch.nan)
-        return weights.evidence_variance(self.log_weight, self.root, self.trajectory.resamplings())
+        return diagnostics.evidence_variance(self.log_weight, self.root, self.trajectory.resamplings())
 
     def mean(self, f: Callable[[Tensor], Tensor]) -> Tensor:
         """Weighted mean over particles of f, a function of states (M, *event) to (M, ...): (B, ...)."""
         values = f(self.x.flatten(0, 1))
-        return weights.weighted_mean(self.log_weight, values.reshape(*self.reward.shape, *values.shape[1:]))
+        return log_weights.weighted_mean(self.log_weight, values.reshape(*self.reward.shape, *values.shape[1:]))
 
     def ranked(self) -> Tensor:
         """Particle indices from highest to lowest reward, (B, N)."""
@@ -137,7 +129,7 @@ class Result:
             self,
             x=gather(self.x, index),
             reward=self.reward.gather(1, index),
-            log_weight=weights.normalise(equal),
+            log_weight=log_weights.normalise(equal),
             root=self.root.gather(1, index),
             trajectory=None,
         )

@@ -6,15 +6,17 @@ from dataclasses import replace
 
 import torch
 
+from .core.chain import advance
+from .core.objective import check_finite, check_temperature, conditioned, open_run
+from .core.start import Start, prepared, prior
+from .core.trajectory import Seen
 from .errors import SteerError
 from .key import Key, as_key
-from .objective import check_finite, check_temperature, conditioned, open_run
 from .potentials import final_only
-from .result import Result, Seen
+from .result import Result
 from .selection import check, resample
-from .smc import Start, prepared, prior, smc
-from .trajectory import Trajectory
-from .types import OnStep, ReverseProcess, Reward, Stop
+from .smc import smc
+from .types import OnStep, ReverseProcess, Reward
 
 
 def rollout(
@@ -78,24 +80,3 @@ def importance_sampling(
         process, reward, batch=batch, particles=particles, budget=budget, temperature=temperature, key=key, start=start,
         weight=final_only(), selection=resample(threshold=0.0), keep_states=keep_states, on_step=on_step,
     )  # fmt: skip
-
-
-def advance(state: Trajectory, key: Key, on_step: OnStep | None = None) -> tuple[Trajectory, bool]:
-    """A population carried to the data by the model's own transitions, and whether it was stopped on the way.
-
-    A stopped population stands at its last predictions of the data.
-    """
-    process, clean = state.process, None
-    try:
-        with torch.no_grad():
-            for k in range(state.k, process.steps):
-                x0 = process.denoise(state.x, k)
-                clean = process.complete(state.x, x0)
-                state = state.step(process.transition(state.x, x0, k), key.fold("step"))
-                if on_step is not None:
-                    on_step(state)
-    except (Stop, KeyboardInterrupt):
-        if clean is None:
-            raise
-        return replace(state, x=clean), True
-    return state, False

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .core.trajectory import Ancestors
 from .cost import Cost
 from .errors import SteerError
 from .key import Key
-from .trajectory import Ancestors
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -57,8 +57,8 @@ class Saved:
 
     def result(self, process: ReverseProcess) -> Result:
         """The run again, on the process that made it (of the same steps): its lineage, without states and tree."""
-        from .result import Result, Seen
-        from .trajectory import Trajectory
+        from .core.trajectory import Seen, Trajectory
+        from .result import Result
 
         self._check(process)
         where = getattr(process, "device", "cpu")

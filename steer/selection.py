@@ -9,14 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import weights
+from .core import log_weights
+from .core.objective import check_finite
+from .core.resampling import Resampler, systematic
+from .core.trajectory import Seen, Trajectory
 from .errors import CollapsedWeightsError, NonFiniteError, SteerError
 from .key import Key
 from .moves import PathMoves
-from .objective import check_finite
-from .resampling import Resampler, systematic
-from .result import Seen
-from .trajectory import Trajectory
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def select(state: Trajectory, scores: Tensor, selection: Resample, key: Key, see
     # One problem on the host: reading the decision is free and saves the gather. Elsewhere some problem nearly always
     # resamples, or reading would stall the device: decide per problem by torch.where, and look for bad numbers once,
     # at the end. NaN, where every weight is zero, is not low.
-    enough = math.inf if selection.moving(state.k) else selection.threshold * particles * (1.0 - weights.SLACK)
+    enough = math.inf if selection.moving(state.k) else selection.threshold * particles * (1.0 - log_weights.SLACK)
     if state.x.device.type == "cpu" and state.x.shape[0] == 1:
         size_now = size.item()
         if math.isnan(size_now):

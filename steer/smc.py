@@ -5,46 +5,23 @@ A run is a choice of four parts that compose: a start, a proposal, a weight and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from .cost import affordable
-from .errors import BudgetError, NotStochasticError, ShapeError, StateSpaceError, SteerError
+from .core.log_weights import log_potential
+from .core.objective import Objective, check_finite, check_temperature, conditioned, open_run
+from .core.start import Start, prepared, prior, resumed
+from .core.trajectory import Ancestors, Seen, Trajectory
+from .errors import NotStochasticError, StateSpaceError, SteerError
 from .key import Key, as_key
 from .moves import forget
-from .objective import Objective, check_finite, check_temperature, conditioned, log_potential, open_run
 from .potentials import Weight, difference
-from .processes.gaussian import check_batch
-from .result import Result, Seen
+from .result import Result
 from .selection import Resample, check, resample, select
-from .trajectory import Ancestors, Trajectory
 from .types import GaussianTransition, OnStep, ReverseProcess, Reward, Stop
-
-Start = Callable[[ReverseProcess, Objective, Key, int, int], Trajectory]
-"""(process, objective, key, batch, particles) -> Trajectory. Weights it sets are kept, and what it has spent.
-
-A start whose particles are already tilted by exp(v) says so in `memory["spent"] = v`: the potentials on the way
-multiply in what is missing, and no reward is counted twice. Where the normaliser of its law is not known it sets
-log_evidence to NaN, and the run's evidence is NaN.
-"""
-
-
-@runtime_checkable
-class PreparedStart(Protocol):
-    """A start that spends network rows, or that takes its temperature from the run unless it has its own."""
-
-    def __call__(
-        self, process: ReverseProcess, objective: Objective, key: Key, batch: int, particles: int, /
-    ) -> Trajectory: ...
-
-    def prepare(self, process: ReverseProcess, temperature: float) -> tuple[Start, int]:
-        """The start at the run's temperature, and the network rows per problem that it will spend."""
-        ...
 
 
 class Proposal(Protocol):
@@ -106,29 +83,6 @@ bootstrap = Bootstrap()
 def guided(scale: float = 1.0) -> Guided:
     """A proposal that follows the gradient of the reward; needs a differentiable reward and network."""
     return Guided(scale)
-
-
-def prior(process: ReverseProcess, objective: Objective, key: Key, batch: int, particles: int) -> Trajectory:
-    """The start every chain has by default: draws of the process's prior."""
-    del objective
-    return Trajectory.begin(process, process.prior(key.fold("prior"), batch, particles))
-
-
-def prepared(
-    start: Start,
-    process: ReverseProcess,
-    temperature: float,
-    *,
-    particles: int | None,
-    budget: int | None,
-    selection: Resample | None = None,
-) -> tuple[Start, int]:
-    """A start ready for a run at that temperature, and how many whole chains it leaves the budget for."""
-    start, before = start.prepare(process, temperature) if isinstance(start, PreparedStart) else (start, 0)
-    rows: int | Callable[[int], int] = process.steps * process.rows
-    if selection is not None and selection.moves is not None:
-        rows = partial(selection.moves.rows, process)
-    return start, affordable(rows, particles=particles, budget=budget, before=before)
 
 
 def smc(
@@ -322,33 +276,3 @@ def _check_stochastic(state: Trajectory, selection: Resample) -> None:
             "stochastic rule, for instance process.with_rule(steer.ddim(eta=1.0)), or selection=steer.resample("
             "threshold=0) to weight without resampling"
         )
-
-
-def resumed(
-    state: Trajectory, process: ReverseProcess, particles: int | None, batch: int, budget: int | None, rows: int = 1
-) -> Trajectory:
-    """A trajectory to go on from, checked. rows: of the network, per row of a prediction that is still to come."""
-    if tuple(state.x.shape[2:]) != tuple(process.event) or not 0 <= state.k <= process.steps:
-        raise ShapeError(
-            f"a trajectory to go on from must have event {tuple(process.event)} and a level in [0, {process.steps}], "
-            f"got event {tuple(state.x.shape[2:])} at level {state.k}"
-        )
-    if "closed" in state.memory:
-        raise SteerError(
-            "a trajectory to go on from is one that a run was at, and this one is a run's end: its weights hold the "
-            "final reward, and where it was stopped its states are predictions; keep the state that on_step is given"
-        )
-    problems, count = state.x.shape[:2]
-    check_batch(process.problems, problems)
-    if particles not in (None, count) or batch not in (1, problems):
-        raise SteerError(
-            f"a trajectory to go on from has its own numbers, {problems} problem(s) of {count} particle(s); got "
-            f"batch={batch}, particles={particles}; leave them out"
-        )
-    price = count * (process.steps - state.k) * process.rows * rows
-    if budget is not None and price > budget:
-        raise BudgetError(
-            f"going on from level {state.k} takes {price} network rows per problem, more than a budget of {budget}; "
-            f"raise it to {price}, or select fewer particles (Trajectory.select)"
-        )
-    return replace(state, process=process)

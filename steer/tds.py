@@ -6,13 +6,14 @@ import math
 from dataclasses import dataclass
 from typing import cast
 
+from .core.resampling import systematic
+from .core.start import Start, prior
+from .core.trajectory import Trajectory
 from .key import Key
 from .processes.gaussian import GaussianProcess
-from .resampling import systematic
 from .result import Result
 from .selection import Resample, resample
-from .smc import Start, prior, pull, smc
-from .trajectory import Trajectory
+from .smc import pull, smc
 from .types import GaussianTransition, OnStep, ReverseProcess, Reward
 
 

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from .core.log_weights import log_potential
+from .core.objective import Objective, check_temperature
 from .errors import NotDifferentiableError, ShapeError, StateSpaceError, SteerError
-from .objective import Objective, check_temperature, log_potential
 from .types import ReverseProcess
 
 Predictor = Callable[[Tensor], Tensor]

@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .core.log_weights import log_potential
+from .core.objective import Objective, check_finite
+from .core.start import Start
+from .core.trajectory import Trajectory, gather
 from .errors import SteerError
 from .key import Key
-from .objective import Objective, check_finite, log_potential
-from .smc import Start
 from .tilted import Predictor, given, predicting
-from .trajectory import Trajectory, gather
 from .types import ReverseProcess
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from .core.resampling import Resampler, systematic
+from .core.start import Start, prior
 from .key import Key
 from .moves import path_moves
-from .resampling import Resampler, systematic
 from .result import Result
 from .selection import resample
-from .smc import Proposal, Start, bootstrap, prior, smc
+from .smc import Proposal, bootstrap, smc
 from .types import OnStep, ReverseProcess, Reward
 
 

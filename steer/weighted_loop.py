@@ -11,17 +11,18 @@ from torch import Tensor
 
 from .birth_death import BirthDeath
 from .composite import Composite
+from .core.log_weights import log_potential
+from .core.objective import Objective, check_temperature, conditioned, open_run
+from .core.start import PreparedStart, Start, prior, resumed
+from .core.trajectory import Seen, Trajectory
 from .cost import Meter, affordable
 from .derivatives import Differentiator
 from .errors import ModelError, NotStochasticError, SteerError
 from .key import Key, as_key
 from .look_ahead import LookAhead
-from .objective import Objective, check_temperature, conditioned, log_potential, open_run
 from .potentials import Tempering, difference
-from .result import Result, Seen
+from .result import Result
 from .selection import Resample, check, select
-from .smc import PreparedStart, Start, prior, resumed
-from .trajectory import Trajectory
 from .transports import Transport
 from .types import OnStep, Reward, Stop
 from .weighted_sde import Engine, FeynmanKac, KernelRatio, Noise

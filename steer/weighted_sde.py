@@ -34,12 +34,12 @@ import torch
 from torch import Tensor
 
 from .composite import Composite
+from .core.trajectory import Trajectory
 from .derivatives import Differentiator, Needs, Point
 from .key import Key
 from .potentials import Weight
 from .processes.transitions import Normal
 from .span import Span, span
-from .trajectory import Trajectory
 from .transports import REWARD, Fields, Transport
 from .types import Level
 

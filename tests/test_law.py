@@ -15,7 +15,8 @@ import torch
 from exact import LIMIT, PATHS, Linear, Quadratic, exact_chain, mixture_2d, mixture_16d, worst, z_scores
 
 import steer
-from steer import potentials, trajectory
+from steer import potentials
+from steer.core import trajectory
 from steer.selection import Resample
 from steer.smc import Guided
 

@@ -10,9 +10,10 @@ from exact import LIMIT, Linear, Quadratic, z
 
 import steer
 from steer import mcmc
+from steer.core.diagnostics import split_rhat
+from steer.core.objective import open_run
 from steer.key import Key
-from steer.mcmc import crank_nicolson, euler, log_acceptance, split_rhat
-from steer.objective import open_run
+from steer.mcmc import crank_nicolson, euler, log_acceptance
 from steer.tilted import Tilt, Tilted, prior_moments
 
 MOVES = {"pcnl": crank_nicolson, "mala": euler}

@@ -14,7 +14,7 @@ from diffusers import (
 )
 
 import steer
-from steer.trajectory import Trajectory
+from steer.core.trajectory import Trajectory
 
 
 def tiny_unet(classes=None):

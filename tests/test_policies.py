@@ -13,7 +13,7 @@ import torch
 from exact import LIMIT, PATHS, Linear, exact_chain, mixture_2d, times, worst, z, z_scores
 
 import steer
-from steer import trajectory
+from steer.core import trajectory
 from steer.key import Key
 from steer.models import chain_law
 

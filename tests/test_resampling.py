@@ -10,8 +10,8 @@ from exact import LIMIT
 from scipy import stats
 
 import steer
+from steer.core.resampling import killing, multinomial, residual, ssp, stratified, systematic
 from steer.key import Key
-from steer.resampling import killing, multinomial, residual, ssp, stratified, systematic
 
 RESAMPLERS = [systematic, stratified, multinomial, residual, ssp, killing]
 ANY_COUNT = [systematic, stratified, multinomial, residual, ssp]

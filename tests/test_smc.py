@@ -8,7 +8,7 @@ from exact import Linear, exact_chain, mixture_2d
 
 import steer
 from steer import search
-from steer.resampling import systematic
+from steer.core.resampling import systematic
 
 REWARD = Linear([0.7, -0.5])
 MIXTURE = mixture_2d()

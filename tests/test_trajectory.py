@@ -11,11 +11,11 @@ import torch
 from exact import LIMIT, z
 
 import steer
+from steer.core.log_weights import log_mean_exp
+from steer.core.trajectory import Ancestors, Stepped, Trajectory, gather
 from steer.key import Key
 from steer.models import gaussian
 from steer.processes.transitions import Normal
-from steer.trajectory import Ancestors, Stepped, Trajectory, gather
-from steer.weights import log_mean_exp
 
 EVENT = (2, 3)
 PROCESS = steer.from_denoiser(lambda x, t: 0.5 * x, steer.VP(), 6, event=EVENT, dtype=torch.float64)

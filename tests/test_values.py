@@ -7,7 +7,7 @@ from torch import nn
 
 import steer
 from steer import search
-from steer.objective import open_run
+from steer.core.objective import open_run
 from steer.search import values
 
 REWARD = Linear([0.7, -0.5])

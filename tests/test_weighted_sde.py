@@ -315,8 +315,8 @@ def test_the_composites_own_transition_is_ancestral_sampling_for_one_model():
 
 def test_derivatives_agree_with_finite_differences_and_probes_with_the_trace():
     target = compose([process(THREE, "vp", 8), process(TWO, "vp", 8)], exponent=[1.5, -0.3])
+    from steer.core.objective import open_run
     from steer.derivatives import Needs
-    from steer.objective import open_run
 
     metered, objective, _ = open_run(target, REWARD)
     x = target.prior(steer.Key(0), 2, 3)

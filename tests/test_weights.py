@@ -10,10 +10,10 @@ import torch
 from exact import LIMIT, Linear, z
 
 import steer
-from steer import weights
+from steer.core import diagnostics, log_weights
+from steer.core.trajectory import Ancestors
 from steer.key import Key
 from steer.models import ExactStep, gaussian
-from steer.trajectory import Ancestors
 
 INF = math.inf
 
@@ -30,17 +30,21 @@ def random_weights(problems: int = 6, particles: int = 9) -> torch.Tensor:
 
 def test_log_mean_exp():
     log_weight = random_weights()
-    torch.testing.assert_close(weights.log_mean_exp(log_weight), log_weight.exp().mean(1).log(), rtol=1e-14, atol=1e-14)
-    torch.testing.assert_close(weights.log_mean_exp(log_weight + 1e5), weights.log_mean_exp(log_weight) + 1e5)
-    assert weights.log_mean_exp(rows([-INF, -INF], [-1e300, -INF])).tolist() == [-INF, pytest.approx(-1e300)]
-    assert weights.log_mean_exp(rows([3.25])).tolist() == [3.25]
+    torch.testing.assert_close(
+        log_weights.log_mean_exp(log_weight), log_weight.exp().mean(1).log(), rtol=1e-14, atol=1e-14
+    )
+    torch.testing.assert_close(log_weights.log_mean_exp(log_weight + 1e5), log_weights.log_mean_exp(log_weight) + 1e5)
+    assert log_weights.log_mean_exp(rows([-INF, -INF], [-1e300, -INF])).tolist() == [-INF, pytest.approx(-1e300)]
+    assert log_weights.log_mean_exp(rows([3.25])).tolist() == [3.25]
 
 
 def test_normalise():
     log_weight = random_weights()
-    torch.testing.assert_close(weights.normalise(log_weight).exp(), torch.softmax(log_weight, 1), rtol=1e-13, atol=0)
     torch.testing.assert_close(
-        weights.normalise(log_weight - 1e6).exp(), torch.softmax(log_weight, 1), rtol=1e-9, atol=0
+        log_weights.normalise(log_weight).exp(), torch.softmax(log_weight, 1), rtol=1e-13, atol=0
+    )
+    torch.testing.assert_close(
+        log_weights.normalise(log_weight - 1e6).exp(), torch.softmax(log_weight, 1), rtol=1e-9, atol=0
     )
 
 
@@ -48,27 +52,27 @@ def test_the_best_share_equally():
     """Ties go to the first, forbidden scores to nobody, and where all are forbidden that is overlooked."""
     score = rows((1.0, 3.0, 3.0, 3.0), (0.0, -math.inf, -math.inf, 2.0), (-math.inf,) * 4)
     torch.testing.assert_close(
-        weights.of_best(score, 2).exp(), rows((0.0, 0.5, 0.5, 0.0), (0.5, 0.0, 0.0, 0.5), (0.5, 0.5, 0.0, 0.0))
+        log_weights.of_best(score, 2).exp(), rows((0.0, 0.5, 0.5, 0.0), (0.5, 0.0, 0.0, 0.5), (0.5, 0.5, 0.0, 0.0))
     )
-    torch.testing.assert_close(weights.of_best(score, 3)[1].exp(), rows((0.5, 0.0, 0.0, 0.5))[0])
-    torch.testing.assert_close(weights.of_best(score, 9)[0].exp(), rows((0.25,) * 4)[0])
+    torch.testing.assert_close(log_weights.of_best(score, 3)[1].exp(), rows((0.5, 0.0, 0.0, 0.5))[0])
+    torch.testing.assert_close(log_weights.of_best(score, 9)[0].exp(), rows((0.25,) * 4)[0])
 
 
 def test_ess_of_small_cases():
     cases = {(0.0,): 1.0, (0.0, 0.0): 2.0, (0.0, -INF): 1.0, (0.0, -INF, 0.0, -INF): 2.0, (1e6, 0.0, 1e6): 2.0}
     cases |= {(-1e300, -1e300): 2.0, (math.log(3.0), 0.0): 16.0 / 10.0, (-1e5, -INF, -1e5 - math.log(2.0)): 9.0 / 5.0}
     for values, expected in cases.items():
-        assert float(weights.ess(rows(values))) == pytest.approx(expected, rel=1e-10)
-    assert weights.ess(rows([-INF, -INF], [0.0, 0.0]))[0].isnan()
+        assert float(log_weights.ess(rows(values))) == pytest.approx(expected, rel=1e-10)
+    assert log_weights.ess(rows([-INF, -INF], [0.0, 0.0]))[0].isnan()
 
 
 def test_ess_is_between_one_and_n_and_free_of_scale():
     log_weight = 4.0 * Key(1).normal((300, 11))
-    size = weights.ess(log_weight)
+    size = log_weights.ess(log_weight)
     assert bool(((size >= 1.0 - 1e-12) & (size <= 11.0 + 1e-12)).all())
     torch.testing.assert_close(size, 1.0 / torch.softmax(log_weight, 1).square().sum(1), rtol=1e-12, atol=0)
-    torch.testing.assert_close(weights.ess(log_weight + 1024.0), size, rtol=1e-12, atol=0)
-    assert float(weights.ess(log_weight[:, :1]).max()) == 1.0
+    torch.testing.assert_close(log_weights.ess(log_weight + 1024.0), size, rtol=1e-12, atol=0)
+    assert float(log_weights.ess(log_weight[:, :1]).max()) == 1.0
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
@@ -77,9 +81,9 @@ def test_temper_reaches_the_goal(share):
     scale = torch.logspace(-2, 5, 40, dtype=torch.float64)[:, None]
     likelihood, lowest = scale * Key(2).normal((40, 16)), torch.zeros(40, dtype=torch.float64)
     zero = torch.zeros_like(likelihood)
-    exponent = weights.temper(zero, likelihood, lowest, share=share)
-    size = weights.ess(exponent[:, None] * likelihood)
-    full = weights.ess(likelihood) >= share * 16
+    exponent = log_weights.temper(zero, likelihood, lowest, share=share)
+    size = log_weights.ess(exponent[:, None] * likelihood)
+    full = log_weights.ess(likelihood) >= share * 16
     assert bool(full.any())
     assert bool((~full).any())
     assert bool((exponent[full] == 1.0).all())
@@ -90,8 +94,8 @@ def test_temper_reaches_the_goal(share):
 def test_temper_continues_from_an_exponent_and_from_weights():
     likelihood, lowest = 6.0 * Key(3).normal((20, 16)), torch.linspace(0.0, 0.9, 20, dtype=torch.float64)
     log_weight = 0.3 * Key(4).normal((20, 16))
-    exponent = weights.temper(log_weight, likelihood, lowest, share=0.5)
-    size = weights.ess(log_weight + (exponent - lowest)[:, None] * likelihood)
+    exponent = log_weights.temper(log_weight, likelihood, lowest, share=0.5)
+    size = log_weights.ess(log_weight + (exponent - lowest)[:, None] * likelihood)
     assert bool((exponent > lowest).all())
     assert float((size - 8.0)[exponent < 1.0].abs().max()) < 1e-6
 
@@ -99,7 +103,7 @@ def test_temper_continues_from_an_exponent_and_from_weights():
 def test_temper_stays_where_the_weights_are_already_below_the_goal():
     log_weight = rows([0.0, -20.0, -20.0, -20.0])
     likelihood, lowest = rows([3.0, 1.0, 0.0, -1.0]), rows(0.25)[None, 0]
-    assert float(weights.temper(log_weight, likelihood, lowest)) == 0.25
+    assert float(log_weights.temper(log_weight, likelihood, lowest)) == 0.25
 
 
 def test_temper_with_forbidden_particles():
@@ -107,37 +111,37 @@ def test_temper_with_forbidden_particles():
     allowed = 5.0 * Key(5).normal((3, 8))
     forbidden = torch.cat([allowed, torch.full((3, 8), -INF, dtype=torch.float64)], 1)
     lowest = torch.zeros(3, dtype=torch.float64)
-    alone = weights.temper(torch.zeros_like(allowed), allowed, lowest, share=0.5)
-    half = weights.temper(torch.zeros_like(forbidden), forbidden, lowest, share=0.25)
+    alone = log_weights.temper(torch.zeros_like(allowed), allowed, lowest, share=0.5)
+    half = log_weights.temper(torch.zeros_like(forbidden), forbidden, lowest, share=0.25)
     torch.testing.assert_close(half, alone, rtol=1e-9, atol=0)
 
 
 def test_temper_does_not_depend_on_the_batch():
     likelihood, lowest = 6.0 * Key(6).normal((5, 16)), torch.zeros(5, dtype=torch.float64)
-    whole = weights.temper(torch.zeros_like(likelihood), likelihood, lowest)
+    whole = log_weights.temper(torch.zeros_like(likelihood), likelihood, lowest)
     for b in range(5):
         row = likelihood[b : b + 1]
-        assert torch.equal(weights.temper(torch.zeros_like(row), row, lowest[:1]), whole[b : b + 1])
+        assert torch.equal(log_weights.temper(torch.zeros_like(row), row, lowest[:1]), whole[b : b + 1])
 
 
 @pytest.mark.parametrize("share", [0.0, -0.1, 1.5])
 def test_temper_names_a_bad_share(share):
     with pytest.raises(steer.SteerError, match=r"in \(0, 1\], got"):
-        weights.temper(torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1), share=share)
+        log_weights.temper(torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1), share=share)
 
 
 def test_weighted_mean():
     log_weight, values = random_weights(), Key(7).normal((6, 9, 2, 3))
     expected = torch.einsum("bn,bnij->bij", torch.softmax(log_weight, 1), values)
-    torch.testing.assert_close(weights.weighted_mean(log_weight, values), expected)
-    assert weights.weighted_mean(log_weight, values[..., 0, 0]).shape == (6,)
-    assert weights.weighted_mean(log_weight, values.float()).dtype == torch.float64
+    torch.testing.assert_close(log_weights.weighted_mean(log_weight, values), expected)
+    assert log_weights.weighted_mean(log_weight, values[..., 0, 0]).shape == (6,)
+    assert log_weights.weighted_mean(log_weight, values.float()).dtype == torch.float64
 
 
 def test_weighted_mean_reads_nothing_at_weight_zero():
     log_weight, values = rows([0.0, -INF, math.log(3.0), -INF]), rows([1.0, math.nan, 2.0, INF])
-    assert float(weights.weighted_mean(log_weight, values)) == pytest.approx(1.75)
-    assert weights.weighted_mean(rows([0.0, 0.0]), rows([1.0, math.nan])).isnan().all()
+    assert float(log_weights.weighted_mean(log_weight, values)) == pytest.approx(1.75)
+    assert log_weights.weighted_mean(rows([0.0, 0.0]), rows([1.0, math.nan])).isnan().all()
 
 
 # --- variance of the evidence -----------------------------------------------------------------------------------------
@@ -154,7 +158,7 @@ def test_evidence_variance_is_the_sum_over_pairs():
     log_weight = random_weights(4, 7)
     root = (Key(8).uniform((4, 7)) * 7).long()
     resamplings = torch.tensor([0, 1, 3, 8])
-    got = weights.evidence_variance(log_weight, root, resamplings)
+    got = diagnostics.evidence_variance(log_weight, root, resamplings)
     for b in range(4):
         weight = torch.softmax(log_weight[b], 0).tolist()
         assert float(got[b]) == pytest.approx(brute_force_variance(weight, root[b].tolist(), int(resamplings[b])))
@@ -165,9 +169,9 @@ def test_evidence_variance_of_independent_particles_is_that_of_a_mean():
     log_weight, root = random_weights(5, 8), torch.arange(8).expand(5, 8)
     weight = log_weight.exp()
     expected = weight.var(1) / 8 / weight.mean(1).square()
-    got = weights.evidence_variance(log_weight, root, torch.zeros(5, dtype=torch.int64))
+    got = diagnostics.evidence_variance(log_weight, root, torch.zeros(5, dtype=torch.int64))
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
-    assert weights.evidence_variance(torch.zeros(2, 1), torch.zeros(2, 1).long(), torch.zeros(2)).isnan().all()
+    assert diagnostics.evidence_variance(torch.zeros(2, 1), torch.zeros(2, 1).long(), torch.zeros(2)).isnan().all()
 
 
 @pytest.fixture(scope="module")
@@ -207,9 +211,9 @@ def test_other_estimates_of_the_variance_are_rejected(runs):
     squares = torch.zeros_like(weight).scatter_add_(1, root, weight).square().sum(1)
     mutants = {
         "sum of squares": squares,
-        "one factor too few": weights.evidence_variance(log_weight, root, resamplings - 1),
-        "one factor too many": weights.evidence_variance(log_weight, root, resamplings + 1),
-        "no lineage": weights.evidence_variance(log_weight, torch.arange(8).expand_as(root), 0 * resamplings),
+        "one factor too few": diagnostics.evidence_variance(log_weight, root, resamplings - 1),
+        "one factor too many": diagnostics.evidence_variance(log_weight, root, resamplings + 1),
+        "no lineage": diagnostics.evidence_variance(log_weight, torch.arange(8).expand_as(root), 0 * resamplings),
     }
     for name, estimate in mutants.items():
         assert abs(unbiased_for_variance(estimate, ratio)) > LIMIT, name
@@ -225,7 +229,7 @@ def test_evidence_variance_at_a_lag(runs):
         ancestors[lag] = parent.gather(1, ancestors[lag - 1])
 
     def at_lag(lag, resamplings):
-        return weights.evidence_variance(result.log_weight, ancestors[lag], resamplings)
+        return diagnostics.evidence_variance(result.log_weight, ancestors[lag], resamplings)
 
     assert torch.equal(ancestors[len(rearranged)], trajectory.root)
     whole = at_lag(len(rearranged), trajectory.resamplings())
@@ -255,7 +259,7 @@ def test_variance_of_a_weighted_mean():
     def ratio(lag):
         moves = result.trajectory.resamplings() if lag is None else torch.full((4000,), lag)
         ancestor = result.trajectory.ancestor(lag)
-        return float(weights.mean_variance(result.log_weight, result.x[..., 0], ancestor, moves).mean()) / true
+        return float(diagnostics.mean_variance(result.log_weight, result.x[..., 0], ancestor, moves).mean()) / true
 
     assert torch.equal(result.trajectory.ancestor(), result.root)
     assert abs(ratio(None) - 0.95) < 0.08, ratio(None)  # O(1 / N) short of 1
@@ -276,7 +280,7 @@ def pareto_weights(shape: float, problems: int, count: int) -> torch.Tensor:
 @pytest.mark.parametrize("shape", [-0.5, 0.0, 0.3, 0.5, 0.7, 1.0, 1.5])
 def test_pareto_k_of_known_tails(shape):
     """Mean over 60 problems of 20,000: SE about (1 + k) / sqrt(425 * 60), and the prior pulls by 2 % towards .5."""
-    found = weights.pareto_k(pareto_weights(shape, 60, 20_000))
+    found = diagnostics.pareto_k(pareto_weights(shape, 60, 20_000))
     assert float(found.mean()) == pytest.approx(shape + 0.023 * (0.5 - shape), abs=0.05)
 
 
@@ -285,7 +289,7 @@ def test_pareto_k_is_near_scipys_maximum_likelihood_fit(shape):
     scipy = pytest.importorskip("scipy.stats")
     log_weight = pareto_weights(shape, 3, 20_000)
     tail = math.ceil(3.0 * math.sqrt(20_000))
-    for row, found in zip(log_weight.exp().sort(1).values, weights.pareto_k(log_weight).tolist(), strict=True):
+    for row, found in zip(log_weight.exp().sort(1).values, diagnostics.pareto_k(log_weight).tolist(), strict=True):
         fitted = scipy.genpareto.fit((row[-tail:] - row[-tail - 1]).numpy(), floc=0)[0]
         assert found == pytest.approx((fitted * tail + 5.0) / (tail + 10.0), abs=0.03)
 
@@ -294,7 +298,7 @@ def test_pareto_k_follows_the_fit_written_out():
     """Zhang & Stephens in plain Python on small samples, batch and scale apart."""
     log_weight = pareto_weights(0.6, 4, 60)
     log_weight[3, 5] = -INF
-    for row, found in zip(log_weight.tolist(), weights.pareto_k(log_weight + 700.0).tolist(), strict=True):
+    for row, found in zip(log_weight.tolist(), diagnostics.pareto_k(log_weight + 700.0).tolist(), strict=True):
         ordered = sorted(math.exp(v) for v in row)
         excess = [v - ordered[-13] for v in ordered[-12:]]  # the tail is 60 / 5
         points, quartile = 33, excess[2]
@@ -310,17 +314,17 @@ def test_pareto_k_follows_the_fit_written_out():
 def test_pareto_k_tells_good_importance_weights_from_bad():
     """N(0, 1) weighted to a shift of .5 (k = 0) and to ten times the variance (k = .9), approached from below."""
     x = Key(11).normal((20, 2000))
-    assert float(weights.pareto_k(0.5 * x).median()) < 0.2
-    assert float(weights.pareto_k(0.45 * x.square()).median()) > 0.65
+    assert float(diagnostics.pareto_k(0.5 * x).median()) < 0.2
+    assert float(diagnostics.pareto_k(0.45 * x.square()).median()) > 0.65
 
 
 def test_pareto_k_is_nan_where_there_is_no_tail():
-    assert weights.pareto_k(torch.zeros(2, 100)).isnan().all()
-    assert weights.pareto_k(2.0 * Key(12).normal((3, 20))).isnan().all()
-    assert bool(weights.pareto_k(2.0 * Key(12).normal((3, 21))).isfinite().all())
+    assert diagnostics.pareto_k(torch.zeros(2, 100)).isnan().all()
+    assert diagnostics.pareto_k(2.0 * Key(12).normal((3, 20))).isnan().all()
+    assert bool(diagnostics.pareto_k(2.0 * Key(12).normal((3, 21))).isfinite().all())
 
 
 def test_large_weights_are_normalised_to_the_last_digits():
     log_weight = 1e12 * torch.tensor([[1.0, 1.0 - 1e-12, 0.5]], dtype=torch.float64)
-    total = weights.normalise(log_weight).exp().sum()
+    total = log_weights.normalise(log_weight).exp().sum()
     assert abs(float(total) - 1.0) < 1e-15

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import steer
 from steer import rewards, search
-from steer.objective import open_run
+from steer.core.objective import open_run
 from steer.search import values
 
 STEPS = 25

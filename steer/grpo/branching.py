@@ -8,11 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..core.objective import conditioned
+from ..core.trajectory import Trajectory
 from ..errors import SteerError
 from ..key import Key, as_key
-from ..objective import conditioned
 from ..processes.gaussian import GaussianProcess
-from ..trajectory import Trajectory
 from ..types import ReverseProcess
 from .batch import RolloutBatch
 from .kernels import Siblings, need_gaussian, ode_of, stored_as

@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 import torch
 
+from ..core.objective import conditioned
+from ..core.trajectory import Trajectory
 from ..cost import check_counts
 from ..key import Key, as_key
-from ..objective import conditioned
 from ..processes.gaussian import GaussianProcess
-from ..trajectory import Trajectory
 from ..types import ReverseProcess
 from .batch import RolloutBatch
 from .kernels import Mixed, need_gaussian, ode_of, stored_as

@@ -7,9 +7,9 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
+from ..core.objective import conditioned
 from ..errors import SteerError
 from ..key import Key, as_key
-from ..objective import conditioned
 from ..processes.gaussian import GaussianProcess
 from ..types import ReverseProcess
 from .batch import RolloutBatch

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from ..core.objective import check_finite, open_run
+from ..core.trajectory import Ancestors, Trajectory, gather
 from ..cost import Cost, Meter
 from ..errors import RewardError, SteerError
 from ..key import Key
-from ..objective import check_finite, open_run
 from ..processes.gaussian import GaussianProcess
-from ..trajectory import Ancestors, Trajectory, gather
 from .batch import RolloutBatch
 from .kernels import describe
 

@@ -21,12 +21,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..core.log_weights import log_potential
+from ..core.objective import conditioned
+from ..core.trajectory import gather
 from ..errors import SteerError
 from ..key import Key
-from ..objective import conditioned, log_potential
 from ..processes.gaussian import GaussianProcess
 from ..result import Result
-from ..trajectory import gather
 from .batch import RolloutBatch
 from .kernels import Windowed, stored_as
 from .record import Walked, ancestors, metered, record, scores, walked

@@ -32,10 +32,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..core.objective import Objective, open_run
 from ..cost import Meter
 from ..errors import NotDifferentiableError, ShapeError, StateSpaceError, SteerError
 from ..key import Key
-from ..objective import Objective, open_run
 from ..processes.gaussian import GaussianProcess
 from ..processes.parameterization import score as score_of
 from ..types import Level, Reward

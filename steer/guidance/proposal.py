@@ -8,11 +8,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from ..core.objective import Objective
+from ..core.trajectory import Trajectory
 from ..errors import SteerError
 from ..key import Key, as_key
-from ..objective import Objective
 from ..processes.gaussian import GaussianProcess
-from ..trajectory import Trajectory
 from ..types import GaussianTransition
 from .hooks import Hooks, Log, coefficient, look, norms, per_particle
 

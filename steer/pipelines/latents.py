@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..core.objective import Objective
+from ..core.start import Start
+from ..core.trajectory import Trajectory
 from ..errors import ShapeError
 from ..key import Key
-from ..objective import Objective
-from ..smc import Start
-from ..trajectory import Trajectory
 from ..types import ReverseProcess
 from .opening import PipelineDenoiser
 

@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .errors import ShapeError
-from .key import Key
+from ..errors import ShapeError
+from ..key import Key
 
 Resampler = Callable[[Tensor, Key, int], Tensor]
 """(log_weight (B, N), key, count) -> ancestors (B, count), int64."""

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cost import Meter, check_counts
-from .errors import NonFiniteError, NotDifferentiableError, RewardError, ShapeError, SteerError
-from .key import Key
-from .types import ReverseProcess, RewardSpec
+from ..cost import Meter, check_counts
+from ..errors import NonFiniteError, NotDifferentiableError, RewardError, ShapeError, SteerError
+from ..key import Key
+from ..types import ReverseProcess, RewardSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,13 +153,6 @@ def check_finite(scores: Tensor, where: str, *, first: int = 0) -> None:
             f"the reward gave {scores[problem, particle].item()} for problem {problem}, particle {first + particle} "
             f"{where} ({int(bad.sum())} of {scores.numel()} scores); rewards must be finite, or -inf to forbid a sample"
         )
-
-
-def log_potential(scores: Tensor, temperature: float) -> Tensor:
-    """scores / temperature; 0 for every sample that is not forbidden where the temperature is infinite."""
-    if temperature == float("inf"):
-        return torch.where(scores == -torch.inf, scores, 0.0 * scores)
-    return scores / temperature
 
 
 def check_temperature(temperature: float) -> float:

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .errors import ShapeError, SteerError
-from .key import Key
-from .types import ReverseProcess, Transition
-from .weights import ess
+from ..errors import ShapeError, SteerError
+from ..key import Key
+from ..types import ReverseProcess, Transition
+from .log_weights import ess
 
 
 class Ancestors(NamedTuple):
@@ -262,3 +262,11 @@ def _range(count: int, step: int, device: torch.device) -> Tensor:
 
 def _rows(tensor: Tensor, rows: Tensor, index: Tensor) -> Tensor:
     return tensor.flatten(0, 1).index_select(0, rows).view(*index.shape, *tensor.shape[2:])
+
+
+class Seen(NamedTuple):
+    """What a sampler saw at level k: the ESS of accumulated weights (B,) and the scores (B, N) it weighted by."""
+
+    k: int
+    ess: Tensor
+    score: Tensor

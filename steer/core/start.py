@@ -1,0 +1,91 @@
+"""Where particles begin: the prior, a start that spends network rows, or a trajectory to resume."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Protocol, runtime_checkable
+
+from ..cost import affordable
+from ..errors import BudgetError, ShapeError, SteerError
+from ..key import Key
+from ..processes.gaussian import check_batch
+from ..selection import Resample
+from ..types import ReverseProcess
+from .objective import Objective
+from .trajectory import Trajectory
+
+Start = Callable[[ReverseProcess, Objective, Key, int, int], Trajectory]
+"""(process, objective, key, batch, particles) -> Trajectory. Weights it sets are kept, and what it has spent.
+
+A start whose particles are already tilted by exp(v) says so in `memory["spent"] = v`: the potentials on the way
+multiply in what is missing, and no reward is counted twice. Where the normaliser of its law is not known it sets
+log_evidence to NaN, and the run's evidence is NaN.
+"""
+
+
+@runtime_checkable
+class PreparedStart(Protocol):
+    """A start that spends network rows, or that takes its temperature from the run unless it has its own."""
+
+    def __call__(
+        self, process: ReverseProcess, objective: Objective, key: Key, batch: int, particles: int, /
+    ) -> Trajectory: ...
+
+    def prepare(self, process: ReverseProcess, temperature: float) -> tuple[Start, int]:
+        """The start at the run's temperature, and the network rows per problem that it will spend."""
+        ...
+
+
+def prior(process: ReverseProcess, objective: Objective, key: Key, batch: int, particles: int) -> Trajectory:
+    """The start every chain has by default: draws of the process's prior."""
+    del objective
+    return Trajectory.begin(process, process.prior(key.fold("prior"), batch, particles))
+
+
+def prepared(
+    start: Start,
+    process: ReverseProcess,
+    temperature: float,
+    *,
+    particles: int | None,
+    budget: int | None,
+    selection: Resample | None = None,
+) -> tuple[Start, int]:
+    """A start ready for a run at that temperature, and how many whole chains it leaves the budget for."""
+    start, before = start.prepare(process, temperature) if isinstance(start, PreparedStart) else (start, 0)
+    rows: int | Callable[[int], int] = process.steps * process.rows
+    if selection is not None and selection.moves is not None:
+        rows = partial(selection.moves.rows, process)
+    return start, affordable(rows, particles=particles, budget=budget, before=before)
+
+
+def resumed(
+    state: Trajectory, process: ReverseProcess, particles: int | None, batch: int, budget: int | None, rows: int = 1
+) -> Trajectory:
+    """A trajectory to go on from, checked. rows: of the network, per row of a prediction that is still to come."""
+    if tuple(state.x.shape[2:]) != tuple(process.event) or not 0 <= state.k <= process.steps:
+        raise ShapeError(
+            f"a trajectory to go on from must have event {tuple(process.event)} and a level in [0, {process.steps}], "
+            f"got event {tuple(state.x.shape[2:])} at level {state.k}"
+        )
+    if "closed" in state.memory:
+        raise SteerError(
+            "a trajectory to go on from is one that a run was at, and this one is a run's end: its weights hold the "
+            "final reward, and where it was stopped its states are predictions; keep the state that on_step is given"
+        )
+    problems, count = state.x.shape[:2]
+    check_batch(process.problems, problems)
+    if particles not in (None, count) or batch not in (1, problems):
+        raise SteerError(
+            f"a trajectory to go on from has its own numbers, {problems} problem(s) of {count} particle(s); got "
+            f"batch={batch}, particles={particles}; leave them out"
+        )
+    price = count * (process.steps - state.k) * process.rows * rows
+    if budget is not None and price > budget:
+        raise BudgetError(
+            f"going on from level {state.k} takes {price} network rows per problem, more than a budget of {budget}; "
+            f"raise it to {price}, or select fewer particles (Trajectory.select)"
+        )
+    return replace(state, process=process)
