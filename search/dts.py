@@ -30,8 +30,8 @@ from steer.core.resampling import systematic
 from steer.core.start import Start, prior
 from steer.errors import SteerError
 from steer.key import Key, as_key
+from steer.particles.proposals import Proposal, bootstrap
 from steer.result import Result
-from steer.smc import Proposal, bootstrap
 from steer.types import OnStep, ReverseProcess, Reward
 
 from .descent import Descent

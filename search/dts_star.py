@@ -14,8 +14,8 @@ from steer.core.objective import check_temperature, conditioned, open_run
 from steer.core.start import Start, prior
 from steer.cost import check_counts
 from steer.key import Key, as_key
+from steer.particles.proposals import bootstrap
 from steer.result import Result
-from steer.smc import bootstrap
 from steer.types import OnStep, ReverseProcess, Reward
 
 from .descent import Descent

@@ -20,9 +20,9 @@ from steer.core.trajectory import Seen, Stepped, Trajectory
 from steer.cost import Meter, affordable, check_counts
 from steer.errors import BudgetError, CollapsedWeightsError, SteerError
 from steer.key import Key
+from steer.particles.proposals import Proposal, evaluated
 from steer.processes.gaussian import priced
 from steer.result import Result
-from steer.smc import Proposal, evaluated
 from steer.types import GaussianTransition, OnStep, ReverseProcess, Stop
 
 from .layer import Slots, each_problem

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from . import grpo, guidance, models
-from .birth_death import BirthDeath, birth_death
 from .composite import Composite, compose
 from .core.resampling import killing, multinomial, residual, ssp, stratified, systematic
 from .core.start import prior
@@ -50,7 +49,6 @@ from .guidance import (
 from .hub import from_hub
 from .key import Key
 from .look_ahead import LookAhead, at_state, flow_map, ode_steps, x0_hat
-from .mcmc import mala, pcnl, ula
 from .minority import (
     NewToken,
     agreed_rarity,
@@ -64,9 +62,15 @@ from .minority import (
     self_guided,
 )
 from .models.embedded import load
-from .moves import path_moves
+from .particles.birth_death import BirthDeath, birth_death
+from .particles.langevin import mala, pcnl, ula
+from .particles.path_mcmc import path_moves
+from .particles.potentials import difference, final_only, maximum, total
+from .particles.proposals import bootstrap, guided, twisted
+from .particles.selection import resample
+from .particles.tempering import adaptive_tempering, geometric_tempering
+from .particles.top_k import top_k_of_n
 from .pipelines import from_latents, from_pipeline, own_solver, verify
-from .potentials import adaptive_tempering, difference, final_only, geometric_tempering, maximum, total
 from .preflight import Preflight, preflight
 from .processes.edm import from_edm, karras_sigmas
 from .processes.gaussian import GaussianProcess, convert, from_denoiser, from_eps, from_score, from_v, from_velocity
@@ -78,10 +82,8 @@ from .psi import psi
 from .result import Result
 from .rollout import importance_sampling, rollout
 from .sample import compare, methods, sample
-from .selection import resample
-from .smc import bootstrap, guided, smc
-from .tds import tds, twisted
-from .top_k import top_k_of_n
+from .smc import smc
+from .tds import tds
 from .transports import Transport, base_transport, ecg, flow_transport, half_transport, score_transport, vcg
 from .types import Coeffs, Denoiser, Level, QuadraticForm, ReverseProcess, Reward, Rule, Schedule, Stop, Transition
 from .version import __version__

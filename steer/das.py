@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 from .core.resampling import ssp
 from .core.start import Start, prior
-from .core.trajectory import Trajectory
 from .key import Key
-from .potentials import GeometricTempering, difference, geometric_tempering
+from .particles.potentials import difference
+from .particles.proposals import Ahead
+from .particles.selection import Resample, resample
+from .particles.tempering import geometric_tempering
 from .result import Result
-from .selection import Resample, resample
 from .smc import smc
-from .types import GaussianTransition, OnStep, ReverseProcess, Reward
-
-
-@dataclass(frozen=True)
-class Ahead:
-    """Proposes like `guided`, but with the value tempered as it will be at the next level, where the step is judged."""
-
-    tempering: GeometricTempering
-    scale: float = 1.0
-
-    def __call__(self, state: Trajectory, model: GaussianTransition) -> GaussianTransition:
-        strength = self.scale * self.tempering.at(state.k + 1) * model.std**2
-        return model.shift(state.carried["gradient"] * strength)
+from .types import OnStep, ReverseProcess, Reward
 
 
 def das(

@@ -8,7 +8,6 @@ from typing import Literal
 
 from torch import Tensor
 
-from .birth_death import BirthDeath
 from .composite import Composite, Exponents, compose
 from .core.objective import conditioned
 from .core.start import PreparedStart, Start, prior
@@ -17,10 +16,11 @@ from .cost import affordable
 from .errors import SteerError
 from .key import Key, as_key
 from .look_ahead import LookAhead, x0_hat
-from .potentials import Tempering
+from .particles.birth_death import BirthDeath
+from .particles.selection import Resample, resample
+from .particles.tempering import Tempering
 from .processes.gaussian import GaussianProcess
 from .result import Result
-from .selection import Resample, resample
 from .transports import ecg, vcg
 from .types import OnStep, Reward
 from .weighted_loop import check_choices, rows_per_particle, weighted_loop

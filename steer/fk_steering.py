@@ -7,9 +7,9 @@ from collections.abc import Callable, Collection
 from .core.resampling import Resampler, systematic
 from .core.start import Start, prior
 from .key import Key
-from .potentials import Weight, difference
+from .particles.potentials import Weight, difference
+from .particles.selection import resample
 from .result import Result
-from .selection import resample
 from .smc import smc
 from .types import OnStep, ReverseProcess, Reward
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .birth_death import BirthDeath
 from .composite import Composite, Exponents, compose
 from .core.start import Start, prior
 from .core.trajectory import Trajectory
 from .key import Key
 from .look_ahead import LookAhead, x0_hat
-from .potentials import Tempering
+from .particles.birth_death import BirthDeath
+from .particles.selection import Resample, resample
+from .particles.tempering import Tempering
 from .processes.gaussian import GaussianProcess
 from .result import Result
-from .selection import Resample, resample
 from .transports import Transport, flow_transport, score_transport
 from .types import OnStep, Reward
 from .weighted_loop import check_choices, weighted_loop

@@ -21,12 +21,13 @@ from .core.trajectory import Trajectory
 from .cost import Cost, affordable, check_counts
 from .errors import ShapeError, StateSpaceError
 from .key import Key, as_key
-from .potentials import Weight
+from .particles.potentials import Weight
+from .particles.proposals import Proposal, bootstrap
+from .particles.selection import resample
 from .processes.gaussian import GaussianProcess
 from .processes.transitions import Redrawn
 from .result import Result
-from .selection import resample
-from .smc import Proposal, bootstrap, smc
+from .smc import smc
 from .types import GaussianTransition, Level, OnStep, ReverseProcess, Reward, Rule
 
 

@@ -7,11 +7,12 @@ from dataclasses import replace
 from .cost import check_counts
 from .errors import BudgetError, SteerError
 from .key import Key
-from .mcmc import Langevin, pcnl
-from .potentials import Weight
+from .particles.langevin import Langevin, pcnl
+from .particles.potentials import Weight
+from .particles.proposals import Proposal, guided
+from .particles.selection import Resample
 from .result import Result
-from .selection import Resample
-from .smc import Proposal, guided, smc
+from .smc import smc
 from .types import OnStep, ReverseProcess, Reward
 
 

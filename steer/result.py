@@ -17,7 +17,7 @@ from .core.trajectory import Seen, Trajectory, gather
 from .cost import Cost, check_counts
 from .errors import StateSpaceError
 from .key import Key, as_key
-from .moves import ACCEPTANCE
+from .particles.path_mcmc import ACCEPTANCE
 from .types import ReverseProcess
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from .core.start import Start, prepared, prior
 from .core.trajectory import Seen
 from .errors import SteerError
 from .key import Key, as_key
-from .potentials import final_only
+from .particles.potentials import final_only
+from .particles.selection import check, resample
 from .result import Result
-from .selection import check, resample
 from .smc import smc
 from .types import OnStep, ReverseProcess, Reward
 

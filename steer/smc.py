@@ -6,7 +6,7 @@ A run is a choice of four parts that compose: a start, a proposal, a weight and 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol, cast, runtime_checkable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -15,74 +15,14 @@ from .core.log_weights import log_potential
 from .core.objective import Objective, check_finite, check_temperature, conditioned, open_run
 from .core.start import Start, prepared, prior, resumed
 from .core.trajectory import Ancestors, Seen, Trajectory
-from .errors import NotStochasticError, StateSpaceError, SteerError
+from .errors import NotStochasticError, SteerError
 from .key import Key, as_key
-from .moves import forget
-from .potentials import Weight, difference
+from .particles.path_mcmc import forget
+from .particles.potentials import Weight, difference
+from .particles.proposals import Proposal, bootstrap, evaluated
+from .particles.selection import Resample, check, resample, select
 from .result import Result
-from .selection import Resample, check, resample, select
 from .types import GaussianTransition, OnStep, ReverseProcess, Reward, Stop
-
-
-class Proposal(Protocol):
-    """What particles move by: a law for the next state from the state and the model's own transition."""
-
-    @property
-    def scale(self) -> float:
-        """Strength of the guidance; where it is not 0 the state carries the gradient of r(x0_hat) / temperature."""
-        ...
-
-    def __call__(self, state: Trajectory, model: GaussianTransition) -> GaussianTransition: ...
-
-
-@runtime_checkable
-class LookingProposal(Proposal, Protocol):
-    """A proposal that evaluates the network itself, where it needs more than the gradient of the reward."""
-
-    def look(self, state: Trajectory, objective: Objective, weighted: bool, /) -> tuple[Trajectory, Tensor | None]:
-        """The state carrying its prediction "x0" and what the proposal needs, and scores where it is weighted."""
-        ...
-
-
-@dataclass(frozen=True)
-class Bootstrap:
-    """Proposes from the model's own transition: no gradients."""
-
-    scale: float = 0.0
-
-    def __call__(self, state: Trajectory, model: GaussianTransition) -> GaussianTransition:
-        return model
-
-
-@dataclass(frozen=True)
-class Guided:
-    """Proposes from the transition shifted by scale * std^2 * gradient of the (tempered) value r(x0_hat(x)) / T.
-
-    The shift of TDS (Wu et al. 2023) and DAS (Kim et al. 2025) in transition form. Weights correct for it, so it
-    changes the variance and not the law.
-    """
-
-    scale: float = 1.0
-
-    def __call__(self, state: Trajectory, model: GaussianTransition) -> GaussianTransition:
-        return model.shift(pull(state) * (self.scale * model.std**2))
-
-
-def pull(state: Trajectory) -> Tensor:
-    """Gradient (B, N, *event) of the tempered value at a state that carries one."""
-    gradient = state.carried["gradient"]
-    if "exponent" not in state.memory:
-        return gradient
-    exponent = state.memory["exponent"].to(gradient.dtype)
-    return gradient * exponent.view(*exponent.shape, *(1 for _ in gradient.shape[2:]))
-
-
-bootstrap = Bootstrap()
-
-
-def guided(scale: float = 1.0) -> Guided:
-    """A proposal that follows the gradient of the reward; needs a differentiable reward and network."""
-    return Guided(scale)
 
 
 def smc(
@@ -244,26 +184,6 @@ class _Loop:
             scores = cast(Tensor, seen)
         check_finite(scores, f"of paths moved to level {state.k}")
         return state, self.weight.tempered(state, log_potential(scores, self.temperature))
-
-
-def evaluated(
-    state: Trajectory, objective: Objective, temperature: float, proposal: Proposal, weighted: bool
-) -> tuple[Trajectory, Tensor | None]:
-    """The state carrying its prediction (and gradient, where it is needed), and its scores where it is weighted."""
-    process, k = state.process, state.k
-    if proposal.scale and process.stochastic(k):
-        if not hasattr(process, "levels"):
-            raise StateSpaceError(
-                f"a proposal that follows a gradient needs states on a Gaussian path, got {type(process).__name__}; "
-                "use proposal=steer.bootstrap"
-            )
-        if isinstance(proposal, LookingProposal):
-            return proposal.look(state, objective, weighted)
-        x0, scores, gradient = objective.value_and_grad(state.x, k, 1.0 / temperature)
-        return state.carry(x0=x0, gradient=gradient), scores if weighted else None
-    with torch.no_grad():
-        x0 = process.denoise(state.x, k)
-        return state.carry(x0=x0), objective(process.complete(state.x, x0)) if weighted else None
 
 
 def _check_stochastic(state: Trajectory, selection: Resample) -> None:

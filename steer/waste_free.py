@@ -7,10 +7,11 @@ from collections.abc import Collection
 from .core.resampling import Resampler, systematic
 from .core.start import Start, prior
 from .key import Key
-from .moves import path_moves
+from .particles.path_mcmc import path_moves
+from .particles.proposals import Proposal, bootstrap
+from .particles.selection import resample
 from .result import Result
-from .selection import resample
-from .smc import Proposal, bootstrap, smc
+from .smc import smc
 from .types import OnStep, ReverseProcess, Reward
 
 

@@ -9,7 +9,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .birth_death import BirthDeath
 from .composite import Composite
 from .core.log_weights import log_potential
 from .core.objective import Objective, check_temperature, conditioned, open_run
@@ -20,9 +19,11 @@ from .derivatives import Differentiator
 from .errors import ModelError, NotStochasticError, SteerError
 from .key import Key, as_key
 from .look_ahead import LookAhead
-from .potentials import Tempering, difference
+from .particles.birth_death import BirthDeath
+from .particles.potentials import difference
+from .particles.selection import Resample, check, select
+from .particles.tempering import Tempering
 from .result import Result
-from .selection import Resample, check, select
 from .transports import Transport
 from .types import OnStep, Reward, Stop
 from .weighted_sde import Engine, FeynmanKac, KernelRatio, Noise

@@ -37,7 +37,7 @@ from .composite import Composite
 from .core.trajectory import Trajectory
 from .derivatives import Differentiator, Needs, Point
 from .key import Key
-from .potentials import Weight
+from .particles.potentials import Weight
 from .processes.transitions import Normal
 from .span import Span, span
 from .transports import REWARD, Fields, Transport

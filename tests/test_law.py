@@ -15,10 +15,10 @@ import torch
 from exact import LIMIT, PATHS, Linear, Quadratic, exact_chain, mixture_2d, mixture_16d, worst, z_scores
 
 import steer
-from steer import potentials
 from steer.core import trajectory
-from steer.selection import Resample
-from steer.smc import Guided
+from steer.particles import potentials
+from steer.particles.proposals import Guided
+from steer.particles.selection import Resample
 
 smc_module = importlib.import_module("steer.smc")  # `steer.smc` is the function
 

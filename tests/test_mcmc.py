@@ -9,12 +9,12 @@ import torch
 from exact import LIMIT, Linear, Quadratic, z
 
 import steer
-from steer import mcmc
 from steer.core.diagnostics import split_rhat
 from steer.core.objective import open_run
 from steer.key import Key
-from steer.mcmc import crank_nicolson, euler, log_acceptance
-from steer.tilted import Tilt, Tilted, prior_moments
+from steer.particles import langevin
+from steer.particles.langevin import crank_nicolson, euler, log_acceptance
+from steer.particles.tilted_prior import Tilt, Tilted, prior_moments
 
 MOVES = {"pcnl": crank_nicolson, "mala": euler}
 
@@ -318,7 +318,7 @@ def test_ledger_counts_every_chain_and_the_users_predictor():
 def test_bf16_states_run_their_chains_in_float32(monkeypatch):
     process = flat_process(40, torch.bfloat16)
     seen, decided = set(), set()
-    ratio = mcmc.log_acceptance
+    ratio = langevin.log_acceptance
 
     def log_acceptance(move, here, there):
         decided.update((here.x.dtype, there.x.dtype))

@@ -12,7 +12,7 @@ import torch
 from exact import LIMIT, PATHS, Linear, Quadratic, exact_chain, mixture_2d, times, worst, z_scores
 
 import steer
-from steer.moves import PathMoves
+from steer.particles.path_mcmc import PathMoves
 
 STEPS = 8
 REWARDS = {"linear": Linear([0.9, -0.6]), "quadratic": Quadratic([0.8, 0.6], 0.8)}

@@ -235,7 +235,7 @@ def test_das_tempers_and_looks_one_level_ahead():
     gamma = math.expm1(math.log(2.0) / (0.87 * 8))
     assert gamma == pytest.approx(0.1, abs=0.01)  # the paper's choice for 8 steps
 
-    from steer.das import Ahead
+    from steer.particles.proposals import Ahead
 
     x = Key(1).normal((1, 4, 1))
     state = trajectory.Trajectory.begin(process, x, k=50).carry(x0=x, gradient=torch.ones_like(x))

@@ -14,8 +14,8 @@ import torch
 from exact import LIMIT, PATHS, Linear, Quadratic, exact_chain, worst, z_scores
 
 import steer
-from steer import mcmc
 from steer.models import GaussianMixture
+from steer.particles import langevin
 
 MEAN, SD = torch.tensor([0.5, -0.3], dtype=torch.float64), 0.9
 DATA = GaussianMixture(MEAN[None], torch.tensor([SD**2]))
@@ -45,14 +45,14 @@ def chains(predict, reward, temperature):
 
 def known(monkeypatch, log_normaliser, spoil=lambda state: state):
     """From here on MCMC starts carry the log-normaliser of the law they sample; `spoil` makes a mutant of them."""
-    run = mcmc.Langevin.__call__
+    run = langevin.Langevin.__call__
 
     def start(self, *args):
         state = run(self, *args)
         assert state.log_evidence.isnan().all()
         return spoil(dataclasses.replace(state, log_evidence=torch.full_like(state.log_evidence, log_normaliser)))
 
-    monkeypatch.setattr(mcmc.Langevin, "__call__", start)
+    monkeypatch.setattr(langevin.Langevin, "__call__", start)
 
 
 def score(

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from steer import Key
-from steer.mcmc import Move, crank_nicolson, euler, log_acceptance
-from steer.tilted import Tilted
+from steer.particles.langevin import Move, crank_nicolson, euler, log_acceptance
+from steer.particles.tilted_prior import Tilted
 
 COLUMNS = [("pcnl", crank_nicolson, step) for step in (0.05, 0.5, 2.0)] + [
     ("mala", euler, step) for step in (0.05, 0.5)

@@ -10,8 +10,8 @@ from typing import Protocol, runtime_checkable
 from ..cost import affordable
 from ..errors import BudgetError, ShapeError, SteerError
 from ..key import Key
+from ..particles.selection import Resample
 from ..processes.gaussian import check_batch
-from ..selection import Resample
 from ..types import ReverseProcess
 from .objective import Objective
 from .trajectory import Trajectory

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .core.resampling import multinomial
-from .core.trajectory import Trajectory
-from .key import Key
+from ..core.resampling import multinomial
+from ..core.trajectory import Trajectory
+from ..key import Key
 
 
 @dataclass(frozen=True)

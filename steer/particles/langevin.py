@@ -25,14 +25,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .core.diagnostics import split_rhat
-from .core.objective import Objective, check_finite
-from .core.start import Start
-from .core.trajectory import Trajectory
-from .errors import NonFiniteError, SteerError
-from .key import Key
-from .tilted import Predictor, Tilt, Tilted, given, norm, predicting, prior_moments, spread
-from .types import ReverseProcess
+from ..core.diagnostics import split_rhat
+from ..core.objective import Objective, check_finite
+from ..core.start import Start
+from ..core.trajectory import Trajectory
+from ..errors import NonFiniteError, SteerError
+from ..key import Key
+from ..types import ReverseProcess
+from .tilted_prior import Predictor, Tilt, Tilted, given, norm, predicting, prior_moments, spread
 
 
 class Move(NamedTuple):

@@ -20,15 +20,15 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from .core.resampling import Resampler
-from .core.trajectory import Ancestors, Trajectory
-from .cost import Meter
-from .errors import StateSpaceError, SteerError
-from .key import Key
-from .processes.gaussian import GaussianProcess
-from .processes.transitions import Normal
-from .tilted import spread
-from .types import ReverseProcess, Transition
+from ..core.resampling import Resampler
+from ..core.trajectory import Ancestors, Trajectory
+from ..cost import Meter
+from ..errors import StateSpaceError, SteerError
+from ..key import Key
+from ..processes.gaussian import GaussianProcess
+from ..processes.transitions import Normal
+from ..types import ReverseProcess, Transition
+from .tilted_prior import spread
 
 Judge = Callable[[Trajectory], tuple[Trajectory, Tensor]]
 """A state at its level -> (it, carrying what its next step needs; its log-potential S (B, M), -inf where forbidden)."""

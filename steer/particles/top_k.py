@@ -6,14 +6,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .core.log_weights import log_potential
-from .core.objective import Objective, check_finite
-from .core.start import Start
-from .core.trajectory import Trajectory, gather
-from .errors import SteerError
-from .key import Key
-from .tilted import Predictor, given, predicting
-from .types import ReverseProcess
+from ..core.log_weights import log_potential
+from ..core.objective import Objective, check_finite
+from ..core.start import Start
+from ..core.trajectory import Trajectory, gather
+from ..errors import SteerError
+from ..key import Key
+from ..types import ReverseProcess
+from .tilted_prior import Predictor, given, predicting
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .core import log_weights
-from .core.objective import check_finite
-from .core.resampling import Resampler, systematic
-from .core.trajectory import Seen, Trajectory
-from .errors import CollapsedWeightsError, NonFiniteError, SteerError
-from .key import Key
-from .moves import PathMoves
+from ..core import log_weights
+from ..core.objective import check_finite
+from ..core.resampling import Resampler, systematic
+from ..core.trajectory import Seen, Trajectory
+from ..errors import CollapsedWeightsError, NonFiniteError, SteerError
+from ..key import Key
+from .path_mcmc import PathMoves
 
 
 @dataclass(frozen=True)

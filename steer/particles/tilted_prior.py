@@ -9,10 +9,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from .core.log_weights import log_potential
-from .core.objective import Objective, check_temperature
-from .errors import NotDifferentiableError, ShapeError, StateSpaceError, SteerError
-from .types import ReverseProcess
+from ..core.log_weights import log_potential
+from ..core.objective import Objective, check_temperature
+from ..errors import NotDifferentiableError, ShapeError, StateSpaceError, SteerError
+from ..types import ReverseProcess
 
 Predictor = Callable[[Tensor], Tensor]
 """States x (B, N, *event) of level 0, in the process's dtype, to clean samples x0 of that shape. Differentiable."""

@@ -1,0 +1,67 @@
+"""Tempering: the share of the reward that counts at each level, fixed beforehand or found by bisection."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..core import log_weights
+from ..core.trajectory import Trajectory
+from ..errors import SteerError
+
+Tempering = Callable[[Trajectory, Tensor], Tensor]
+"""(state, value (B, N)) -> exponent (B,) in [0, 1] that multiplies the value at this level."""
+
+
+@dataclass(frozen=True)
+class GeometricTempering:
+    """Exponent min(lowest + (1 + gamma)^k - 1, 1) at level k. Built by `geometric_tempering`."""
+
+    gamma: float
+    lowest: float = 0.0
+
+    def at(self, k: int) -> float:
+        """The exponent at level k."""
+        # expm1 and log1p: (1 + gamma)^k - 1 for small gamma, without overflow for large k
+        return min(self.lowest + math.expm1(min(k * math.log1p(self.gamma), 1.0)), 1.0)
+
+    def __call__(self, state: Trajectory, value: Tensor) -> Tensor:
+        return torch.full_like(value[:, 0], self.at(state.k))
+
+
+def geometric_tempering(gamma: float = 0.008, *, lowest: float = 0.0) -> GeometricTempering:
+    """Exponent min(lowest + (1 + gamma)^k - 1, 1) at level k (DAS, Kim et al. 2025, gamma = .008 at 100 steps).
+
+    lowest: exponent to begin from, in [0, 1]. After a start at temperature T_m give it temperature / T_m, or the first
+    weights undo what the start has paid for (the law is the same, at a higher variance).
+    """
+    if not gamma > 0.0:
+        raise SteerError(f"gamma must be positive, got {gamma}")
+    return GeometricTempering(gamma, _share("lowest", lowest))
+
+
+def adaptive_tempering(share: float = 0.5, *, lowest: float = 0.0) -> Tempering:
+    """The largest exponent, never falling, that keeps the ESS at or above share * N. For `difference` potentials.
+
+    lowest: exponent to begin from, as in `geometric_tempering`.
+    """
+    lowest = _share("lowest", lowest)
+
+    def exponent(state: Trajectory, value: Tensor) -> Tensor:
+        begin = torch.full_like(value[:, 0], lowest)
+        begin = state.memory["exponent"][:, 0] if "exponent" in state.memory else begin
+        forbidden = value == -torch.inf  # predictions that leave their weights as they are, see `Weight.apply`
+        value, spent = value.masked_fill(forbidden, 0.0), state.memory["spent"].masked_fill(forbidden, 0.0)
+        return log_weights.temper(state.log_weight + begin[:, None] * value - spent, value, begin, share=share)
+
+    return exponent
+
+
+def _share(name: str, value: float) -> float:
+    if not 0.0 <= value <= 1.0:
+        raise SteerError(f"{name} must be in [0, 1], got {value}")
+    return float(value)
