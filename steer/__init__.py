@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from . import grpo, guidance, models
-from .composite import Composite, compose
 from .core.resampling import killing, multinomial, residual, ssp, stratified, systematic
 from .core.start import prior
 from .core.trajectory import Trajectory
@@ -48,7 +47,6 @@ from .guidance import (
 )
 from .hub import from_hub
 from .key import Key
-from .look_ahead import LookAhead, at_state, flow_map, ode_steps, x0_hat
 from .minority import (
     NewToken,
     agreed_rarity,
@@ -84,11 +82,21 @@ from .rollout import importance_sampling, rollout
 from .sample import compare, methods, sample
 from .smc import smc
 from .tds import tds
-from .transports import Transport, base_transport, ecg, flow_transport, half_transport, score_transport, vcg
 from .types import Coeffs, Denoiser, Level, QuadraticForm, ReverseProcess, Reward, Rule, Schedule, Stop, Transition
 from .version import __version__
 from .waste_free import waste_free
-from .weighted_sde import FeynmanKac, KernelRatio
+from .weighted_sde.composite import Composite, compose
+from .weighted_sde.engine import FeynmanKac, KernelRatio
+from .weighted_sde.look_ahead import LookAhead, at_state, flow_map, ode_steps, x0_hat
+from .weighted_sde.transports import (
+    Transport,
+    base_transport,
+    ecg,
+    flow_transport,
+    half_transport,
+    score_transport,
+    vcg,
+)
 
 # In a checkout that is on the path but not installed, the folders of steer.rewards and steer.search stand beside this.
 if not (Path(__file__).parent / "search").exists():

@@ -8,10 +8,10 @@ import torch
 from exact import LIMIT, PATHS, Grid2D, Linear, Quadratic, extrapolated, mixture_2d
 
 import steer
-from steer import transports
 from steer.models import GaussianMixture
-from steer.transports import Fields, _least_energy, _least_variance
-from steer.weighted_sde import Engine
+from steer.weighted_sde import transports
+from steer.weighted_sde.engine import Engine
+from steer.weighted_sde.transports import Fields, _least_energy, _least_variance
 
 MIXTURE = mixture_2d()
 SIZE, GAMMA = 30, 2.0

@@ -7,8 +7,8 @@ import torch
 from exact import LIMIT, Linear, Quadratic, exact_chain, mixture_2d, mixture_16d, worst, z_scores
 
 import steer
-from steer.composite import compose
 from steer.particles.birth_death import BirthDeath, birth_death
+from steer.weighted_sde.composite import compose
 
 MIXTURE = mixture_2d()
 REWARD = Linear([0.7, -0.5])

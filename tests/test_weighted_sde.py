@@ -13,11 +13,11 @@ import torch
 from exact import LIMIT, PATHS, Grid2D, Quadratic, extrapolated, mixture_2d
 
 import steer
-from steer.composite import compose
-from steer.derivatives import Differentiator
 from steer.models import GaussianMixture
-from steer.span import span
-from steer.weighted_sde import Engine, Terms
+from steer.weighted_sde.composite import compose
+from steer.weighted_sde.derivatives import Differentiator
+from steer.weighted_sde.engine import Engine, Terms
+from steer.weighted_sde.step_integrals import span
 
 BATCH, PARTICLES, STEPS = 256, 16, 40
 THREE = mixture_2d()
@@ -316,7 +316,7 @@ def test_the_composites_own_transition_is_ancestral_sampling_for_one_model():
 def test_derivatives_agree_with_finite_differences_and_probes_with_the_trace():
     target = compose([process(THREE, "vp", 8), process(TWO, "vp", 8)], exponent=[1.5, -0.3])
     from steer.core.objective import open_run
-    from steer.derivatives import Needs
+    from steer.weighted_sde.derivatives import Needs
 
     metered, objective, _ = open_run(target, REWARD)
     x = target.prior(steer.Key(0), 2, 3)

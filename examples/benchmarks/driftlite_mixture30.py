@@ -26,7 +26,7 @@ from torch import Tensor
 
 import steer
 from steer.models import GaussianMixture
-from steer.weighted_sde import Engine
+from steer.weighted_sde.engine import Engine
 
 SIZE = 30
 WEIGHTS, SDS = (0.4, 0.3, 0.2, 0.1), (1.0, 1.02, 0.98, 1.01)

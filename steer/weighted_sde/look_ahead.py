@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..errors import SteerError
+from ..types import Level
 from .composite import Composite
-from .errors import SteerError
-from .types import Level
 
 Ramp = Callable[[Level], float]
 

@@ -9,24 +9,24 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..core.log_weights import log_potential
+from ..core.objective import Objective, check_temperature, conditioned, open_run
+from ..core.start import PreparedStart, Start, prior, resumed
+from ..core.trajectory import Seen, Trajectory
+from ..cost import Meter, affordable
+from ..errors import ModelError, NotStochasticError, SteerError
+from ..key import Key, as_key
+from ..particles.birth_death import BirthDeath
+from ..particles.potentials import difference
+from ..particles.selection import Resample, check, select
+from ..particles.tempering import Tempering
+from ..result import Result
+from ..types import OnStep, Reward, Stop
 from .composite import Composite
-from .core.log_weights import log_potential
-from .core.objective import Objective, check_temperature, conditioned, open_run
-from .core.start import PreparedStart, Start, prior, resumed
-from .core.trajectory import Seen, Trajectory
-from .cost import Meter, affordable
 from .derivatives import Differentiator
-from .errors import ModelError, NotStochasticError, SteerError
-from .key import Key, as_key
+from .engine import Engine, FeynmanKac, KernelRatio, Noise
 from .look_ahead import LookAhead
-from .particles.birth_death import BirthDeath
-from .particles.potentials import difference
-from .particles.selection import Resample, check, select
-from .particles.tempering import Tempering
-from .result import Result
 from .transports import Transport
-from .types import OnStep, Reward, Stop
-from .weighted_sde import Engine, FeynmanKac, KernelRatio, Noise
 
 
 def weighted_loop(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from .errors import SteerError
-from .types import Level
+from ..errors import SteerError
+from ..types import Level
 
 
 class Span(NamedTuple):

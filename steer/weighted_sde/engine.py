@@ -33,15 +33,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.trajectory import Trajectory
+from ..key import Key
+from ..particles.potentials import Weight
+from ..processes.transitions import Normal
+from ..types import Level
 from .composite import Composite
-from .core.trajectory import Trajectory
 from .derivatives import Differentiator, Needs, Point
-from .key import Key
-from .particles.potentials import Weight
-from .processes.transitions import Normal
-from .span import Span, span
+from .step_integrals import Span, span
 from .transports import REWARD, Fields, Transport
-from .types import Level
 
 
 @dataclass(frozen=True)

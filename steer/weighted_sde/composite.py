@@ -11,14 +11,14 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .cost import Meter
-from .errors import ModelError, StateSpaceError, SteerError
-from .key import Key
-from .models.mixture import GaussianMixture
-from .processes.gaussian import GaussianProcess
-from .processes.transitions import Normal
-from .span import span
-from .types import Level
+from ..cost import Meter
+from ..errors import ModelError, StateSpaceError, SteerError
+from ..key import Key
+from ..models.mixture import GaussianMixture
+from ..processes.gaussian import GaussianProcess
+from ..processes.transitions import Normal
+from ..types import Level
+from .step_integrals import span
 
 Exponents = Callable[[Level], Sequence[float]]
 """Exponent of every component at a level of the path."""

@@ -10,11 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.log_weights import log_potential
+from ..core.objective import Objective
+from ..errors import NotDifferentiableError
+from ..key import Key
 from .composite import Composite
-from .core.log_weights import log_potential
-from .core.objective import Objective
-from .errors import NotDifferentiableError
-from .key import Key
 from .look_ahead import LookAhead
 
 
