@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from steer.core.objective import Objective, conditioned
 from steer.errors import ShapeError, StateSpaceError, SteerError
 from steer.key import Key, as_key
-from steer.rollout import rollout
+from steer.samplers.rollout import rollout
 from steer.types import ReverseProcess, Reward
 
 

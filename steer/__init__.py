@@ -9,8 +9,6 @@ from .core.resampling import killing, multinomial, residual, ssp, stratified, sy
 from .core.start import prior
 from .core.trajectory import Trajectory
 from .cost import Cost
-from .das import das
-from .driftlite import driftlite
 from .errors import (
     BudgetError,
     CollapsedWeightsError,
@@ -23,9 +21,6 @@ from .errors import (
     StateSpaceError,
     SteerError,
 )
-from .fk_steering import fk_steering
-from .fkc import fkc
-from .gibbs import draw_path, particle_gibbs
 from .guidance import (
     GuidedProcess,
     Hooks,
@@ -76,15 +71,21 @@ from .processes.masked import MaskedProcess, from_logits
 from .processes.schedules import VE, VP, Cosine, RectifiedFlow, Tabulated, log_snr_times, sigma_times, uniform_times
 from .processes.transitions import Normal, churn, cps, dance_sde, ddim, euler_maruyama, flow_sde, ode
 from .processes.unmasking import Unmasking, unmask
-from .psi import psi
 from .result import Result
-from .rollout import importance_sampling, rollout
 from .sample import compare, methods, sample
-from .smc import smc
-from .tds import tds
+from .samplers.das import das
+from .samplers.driftlite import driftlite
+from .samplers.fk_steering import fk_steering
+from .samplers.fkc import fkc
+from .samplers.importance_sampling import importance_sampling
+from .samplers.particle_gibbs import draw_path, particle_gibbs
+from .samplers.psi import psi
+from .samplers.rollout import rollout
+from .samplers.smc import smc
+from .samplers.tds import tds
+from .samplers.waste_free import waste_free
 from .types import Coeffs, Denoiser, Level, QuadraticForm, ReverseProcess, Reward, Rule, Schedule, Stop, Transition
 from .version import __version__
-from .waste_free import waste_free
 from .weighted_sde.composite import Composite, compose
 from .weighted_sde.engine import FeynmanKac, KernelRatio
 from .weighted_sde.look_ahead import LookAhead, at_state, flow_map, ode_steps, x0_hat

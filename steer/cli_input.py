@@ -146,7 +146,7 @@ def unsteered_run(
     process: GaussianProcess, reward: Callable[..., Any], count: int, seed: int, watch: Watch
 ) -> Result | None:
     """Unsteered samples from the run's own noise, slot by slot; None where Ctrl-C was pressed."""
-    from .rollout import rollout
+    from .samplers.rollout import rollout
 
     unsteered = rollout(process, reward, particles=count, key=seed, keep_states=False, on_step=watch)
     return None if unsteered.interrupted else unsteered

@@ -11,9 +11,9 @@ import torch
 from exact import LIMIT, Linear, exact_chain, z
 
 import steer
-from steer import gibbs
 from steer.key import Key
 from steer.models import GaussianMixture
+from steer.samplers import particle_gibbs
 
 DATA = GaussianMixture([[0.4]], [0.8])
 REWARD, STEPS, BATCH = Linear([1.6]), 5, 4096
@@ -88,7 +88,7 @@ def test_the_law_is_left_as_it_is(name, particles):
 
 def test_mutant_path_not_pinned_is_rejected(monkeypatch):
     """Free runs of few particles, and a path drawn from each: the bias of SMC."""
-    monkeypatch.setattr(gibbs.PinnedRule, "__call__", lambda self, *step: self.rule(*step))
+    monkeypatch.setattr(particle_gibbs.PinnedRule, "__call__", lambda self, *step: self.rule(*step))
     assert worst(scores(sweep(exact_path(Key(2)), 3, 2, Key(3))[0])) > 10.0
 
 
@@ -150,8 +150,8 @@ def test_the_pinned_path_is_slot_0_and_survives():
     assert torch.equal(result.trajectory.states()[:, 0], path)
     assert torch.equal(result.x[:, 0], path[:, -1])
     assert bool((result.trajectory.root[:, 0] == 0).all())
-    assert not isinstance(result.process.rule, gibbs.PinnedRule)
-    assert not isinstance(result.trajectory.process.rule, gibbs.PinnedRule)
+    assert not isinstance(result.process.rule, particle_gibbs.PinnedRule)
+    assert not isinstance(result.trajectory.process.rule, particle_gibbs.PinnedRule)
 
 
 def test_pinning_serves_rules_that_end_without_noise():

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from steer.key import Key
 from steer.models.letters import ALPHABET, LENGTH, MASK, LettersNet, letters_process, to_text, to_tokens
-from steer.rollout import rollout
+from steer.samplers.rollout import rollout
 
 HERE = Path(__file__).resolve().parent
 ASSETS = HERE.parents[1] / "steer" / "assets" / "letters"

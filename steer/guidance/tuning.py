@@ -11,7 +11,7 @@ from ..errors import NonFiniteError, SteerError
 from ..key import Key, as_key
 from ..processes.gaussian import GaussianProcess
 from ..result import Result
-from ..rollout import rollout
+from ..samplers.rollout import rollout
 from ..types import Reward
 from .hooks import Hooks
 from .process import guide

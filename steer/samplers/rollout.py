@@ -6,17 +6,15 @@ from dataclasses import replace
 
 import torch
 
-from .core.chain import advance
-from .core.objective import check_finite, check_temperature, conditioned, open_run
-from .core.start import Start, prepared, prior
-from .core.trajectory import Seen
-from .errors import SteerError
-from .key import Key, as_key
-from .particles.potentials import final_only
-from .particles.selection import check, resample
-from .result import Result
-from .smc import smc
-from .types import OnStep, ReverseProcess, Reward
+from ..core.chain import advance
+from ..core.objective import check_finite, check_temperature, conditioned, open_run
+from ..core.start import Start, prepared, prior
+from ..core.trajectory import Seen
+from ..errors import SteerError
+from ..key import Key, as_key
+from ..particles.selection import check
+from ..result import Result
+from ..types import OnStep, ReverseProcess, Reward
 
 
 def rollout(
@@ -55,28 +53,3 @@ def rollout(
     return Result.of(
         state, scores, key=key, cost=meter.cost(), temperature=temperature, seen=seen, interrupted=interrupted
     )
-
-
-def importance_sampling(
-    process: ReverseProcess,
-    reward: Reward,
-    *,
-    batch: int = 1,
-    particles: int | None = None,
-    budget: int | None = None,
-    temperature: float = 1.0,
-    key: Key | int = 0,
-    start: Start = prior,
-    keep_states: bool = False,
-    on_step: OnStep | None = None,
-) -> Result:
-    """Unsteered samples weighted by exp(r(x) / temperature): self-normalised importance sampling.
-
-    The control every sampler should be compared with: exact as N grows, useless where the tilt is a rare event.
-    Arguments as `steer.smc`, of which it is the case without intermediate weights and without resampling.
-    Cost per problem: N K network rows and N rewards.
-    """
-    return smc(
-        process, reward, batch=batch, particles=particles, budget=budget, temperature=temperature, key=key, start=start,
-        weight=final_only(), selection=resample(threshold=0.0), keep_states=keep_states, on_step=on_step,
-    )  # fmt: skip

@@ -14,21 +14,21 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from .core.objective import Objective, conditioned
-from .core.resampling import Resampler, multinomial
-from .core.start import Start, prior
-from .core.trajectory import Trajectory
-from .cost import Cost, affordable, check_counts
-from .errors import ShapeError, StateSpaceError
-from .key import Key, as_key
-from .particles.potentials import Weight
-from .particles.proposals import Proposal, bootstrap
-from .particles.selection import resample
-from .processes.gaussian import GaussianProcess
-from .processes.transitions import Redrawn
-from .result import Result
+from ..core.objective import Objective, conditioned
+from ..core.resampling import Resampler, multinomial
+from ..core.start import Start, prior
+from ..core.trajectory import Trajectory
+from ..cost import Cost, affordable, check_counts
+from ..errors import ShapeError, StateSpaceError
+from ..key import Key, as_key
+from ..particles.potentials import Weight
+from ..particles.proposals import Proposal, bootstrap
+from ..particles.selection import resample
+from ..processes.gaussian import GaussianProcess
+from ..processes.transitions import Redrawn
+from ..result import Result
+from ..types import GaussianTransition, Level, OnStep, ReverseProcess, Reward, Rule
 from .smc import smc
-from .types import GaussianTransition, Level, OnStep, ReverseProcess, Reward, Rule
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
-from .core.resampling import Resampler, systematic
-from .core.start import Start, prior
-from .key import Key
-from .particles.potentials import Weight, difference
-from .particles.selection import resample
-from .result import Result
+from ..core.resampling import Resampler, systematic
+from ..core.start import Start, prior
+from ..key import Key
+from ..particles.potentials import Weight, difference
+from ..particles.selection import resample
+from ..result import Result
+from ..types import OnStep, ReverseProcess, Reward
 from .smc import smc
-from .types import OnStep, ReverseProcess, Reward
 
 
 def fk_steering(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from .core.resampling import systematic
-from .core.start import Start, prior
-from .key import Key
-from .particles.proposals import twisted
-from .particles.selection import Resample, resample
-from .result import Result
+from ..core.resampling import systematic
+from ..core.start import Start, prior
+from ..key import Key
+from ..particles.proposals import twisted
+from ..particles.selection import Resample, resample
+from ..result import Result
+from ..types import OnStep, ReverseProcess, Reward
 from .smc import smc
-from .types import OnStep, ReverseProcess, Reward
 
 
 def tds(

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .core.start import Start, prior
-from .core.trajectory import Trajectory
-from .key import Key
-from .particles.birth_death import BirthDeath
-from .particles.selection import Resample, resample
-from .particles.tempering import Tempering
-from .processes.gaussian import GaussianProcess
-from .result import Result
-from .types import OnStep, Reward
-from .weighted_sde.composite import Composite, Exponents, compose
-from .weighted_sde.engine import FeynmanKac, KernelRatio, Noise
-from .weighted_sde.look_ahead import LookAhead, x0_hat
-from .weighted_sde.loop import check_choices, weighted_loop
-from .weighted_sde.transports import Transport, flow_transport, score_transport
+from ..core.start import Start, prior
+from ..core.trajectory import Trajectory
+from ..key import Key
+from ..particles.birth_death import BirthDeath
+from ..particles.selection import Resample, resample
+from ..particles.tempering import Tempering
+from ..processes.gaussian import GaussianProcess
+from ..result import Result
+from ..types import OnStep, Reward
+from ..weighted_sde.composite import Composite, Exponents, compose
+from ..weighted_sde.engine import FeynmanKac, KernelRatio, Noise
+from ..weighted_sde.look_ahead import LookAhead, x0_hat
+from ..weighted_sde.loop import check_choices, weighted_loop
+from ..weighted_sde.transports import Transport, flow_transport, score_transport
 
 
 def fkc(

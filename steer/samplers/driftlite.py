@@ -8,23 +8,23 @@ from typing import Literal
 
 from torch import Tensor
 
-from .core.objective import conditioned
-from .core.start import PreparedStart, Start, prior
-from .core.trajectory import Trajectory
-from .cost import affordable
-from .errors import SteerError
-from .key import Key, as_key
-from .particles.birth_death import BirthDeath
-from .particles.selection import Resample, resample
-from .particles.tempering import Tempering
-from .processes.gaussian import GaussianProcess
-from .result import Result
-from .types import OnStep, Reward
-from .weighted_sde.composite import Composite, Exponents, compose
-from .weighted_sde.engine import FeynmanKac, Noise
-from .weighted_sde.look_ahead import LookAhead, x0_hat
-from .weighted_sde.loop import check_choices, rows_per_particle, weighted_loop
-from .weighted_sde.transports import ecg, vcg
+from ..core.objective import conditioned
+from ..core.start import PreparedStart, Start, prior
+from ..core.trajectory import Trajectory
+from ..cost import affordable
+from ..errors import SteerError
+from ..key import Key, as_key
+from ..particles.birth_death import BirthDeath
+from ..particles.selection import Resample, resample
+from ..particles.tempering import Tempering
+from ..processes.gaussian import GaussianProcess
+from ..result import Result
+from ..types import OnStep, Reward
+from ..weighted_sde.composite import Composite, Exponents, compose
+from ..weighted_sde.engine import FeynmanKac, Noise
+from ..weighted_sde.look_ahead import LookAhead, x0_hat
+from ..weighted_sde.loop import check_choices, rows_per_particle, weighted_loop
+from ..weighted_sde.transports import ecg, vcg
 
 
 def driftlite(

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from .core.resampling import Resampler, systematic
-from .core.start import Start, prior
-from .key import Key
-from .particles.path_mcmc import path_moves
-from .particles.proposals import Proposal, bootstrap
-from .particles.selection import resample
-from .result import Result
+from ..core.resampling import Resampler, systematic
+from ..core.start import Start, prior
+from ..key import Key
+from ..particles.path_mcmc import path_moves
+from ..particles.proposals import Proposal, bootstrap
+from ..particles.selection import resample
+from ..result import Result
+from ..types import OnStep, ReverseProcess, Reward
 from .smc import smc
-from .types import OnStep, ReverseProcess, Reward
 
 
 def waste_free(

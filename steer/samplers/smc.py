@@ -11,18 +11,18 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from .core.log_weights import log_potential
-from .core.objective import Objective, check_finite, check_temperature, conditioned, open_run
-from .core.start import Start, prepared, prior, resumed
-from .core.trajectory import Ancestors, Seen, Trajectory
-from .errors import NotStochasticError, SteerError
-from .key import Key, as_key
-from .particles.path_mcmc import forget
-from .particles.potentials import Weight, difference
-from .particles.proposals import Proposal, bootstrap, evaluated
-from .particles.selection import Resample, check, resample, select
-from .result import Result
-from .types import GaussianTransition, OnStep, ReverseProcess, Reward, Stop
+from ..core.log_weights import log_potential
+from ..core.objective import Objective, check_finite, check_temperature, conditioned, open_run
+from ..core.start import Start, prepared, prior, resumed
+from ..core.trajectory import Ancestors, Seen, Trajectory
+from ..errors import NotStochasticError, SteerError
+from ..key import Key, as_key
+from ..particles.path_mcmc import forget
+from ..particles.potentials import Weight, difference
+from ..particles.proposals import Proposal, bootstrap, evaluated
+from ..particles.selection import Resample, check, resample, select
+from ..result import Result
+from ..types import GaussianTransition, OnStep, ReverseProcess, Reward, Stop
 
 
 def smc(

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 
-from .core.resampling import ssp
-from .core.start import Start, prior
-from .key import Key
-from .particles.potentials import difference
-from .particles.proposals import Ahead
-from .particles.selection import Resample, resample
-from .particles.tempering import geometric_tempering
-from .result import Result
+from ..core.resampling import ssp
+from ..core.start import Start, prior
+from ..key import Key
+from ..particles.potentials import difference
+from ..particles.proposals import Ahead
+from ..particles.selection import Resample, resample
+from ..particles.tempering import geometric_tempering
+from ..result import Result
+from ..types import OnStep, ReverseProcess, Reward
 from .smc import smc
-from .types import OnStep, ReverseProcess, Reward
 
 
 def das(

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .cost import check_counts
-from .errors import BudgetError, SteerError
-from .key import Key
-from .particles.langevin import Langevin, pcnl
-from .particles.potentials import Weight
-from .particles.proposals import Proposal, guided
-from .particles.selection import Resample
-from .result import Result
+from ..cost import check_counts
+from ..errors import BudgetError, SteerError
+from ..key import Key
+from ..particles.langevin import Langevin, pcnl
+from ..particles.potentials import Weight
+from ..particles.proposals import Proposal, guided
+from ..particles.selection import Resample
+from ..result import Result
+from ..types import OnStep, ReverseProcess, Reward
 from .smc import smc
-from .types import OnStep, ReverseProcess, Reward
 
 
 def psi(

@@ -1,0 +1,36 @@
+"""Importance sampling: independent chains, weighted once at the end."""
+
+from __future__ import annotations
+
+from ..core.start import Start, prior
+from ..key import Key
+from ..particles.potentials import final_only
+from ..particles.selection import resample
+from ..result import Result
+from ..types import OnStep, ReverseProcess, Reward
+from .smc import smc
+
+
+def importance_sampling(
+    process: ReverseProcess,
+    reward: Reward,
+    *,
+    batch: int = 1,
+    particles: int | None = None,
+    budget: int | None = None,
+    temperature: float = 1.0,
+    key: Key | int = 0,
+    start: Start = prior,
+    keep_states: bool = False,
+    on_step: OnStep | None = None,
+) -> Result:
+    """Unsteered samples weighted by exp(r(x) / temperature): self-normalised importance sampling.
+
+    The control every sampler should be compared with: exact as N grows, useless where the tilt is a rare event.
+    Arguments as `steer.smc`, of which it is the case without intermediate weights and without resampling.
+    Cost per problem: N K network rows and N rewards.
+    """
+    return smc(
+        process, reward, batch=batch, particles=particles, budget=budget, temperature=temperature, key=key, start=start,
+        weight=final_only(), selection=resample(threshold=0.0), keep_states=keep_states, on_step=on_step,
+    )  # fmt: skip
