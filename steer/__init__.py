@@ -42,7 +42,7 @@ from .guidance import (
 )
 from .hub import from_hub
 from .key import Key
-from .minority import (
+from .minority_sampling import (
     NewToken,
     agreed_rarity,
     boost_and_skip,

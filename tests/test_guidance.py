@@ -562,7 +562,7 @@ def test_classifier_free_guidance_mixes_and_counts():
 
 
 def test_tangential_damping_is_the_projection_on_the_first_singular_vector():
-    from steer.guidance.classifier_free import shared_part
+    from steer.guidance.cfg import shared_part
 
     c, u = steer.Key(1).normal((2, 3, 5)), steer.Key(2).normal((2, 3, 5))
     found = shared_part(c, u)

@@ -11,7 +11,7 @@ import torch
 import steer
 from steer import rewards
 from steer.guidance import GuidedProcess, follow
-from steer.minority import (
+from steer.minority_sampling import (
     boost_and_skip,
     minority,
     minority_guidance,
@@ -19,8 +19,8 @@ from steer.minority import (
     quantile_labels,
     self_guided,
 )
-from steer.minority.score import euclidean
-from steer.minority.signal import level_near, share
+from steer.minority_sampling.score import euclidean
+from steer.minority_sampling.signal_level import level_near, share
 from steer.models import ExactStep, GaussianMixture
 
 SIZE, RARE = 8, 3

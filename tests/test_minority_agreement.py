@@ -5,7 +5,7 @@ import torch
 
 import steer
 from steer import search
-from steer.minority import agreed_rarity
+from steer.minority_sampling import agreed_rarity
 
 KEY = steer.Key(3)
 CROWD = KEY.normal((1, 400, 2))[0]  # N(0, I), the 95 % circle at 2.45

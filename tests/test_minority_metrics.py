@@ -7,8 +7,8 @@ import torch
 from sklearn.neighbors import LocalOutlierFactor, NearestNeighbors
 
 import steer
-from steer.minority import minority_metrics
-from steer.minority.metrics import in_balls, knn_distance, local_outlier_factor, rarity
+from steer.minority_sampling import minority_metrics
+from steer.minority_sampling.metrics import in_balls, knn_distance, local_outlier_factor, rarity
 from steer.models import GaussianMixture
 from steer.rewards.minority import NeighbourDistance, OnManifold
 

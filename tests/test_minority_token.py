@@ -9,8 +9,8 @@ from tiny_pipelines import clip_encoder, conditional_unet
 
 import steer
 from steer.guidance import Hooks
-from steer.minority import NewToken, minority, minority_prompt
-from steer.minority.token import LearnedToken
+from steer.minority_sampling import NewToken, minority, minority_prompt
+from steer.minority_sampling.token import LearnedToken
 from steer.processes import parameterization
 
 END, PAD, WORD = 2, 1, 40

@@ -35,7 +35,7 @@ from torch import Tensor
 
 import steer
 from steer import rewards, search
-from steer.minority import (
+from steer.minority_sampling import (
     agreed_rarity,
     boost_and_skip,
     minority,
@@ -43,7 +43,7 @@ from steer.minority import (
     minority_metrics,
     self_guided,
 )
-from steer.minority.metrics import in_balls, knn_distance
+from steer.minority_sampling.metrics import in_balls, knn_distance
 from steer.rewards.digits import load_digit_net
 from steer.rewards.minority import NeighbourDistance, OnManifold
 

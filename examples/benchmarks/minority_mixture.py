@@ -23,7 +23,7 @@ from torch import Tensor
 
 import steer
 from steer import rewards
-from steer.minority import boost_and_skip, minority, minority_guidance, minority_metrics, self_guided
+from steer.minority_sampling import boost_and_skip, minority, minority_guidance, minority_metrics, self_guided
 from steer.models import GaussianMixture
 
 RARE, MASS, SIZE = 3, 0.03, 8

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import steer
-from steer.minority.score import minority_score, quantile_labels
+from steer.minority_sampling.score import minority_score, quantile_labels
 from steer.rewards.digits import DigitNet
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -1,13 +1,13 @@
 """Guidance by five hooks: a process for every sampler, or a proposal that sequential Monte Carlo makes exact."""
 
-from .classifier_free import adaptive, classifier_free, settled
-from .corrections import MissingObjects, missing_objects
-from .corrector import corrector
+from .cfg import adaptive, classifier_free, settled
 from .density import delta_of, density_guidance, prior_guidance, quantile_of
+from .guided_process import GuidedProcess, guide
 from .hooks import AfterHook, Hook, Hooks, Log, StartHook, Step
-from .process import GuidedProcess, guide
+from .langevin_corrector import corrector
+from .missing_objects import MissingObjects, missing_objects
 from .proposal import Follow, follow
-from .restart import Span, Unrolled, recur, restart
+from .restart_sampling import Span, Unrolled, recur, restart
 from .training_free import constant, decrease, dps, freedom, increase, lgd, mpgd, native, tfg, ugd
 from .tuning import Trial, Tuned, tune
 

@@ -14,8 +14,8 @@ from ..errors import SteerError
 from ..key import Key
 from ..processes.gaussian import GaussianProcess
 from ..types import Level
+from .guided_process import check_gaussian
 from .hooks import Hooks, Step, ancestral_std, norms, per_particle
-from .process import check_gaussian
 
 _NORMAL = NormalDist()
 

@@ -13,8 +13,8 @@ from ..processes.gaussian import GaussianProcess
 from ..result import Result
 from ..samplers.rollout import rollout
 from ..types import Reward
+from .guided_process import guide
 from .hooks import Hooks
-from .process import guide
 
 Strengths = tuple[float, ...]
 

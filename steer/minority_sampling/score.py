@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import ShapeError, SteerError
 from ..key import Key, as_key
 from ..processes.gaussian import GaussianProcess
-from .signal import level_near
+from .signal_level import level_near
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 """(M, *event), (M, *event) -> (M,): how different two clean states are; differentiable in both for guidance."""

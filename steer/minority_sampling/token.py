@@ -13,7 +13,7 @@ from ..errors import ModelError, SteerError
 from ..guidance import Hooks, Step
 from ..processes.gaussian import GaussianProcess
 from .score import Distance, euclidean
-from .signal import level_near, share
+from .signal_level import level_near, share
 
 Conditional = Callable[[Tensor, float, Tensor], Tensor]
 """(x (B, N, *event), t, text (B N, L, width)) -> E[x_0 | x, text], differentiable in the text."""

@@ -15,9 +15,9 @@ from ..key import Key, as_key
 from ..processes.gaussian import GaussianProcess
 from ..processes.parameterization import only as only_of
 from ..types import GaussianTransition, Rule
-from .forwarding import of_base
+from .delegation import of_base
 from .hooks import Hooks, Log, extra_rows, look
-from .restart import Unrolled
+from .restart_sampling import Unrolled
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,8 +12,8 @@ from ..errors import ShapeError, SteerError
 from ..key import Key, as_key
 from ..processes.gaussian import GaussianProcess
 from ..processes.parameterization import eps
+from .guided_process import GuidedProcess, guide
 from .hooks import Hooks, Log, Step
-from .process import GuidedProcess, guide
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,7 +25,7 @@ from ..models.mixture import MixtureTransition
 from ..processes.gaussian import GaussianProcess
 from ..processes.transitions import Normal
 from ..types import GaussianTransition, Level, Rule
-from .forwarding import of_base
+from .delegation import of_base
 
 
 class Span(NamedTuple):

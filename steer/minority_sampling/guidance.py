@@ -13,7 +13,7 @@ from ..guidance import Hooks, Step
 from ..guidance.hooks import per_particle
 from ..processes.gaussian import GaussianProcess
 from .score import Distance, euclidean
-from .signal import level_near, log_snr, share, size
+from .signal_level import level_near, log_snr, share, size
 
 Classifier = Callable[[Tensor, float], Tensor]
 """(x (M, *event) / sqrt(alpha^2 + sigma^2), log(alpha^2 / sigma^2)) -> logits (M, L), on any Gaussian path."""

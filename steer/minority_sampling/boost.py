@@ -10,7 +10,7 @@ import torch
 from ..errors import SteerError
 from ..guidance import GuidedProcess
 from ..processes.gaussian import GaussianProcess
-from .signal import share, size
+from .signal_level import share, size
 
 
 @dataclass(frozen=True)
