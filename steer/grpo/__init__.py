@@ -7,15 +7,15 @@ for step in grpo.by_level(batch):
     loss = grpo.clipped_loss(new, step.of(batch.logp("mean")), step.of(advantage), mask=step.valid)
 """
 
-from .advantages import Advantages, advantages, depth_advantages, group_moments
 from .batch import RolloutBatch
 from .branching import branch
-from .collect import collect
-from .granular import granular
+from .downsampling import keep
+from .granular_rollouts import granular
+from .group_advantages import Advantages, advantages, depth_advantages, group_moments
 from .losses import clip_fraction, clipped_loss, kl
 from .policy import PolicyStep, StepRows, by_level, log_prob, log_probs
-from .scouting import keep
-from .steered import merged
+from .rollouts import collect
+from .weighted_rollouts import merged
 from .windows import Window, every, first_half, per_row, sliding
 
 __all__ = [

@@ -14,9 +14,9 @@ from ..errors import SteerError
 from ..key import Key, as_key
 from ..processes.gaussian import GaussianProcess
 from ..types import ReverseProcess
+from .assembly import Rewards, ancestors, metered, named, record, scores, walked
 from .batch import RolloutBatch
 from .kernels import Siblings, need_gaussian, ode_of, stored_as
-from .record import Rewards, ancestors, metered, named, record, scores, walked
 
 
 def branch(

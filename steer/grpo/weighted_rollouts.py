@@ -28,9 +28,9 @@ from ..errors import SteerError
 from ..key import Key
 from ..processes.gaussian import GaussianProcess
 from ..result import Result
+from .assembly import Walked, ancestors, metered, record, scores, walked
 from .batch import RolloutBatch
 from .kernels import Windowed, stored_as
-from .record import Walked, ancestors, metered, record, scores, walked
 from .windows import Window, placed
 
 

@@ -13,10 +13,10 @@ from ..cost import check_counts
 from ..key import Key, as_key
 from ..processes.gaussian import GaussianProcess
 from ..types import ReverseProcess
+from .assembly import Rewards, metered, named, record, scores, walked
 from .batch import RolloutBatch
 from .kernels import Mixed, need_gaussian, ode_of, stored_as
-from .record import Rewards, metered, named, record, scores, walked
-from .steered import collect_steered
+from .weighted_rollouts import collect_steered
 from .windows import Window, every, placed
 
 

@@ -9,8 +9,8 @@ import torch
 
 from ..errors import SteerError
 from ..key import Key, as_key
-from .advantages import counted, group_moments
 from .batch import RolloutBatch
+from .group_advantages import counted, group_moments
 
 
 def keep(batch: RolloutBatch, *, best: int, worst: int, middle: int, by: str, key: Key | int = 0) -> RolloutBatch:

@@ -12,9 +12,9 @@ from ..errors import SteerError
 from ..key import Key, as_key
 from ..processes.gaussian import GaussianProcess
 from ..types import ReverseProcess
+from .assembly import Rewards, Walked, metered, named, record, scores
 from .batch import RolloutBatch
 from .kernels import need_gaussian, ode_of, stored_as
-from .record import Rewards, Walked, metered, named, record, scores
 
 
 def granular(
