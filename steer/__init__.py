@@ -40,7 +40,6 @@ from .guidance import (
     tfg,
     ugd,
 )
-from .hub import from_hub
 from .key import Key
 from .minority_sampling import (
     NewToken,
@@ -64,6 +63,7 @@ from .particles.selection import resample
 from .particles.tempering import adaptive_tempering, geometric_tempering
 from .particles.top_k import top_k_of_n
 from .pipelines import from_latents, from_pipeline, own_solver, verify
+from .pipelines.hub import from_hub
 from .preflight import Preflight, preflight
 from .processes.edm import from_edm, karras_sigmas
 from .processes.gaussian import GaussianProcess, convert, from_denoiser, from_eps, from_score, from_v, from_velocity

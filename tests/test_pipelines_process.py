@@ -9,7 +9,7 @@ import torch
 from tiny_pipelines import build, prepared
 
 import steer
-from steer.pipelines.chunks import Chunked, pieces
+from steer.pipelines.chunking import Chunked, pieces
 
 
 def process_of(name, steps=4, pipe=None, **options):

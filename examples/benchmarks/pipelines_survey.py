@@ -188,7 +188,7 @@ def between_levels(row: Row, process: Any, x: Tensor) -> None:
     The unit is how far the first level's prediction is: pipelines that look their level up by the loop's index, and
     not by the timestep, would give that one.
     """
-    from steer.pipelines import levels
+    from steer.pipelines import noise_levels
     from steer.processes import schedules
 
     if process.steps < 2:
@@ -200,7 +200,7 @@ def between_levels(row: Row, process: Any, x: Tensor) -> None:
         return
     grid = process.denoiser.grid
     output = process.denoiser.output(x, grid.indices[0])
-    other = levels.x0_of(output, x, schedules.level(grid.schedule, second), grid.kind, grid.data_std)
+    other = noise_levels.x0_of(output, x, schedules.level(grid.schedule, second), grid.kind, grid.data_std)
     off, unit = float((near - there).abs().max()), float((other - there).abs().max())
     row.differences["between levels"] = off / float(there.abs().max())
     if not off <= 0.05 * unit + 1e-5 * float(there.abs().max()):

@@ -11,7 +11,7 @@ from ..core.trajectory import Trajectory
 from ..errors import ShapeError
 from ..key import Key
 from ..types import ReverseProcess
-from .opening import PipelineDenoiser
+from .from_pipeline import PipelineDenoiser
 
 
 def from_latents(latents: Tensor) -> Start:

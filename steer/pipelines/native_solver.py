@@ -21,8 +21,8 @@ from ..key import Key
 from ..processes.gaussian import GaussianProcess
 from ..processes.schedules import level
 from ..processes.transitions import Normal
-from . import levels
-from .opening import PipelineDenoiser
+from . import noise_levels
+from .from_pipeline import PipelineDenoiser
 
 Place = tuple[str, int | None]
 """An attribute of a scheduler, or an entry of one that is a list."""
@@ -122,7 +122,7 @@ class SolverProcess:
                 output = denoiser.output(latents, k)
         grid = denoiser.grid
         at = level(grid.schedule, grid.times[max(i for i, index in enumerate(grid.indices) if index <= k)])
-        return torch.stack([output, levels.x0_of(output, latents, at, grid.kind, grid.data_std)], 2)
+        return torch.stack([output, noise_levels.x0_of(output, latents, at, grid.kind, grid.data_std)], 2)
 
     def complete(self, x: Tensor, x0: Tensor) -> Tensor:
         """The clean latents of a prediction, with no memory."""

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from .errors import ModelError
-from .pipelines import from_pipeline
-from .processes.gaussian import GaussianProcess
+from ..errors import ModelError
+from ..processes.gaussian import GaussianProcess
+from . import from_pipeline
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ..errors import ModelError, ShapeError, SteerError
 from ..key import Key
-from . import prelude
+from . import preparation
 from .conditioning import Conditioning
-from .network import Network, is_network
-from .steered import Captured, IgnoresInterrupt, Job, OffGrid, SteeredScheduler
+from .network_proxy import Network, is_network
+from .steered_scheduler import Captured, IgnoresInterrupt, Job, OffGrid, SteeredScheduler
 
 # What pipelines compute before their loop, under the names they give it.
 _PRELUDE = (
@@ -45,10 +45,10 @@ class PipelineCall:
 
     def __init__(self, pipe: Any, call: Mapping[str, Any], steps: int):
         self.user, self.conditioning = pipe, Conditioning(pipe, call, steps)
-        self.owner = prelude.owner_of_loop(pipe)
+        self.owner = preparation.owner_of_loop(pipe)
         self.scheduler = SteeredScheduler(self.owner.scheduler, lambda on: setattr(self._loop, "_interrupt", on))
-        self._pipe = prelude.copied(pipe, self.scheduler.copy)
-        self._loop = prelude.owner_of_loop(self._pipe)
+        self._pipe = preparation.copied(pipe, self.scheduler.copy)
+        self._loop = preparation.owner_of_loop(self._pipe)
         recorded: dict[Any, Any] = {}
         for name, module in self.owner.components.items():
             if is_network(name, module):
@@ -87,7 +87,7 @@ class PipelineCall:
 
     def initial(self, problem: int, noise: float) -> Tensor:
         """The latents (1, *event) that a problem starts from if each of the pipeline's draws of noise were `noise`."""
-        with prelude.noise_replaced(type(self.owner), prelude.constant(noise)):
+        with preparation.noise_replaced(type(self.owner), preparation.constant(noise)):
             return self._capture(Job((problem,), 1, index=0, noise=noise, stubbed=True)).sample.detach().clone()
 
     def entering(self, latents: Tensor, problem: int) -> Tensor:
@@ -279,8 +279,8 @@ class PipelineCall:
                     # image say, must not change with that: every part starts where it did for one row.
                     entered = self._entered.setdefault(key[:2], self._generator.get_state())
                     self._generator.set_state(entered)
-                alike = prelude.rows_alike(len(job.problems) * job.per)
-                with torch.no_grad(), prelude.noise_replaced(type(self.owner), alike):
+                alike = preparation.rows_alike(len(job.problems) * job.per)
+                with torch.no_grad(), preparation.noise_replaced(type(self.owner), alike):
                     value = function(*args, **kwargs)
                 self._known[key] = value, self._generator.get_state() if self._generator is not None else None
             value, state = self._known[key]

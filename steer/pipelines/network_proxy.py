@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .steered import IgnoresInterrupt, SteeredScheduler
+from .steered_scheduler import IgnoresInterrupt, SteeredScheduler
 
 
 class Network:

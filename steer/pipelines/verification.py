@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ..errors import ModelError, SteerError
 from ..processes.gaussian import GaussianProcess
-from .opening import Decoder, PipelineDenoiser
-from .prelude import copied
-from .steered import steered_grid
+from .from_pipeline import Decoder, PipelineDenoiser
+from .preparation import copied
+from .steered_scheduler import steered_grid
 
 
 class Verified(NamedTuple):

@@ -12,11 +12,11 @@ from ..processes import schedules
 from ..processes.gaussian import GaussianProcess
 from ..processes.transitions import CPS, DDIM, Churn, ClippedPrediction
 from ..types import Rule
-from . import levels, unet2d
-from .call import PipelineCall
-from .chunks import Chunked
-from .prelude import COMBINED, inner_pipelines
-from .steered import OffGrid
+from . import noise_levels, unet2d
+from .chunking import Chunked
+from .pipeline_call import PipelineCall
+from .preparation import COMBINED, inner_pipelines
+from .steered_scheduler import OffGrid
 
 
 def from_pipeline(
@@ -70,7 +70,7 @@ def from_pipeline(
     opened.begin()
     rows = opened.probe()
     mean, std = _initial(opened)
-    grid = levels.read(opened.scheduler.plain(), opened.scheduler.first, opened.scheduler.length)
+    grid = noise_levels.read(opened.scheduler.plain(), opened.scheduler.first, opened.scheduler.length)
     conditioning = opened.conditioning
     # A prior draws for every row, so that rows alone are what they are in any batch.
     chunk = (chunk or 16) if conditioning.any_batch and opened.owner is pipe else 1
@@ -90,7 +90,7 @@ class PipelineDenoiser:
     Off the grid the networks are told the interpolated timestep, and the loop's index is that of the step before.
     """
 
-    def __init__(self, call: PipelineCall, grid: levels.Grid, chunk: int, problem: int | None = None):
+    def __init__(self, call: PipelineCall, grid: noise_levels.Grid, chunk: int, problem: int | None = None):
         self.call, self.grid, self.problem = call, grid, problem
         self.clamp: float | None = None
         self._step, self._off_grid = 0, None
@@ -109,10 +109,12 @@ class PipelineDenoiser:
         if step is None:
             step = self.grid.step_before(t)
             scheduler = self.call.scheduler.plain()
-            timestep = torch.tensor(levels.timestep_at(scheduler, at), dtype=torch.float32, device=x.device)
-            off_grid = OffGrid(timestep, levels.input_scale(scheduler, at), levels.entry_at(scheduler, at), at)
+            timestep = torch.tensor(noise_levels.timestep_at(scheduler, at), dtype=torch.float32, device=x.device)
+            off_grid = OffGrid(
+                timestep, noise_levels.input_scale(scheduler, at), noise_levels.entry_at(scheduler, at), at
+            )
         output = self.output(x, self.grid.indices[step], off_grid)
-        x0 = levels.x0_of(output, x, at, self.grid.kind, self.grid.data_std)
+        x0 = noise_levels.x0_of(output, x, at, self.grid.kind, self.grid.data_std)
         x0 = x0 if self.clamp is None else x0.clamp(-self.clamp, self.clamp)
         free = self.call.free
         if free is None:
