@@ -280,7 +280,7 @@ def report(
 @app.command(epilog="Example: steer models --json")
 def models(as_json: AsJson = False) -> None:
     """Lists the pretrained models that ship with steer: what they are, how good, under which licence."""
-    from .catalogue import embedded
+    from .models.catalogue import embedded
 
     found = embedded()
     if as_json:

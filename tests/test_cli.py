@@ -305,7 +305,7 @@ def steer_parameters(name):
 
 
 def test_models_tolerates_a_folder_without_papers(tmp_path):
-    from steer.catalogue import _card
+    from steer.models.catalogue import _card
 
     card = _card(tmp_path)
     assert (card["parameters"], card["measured"], card["licence"]) == (0, "–", "–")

@@ -12,7 +12,7 @@ from exact import LIMIT, z
 
 import steer
 from steer import search
-from steer.catalogue import embedded
+from steer.models.catalogue import embedded
 from steer.models.letters import ALPHABET, LENGTH, MASK, to_text, to_tokens
 
 TRAIN = Path(__file__).parent.parent / "examples" / "train"
