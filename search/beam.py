@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from steer.cost import check_counts
 from steer.key import Key
-from steer.result import Result
+from steer.results.result import Result
 from steer.types import OnStep, ReverseProcess, Reward
 
 from .candidates import Run, Widths, descend, plan

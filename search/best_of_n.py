@@ -15,7 +15,7 @@ from steer.core.trajectory import Seen, Trajectory
 from steer.cost import check_counts
 from steer.errors import SteerError
 from steer.key import Key, as_key
-from steer.result import Result
+from steer.results.result import Result
 from steer.types import ReverseProcess, Reward
 
 

@@ -19,7 +19,7 @@ from steer.core.trajectory import Seen, Trajectory
 from steer.cost import Meter, affordable, check_counts
 from steer.errors import NotStochasticError, SteerError
 from steer.key import Key, as_key
-from steer.result import Result
+from steer.results.result import Result
 from steer.types import OnStep, ReverseProcess, Reward, Stop
 
 from .selection import Choice, Selection

@@ -9,7 +9,7 @@ import torch
 
 from steer.cost import affordable, check_counts
 from steer.key import Key
-from steer.result import Result
+from steer.results.result import Result
 from steer.types import OnStep, ReverseProcess, Reward
 
 from .candidates import Run, spread

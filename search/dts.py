@@ -31,7 +31,7 @@ from steer.core.start import Start, prior
 from steer.errors import SteerError
 from steer.key import Key, as_key
 from steer.particles.proposals import Proposal, bootstrap
-from steer.result import Result
+from steer.results.result import Result
 from steer.types import OnStep, ReverseProcess, Reward
 
 from .descent import Descent

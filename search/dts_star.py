@@ -15,7 +15,7 @@ from steer.core.start import Start, prior
 from steer.cost import check_counts
 from steer.key import Key, as_key
 from steer.particles.proposals import bootstrap
-from steer.result import Result
+from steer.results.result import Result
 from steer.types import OnStep, ReverseProcess, Reward
 
 from .descent import Descent

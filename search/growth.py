@@ -22,7 +22,7 @@ from steer.errors import BudgetError, CollapsedWeightsError, SteerError
 from steer.key import Key
 from steer.particles.proposals import Proposal, evaluated
 from steer.processes.gaussian import priced
-from steer.result import Result
+from steer.results.result import Result
 from steer.types import GaussianTransition, OnStep, ReverseProcess, Stop
 
 from .layer import Slots, each_problem

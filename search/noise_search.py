@@ -14,7 +14,7 @@ from steer.cost import affordable, check_counts
 from steer.errors import StateSpaceError, SteerError
 from steer.key import Key
 from steer.processes.transitions import Normal
-from steer.result import Result
+from steer.results.result import Result
 from steer.types import OnStep, ReverseProcess, Reward, Stop
 
 from .candidates import Run

@@ -12,7 +12,7 @@ from torch import Tensor
 from steer.cost import affordable, check_counts
 from steer.errors import NotStochasticError, SteerError
 from steer.key import Key
-from steer.result import Result
+from steer.results.result import Result
 from steer.types import OnStep, ReverseProcess, Reward
 
 from .candidates import Run, scattered, spread

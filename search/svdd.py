@@ -7,7 +7,7 @@ from typing import Literal
 
 from steer.errors import SteerError
 from steer.key import Key
-from steer.result import Result
+from steer.results.result import Result
 from steer.types import OnStep, ReverseProcess, Reward
 
 from .candidates import Run, Widths, descend, plan

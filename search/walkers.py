@@ -17,7 +17,7 @@ from steer.core.trajectory import Trajectory
 from steer.errors import SteerError
 from steer.key import Key
 from steer.processes.gaussian import priced
-from steer.result import Result
+from steer.results.result import Result
 from steer.types import OnStep, Stop
 
 from .candidates import Run

@@ -71,7 +71,7 @@ from .processes.masked import MaskedProcess, from_logits
 from .processes.schedules import VE, VP, Cosine, RectifiedFlow, Tabulated, log_snr_times, sigma_times, uniform_times
 from .processes.transitions import Normal, churn, cps, dance_sde, ddim, euler_maruyama, flow_sde, ode
 from .processes.unmasking import Unmasking, unmask
-from .result import Result
+from .results.result import Result
 from .sample import compare, methods, sample
 from .samplers.das import das
 from .samplers.driftlite import driftlite

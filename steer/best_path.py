@@ -14,7 +14,7 @@ from .core.trajectory import Ancestors, Stepped, gather
 from .tree_figure import best_slots, clean_states, drawable
 
 if TYPE_CHECKING:
-    from .result import Result
+    from .results.result import Result
 
 
 @dataclass(frozen=True, eq=False)

@@ -250,7 +250,7 @@ def report(
     What was not saved is not shown: search trees, and the states on the way.
     """
     from .report import shown, write_report
-    from .saving import load_result
+    from .results.saved import load_result
 
     with reported_errors(debug, as_json=False):
         saved = load_result(directory)

@@ -16,7 +16,7 @@ from rich.markup import escape
 if TYPE_CHECKING:
     from .processes.gaussian import GaussianProcess
     from .progress import Watch
-    from .result import Result
+    from .results.result import Result
 
 
 @contextmanager

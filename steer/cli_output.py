@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .result import Result
+    from .results.result import Result
     from .sample import Comparison, Comparisons
 
 
@@ -15,9 +15,10 @@ def write_run(
     result: Result, reference: Result | None, out: Path, n: int, about: dict[str, Any], metrics: dict[str, Any]
 ) -> dict[str, Any]:
     """The run's files, and its numbers. What was paid for comes first: the result, then pictures of it."""
+    from .files import write_atomically
     from .images import grid, is_images, to_png
     from .report import shown, summary, write_report
-    from .saving import save_result, write_atomically
+    from .results.saving import save_result
 
     for stale in ("compare.json", "images.png"):  # of an earlier command, which would be taken for this one's
         (out / stale).unlink(missing_ok=True)
@@ -35,9 +36,10 @@ def write_run(
 def write_comparison_files(
     comparison: Comparison | Comparisons, out: Path, n: int, about: dict[str, Any]
 ) -> dict[str, Any]:
+    from .files import plain, to_json, versions, write_atomically
     from .images import grid, is_images, to_png
     from .report import shown, write_comparison
-    from .saving import FACTS, TENSORS, plain, to_json, versions, write_atomically
+    from .results.saving import FACTS, TENSORS
 
     for stale in (FACTS, TENSORS, "images.png"):  # of a `steer generate`, which would be taken for this command's
         (out / stale).unlink(missing_ok=True)

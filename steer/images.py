@@ -15,7 +15,7 @@ from .errors import ShapeError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from .result import Result
+    from .results.result import Result
 
 SEPARATOR = 128  # a grey that shows on dark and on light pictures
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}

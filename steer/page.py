@@ -8,8 +8,8 @@ import math
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from .files import plain, versions
 from .images import to_png
-from .saving import plain, versions
 
 if TYPE_CHECKING:
     from PIL.Image import Image

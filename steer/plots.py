@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .result import Result
+    from .results.result import Result
     from .sample import Comparison
 
 STEERED, UNSTEERED, BEST = "#2b8cbe", "#9a9a9a", "#e6822e"

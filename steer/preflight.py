@@ -114,7 +114,7 @@ class Preflight:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON types; NaN and infinities are None."""
-        from .saving import plain
+        from .files import plain
 
         derived = {"stochastic": self.stochastic, "seeds_matter": self.seeds_matter, "usable_from": self.usable_from}
         return plain({**asdict(self), **derived})

@@ -16,11 +16,11 @@ from . import plots
 from .best_path import best_path
 from .core.log_weights import weighted_mean
 from .core.resampling import systematic
+from .files import plain, write_atomically
 from .images import enlarged, is_images, to_images
 from .key import as_key
 from .page import card, img, number, page, table, whole, with_error
 from .processes.gaussian import decoded_alone
-from .saving import plain, write_atomically
 from .tree_figure import LEAVES, NODES, drawable, tree_figure
 from .tree_script import SCRIPT, STYLE
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from .cost import Cost
-    from .result import Result
+    from .results.result import Result
     from .sample import Comparison, Comparisons
 
 Metrics = Mapping[str, Callable[[Tensor], Tensor]]

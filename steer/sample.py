@@ -13,7 +13,7 @@ import torch
 from .cost import check_counts
 from .errors import SteerError
 from .key import Key, as_key
-from .result import Result
+from .results.result import Result
 from .types import ReverseProcess, Reward, Stop
 
 Method = Callable[..., Result]

@@ -23,7 +23,7 @@ from .tree_script import SHADES
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from .result import Result
+    from .results.result import Result
 
 LEAVES, NODES = 400, 1500
 """At most this many are drawn of one tree."""

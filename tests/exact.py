@@ -14,7 +14,7 @@ from torch import Tensor
 
 import steer
 from steer.models import Exact, GaussianMixture
-from steer.result import Result
+from steer.results.result import Result
 
 LIMIT = 4.0  # |z| above this fails: 6e-5 two-sided for one normal
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import steer
 from steer import SteerError, cli, options, progress
-from steer.saving import load_result
+from steer.results.saved import load_result
 
 QUICK = ["--model", "digits", "--reward", "digit:3", "--steps", "4"]
 

@@ -382,7 +382,7 @@ def test_intermediate_values_are_of_completed_tokens():
 
 
 def test_saved_and_reported(tmp_path):
-    from steer.saving import load_result
+    from steer.results.saved import load_result
 
     proc = process(None, 3, text=lambda x: ["".join("ab<"[i] for i in row) for row in x.tolist()])
     reward = Linear([1.0, 0.5, 0.2])

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 import steer
-from steer import saving
-from steer.saving import load_result, save_result, to_json, write_atomically
+from steer.files import to_json, write_atomically
+from steer.results import saving
+from steer.results.saved import load_result
+from steer.results.saving import save_result
 
 
 def score(x):

@@ -27,7 +27,7 @@ from ..core.trajectory import gather
 from ..errors import SteerError
 from ..key import Key
 from ..processes.gaussian import GaussianProcess
-from ..result import Result
+from ..results.result import Result
 from .assembly import Walked, ancestors, metered, record, scores, walked
 from .batch import RolloutBatch
 from .kernels import Windowed, stored_as

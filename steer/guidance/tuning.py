@@ -10,7 +10,7 @@ from ..cost import Cost
 from ..errors import NonFiniteError, SteerError
 from ..key import Key, as_key
 from ..processes.gaussian import GaussianProcess
-from ..result import Result
+from ..results.result import Result
 from ..samplers.rollout import rollout
 from ..types import Reward
 from .guided_process import guide

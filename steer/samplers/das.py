@@ -11,7 +11,7 @@ from ..particles.potentials import difference
 from ..particles.proposals import Ahead
 from ..particles.selection import Resample, resample
 from ..particles.tempering import geometric_tempering
-from ..result import Result
+from ..results.result import Result
 from ..types import OnStep, ReverseProcess, Reward
 from .smc import smc
 

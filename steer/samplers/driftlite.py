@@ -18,7 +18,7 @@ from ..particles.birth_death import BirthDeath
 from ..particles.selection import Resample, resample
 from ..particles.tempering import Tempering
 from ..processes.gaussian import GaussianProcess
-from ..result import Result
+from ..results.result import Result
 from ..types import OnStep, Reward
 from ..weighted_sde.composite import Composite, Exponents, compose
 from ..weighted_sde.engine import FeynmanKac, Noise

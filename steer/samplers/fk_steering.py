@@ -9,7 +9,7 @@ from ..core.start import Start, prior
 from ..key import Key
 from ..particles.potentials import Weight, difference
 from ..particles.selection import resample
-from ..result import Result
+from ..results.result import Result
 from ..types import OnStep, ReverseProcess, Reward
 from .smc import smc
 

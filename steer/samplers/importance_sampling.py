@@ -6,7 +6,7 @@ from ..core.start import Start, prior
 from ..key import Key
 from ..particles.potentials import final_only
 from ..particles.selection import resample
-from ..result import Result
+from ..results.result import Result
 from ..types import OnStep, ReverseProcess, Reward
 from .smc import smc
 

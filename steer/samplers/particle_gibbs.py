@@ -26,7 +26,7 @@ from ..particles.proposals import Proposal, bootstrap
 from ..particles.selection import resample
 from ..processes.gaussian import GaussianProcess
 from ..processes.transitions import Redrawn
-from ..result import Result
+from ..results.result import Result
 from ..types import GaussianTransition, Level, OnStep, ReverseProcess, Reward, Rule
 from .smc import smc
 

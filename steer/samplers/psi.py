@@ -11,7 +11,7 @@ from ..particles.langevin import Langevin, pcnl
 from ..particles.potentials import Weight
 from ..particles.proposals import Proposal, guided
 from ..particles.selection import Resample
-from ..result import Result
+from ..results.result import Result
 from ..types import OnStep, ReverseProcess, Reward
 from .smc import smc
 

@@ -13,7 +13,7 @@ from ..core.trajectory import Seen
 from ..errors import SteerError
 from ..key import Key, as_key
 from ..particles.selection import check
-from ..result import Result
+from ..results.result import Result
 from ..types import OnStep, ReverseProcess, Reward
 
 

@@ -21,7 +21,7 @@ from ..particles.path_mcmc import forget
 from ..particles.potentials import Weight, difference
 from ..particles.proposals import Proposal, bootstrap, evaluated
 from ..particles.selection import Resample, check, resample, select
-from ..result import Result
+from ..results.result import Result
 from ..types import GaussianTransition, OnStep, ReverseProcess, Reward, Stop
 
 

@@ -7,7 +7,7 @@ from ..core.start import Start, prior
 from ..key import Key
 from ..particles.proposals import twisted
 from ..particles.selection import Resample, resample
-from ..result import Result
+from ..results.result import Result
 from ..types import OnStep, ReverseProcess, Reward
 from .smc import smc
 

@@ -10,7 +10,7 @@ from ..key import Key
 from ..particles.path_mcmc import path_moves
 from ..particles.proposals import Proposal, bootstrap
 from ..particles.selection import resample
-from ..result import Result
+from ..results.result import Result
 from ..types import OnStep, ReverseProcess, Reward
 from .smc import smc
 

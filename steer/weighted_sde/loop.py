@@ -20,7 +20,7 @@ from ..particles.birth_death import BirthDeath
 from ..particles.potentials import difference
 from ..particles.selection import Resample, check, select
 from ..particles.tempering import Tempering
-from ..result import Result
+from ..results.result import Result
 from ..types import OnStep, Reward, Stop
 from .composite import Composite
 from .derivatives import Differentiator

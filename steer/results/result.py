@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .core import diagnostics, log_weights
-from .core.resampling import systematic
-from .core.trajectory import Seen, Trajectory, gather
-from .cost import Cost, check_counts
-from .errors import StateSpaceError
-from .key import Key, as_key
-from .particles.path_mcmc import ACCEPTANCE
-from .types import ReverseProcess
+from ..core import diagnostics, log_weights
+from ..core.resampling import systematic
+from ..core.trajectory import Seen, Trajectory, gather
+from ..cost import Cost, check_counts
+from ..errors import StateSpaceError
+from ..key import Key, as_key
+from ..particles.path_mcmc import ACCEPTANCE
+from ..types import ReverseProcess
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -143,7 +143,7 @@ class Result:
     @property
     def images(self) -> list[Image]:
         """Samples as PIL images, problem by problem; for processes that decode to images (M, C, H, W) in [0, 1]."""
-        from .images import to_images
+        from ..images import to_images
 
         return to_images(self.decoded)
 
@@ -166,11 +166,11 @@ class Result:
 
     def report(self, directory: str | Path, **extra: Any) -> Path:
         """Writes a self-contained report.html: samples, reward, ESS and lineage over steps, the ledger."""
-        from .report import write_report
+        from ..report import write_report
 
         return write_report(self, Path(directory), **extra)
 
     def _repr_png_(self) -> bytes | None:
-        from .images import preview
+        from ..images import preview
 
         return preview(self)
