@@ -15,7 +15,7 @@ from pathlib import Path
 
 import steer
 from steer import rewards
-from steer.images import to_images
+from steer.report.images import to_images
 
 
 def main() -> None:

@@ -249,7 +249,7 @@ def report(
 
     What was not saved is not shown: search trees, and the states on the way.
     """
-    from .report import shown, write_report
+    from .report.run_report import shown, write_report
     from .results.saved import load_result
 
     with reported_errors(debug, as_json=False):

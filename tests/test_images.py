@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 import steer
-from steer.images import SEPARATOR, enlarged, grid, is_images, to_images, to_png
+from steer.report.images import SEPARATOR, enlarged, grid, is_images, to_images, to_png
 
 
 def pictures(process_size=8, particles=6):

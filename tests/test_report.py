@@ -8,10 +8,12 @@ import torch
 
 import steer
 from steer import search
-from steer.best_path import best_path
-from steer.page import number, with_error
-from steer.report import shown, summary, write_comparison, write_report
-from steer.tree_figure import chosen, leaf_weights, tree_figure
+from steer.report.best_chain import best_path
+from steer.report.comparison_report import write_comparison
+from steer.report.page import number, with_error
+from steer.report.run_report import shown, summary, write_report
+from steer.report.tree_figure import tree_figure
+from steer.report.tree_layout import chosen, leaf_weights
 
 
 def score(x):

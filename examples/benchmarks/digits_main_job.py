@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import steer
 from steer import rewards, search
-from steer.images import grid
+from steer.report.images import grid
 
 METHODS: dict[str, Callable[..., steer.Result]] = {
     "unsteered": functools.partial(steer.rollout, keep_states=False),

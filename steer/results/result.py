@@ -143,7 +143,7 @@ class Result:
     @property
     def images(self) -> list[Image]:
         """Samples as PIL images, problem by problem; for processes that decode to images (M, C, H, W) in [0, 1]."""
-        from ..images import to_images
+        from ..report.images import to_images
 
         return to_images(self.decoded)
 
@@ -166,11 +166,11 @@ class Result:
 
     def report(self, directory: str | Path, **extra: Any) -> Path:
         """Writes a self-contained report.html: samples, reward, ESS and lineage over steps, the ledger."""
-        from ..report import write_report
+        from ..report.run_report import write_report
 
         return write_report(self, Path(directory), **extra)
 
     def _repr_png_(self) -> bytes | None:
-        from ..images import preview
+        from ..report.images import preview
 
         return preview(self)

@@ -8,7 +8,7 @@ import math
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from .files import plain, versions
+from ..files import plain, versions
 from .images import to_png
 
 if TYPE_CHECKING:

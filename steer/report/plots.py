@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .results.result import Result
-    from .sample import Comparison
+    from ..results.result import Result
+    from .comparison import Comparison
 
 STEERED, UNSTEERED, BEST = "#2b8cbe", "#9a9a9a", "#e6822e"
 # Stand-ins while drawing: the page's text and rule colours, which differ between light and dark.

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .errors import ShapeError
+from ..errors import ShapeError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from .results.result import Result
+    from ..results.result import Result
 
 SEPARATOR = 128  # a grey that shows on dark and on light pictures
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}

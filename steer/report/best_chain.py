@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .core.trajectory import Ancestors, Stepped, gather
-from .tree_figure import best_slots, clean_states, drawable
+from ..core.trajectory import Ancestors, Stepped, gather
+from .tree_layout import best_slots, clean_states, drawable
 
 if TYPE_CHECKING:
-    from .results.result import Result
+    from ..results.result import Result
 
 
 @dataclass(frozen=True, eq=False)
