@@ -21,6 +21,9 @@ from .errors import (
     StateSpaceError,
     SteerError,
 )
+from .evaluation.compare import compare
+from .evaluation.methods import methods, sample
+from .evaluation.preflight import Preflight, preflight
 from .guidance import (
     GuidedProcess,
     Hooks,
@@ -64,7 +67,6 @@ from .particles.tempering import adaptive_tempering, geometric_tempering
 from .particles.top_k import top_k_of_n
 from .pipelines import from_latents, from_pipeline, own_solver, verify
 from .pipelines.hub import from_hub
-from .preflight import Preflight, preflight
 from .processes.edm import from_edm, karras_sigmas
 from .processes.gaussian import GaussianProcess, convert, from_denoiser, from_eps, from_score, from_v, from_velocity
 from .processes.masked import MaskedProcess, from_logits
@@ -72,7 +74,6 @@ from .processes.schedules import VE, VP, Cosine, RectifiedFlow, Tabulated, log_s
 from .processes.transitions import Normal, churn, cps, dance_sde, ddim, euler_maruyama, flow_sde, ode
 from .processes.unmasking import Unmasking, unmask
 from .results.result import Result
-from .sample import compare, methods, sample
 from .samplers.das import das
 from .samplers.driftlite import driftlite
 from .samplers.fk_steering import fk_steering

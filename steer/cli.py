@@ -224,7 +224,7 @@ def preflight_(
 
     Prints what it found, and the method and budget that it recommends.
     """
-    from .preflight import preflight
+    from .evaluation.preflight import preflight
 
     with reported_errors(debug, as_json):
         process = open_model(model, steps, label, device)
@@ -295,8 +295,8 @@ def models(as_json: AsJson = False) -> None:
 @app.command(epilog="Example: steer methods --json")
 def methods(as_json: AsJson = False) -> None:
     """Lists the methods and the options that `--set NAME=VALUE` gives them."""
+    from .evaluation.methods import methods as names
     from .options import listed
-    from .sample import methods as names
 
     found = [listed(name, find_method(name)) for name in names()]
     if as_json:

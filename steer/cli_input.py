@@ -79,7 +79,7 @@ def open_reward(spec: str, process: Any = None) -> Callable[..., Any]:
 def find_method(name: str) -> Callable[..., Any]:
     """The method of that name."""
     from .errors import SteerError
-    from .sample import resolve
+    from .evaluation.methods import resolve
 
     try:
         return resolve(name)

@@ -89,7 +89,7 @@ def test_rank_correlation_is_spearmans():
     """Against the closed form on one Gaussian, where prediction and sample are jointly normal."""
     from scipy.stats import spearmanr
 
-    from steer.preflight import _rank_correlation
+    from steer.evaluation.preflight import _rank_correlation
 
     draw = torch.Generator().manual_seed(0)
     a = torch.randn(1, 50, generator=draw).round(decimals=1)  # with ties

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .core.objective import Objective, check_finite, check_temperature, conditioned, open_run
-from .cost import Cost
-from .errors import BudgetError, NotDifferentiableError
-from .key import Key, as_key
-from .types import ReverseProcess, Reward
+from ..core.objective import Objective, check_finite, check_temperature, conditioned, open_run
+from ..cost import Cost
+from ..errors import BudgetError, NotDifferentiableError
+from ..key import Key, as_key
+from ..types import ReverseProcess, Reward
 
 _PROBED = 8  # levels at which predictions are scored, at most
 _USABLE = 0.4  # rank correlation from which a prediction is worth selecting by
@@ -114,7 +114,7 @@ class Preflight:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON types; NaN and infinities are None."""
-        from .files import plain
+        from ..files import plain
 
         derived = {"stochastic": self.stochastic, "seeds_matter": self.seeds_matter, "usable_from": self.usable_from}
         return plain({**asdict(self), **derived})
