@@ -13,14 +13,15 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import steer
-from steer import SteerError, cli, options, progress
+from steer import SteerError
+from steer.cli import app, options, progress
 from steer.results.saved import load_result
 
 QUICK = ["--model", "digits", "--reward", "digit:3", "--steps", "4"]
 
 
 def run(*words):
-    return CliRunner().invoke(cli.app, [str(word) for word in words])
+    return CliRunner().invoke(app.app, [str(word) for word in words])
 
 
 def generate(out, *words):
@@ -235,7 +236,7 @@ def test_failure_at_run_time_exits_1_with_one_line(tmp_path):
     assert json.loads(failed.stdout)["error"]["type"] == "BudgetError"
     with pytest.raises(steer.BudgetError):
         CliRunner().invoke(
-            cli.app, ["generate", *QUICK, "--out", "x", "--budget", "3", "--debug"], catch_exceptions=False
+            app.app, ["generate", *QUICK, "--out", "x", "--budget", "3", "--debug"], catch_exceptions=False
         )
 
 

@@ -8,7 +8,8 @@ import torch
 from typer.testing import CliRunner
 
 import steer
-from steer import cli, rewards
+from steer import rewards
+from steer.cli import app
 
 
 def digits(steps=12, **options):
@@ -194,14 +195,14 @@ def test_tokens_and_several_problems():
 
 def test_the_command_line():
     words = ["preflight", "--model", "digits", "--reward", "digit:3", "--steps", "5"]
-    done = CliRunner().invoke(cli.app, words)
+    done = CliRunner().invoke(app.app, words)
     assert done.exit_code == 0, done.output
     assert "recommended" in done.stdout
-    done = CliRunner().invoke(cli.app, [*words, "--json", "--seed", "1"])
+    done = CliRunner().invoke(app.app, [*words, "--json", "--seed", "1"])
     assert done.exit_code == 0, done.output
     facts = json.loads(done.stdout)
     assert facts["about"]["reward"] == "digit:3"
     assert facts["stochastic_steps"] == 4
     assert {"method", "budget", "advice", "sights", "gradient", "cost", "usable_from"} <= set(facts)
-    assert CliRunner().invoke(cli.app, [*words[:-1], "0"]).exit_code == 2
-    assert CliRunner().invoke(cli.app, ["preflight", "--model", "digits", "--reward", "nothing"]).exit_code == 2
+    assert CliRunner().invoke(app.app, [*words[:-1], "0"]).exit_code == 2
+    assert CliRunner().invoke(app.app, ["preflight", "--model", "digits", "--reward", "nothing"]).exit_code == 2

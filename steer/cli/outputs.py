@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .report.comparison import Comparison, Comparisons
-    from .results.result import Result
+    from ..report.comparison import Comparison, Comparisons
+    from ..results.result import Result
 
 
 def write_run(
     result: Result, reference: Result | None, out: Path, n: int, about: dict[str, Any], metrics: dict[str, Any]
 ) -> dict[str, Any]:
     """The run's files, and its numbers. What was paid for comes first: the result, then pictures of it."""
-    from .files import write_atomically
-    from .report.images import grid, is_images, to_png
-    from .report.run_report import shown, summary, write_report
-    from .results.saving import save_result
+    from ..files import write_atomically
+    from ..report.images import grid, is_images, to_png
+    from ..report.run_report import shown, summary, write_report
+    from ..results.saving import save_result
 
     for stale in ("compare.json", "images.png"):  # of an earlier command, which would be taken for this one's
         (out / stale).unlink(missing_ok=True)
@@ -36,11 +36,11 @@ def write_run(
 def write_comparison_files(
     comparison: Comparison | Comparisons, out: Path, n: int, about: dict[str, Any]
 ) -> dict[str, Any]:
-    from .files import plain, to_json, versions, write_atomically
-    from .report.comparison_report import write_comparison
-    from .report.images import grid, is_images, to_png
-    from .report.run_report import shown
-    from .results.saving import FACTS, TENSORS
+    from ..files import plain, to_json, versions, write_atomically
+    from ..report.comparison_report import write_comparison
+    from ..report.images import grid, is_images, to_png
+    from ..report.run_report import shown
+    from ..results.saving import FACTS, TENSORS
 
     for stale in (FACTS, TENSORS, "images.png"):  # of a `steer generate`, which would be taken for this command's
         (out / stale).unlink(missing_ok=True)
@@ -65,7 +65,7 @@ def print_run(numbers: dict[str, Any], out: Path, about: dict[str, Any], as_json
     from rich.markup import escape
     from rich.table import Table
 
-    from .report.page import number
+    from ..report.page import number
 
     if as_json:
         files = sorted(path.name for path in out.iterdir() if path.is_file())
@@ -89,7 +89,7 @@ def print_comparison(comparison: Comparison | Comparisons, out: Path) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from .report.page import number, with_error
+    from ..report.page import number, with_error
 
     stages = comparison.at
     names = list(stages[-1].rows[0].metrics)

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .cli_input import (
+from .inputs import (
     by_method,
     command_line,
     find_method,
@@ -31,7 +31,7 @@ from .cli_input import (
     settings_of,
     unsteered_run,
 )
-from .cli_output import print_comparison, print_run, write_comparison_files, write_run
+from .outputs import print_comparison, print_run, write_comparison_files, write_run
 from .progress import Interrupt, Watch
 
 app = typer.Typer(
@@ -224,7 +224,7 @@ def preflight_(
 
     Prints what it found, and the method and budget that it recommends.
     """
-    from .evaluation.preflight import preflight
+    from ..evaluation.preflight import preflight
 
     with reported_errors(debug, as_json):
         process = open_model(model, steps, label, device)
@@ -249,8 +249,8 @@ def report(
 
     What was not saved is not shown: search trees, and the states on the way.
     """
-    from .report.run_report import shown, write_report
-    from .results.saved import load_result
+    from ..report.run_report import shown, write_report
+    from ..results.saved import load_result
 
     with reported_errors(debug, as_json=False):
         saved = load_result(directory)
@@ -280,7 +280,7 @@ def report(
 @app.command(epilog="Example: steer models --json")
 def models(as_json: AsJson = False) -> None:
     """Lists the pretrained models that ship with steer: what they are, how good, under which licence."""
-    from .models.catalogue import embedded
+    from ..models.catalogue import embedded
 
     found = embedded()
     if as_json:
@@ -295,7 +295,7 @@ def models(as_json: AsJson = False) -> None:
 @app.command(epilog="Example: steer methods --json")
 def methods(as_json: AsJson = False) -> None:
     """Lists the methods and the options that `--set NAME=VALUE` gives them."""
-    from .evaluation.methods import methods as names
+    from ..evaluation.methods import methods as names
     from .options import listed
 
     found = [listed(name, find_method(name)) for name in names()]
@@ -325,9 +325,8 @@ def serve_reward(
 
     Clients on the command line send the token in STEER_REWARD_TOKEN.
     """
-    from steer import rewards
-
-    from .errors import RewardError
+    from .. import rewards
+    from ..errors import RewardError
 
     token = None if token_env is None else os.environ.get(token_env)
     if token_env is not None and not token:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .core.trajectory import Trajectory
+    from ..core.trajectory import Trajectory
 
 
 class Interrupt:
@@ -35,7 +35,7 @@ class Interrupt:
 
     def check(self) -> None:
         """Raises, where Ctrl-C was pressed."""
-        from .types import Stop
+        from ..types import Stop
 
         if self.asked:
             raise Stop
@@ -72,7 +72,7 @@ class Watch:
         self._bar.stop()
 
     def __call__(self, state: Trajectory) -> None:
-        from .core import log_weights
+        from ..core import log_weights
 
         meter = state.process.meter
         if self._meter is not None and meter is not self._meter:

@@ -14,16 +14,16 @@ from rich.console import Console
 from rich.markup import escape
 
 if TYPE_CHECKING:
-    from .processes.gaussian import GaussianProcess
+    from ..processes.gaussian import GaussianProcess
+    from ..results.result import Result
     from .progress import Watch
-    from .results.result import Result
 
 
 @contextmanager
 def reported_errors(debug: bool, as_json: bool) -> Iterator[None]:
     """Errors of the run as one line, and exit code 1."""
-    from .errors import SteerError
-    from .types import Stop
+    from ..errors import SteerError
+    from ..types import Stop
 
     try:
         yield
@@ -66,9 +66,8 @@ def open_model(model: str, steps: int | None, label: int | None, device: str) ->
 
 def open_reward(spec: str, process: Any = None) -> Callable[..., Any]:
     """The reward that a specification stands for; one of text, on a process that has a text."""
-    from steer import rewards
-
-    from .errors import SteerError
+    from .. import rewards
+    from ..errors import SteerError
 
     try:
         return rewards.from_spec(spec, getattr(process, "text", None))
@@ -78,8 +77,8 @@ def open_reward(spec: str, process: Any = None) -> Callable[..., Any]:
 
 def find_method(name: str) -> Callable[..., Any]:
     """The method of that name."""
-    from .errors import SteerError
-    from .evaluation.methods import resolve
+    from ..errors import SteerError
+    from ..evaluation.methods import resolve
 
     try:
         return resolve(name)
@@ -89,7 +88,7 @@ def find_method(name: str) -> Callable[..., Any]:
 
 def metrics_of(spec: str, reward: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
     """The held-out judge of a reward, where there is one."""
-    from steer import rewards
+    from .. import rewards
 
     if not isinstance(reward, rewards.DigitLogProb):
         return {}
@@ -112,7 +111,7 @@ def own_options(sampler: Callable[..., Any], name: str, n: int, guided: float | 
 
 def settings_of(sampler: Callable[..., Any], name: str, settings: Sequence[str]) -> dict[str, Any]:
     """A method's own options from NAME=VALUE."""
-    from .errors import SteerError
+    from ..errors import SteerError
     from .options import parsed
 
     try:
@@ -146,7 +145,7 @@ def unsteered_run(
     process: GaussianProcess, reward: Callable[..., Any], count: int, seed: int, watch: Watch
 ) -> Result | None:
     """Unsteered samples from the run's own noise, slot by slot; None where Ctrl-C was pressed."""
-    from .samplers.rollout import rollout
+    from ..samplers.rollout import rollout
 
     unsteered = rollout(process, reward, particles=count, key=seed, keep_states=False, on_step=watch)
     return None if unsteered.interrupted else unsteered

@@ -8,7 +8,7 @@ import types
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from .errors import SteerError
+from ..errors import SteerError
 
 # What every method takes, and the command line has its own options for.
 _COMMON = frozenset({"process", "reward", "batch", "particles", "budget", "temperature", "key", "on_step", "return"})
