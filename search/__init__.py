@@ -1,16 +1,16 @@
 """Searches for samples of high reward, on steer's processes."""
 
 from . import selection, values
-from .beam import beam
-from .best_of_n import best_of_n
 from .depth_first import depth_first
 from .dts import dts
 from .dts_star import dts_star
 from .epsilon_greedy import epsilon_greedy
 from .noise_search import noise_search, random_search, zero_order
 from .paths import paths
+from .population.beam import beam
+from .population.best_of_n import best_of_n
+from .population.svdd import svdd
 from .rbf import rbf
-from .svdd import svdd
 from .tree import Tree
 
 __all__ = [

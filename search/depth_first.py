@@ -12,7 +12,8 @@ from steer.key import Key
 from steer.results.result import Result
 from steer.types import OnStep, ReverseProcess, Reward
 
-from .candidates import Run, spread
+from .budget import spread
+from .run import Run
 from .walkers import Ask, Held, Name, Walker, begin, collect, draw, renoise, walk
 
 

@@ -14,8 +14,9 @@ from steer.errors import NotStochasticError, StateSpaceError, SteerError
 from steer.processes.transitions import Normal
 from steer.types import OnStep, ReverseProcess, Stop
 
-from .candidates import Run, spread
+from .budget import spread
 from .noise_search import Found, starting_law
+from .run import Run
 from .values import x0_hat
 
 

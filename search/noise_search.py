@@ -17,7 +17,7 @@ from steer.processes.transitions import Normal
 from steer.results.result import Result
 from steer.types import OnStep, ReverseProcess, Reward, Stop
 
-from .candidates import Run
+from .run import Run
 
 
 class Found(NamedTuple):

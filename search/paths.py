@@ -10,8 +10,8 @@ from steer.core.trajectory import Trajectory, gather
 from steer.errors import SteerError
 from steer.types import OnStep, ReverseProcess
 
-from .candidates import Run
 from .noise_search import Found, carried_on, joined
+from .run import Run
 from .values import x0_hat
 
 

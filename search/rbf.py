@@ -15,7 +15,8 @@ from steer.key import Key
 from steer.results.result import Result
 from steer.types import OnStep, ReverseProcess, Reward
 
-from .candidates import Run, scattered, spread
+from .budget import scattered, spread
+from .run import Run
 from .walkers import Ask, Held, Name, Walker, begin, collect, draw, walk
 
 

@@ -10,9 +10,11 @@ from steer.key import Key
 from steer.results.result import Result
 from steer.types import OnStep, ReverseProcess, Reward
 
-from .candidates import Run, Widths, descend, plan
-from .selection import argmax, categorical, replace_worst
-from .values import Value, x0_hat
+from ..budget import Widths, plan
+from ..run import Run
+from ..selection import argmax, categorical, replace_worst
+from ..values import Value, x0_hat
+from .population_search import descend
 
 RULES: dict[str, Callable] = {"categorical": categorical, "argmax": argmax}
 

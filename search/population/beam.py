@@ -7,9 +7,11 @@ from steer.key import Key
 from steer.results.result import Result
 from steer.types import OnStep, ReverseProcess, Reward
 
-from .candidates import Run, Widths, descend, plan
-from .selection import Selection, proportional
-from .values import Value, x0_hat
+from ..budget import Widths, plan
+from ..run import Run
+from ..selection import Selection, proportional
+from ..values import Value, x0_hat
+from .population_search import descend
 
 
 def beam(

@@ -1,0 +1,120 @@
+"""What a budget pays for: numbers of chains, and of candidates at every choice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from steer.cost import affordable, check_counts
+from steer.errors import NotStochasticError
+from steer.key import Key
+from steer.types import ReverseProcess
+
+from .values import Value
+
+Widths = int | Callable[[int], int] | None
+"""Candidates per chain: a number, a function of the level they stand at, or None for what the budget pays."""
+
+
+class Block(NamedTuple):
+    """Levels first to last, at the last of which a choice is made, among `width` candidates per chain."""
+
+    first: int
+    last: int
+    width: int
+
+
+class Plan(NamedTuple):
+    """N chains and the blocks they go through."""
+
+    particles: int
+    blocks: tuple[Block, ...]
+
+
+def plan(
+    process: ReverseProcess,
+    value: Value,
+    *,
+    block: int,
+    candidates: Widths,
+    particles: int | None,
+    budget: int | None,
+    usual: int,
+    default: int,
+) -> Plan:
+    """What a budget (network rows per problem) or the given numbers of chains and candidates pay for.
+
+    block: draws between choices, the draw of the prior being the first; a last block that would be shorter joins the
+    one before. Where no step of a block draws anything, one candidate is as good as many.
+    candidates None: the budget decides, after `usual` of them have decided how many chains there are.
+    default: chains where neither particles nor budget is given.
+    """
+    check_counts(block=block)
+    ends = [k for k in range(block - 1, process.steps, block) if process.steps - k >= block] + [process.steps]
+    spans = list(zip([0, *(end + 1 for end in ends)], ends, strict=False))
+    drawing = [_draws(process, max(0, first - 1), last) for first, last in spans]
+    drawing[0] = drawing[0] or scattered(process)
+    costs = [_rows(process, value, first, last) for first, last in spans]
+    fixed = 0 if value.predicts else len(spans) - 1  # kept states are predicted after the choice
+
+    def widths(wanted: int | Callable[[int], int]) -> list[int]:
+        each = [wanted(last) if callable(wanted) else wanted for _, last in spans]
+        for width in each:
+            check_counts(candidates=width)
+        if max(each) > 1 and len(spans) > 1 and not any(drawing[1:]):
+            raise NotStochasticError(
+                "candidates of one chain differ by the noise of its steps, and this process's transitions add none; "
+                "use a stochastic rule, for instance process.with_rule(steer.ddim(eta=1.0)), or search over starting "
+                "noises with search.noise_search"
+            )
+        return [width if draws else 1 for width, draws in zip(each, drawing, strict=True)]
+
+    def rows(each: Sequence[int]) -> int:
+        return process.rows * (fixed + sum(width * cost for width, cost in zip(each, costs, strict=True)))
+
+    if candidates is not None or budget is None:
+        chosen = widths(usual if candidates is None else candidates)
+        count = affordable(rows(chosen), particles=particles, budget=budget, default=default)
+    else:
+        chosen = widths(usual)
+        count = affordable(rows(widths(1)), particles=particles, budget=budget)
+        count = particles or max(1, min(count, budget // rows(chosen)))
+        if any(cost and draws for cost, draws in zip(costs, drawing, strict=True)):
+            chosen = _paid(budget // process.rows // count - fixed, costs, drawing)
+    return Plan(count, tuple(Block(first, last, width) for (first, last), width in zip(spans, chosen, strict=True)))
+
+
+def _rows(process: ReverseProcess, value: Value, first: int, last: int) -> int:
+    """Predictions of one candidate from level first to level last, where it is valued."""
+    valued = 1 + value.extra(process, last) if value.predicts and last < process.steps else 0
+    return last - first + valued
+
+
+def scattered(process: ReverseProcess) -> bool:
+    """Whether the prior draws anything: masked states all begin the same."""
+    first, second = process.prior(Key(0), process.problems or 1, 2).unbind(1)
+    return not torch.equal(first, second)
+
+
+def _draws(process: ReverseProcess, first: int, last: int) -> bool:
+    """Whether any step from level first to level last is stochastic."""
+    return any(process.stochastic(k) for k in range(first, last))
+
+
+def _paid(calls: int, costs: Sequence[int], drawing: Sequence[bool]) -> list[int]:
+    """Widths that `calls` predictions per chain pay for: equal, the first blocks one more while they can."""
+    calls -= sum(cost for cost, draws in zip(costs, drawing, strict=True) if not draws)
+    width, left = divmod(calls, sum(cost for cost, draws in zip(costs, drawing, strict=True) if draws))
+    each = []
+    for cost, draws in zip(costs, drawing, strict=True):
+        more = draws and 0 < cost <= left
+        left -= cost if more else 0
+        each.append(width + more if draws else 1)
+    return each
+
+
+def spread(total: int, count: int) -> list[int]:
+    """`total` in `count` whole parts that differ by at most one, the larger first."""
+    return [total // count + (i < total % count) for i in range(count)]
