@@ -1,7 +1,8 @@
 """Searches for samples of high reward, on steer's processes."""
 
 from . import selection, values
-from .depth_first import depth_first
+from .chains.depth_first import depth_first
+from .chains.rbf import rbf
 from .dts import dts
 from .dts_star import dts_star
 from .epsilon_greedy import epsilon_greedy
@@ -10,7 +11,6 @@ from .paths import paths
 from .population.beam import beam
 from .population.best_of_n import best_of_n
 from .population.svdd import svdd
-from .rbf import rbf
 from .tree import Tree
 
 __all__ = [

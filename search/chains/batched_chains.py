@@ -20,7 +20,7 @@ from steer.processes.gaussian import priced
 from steer.results.result import Result
 from steer.types import OnStep, Stop
 
-from .run import Run
+from ..run import Run
 
 
 class Held(NamedTuple):

@@ -15,9 +15,9 @@ from steer.key import Key
 from steer.results.result import Result
 from steer.types import OnStep, ReverseProcess, Reward
 
-from .budget import scattered, spread
-from .run import Run
-from .walkers import Ask, Held, Name, Walker, begin, collect, draw, walk
+from ..budget import scattered, spread
+from ..run import Run
+from .batched_chains import Ask, Held, Name, Walker, begin, collect, draw, walk
 
 
 def rbf(

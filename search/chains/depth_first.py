@@ -12,9 +12,9 @@ from steer.key import Key
 from steer.results.result import Result
 from steer.types import OnStep, ReverseProcess, Reward
 
-from .budget import spread
-from .run import Run
-from .walkers import Ask, Held, Name, Walker, begin, collect, draw, renoise, walk
+from ..budget import spread
+from ..run import Run
+from .batched_chains import Ask, Held, Name, Walker, begin, collect, draw, renoise, walk
 
 
 def depth_first(
