@@ -5,9 +5,11 @@ from .chains.depth_first import depth_first
 from .chains.rbf import rbf
 from .dts import dts
 from .dts_star import dts_star
-from .epsilon_greedy import epsilon_greedy
-from .noise_search import noise_search, random_search, zero_order
-from .paths import paths
+from .noise.epsilon_greedy import epsilon_greedy
+from .noise.noise_search import noise_search
+from .noise.paths import paths
+from .noise.random_search import random_search
+from .noise.zero_order import zero_order
 from .population.beam import beam
 from .population.best_of_n import best_of_n
 from .population.svdd import svdd

@@ -14,10 +14,10 @@ from steer.errors import NotStochasticError, StateSpaceError, SteerError
 from steer.processes.transitions import Normal
 from steer.types import OnStep, ReverseProcess, Stop
 
-from .budget import spread
-from .noise_search import Found, starting_law
-from .run import Run
-from .values import x0_hat
+from ..budget import spread
+from ..run import Run
+from ..values import x0_hat
+from .strategy import Found, starting_law
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from steer.core.trajectory import Trajectory, gather
 from steer.errors import SteerError
 from steer.types import OnStep, ReverseProcess
 
-from .noise_search import Found, carried_on, joined
-from .run import Run
-from .values import x0_hat
+from ..run import Run
+from ..values import x0_hat
+from .strategy import Found, carried_on, joined
 
 
 @dataclass(frozen=True)

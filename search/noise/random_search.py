@@ -1,0 +1,44 @@
+"""Random search: fresh noise for every chain."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from steer.types import OnStep, ReverseProcess
+
+from ..run import Run
+from .strategy import Found, follow, joined
+
+
+@dataclass(frozen=True)
+class RandomSearch:
+    """Independent noises. Built by `random_search`."""
+
+    chains: int = 1
+
+    def least(self, process: ReverseProcess) -> int:
+        """One sample."""
+        return process.steps
+
+    def __call__(self, run: Run, particles: int, calls: int, on_step: OnStep | None) -> Found:
+        """As many samples as are paid for, all returned."""
+        count = particles * (calls // run.process.steps)
+        parts: list[Found] = []
+        for first in range(0, count, run.chunk):
+            here = replace(run, key=run.key.shifted(slot=first))
+            try:
+                found = follow(here, here.begin(min(run.chunk, count - first)).x, None, on_step)
+            except KeyboardInterrupt:
+                if not parts:
+                    raise
+                parts[-1] = parts[-1]._replace(interrupted=True)
+                break
+            parts.append(found._replace(root=found.root + first))
+            if found.interrupted:
+                break
+        return joined(*parts)
+
+
+def random_search() -> RandomSearch:
+    """Independent noises: best-of-N by another name, all samples returned. The smallest move is one sample."""
+    return RandomSearch()
