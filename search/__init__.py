@@ -3,8 +3,6 @@
 from . import selection, values
 from .chains.depth_first import depth_first
 from .chains.rbf import rbf
-from .dts import dts
-from .dts_star import dts_star
 from .noise.epsilon_greedy import epsilon_greedy
 from .noise.noise_search import noise_search
 from .noise.paths import paths
@@ -13,7 +11,9 @@ from .noise.zero_order import zero_order
 from .population.beam import beam
 from .population.best_of_n import best_of_n
 from .population.svdd import svdd
-from .tree import Tree
+from .trees.dts import dts
+from .trees.dts_star import dts_star
+from .trees.tree import Tree
 
 __all__ = [
     "Tree",

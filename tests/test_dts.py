@@ -12,7 +12,7 @@ from exact import LIMIT, Linear, Quadratic, exact_chain, mixture_2d, worst, z, z
 import steer
 from steer import search
 from steer.core import log_weights
-from steer.search.dts_star import _spread
+from steer.search.trees.dts_star import _spread
 
 REWARD = Linear([0.7, -0.5])
 STEPS = 10

@@ -10,12 +10,12 @@ from exact import Linear, mixture_2d
 
 import steer
 from steer import search
-from steer.search.descent import Descent, _categorical
-from steer.search.dts import _soft_value
-from steer.search.growth import resorted
-from steer.search.layer import ChildLists, Layer
-from steer.search.planting import even_levels
-from steer.search.tree import Tree
+from steer.search.trees.branching import even_levels
+from steer.search.trees.dts import _soft_value
+from steer.search.trees.node_table import ChildLists, Layer
+from steer.search.trees.tree import Tree
+from steer.search.trees.tree_policy import Descent, _categorical
+from steer.search.trees.tree_search import resorted
 
 REWARD = Linear([0.7, -0.5])
 BUILDS = ("unbiased", "uniform", "boltzmann")

@@ -31,7 +31,7 @@ import torch
 import steer
 from steer import search
 from steer.key import Key
-from steer.search.planting import segment_rows
+from steer.search.trees.branching import segment_rows
 
 STEPS, LEVELS = 50, list(range(5, 50, 5))
 CELLS = [(1, 1), (1, 9), (1, 16), (1, 64), *((trees, walkers) for trees in (16, 64) for walkers in (1, 16, 64))]

@@ -25,8 +25,8 @@ from steer.processes.gaussian import priced
 from steer.results.result import Result
 from steer.types import GaussianTransition, OnStep, ReverseProcess, Stop
 
-from .layer import Slots, each_problem
-from .planting import segment_rows
+from .branching import segment_rows
+from .ragged import Slots, each_problem
 from .tree import Tree
 
 Plan = tuple[Slots, Slots]

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from steer.errors import SteerError
 from steer.key import Key
 
-from .growth import Plan, resorted
-from .layer import Groups, Slots, grouped
+from .ragged import Groups, Slots, grouped
 from .tree import Tree
+from .tree_search import Plan, resorted
 
 Score = Callable[[Tree, int, Slots, Slots, Slots], NDArray[Any]]
 """(tree, depth of the children, problem, parent, child), flat, to the children's scores."""

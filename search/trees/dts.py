@@ -34,11 +34,11 @@ from steer.particles.proposals import Proposal, bootstrap
 from steer.results.result import Result
 from steer.types import OnStep, ReverseProcess, Reward
 
-from .descent import Descent
-from .growth import Choose, Growth, Plan
-from .layer import Slots, each_problem
-from .planting import branching_levels, plantable, planted, segment_rows
+from .branching import branching_levels, plantable, planted, segment_rows
+from .ragged import Slots, each_problem
 from .tree import Tree
+from .tree_policy import Descent
+from .tree_search import Choose, Growth, Plan
 
 
 def dts(

@@ -19,7 +19,8 @@ from torch import Tensor
 from steer.core.trajectory import gather
 from steer.errors import SteerError
 
-from .layer import ChildLists, Layer, Slots, each_problem
+from .node_table import ChildLists, Layer
+from .ragged import Slots, each_problem
 
 if TYPE_CHECKING:
     import networkx

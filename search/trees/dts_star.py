@@ -18,11 +18,11 @@ from steer.particles.proposals import bootstrap
 from steer.results.result import Result
 from steer.types import OnStep, ReverseProcess, Reward
 
-from .descent import Descent
-from .growth import Growth
-from .layer import Slots
-from .planting import branching_levels, plantable, planted, segment_rows
+from .branching import branching_levels, plantable, planted, segment_rows
+from .ragged import Slots
 from .tree import Tree
+from .tree_policy import Descent
+from .tree_search import Growth
 
 
 def dts_star(
