@@ -44,7 +44,7 @@ from .ocr import OCR, TransformersReader
 from .parse import from_spec
 from .pick_score import PickScore
 from .remote import Remote
-from .serve import serve
+from .server import serve
 from .text import InWords, LetterCount, Matches, TextLogProb
 from .trainers import as_flow_grpo, as_flow_grpo_scores, as_trl, as_verl_omni, from_flow_grpo, from_trl
 from .vlm_judge import VLMJudge

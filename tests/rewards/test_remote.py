@@ -25,7 +25,7 @@ from steer import rewards
 from steer.errors import NotDifferentiableError, RewardError, ShapeError
 from steer.rewards.pictures import from_png, to_pictures, to_png
 from steer.rewards.remote import Remote
-from steer.rewards.serve import serve
+from steer.rewards.server import serve
 from steer.rewards.wire import decode_request, encode_parts, encode_request
 from steer.types import RewardSpec
 
