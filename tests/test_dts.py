@@ -1,7 +1,6 @@
 """The law of trees: exact in expectation where they are built to be, and the mutants that are not."""
 
 import math
-import sys
 from contextlib import suppress
 from dataclasses import replace
 
@@ -12,6 +11,7 @@ from exact import LIMIT, Linear, Quadratic, exact_chain, mixture_2d, worst, z, z
 import steer
 from steer import search
 from steer.core import log_weights
+from steer.search.trees import dts as dts_module
 from steer.search.trees.dts_star import _spread
 
 REWARD = Linear([0.7, -0.5])
@@ -80,7 +80,7 @@ def test_mutants_are_caught(mutant, monkeypatch):
     """Leaves weighted by exp(r) alone, and shares that depend on a node's own leaves: the test above sees both."""
     process = chain()
     if mutant == "looks-below":
-        monkeypatch.setattr(sys.modules["search.dts"].Apportionment, "_lacking", looking_below)
+        monkeypatch.setattr(dts_module.Apportionment, "_lacking", looking_below)
     run = search.dts(process, REWARD, particles=96, batch=400, key=11)
     if mutant == "log-sum-exp":
         run = replace(
@@ -303,7 +303,7 @@ def test_expectations_of_mutants_do_not(mutant, monkeypatch):
     if mutant == "boltzmann":
         options = {"build": "boltzmann", "widening": (1.0, 0.3)}
     elif mutant == "looks-below":
-        monkeypatch.setattr(sys.modules["search.dts"].Apportionment, "_lacking", looking_below)
+        monkeypatch.setattr(dts_module.Apportionment, "_lacking", looking_below)
     else:  # every leaf counts the same, however many siblings its ancestors have
 
         def share(self, depth):

@@ -116,7 +116,7 @@ def overwritten(resampler):
 )
 def test_mutant_resamplers_are_rejected(monkeypatch, mutant, rejected):
     """Eight sweeps of two particles, resampled at every level, over 20,000 replicates."""
-    monkeypatch.setattr(gibbs, "conditional_multinomial", mutant)
+    monkeypatch.setattr(particle_gibbs, "conditional_multinomial", mutant)
     found = worst(scores(sweep(exact_path(Key(2), 20_000), 8, 2, Key(3), threshold=1.0)[0]))
     assert (found > LIMIT) == rejected
 

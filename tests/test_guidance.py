@@ -5,7 +5,6 @@ their spread over the square root of their number, |z| < 4. References: `chain_l
 `ExactStep` on a mixture, so no limit of small steps is involved.
 """
 
-import importlib
 import math
 
 import pytest
@@ -16,6 +15,7 @@ import steer
 from steer import guidance, search
 from steer.cost import Meter
 from steer.guidance import Hooks, follow, guide
+from steer.guidance import restart_sampling as restart
 from steer.models import chain_law
 from steer.models.mixture import GaussianMixture
 
@@ -426,7 +426,6 @@ def test_going_back_and_forth_keeps_the_law(kind):
 
 
 def test_mutant_restart_with_too_much_noise_is_rejected(monkeypatch):
-    restart = importlib.import_module("steer.guidance.restart")  # `steer.guidance.restart` is the function
     own = restart.renoised
     monkeypatch.setattr(restart, "renoised", lambda step, scale, noise: own(step, scale, 1.3 * noise))
     x = steer.rollout(BACK["restart"](exact_chain(MIXTURE, "vp", 8)), ones, particles=20000, key=4).x[0]

@@ -7,7 +7,6 @@ The mutants at the end are what released code of this field does; the same test 
 """
 
 import dataclasses
-import importlib
 import math
 
 import pytest
@@ -19,8 +18,7 @@ from steer.core import trajectory
 from steer.particles import potentials
 from steer.particles.proposals import Guided
 from steer.particles.selection import Resample
-
-smc_module = importlib.import_module("steer.smc")  # `steer.smc` is the function
+from steer.samplers import smc as smc_module
 
 BATCH, PARTICLES, STEPS = 256, 12, 6
 MIXTURES = {2: mixture_2d(), 16: mixture_16d()}

@@ -324,7 +324,7 @@ def test_bf16_states_run_their_chains_in_float32(monkeypatch):
         decided.update((here.x.dtype, there.x.dtype))
         return ratio(move, here, there)
 
-    monkeypatch.setattr(mcmc, "log_acceptance", log_acceptance)
+    monkeypatch.setattr(langevin, "log_acceptance", log_acceptance)
 
     def predictor(x):
         seen.add(x.dtype)

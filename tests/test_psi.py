@@ -135,7 +135,7 @@ def test_mutant_uniform_first_weights_are_rejected(monkeypatch):
 
 
 def test_mutant_chain_that_accepts_everything_is_rejected(monkeypatch):
-    monkeypatch.setattr(mcmc, "log_acceptance", lambda move, here, there: torch.full_like(here.value, torch.inf))
+    monkeypatch.setattr(langevin, "log_acceptance", lambda move, here, there: torch.full_like(here.value, torch.inf))
     assert score(monkeypatch, "vp", "quadratic", 1.0, None, batch=2048)[0] > LIMIT
 
 

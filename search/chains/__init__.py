@@ -1,0 +1,1 @@
+"""Searches whose chains each move at their own pace."""

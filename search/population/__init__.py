@@ -1,0 +1,1 @@
+"""Searches that keep the best of a population at every choice."""

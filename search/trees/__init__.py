@@ -1,0 +1,1 @@
+"""Searches that grow a tree: DTS and DTS*."""

@@ -351,7 +351,8 @@ class Growth:
         result = Result(
             process=self.process, x=x, reward=reward, log_weight=log_weight, log_evidence=evidence, root=root,
             key=self.key, cost=self.meter.cost(), temperature=self.temperature,
-            seen=(Seen(self.process.steps, log_weights.ess(log_weight), reward),), interrupted=interrupted, tree=self.tree,
+            seen=(Seen(self.process.steps, log_weights.ess(log_weight), reward),), interrupted=interrupted,
+            tree=self.tree,
         )  # fmt: skip
         if bool(dead.any()):
             raise CollapsedWeightsError(

@@ -1,0 +1,1 @@
+"""The command line. `steer.cli.app` has the commands."""

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..version import __version__
 from .inputs import (
     by_method,
     command_line,
@@ -75,6 +76,21 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 def main() -> None:
     """Runs the command line."""
     app()
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _global_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Samples of frozen diffusion and flow models that follow a reward."""
 
 
 @app.command(

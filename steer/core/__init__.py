@@ -1,0 +1,1 @@
+"""What every run is made of: trajectory, objective, log-weights, resampling, starts, chains, diagnostics."""

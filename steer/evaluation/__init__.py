@@ -1,0 +1,1 @@
+"""Methods by name, compared at equal budget, and chosen before the run."""

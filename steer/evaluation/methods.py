@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -13,23 +14,52 @@ from ..types import ReverseProcess, Reward
 
 Method = Callable[..., Result]
 
+BUILT_IN = {
+    "rollout": "steer.samplers.rollout:rollout",
+    "importance_sampling": "steer.samplers.importance_sampling:importance_sampling",
+    "smc": "steer.samplers.smc:smc",
+    "fkc": "steer.samplers.fkc:fkc",
+    "driftlite": "steer.samplers.driftlite:driftlite",
+    "psi": "steer.samplers.psi:psi",
+    "fk_steering": "steer.samplers.fk_steering:fk_steering",
+    "tds": "steer.samplers.tds:tds",
+    "das": "steer.samplers.das:das",
+    "particle_gibbs": "steer.samplers.particle_gibbs:particle_gibbs",
+    "waste_free": "steer.samplers.waste_free:waste_free",
+    "best_of_n": "steer.search.population.best_of_n:best_of_n",
+    "svdd": "steer.search.population.svdd:svdd",
+    "dts": "steer.search.trees.dts:dts",
+    "dts_star": "steer.search.trees.dts_star:dts_star",
+    "beam": "steer.search.population.beam:beam",
+    "depth_first": "steer.search.chains.depth_first:depth_first",
+    "rbf": "steer.search.chains.rbf:rbf",
+    "noise_search": "steer.search.noise.noise_search:noise_search",
+}
+"""Name of each built-in method, and where it lives. Imported when called, so that `import steer` stays light."""
+
 
 def methods() -> dict[str, str]:
-    """Names that `sample` understands and where each lives, from the `steer.methods` entry points installed here."""
-    return {point.name: point.value for point in sorted(entry_points(group="steer.methods"))}
+    """Names that `sample` understands, each with "module:function".
+
+    The built-in methods, and after them what installed distributions declare in the entry-point group
+    "steer.methods"; a built-in name cannot be taken over.
+    """
+    others = {point.name: point.value for point in entry_points(group="steer.methods")}
+    return dict(sorted({**others, **BUILT_IN}.items()))
 
 
 def resolve(method: str | Method) -> Method:
     """The sampler of a name; a function is itself."""
     if callable(method):
         return method
-    for point in entry_points(group="steer.methods"):
-        if point.name == method:
-            return point.load()
-    raise SteerError(
-        f"no method is called {method!r}; there are {', '.join(methods())}, and "
-        "any function f(process, reward, *, budget, batch, temperature, key) -> Result is one"
-    )
+    known = methods()
+    if method not in known:
+        raise SteerError(
+            f"no method is called {method!r}; there are {', '.join(known)}, and any function "
+            "f(process, reward, *, budget, batch, temperature, key) -> Result is one"
+        )
+    module, _, name = known[method].partition(":")
+    return getattr(import_module(module), name)
 
 
 def sample(

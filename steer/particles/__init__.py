@@ -1,0 +1,1 @@
+"""Parts of particle methods: proposals, potentials, tempering, selection, MCMC moves."""

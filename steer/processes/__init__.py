@@ -1,0 +1,1 @@
+"""What a pretrained model becomes: a reverse process on a Gaussian path or over tokens."""

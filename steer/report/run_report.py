@@ -22,8 +22,8 @@ from .best_chain import best_path
 from .images import enlarged, is_images, to_images
 from .page import card, img, number, page, table, whole, with_error
 from .tree_assets import SCRIPT, STYLE
-from .tree_figure import LEAVES, NODES, tree_figure
-from .tree_layout import drawable
+from .tree_figure import tree_figure
+from .tree_layout import LEAVES, NODES, drawable
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -16,15 +16,13 @@ from ..processes.gaussian import decoded_alone
 from .images import is_images, to_images
 from .page import img, number
 from .tree_assets import SHADES
-from .tree_layout import Shown, _ranked, chosen, clean_states, leaf_weights
+from .tree_layout import LEAVES, NODES, Shown, _ranked, chosen, clean_states, leaf_weights
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from ..results.result import Result
 
-LEAVES, NODES = 400, 1500
-"""At most this many are drawn of one tree."""
 PIXELS = 200_000
 """At most this many in the sheet of thumbnails of one tree."""
 _WIDTH, _LEFT, _TOP = 1000.0, 72.0, 22.0

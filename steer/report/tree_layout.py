@@ -12,6 +12,9 @@ from torch import Tensor
 
 from ..results.result import Result
 
+LEAVES, NODES = 400, 1500
+"""At most this many are drawn of one tree."""
+
 
 class Drawable(Protocol):
     """What `Result.tree` must offer to be drawn. `search.Tree` does.

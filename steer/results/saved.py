@@ -18,7 +18,7 @@ from ..errors import SteerError
 from ..key import Key
 from ..types import ReverseProcess
 from .result import Result
-from .saving import _REFERENCE, SCHEMA
+from .saving import _REFERENCE, FACTS, SCHEMA, TENSORS
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,1 @@
+"""Samplers of a distribution, one file for each paper."""

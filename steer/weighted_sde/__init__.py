@@ -1,0 +1,1 @@
+"""Weighted SDEs: what `steer.fkc` and `steer.driftlite` run."""
