@@ -4,7 +4,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from . import grpo, guidance, models
+from . import exporters, grpo, guidance, models
+from .core import resampling as resamplers
 from .core.resampling import killing, multinomial, residual, ssp, stratified, systematic
 from .core.start import prior
 from .core.trajectory import Trajectory
@@ -57,6 +58,7 @@ from .minority_sampling import (
     self_guided,
 )
 from .models.embedded import load
+from .particles import potentials, proposals
 from .particles.birth_death import BirthDeath, birth_death
 from .particles.langevin import mala, pcnl, ula
 from .particles.path_mcmc import path_moves
@@ -65,8 +67,13 @@ from .particles.proposals import bootstrap, guided, twisted
 from .particles.selection import resample
 from .particles.tempering import adaptive_tempering, geometric_tempering
 from .particles.top_k import top_k_of_n
-from .pipelines import from_latents, from_pipeline, own_solver, verify
+from .pipelines.from_pipeline import from_pipeline
 from .pipelines.hub import from_hub
+from .pipelines.latents import from_latents
+from .pipelines.native_solver import own_solver
+from .pipelines.verification import verify
+from .processes import schedules
+from .processes import transitions as rules
 from .processes.edm import from_edm, karras_sigmas
 from .processes.gaussian import GaussianProcess, convert, from_denoiser, from_eps, from_score, from_v, from_velocity
 from .processes.masked import MaskedProcess, from_logits
@@ -87,6 +94,7 @@ from .samplers.tds import tds
 from .samplers.waste_free import waste_free
 from .types import Coeffs, Denoiser, Level, QuadraticForm, ReverseProcess, Reward, Rule, Schedule, Stop, Transition
 from .version import __version__
+from .weighted_sde import transports
 from .weighted_sde.composite import Composite, compose
 from .weighted_sde.engine import FeynmanKac, KernelRatio
 from .weighted_sde.look_ahead import LookAhead, at_state, flow_map, ode_steps, x0_hat
@@ -180,6 +188,7 @@ __all__ = [
     "driftlite",
     "ecg",
     "euler_maruyama",
+    "exporters",
     "final_only",
     "fk_steering",
     "fkc",
@@ -229,17 +238,22 @@ __all__ = [
     "particle_gibbs",
     "path_moves",
     "pcnl",
+    "potentials",
     "preflight",
     "prior",
     "prior_guidance",
+    "proposals",
     "psi",
     "quantile_labels",
     "recur",
     "resample",
+    "resamplers",
     "residual",
     "restart",
     "rollout",
+    "rules",
     "sample",
+    "schedules",
     "score_transport",
     "self_guided",
     "sigma_times",
@@ -251,6 +265,7 @@ __all__ = [
     "tfg",
     "top_k_of_n",
     "total",
+    "transports",
     "twisted",
     "ugd",
     "ula",

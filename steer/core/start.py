@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Protocol, runtime_checkable
 
 from ..cost import affordable
 from ..errors import BudgetError, ShapeError, SteerError
 from ..key import Key
-from ..particles.selection import Resample
 from ..processes.gaussian import check_batch
 from ..types import ReverseProcess
 from .objective import Objective
@@ -51,13 +49,14 @@ def prepared(
     *,
     particles: int | None,
     budget: int | None,
-    selection: Resample | None = None,
+    price: Callable[[int], int] | None = None,
 ) -> tuple[Start, int]:
-    """A start ready for a run at that temperature, and how many whole chains it leaves the budget for."""
+    """A start ready for a run at that temperature, and how many whole chains it leaves the budget for.
+
+    price: network rows per problem of a run by its number of particles, where it is more than their chains.
+    """
     start, before = start.prepare(process, temperature) if isinstance(start, PreparedStart) else (start, 0)
-    rows: int | Callable[[int], int] = process.steps * process.rows
-    if selection is not None and selection.moves is not None:
-        rows = partial(selection.moves.rows, process)
+    rows = process.steps * process.rows if price is None else price
     return start, affordable(rows, particles=particles, budget=budget, before=before)
 
 

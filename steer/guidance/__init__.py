@@ -5,7 +5,7 @@ from .density import delta_of, density_guidance, prior_guidance, quantile_of
 from .guided_process import GuidedProcess, guide
 from .hooks import AfterHook, Hook, Hooks, Log, StartHook, Step
 from .langevin_corrector import corrector
-from .missing_objects import MissingObjects, missing_objects
+from .object_presence import MissingObjects, missing_objects
 from .proposal import Follow, follow
 from .restart_sampling import Span, Unrolled, recur, restart
 from .training_free import constant, decrease, dps, freedom, increase, lgd, mpgd, native, tfg, ugd

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 
 from ..errors import ModelError
-from ..pipelines import from_pipeline
+from ..pipelines.from_pipeline import from_pipeline
 from ..processes.gaussian import GaussianProcess
 from ..processes.masked import MaskedProcess
 from ..processes.unmasking import UnmaskRule

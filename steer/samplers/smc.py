@@ -6,6 +6,7 @@ A run is a choice of four parts that compose: a start, a proposal, a weight and 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import cast
 
 import torch
@@ -70,7 +71,8 @@ def smc(
     if isinstance(start, Trajectory):
         state = resumed(start, process, particles, batch, budget)
     else:
-        start, count = prepared(start, process, temperature, particles=particles, budget=budget, selection=selection)
+        price = None if selection.moves is None else partial(selection.moves.rows, process)
+        start, count = prepared(start, process, temperature, particles=particles, budget=budget, price=price)
         state = start(process, objective, key, conditioned(process, batch), count)
     state = replace(state, keep_states=keep_states)
     if "spent" not in state.memory:

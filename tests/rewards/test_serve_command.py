@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from steer.cli import app
+from steer.cli.app import app
 from steer.errors import RewardError
 from steer.rewards import Ink, Remote, from_spec
 
@@ -21,7 +21,7 @@ def run(*words: str, env: dict[str, str] | None = None):
 
 
 def test_it_serves_until_it_is_interrupted(monkeypatch):
-    command = [sys.executable, "-c", "from steer.cli import main; main()", "serve-reward", "ink", "--port", "0"]
+    command = [sys.executable, "-c", "from steer.cli.app import main; main()", "serve-reward", "ink", "--port", "0"]
     process = subprocess.Popen(
         [*command, "--token-env", "TOKEN"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "TOKEN": "secret"},

@@ -10,7 +10,7 @@ import torch
 
 import steer
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.append(str(EXAMPLES / "train"))
 import particle_systems as particles  # noqa: E402
 

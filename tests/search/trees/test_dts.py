@@ -339,7 +339,7 @@ def test_what_a_start_has_spent_and_normalised_by_is_heard(unknown):
     """A tree of one level is importance sampling, to the last weight."""
 
     def start(process, objective, key, batch, particles):
-        state = steer.smc.__globals__["prior"](process, objective, key, batch, particles)
+        state = steer.prior(process, objective, key, batch, particles)
         state = state.remember(spent=state.x.double().sum(2)).reweight(0.5 * state.x[..., 0].double())
         return replace(state, log_evidence=state.log_evidence + (math.nan if unknown else 3.0))
 
@@ -356,7 +356,7 @@ def test_stopped_in_its_first_sweep_it_keeps_its_weights(how, steps):
     """Predictions with the weights their walks had: those of importance sampling, stopped at the same step."""
 
     def start(process, objective, key, batch, particles):
-        state = steer.smc.__globals__["prior"](process, objective, key, batch, particles)
+        state = steer.prior(process, objective, key, batch, particles)
         return state.reweight(torch.arange(particles).double().expand(batch, -1))
 
     def stopping(state):
@@ -407,7 +407,7 @@ def stop(state):
 @pytest.mark.parametrize("walkers", [1, 2])
 def test_a_start_that_forbids_roots_leaves_a_tree_to_grow(walkers):
     def half(process, objective, key, batch, particles):
-        state = steer.smc.__globals__["prior"](process, objective, key, batch, particles)
+        state = steer.prior(process, objective, key, batch, particles)
         return state.reweight(torch.where(state.x[..., 0] > 0, 0.0, -math.inf).double())
 
     found = []
@@ -420,7 +420,7 @@ def test_a_start_that_forbids_roots_leaves_a_tree_to_grow(walkers):
 
 def test_a_search_ranks_by_reward_alone():
     def start(process, objective, key, batch, particles):
-        state = steer.smc.__globals__["prior"](process, objective, key, batch, particles)
+        state = steer.prior(process, objective, key, batch, particles)
         return state.reweight(10.0 * torch.arange(particles).double().expand(batch, -1))
 
     run = search.dts_star(quick_chain(), REWARD, particles=60, walkers=3, start=start)
@@ -511,7 +511,7 @@ def test_hooks_propose_in_trees_as_any_proposal(build):
 
 def test_a_weighted_start_is_carried():
     def shifted(process, objective, key, batch, particles):
-        state = steer.smc.__globals__["prior"](process, objective, key, batch, particles)
+        state = steer.prior(process, objective, key, batch, particles)
         x = state.x + 0.3
         sigma = process.levels[0].sigma
         density = ((x - 0.3).square() - x.square()).double().sum(2) / (2 * sigma**2)

@@ -103,7 +103,7 @@ def test_a_forbidden_sample_has_no_advantage():
 
 def test_the_reference_loop_runs(monkeypatch, capsys):
     """examples/grpo_digits.py, two small updates: under a hundred lines, and the judge reads beside the reward."""
-    path = Path(__file__).parent.parent / "examples" / "grpo_digits.py"
+    path = Path(__file__).parents[2] / "examples" / "grpo_digits.py"
     assert len(path.read_text().splitlines()) < 100
     spec = importlib.util.spec_from_file_location("grpo_digits", path)
     module = importlib.util.module_from_spec(spec)

@@ -15,7 +15,7 @@ from steer import search
 from steer.models.catalogue import embedded
 from steer.models.letters import ALPHABET, LENGTH, MASK, to_text, to_tokens
 
-TRAIN = Path(__file__).parent.parent / "examples" / "train"
+TRAIN = Path(__file__).parents[2] / "examples" / "train"
 WORDS = (TRAIN / "words.txt").read_text().split()
 METRICS = json.loads((files("steer") / "assets" / "letters" / "metrics.json").read_text())
 E, SPACE = ALPHABET.index("e"), ALPHABET.index(" ")

@@ -140,7 +140,7 @@ def test_masking_data_again_and_running_back_keeps_the_law(order):
     """The reverse chain from a re-masked sample of the data ends in the data's law, if both kernels are right."""
     process = language(4, 4 if order else 60, order)
     table = process.reference.table
-    start = steer.resampling.multinomial(table.log_mass[None], steer.Key(2), 20_000)
+    start = steer.multinomial(table.log_mass[None], steer.Key(2), 20_000)
     state = steer.Trajectory.begin(process, table.strings[start], k=process.steps).renoise(
         process.steps // 2, steer.Key(3)
     )

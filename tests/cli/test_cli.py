@@ -360,7 +360,7 @@ def test_ctrl_c_in_a_comparison_writes_nothing(tmp_path, monkeypatch):
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT to another process")
 def test_sigint_to_a_real_process(tmp_path):
     out = tmp_path / "out"
-    command = "from steer.cli import main; main()"
+    command = "from steer.cli.app import main; main()"
     words = ["generate", "--model", "digits", "--reward", "digit:3", "--steps", "900", "--particles", "8"]
     with subprocess.Popen(
         [sys.executable, "-c", command, *words, "--n", "4", "--out", str(out)],
