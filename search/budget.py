@@ -18,7 +18,7 @@ Widths = int | Callable[[int], int] | None
 """Candidates per chain: a number, a function of the level they stand at, or None for what the budget pays."""
 
 
-class Block(NamedTuple):
+class SelectionBlock(NamedTuple):
     """Levels first to last, at the last of which a choice is made, among `width` candidates per chain."""
 
     first: int
@@ -26,14 +26,14 @@ class Block(NamedTuple):
     width: int
 
 
-class Plan(NamedTuple):
+class CandidatePlan(NamedTuple):
     """N chains and the blocks they go through."""
 
     particles: int
-    blocks: tuple[Block, ...]
+    blocks: tuple[SelectionBlock, ...]
 
 
-def plan(
+def plan_candidates(
     process: ReverseProcess,
     value: Value,
     *,
@@ -43,7 +43,7 @@ def plan(
     budget: int | None,
     usual: int,
     default: int,
-) -> Plan:
+) -> CandidatePlan:
     """What a budget (network rows per problem) or the given numbers of chains and candidates pay for.
 
     block: draws between choices, the draw of the prior being the first; a last block that would be shorter joins the
@@ -54,8 +54,8 @@ def plan(
     check_counts(block=block)
     ends = [k for k in range(block - 1, process.steps, block) if process.steps - k >= block] + [process.steps]
     spans = list(zip([0, *(end + 1 for end in ends)], ends, strict=False))
-    drawing = [_draws(process, max(0, first - 1), last) for first, last in spans]
-    drawing[0] = drawing[0] or scattered(process)
+    drawing = [draws_between(process, max(0, first - 1), last) for first, last in spans]
+    drawing[0] = drawing[0] or prior_is_random(process)
     costs = [_rows(process, value, first, last) for first, last in spans]
     fixed = 0 if value.predicts else len(spans) - 1  # kept states are predicted after the choice
 
@@ -83,7 +83,9 @@ def plan(
         count = particles or max(1, min(count, budget // rows(chosen)))
         if any(cost and draws for cost, draws in zip(costs, drawing, strict=True)):
             chosen = _paid(budget // process.rows // count - fixed, costs, drawing)
-    return Plan(count, tuple(Block(first, last, width) for (first, last), width in zip(spans, chosen, strict=True)))
+    return CandidatePlan(
+        count, tuple(SelectionBlock(first, last, width) for (first, last), width in zip(spans, chosen, strict=True))
+    )
 
 
 def _rows(process: ReverseProcess, value: Value, first: int, last: int) -> int:
@@ -92,13 +94,13 @@ def _rows(process: ReverseProcess, value: Value, first: int, last: int) -> int:
     return last - first + valued
 
 
-def scattered(process: ReverseProcess) -> bool:
+def prior_is_random(process: ReverseProcess) -> bool:
     """Whether the prior draws anything: masked states all begin the same."""
     first, second = process.prior(Key(0), process.problems or 1, 2).unbind(1)
     return not torch.equal(first, second)
 
 
-def _draws(process: ReverseProcess, first: int, last: int) -> bool:
+def draws_between(process: ReverseProcess, first: int, last: int) -> bool:
     """Whether any step from level first to level last is stochastic."""
     return any(process.stochastic(k) for k in range(first, last))
 
@@ -115,6 +117,6 @@ def _paid(calls: int, costs: Sequence[int], drawing: Sequence[bool]) -> list[int
     return each
 
 
-def spread(total: int, count: int) -> list[int]:
+def split_evenly(total: int, count: int) -> list[int]:
     """`total` in `count` whole parts that differ by at most one, the larger first."""
     return [total // count + (i < total % count) for i in range(count)]

@@ -6,15 +6,16 @@ Candidates are ordered candidate by candidate: candidate m of chain n stands at 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from steer.core.log_weights import log_potential
+from steer.core.population import log_potential
 from steer.core.resampling import Resampler, ssp
+from steer.core.trajectory import PathState
 from steer.errors import SteerError
 from steer.key import Key
 
@@ -23,15 +24,15 @@ class Choice(NamedTuple):
     """What there is to choose from at level k of K.
 
     values:      (B, M N) float64, higher is better.
-    memory:      of the candidates: "value" at the last choice before this and "highest" so far, (B, M N) each;
-                 empty at the first.
+    path:        what the candidates' paths remember: value at the last choice before this and highest so far,
+                 (B, M N) each; None at the first.
     particles:   N, how many are kept.
     separable:   whether copies of a candidate would part on the way to the next choice.
     key:         names the draws of this choice.
     """
 
     values: Tensor
-    memory: Mapping[str, Tensor]
+    path: PathState
     particles: int
     temperature: float
     k: int
@@ -92,29 +93,29 @@ class ReplaceWorst:
         return index.scatter(1, worst, index.gather(1, drawn.argmax(2)))
 
 
-Score = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
-"""(values (B, M), memory) -> what breadth-first search weighs states by."""
+Score = Callable[[Tensor, PathState], Tensor]
+"""(values (B, M), what the paths remember) -> what breadth-first search weighs states by."""
 Temper = Callable[[int, int], float]
 """(k, steps) -> factor on score / temperature at level k; inf keeps only the best."""
 
 
-def current(values: Tensor, memory: Mapping[str, Tensor]) -> Tensor:
+def current(values: Tensor, path: PathState) -> Tensor:
     """The value itself."""
     return values
 
 
-def difference(values: Tensor, memory: Mapping[str, Tensor]) -> Tensor:
+def difference(values: Tensor, path: PathState) -> Tensor:
     """What the value gained since the last choice."""
-    if "value" not in memory:
+    before = path.value
+    if before is None:
         return values
-    before = memory["value"]
     # From a forbidden prediction anything is a gain; from one to another, none.
     return torch.where(before == -torch.inf, values, values - before)
 
 
-def highest(values: Tensor, memory: Mapping[str, Tensor]) -> Tensor:
+def highest(values: Tensor, path: PathState) -> Tensor:
     """The highest value on the path so far."""
-    return torch.maximum(values, memory["highest"]) if "highest" in memory else values
+    return values if path.highest is None else torch.maximum(values, path.highest)
 
 
 def constant(k: int, steps: int) -> float:
@@ -144,7 +145,7 @@ class Proportional:
         if not choice.separable and choice.values.shape[1] == choice.particles:
             place = torch.arange(choice.particles, device=choice.values.device)
             return place.expand(len(choice.values), -1)
-        score = self.score(choice.values, choice.memory)
+        score = self.score(choice.values, choice.path)
         strength = self.temper(choice.k, choice.steps)
         if strength == math.inf:
             log_weight = torch.where(score == score.amax(1, keepdim=True), 0.0, -math.inf)

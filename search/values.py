@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from steer.core.objective import Objective, conditioned
-from steer.errors import ShapeError, StateSpaceError, SteerError
+from steer.core.objective import Objective, check_finite, num_problems
+from steer.core.run import Run
+from steer.errors import ShapeError, SteerError
 from steer.key import Key, as_key
+from steer.processes.gaussian import need_gaussian
 from steer.samplers.rollout import rollout
-from steer.types import ReverseProcess, Reward
+from steer.types import GaussianPath, ReverseProcess, Reward
+from steer.weighted_sde.look_ahead import ode_steps, stops
 
 
 class Value(Protocol):
@@ -32,7 +35,9 @@ class Value(Protocol):
         """Predictions it makes per state at level k, beyond x0."""
         ...
 
-    def __call__(self, objective: Objective, x: Tensor, k: int, x0: Tensor | None) -> Tensor: ...
+    def __call__(
+        self, objective: Objective, x: Tensor, k: int, x0: Tensor | None, key: Key | None = None
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -45,13 +50,13 @@ class X0Hat:
         """None."""
         return 0
 
-    def __call__(self, objective: Objective, x: Tensor, k: int, x0: Tensor | None) -> Tensor:
+    def __call__(self, objective: Objective, x: Tensor, k: int, x0: Tensor | None, key: Key | None = None) -> Tensor:
         assert x0 is not None
         return objective(objective.process.complete(x, x0))
 
 
 @dataclass(frozen=True)
-class LookAhead:
+class RewardAhead:
     """The reward of the prediction after some deterministic steps. Built by `look_ahead`."""
 
     count: int
@@ -59,27 +64,13 @@ class LookAhead:
 
     def extra(self, process: ReverseProcess, k: int) -> int:
         """As many as there are steps, fewer near the data."""
-        return len(self.stops(process, k))
+        return len(stops(process.steps, k, self.count + 1))
 
-    def stops(self, process: ReverseProcess, k: int) -> list[int]:
-        """The levels visited after k: equally spaced over what is left, none of them the data itself."""
-        span = process.steps - k
-        return sorted({k + span * i // (self.count + 1) for i in range(1, self.count + 1)} - {k})
-
-    def __call__(self, objective: Objective, x: Tensor, k: int, x0: Tensor | None) -> Tensor:
+    def __call__(self, objective: Objective, x: Tensor, k: int, x0: Tensor | None, key: Key | None = None) -> Tensor:
         assert x0 is not None
-        process = objective.process
-        levels = getattr(process, "levels", None)
-        if levels is None:
-            raise StateSpaceError(
-                f"a look-ahead jumps over levels by the ODE of a Gaussian path, which {type(process).__name__} has "
-                "not; use value=values.x0_hat()"
-            )
-        for stop in self.stops(process, k):
-            here, there, x0 = levels[k], levels[stop], process.complete(x, x0)
-            x = there.alpha * x0 + (x - here.alpha * x0) * (there.sigma / here.sigma)
-            k, x0 = stop, process.denoise(x, stop)
-        return objective(process.complete(x, x0))
+        if not hasattr(objective.process, "levels"):
+            need_gaussian(objective.process, "a look-ahead by the ODE", cure="use value=values.x0_hat()")
+        return objective(ode_steps(self.count + 1).predict(cast(GaussianPath, objective.process), x, x0, k, key))
 
 
 @dataclass(frozen=True)
@@ -93,7 +84,7 @@ class Learned:
         """None: what the function costs is not the model's, and the ledger does not count it."""
         return 0
 
-    def __call__(self, objective: Objective, x: Tensor, k: int, x0: Tensor | None) -> Tensor:
+    def __call__(self, objective: Objective, x: Tensor, k: int, x0: Tensor | None, key: Key | None = None) -> Tensor:
         values = self.function(x.flatten(0, 1), k)
         if values.shape != (x.shape[0] * x.shape[1],):
             raise ShapeError(
@@ -103,12 +94,24 @@ class Learned:
         return values.to(torch.float64).view(x.shape[:2])
 
 
+def evaluate(run: Run, x: Tensor, k: int, value: Value) -> tuple[Tensor | None, Tensor]:
+    """Predictions, where the value reads them, and values [B, n] of states at level k: one network call per state."""
+    predictions, values = [], []
+    for part, key in run.parts(x):
+        x0 = run.process.denoise(part, k, key) if value.predicts else None
+        predictions += [] if x0 is None else [x0]
+        values.append(value(run.objective, part, k, x0, key))
+    scores = torch.cat(values, 1)
+    check_finite(scores, f"at level {k} of {run.process.steps}")
+    return torch.cat(predictions, 1) if predictions else None, scores
+
+
 def x0_hat() -> X0Hat:
     """r(x0_hat), the posterior-mean value: the default. One reward per state, no prediction beyond x0."""
     return X0Hat()
 
 
-def look_ahead(count: int) -> LookAhead:
+def look_ahead(count: int) -> RewardAhead:
     """The reward of the prediction after `count` deterministic (DDIM) steps over what is left of the path.
 
     Costs `count` predictions per state and one reward. On Gaussian paths only, StateSpaceError elsewhere.
@@ -117,7 +120,7 @@ def look_ahead(count: int) -> LookAhead:
     """
     if count < 1:
         raise SteerError(f"a look-ahead makes at least one prediction, got {count}; none is values.x0_hat()")
-    return LookAhead(count)
+    return RewardAhead(count)
 
 
 def learned(function: Callable[[Tensor, int], Tensor]) -> Learned:
@@ -140,6 +143,7 @@ def fit(
     size: int = 256,
     batch: int = 1,
     key: Key | int = 0,
+    seed: int | None = None,
 ) -> Learned:
     """A learned value: `network` regressed on the rewards that rollouts of the model ended with. Trains in place.
 
@@ -153,8 +157,8 @@ def fit(
 
     Source: Li et al. 2024 (SVDD, 2408.08252), Monte Carlo regression; code: rate 1e-3, 10 epochs, minibatches of 16.
     """
-    key = as_key(key)
-    runs = rollout(process, reward, batch=conditioned(process, batch), particles=particles, key=key)
+    key = as_key(key, seed)
+    runs = rollout(process, reward, batch=num_problems(process, batch), particles=particles, key=key)
     assert runs.trajectory is not None
     states = runs.trajectory.states()[:, :, : process.steps].flatten(0, 1)  # (M, K, *event)
     count, levels = states.shape[:2]

@@ -5,15 +5,13 @@ from __future__ import annotations
 import sys
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from .errors import BudgetError, SteerError
-from .key import Key
 
 
 @dataclass(frozen=True)
@@ -68,26 +66,12 @@ class Stopwatch:
 
 
 class Meter:
-    """Counts calls while a run is in progress. The one mutable object of a run besides a search tree.
+    """Counts calls while a run is in progress. The one mutable object of a run besides a search tree."""
 
-    key: the run's, at the slots of the particles under way. `process.denoise` takes no key; whatever draws in it, hooks
-         for instance, names its draws by this one. None where no run has named itself.
-    """
-
-    def __init__(self, key: Key | None = None) -> None:
-        self.key = key
+    def __init__(self) -> None:
         self.nfe = self.grads = self.rewards = self.decodes = 0
         self.seconds = {"network": 0.0, "gradient": 0.0, "reward": 0.0, "decode": 0.0}
         self._began = time.perf_counter()
-
-    @contextmanager
-    def named(self, key: Key) -> Iterator[None]:
-        """Another key for as long as this lasts."""
-        self.key, before = key, self.key
-        try:
-            yield
-        finally:
-            self.key = before
 
     def network(self, rows: int) -> Stopwatch:
         """Counts `rows` network evaluations."""

@@ -103,8 +103,12 @@ class Key:
         return block[self.step - first].view(shape)
 
 
-def as_key(key: Key | int) -> Key:
-    """A Key from a Key or an integer seed."""
+def as_key(key: Key | int, seed: int | None = None) -> Key:
+    """A Key from a Key or an integer seed; `seed` is another name for `key`, and only one of them can be given."""
+    if seed is not None:
+        if key != 0:
+            raise SteerError(f"seed= is another name for key=: give one of them, got key={key!r} and seed={seed!r}")
+        key = seed
     if isinstance(key, Key):
         return key
     if isinstance(key, bool) or not hasattr(key, "__index__"):

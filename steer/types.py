@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from .key import Key
@@ -149,8 +150,11 @@ class ReverseProcess(Protocol):
 
     def prior(self, key: Key, batch: int, particles: int) -> Tensor: ...
 
-    def denoise(self, x: Tensor, k: int) -> Tensor:
-        """The prediction of the data from states at level k, (B, N, ...)."""
+    def denoise(self, x: Tensor, k: int, key: Key | None = None) -> Tensor:
+        """The prediction of the data from states [B, N, *event] at level k.
+
+        key: names whatever is drawn on the way, at the slots of these states; None: a fixed key.
+        """
         ...
 
     def complete(self, x: Tensor, x0: Tensor) -> Tensor:
@@ -172,16 +176,48 @@ class ReverseProcess(Protocol):
         ...
 
 
+class GaussianPath(ReverseProcess, Protocol):
+    """A reverse process on a Gaussian path x_t = alpha x_0 + sigma eps, whose steps a transition rule draws.
+
+    What guided proposals, hooks, MCMC on the start, minority sampling and GRPO need; `need_gaussian` asks for it.
+    """
+
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        """The path at every level k."""
+        ...
+
+    @property
+    def times(self) -> tuple[float, ...]: ...
+
+    @property
+    def schedule(self) -> Schedule: ...
+
+    @property
+    def rule(self) -> Rule: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device | str: ...
+
+    @property
+    def prior_moments(self) -> tuple[Tensor | None, float]:
+        """Mean of the prior, [B or 1, 1, *event] or None for zero, and its standard deviation."""
+        ...
+
+    def transition(self, x: Tensor, x0: Tensor, k: int) -> GaussianTransition: ...
+
+    def with_rule(self, rule: Rule) -> GaussianPath: ...
+
+
 class QuadraticForm(NamedTuple):
     """A reward r(x) = -x'Ax/2 + b'x + c on flattened events, A (D, D), b (D,): analytic models tilt by it."""
 
     matrix: Tensor
     vector: Tensor
     constant: float
-
-
-OnStep = Callable[[Any], None]
-"""Called with the Trajectory after every step: progress bars, checkpoints. Raise `Stop` to end the run early."""
 
 
 class Stop(Exception):

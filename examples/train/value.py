@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import steer
 from steer import rewards, search
-from steer.core.objective import open_run
+from steer.core.objective import open_objective
 from steer.search import values
 
 STEPS = 25
@@ -46,7 +46,7 @@ def correlations(process: steer.GaussianProcess, reward: rewards.DigitLogProb, l
     run = steer.rollout(process, reward, particles=500, key=99)
     assert run.trajectory is not None
     states = run.trajectory.states()
-    process, objective, _ = open_run(process, reward)
+    process, objective, _ = open_objective(process, reward)
     lines = ["| level | r(x0_hat) | learned |", "|---|---|---|"]
     with torch.no_grad():
         for k in (0, 3, 6, 9, 12, 16, 20, 24):

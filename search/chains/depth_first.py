@@ -7,14 +7,15 @@ from collections.abc import Callable
 
 import torch
 
+from steer.core.event import OnStep
+from steer.core.run import Run
 from steer.cost import affordable, check_counts
 from steer.key import Key
 from steer.results.result import Result
-from steer.types import OnStep, ReverseProcess, Reward
+from steer.types import ReverseProcess, Reward
 
-from ..budget import spread
-from ..run import Run
-from .batched_chains import Ask, Held, Name, Walker, begin, collect, draw, renoise, walk
+from ..budget import split_evenly
+from .batched_chains import BestSoFar, Chain, EvaluationRequest, Name, begin, draw, renoise, run_in_lockstep
 
 
 def depth_first(
@@ -26,6 +27,7 @@ def depth_first(
     budget: int | None = None,
     temperature: float = 1.0,
     key: Key | int = 0,
+    seed: int | None = None,
     threshold: float | Callable[[int], float] | None = None,
     every: int | None = None,
     back: int | None = None,
@@ -53,38 +55,48 @@ def depth_first(
     where the paper stops at the first sample that passes; a chain goes back only where it can still reach the data.
     """
     check_counts(keep=keep, every=every, back=back)
-    run = Run.open(process, reward, batch, temperature, key, chunk)
+    run = Run.open(
+        "depth_first",
+        process,
+        reward,
+        batch=batch,
+        temperature=temperature,
+        key=key,
+        seed=seed,
+        on_step=on_step,
+        chunk=chunk,
+    )
     levels = run.process.steps
     every, back = every or max(1, levels // 4), min(levels, back or max(1, levels // 2))
     rows = run.process.rows
     if budget is None:
         budget = 16 * levels * rows * (particles or 1)
     affordable(levels * rows, particles=particles, budget=budget)
-    calls = spread(budget // rows, particles or 1)
+    calls = split_evenly(budget // rows, particles or 1)
     limit = threshold if callable(threshold) or threshold is None else lambda k: float(threshold)
 
-    def chain(run: Run, name: Name) -> Walker:
+    def chain(run: Run, name: Name) -> Chain:
         return _chain(run, name, len(calls), calls[name[1]], limit, every, back)
 
-    return collect(run, *walk(run, len(calls), chain, on_step), keep)
+    return run_in_lockstep(run, len(calls), chain, keep)
 
 
 def _chain(
     run: Run, name: Name, count: int, left: int, limit: Callable[[int], float] | None, every: int, back: int
-) -> Walker:
+) -> Chain:
     """Chain `slot` of `count`, `left` predictions to spend. The v-th visit to a level has noise slot v count + slot."""
     process, steps, slot = run.process, run.process.steps, name[1]
     visits, returns = [0] * steps, 0
     values: dict[int, float] = {}  # of the path under way, by level
     to_beat: dict[int, float] = {}  # of the best sample's path
-    best: Held | None = None
+    best: BestSoFar | None = None
     x, k = begin(run, name, range(slot, slot + 1)), 0
-    shown: Held | None = None
+    shown: BestSoFar | None = None
     while True:  # always left >= steps - k: the data can be reached
-        x0, (score,) = yield Ask(x, k, best or shown)
+        x0, (score,) = yield EvaluationRequest(x, k, best or shown)
         left -= 1
         values[k] = score
-        shown = Held(process.complete(x, x0), score, slot)
+        shown = BestSoFar(process.complete(x, x0), score, slot)
         bar = limit(k) if limit is not None else to_beat.get(k, -math.inf)
         target = _noisier(process, max(0, k - back), k)
         if k > 0 and k % every == 0 and score <= bar and left >= steps - target:
@@ -98,9 +110,9 @@ def _chain(
         if k < steps:
             continue
         if process.stochastic(k - 1) or not torch.equal(x, shown.clean):
-            _, (score,) = yield Ask(x, k, best or shown)
+            _, (score,) = yield EvaluationRequest(x, k, best or shown)
         if best is None or score > best.score:
-            best, to_beat = Held(x, score, slot), dict(values)
+            best, to_beat = BestSoFar(x, score, slot), dict(values)
         if left == 0:
             return best
         target = _noisier(process, steps - min(back, left), steps)

@@ -9,15 +9,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from steer.core.event import OnStep
+from steer.core.run import Run
 from steer.cost import affordable, check_counts
 from steer.errors import NotStochasticError, SteerError
 from steer.key import Key
 from steer.results.result import Result
-from steer.types import OnStep, ReverseProcess, Reward
+from steer.types import ReverseProcess, Reward
 
-from ..budget import scattered, spread
-from ..run import Run
-from .batched_chains import Ask, Held, Name, Walker, begin, collect, draw, walk
+from ..budget import prior_is_random, split_evenly
+from .batched_chains import BestSoFar, Chain, EvaluationRequest, Name, begin, draw, run_in_lockstep
 
 
 def rbf(
@@ -29,6 +30,7 @@ def rbf(
     budget: int | None = None,
     temperature: float = 1.0,
     key: Key | int = 0,
+    seed: int | None = None,
     quota: int | None = None,
     initial: int | None = None,
     threshold: Literal["running_max", "current"] = "running_max",
@@ -67,42 +69,57 @@ def rbf(
         if given not in allowed:
             raise SteerError(f"{name} is one of {', '.join(allowed)}, got {given!r}")
     check_counts(keep=keep, quota=quota, initial=initial)
-    run = Run.open(process, reward, batch, temperature, key, chunk)
-    branches = [scattered(process), *(process.stochastic(k) for k in range(process.steps - 1))]  # candidates differ
+    run = Run.open(
+        "rbf",
+        process,
+        reward,
+        batch=batch,
+        temperature=temperature,
+        key=key,
+        seed=seed,
+        on_step=on_step,
+        chunk=chunk,
+    )
+    branches = [
+        prior_is_random(process),
+        *(process.stochastic(k) for k in range(process.steps - 1)),
+    ]  # candidates differ
     quotas = _quotas(run.process, branches, particles, budget, quota, initial)
     count, lower, integrate = len(quotas), threshold == "current", finish == "integration"
 
-    def chain(run: Run, name: Name) -> Walker:
+    def chain(run: Run, name: Name) -> Chain:
         return _chain(run, name, count, quotas[name[1]], branches, lower, integrate)
 
-    return collect(run, *walk(run, count, chain, on_step), keep)
+    return run_in_lockstep(run, count, chain, keep)
 
 
 def _chain(
     run: Run, name: Name, count: int, quota: Sequence[int], branches: Sequence[bool], lower: bool, integrate: bool
-) -> Walker:
+) -> Chain:
     """Algorithm 2 for chain `slot` of `count`; quota[k] candidates at level k. Candidate j has slot j count + slot."""
     process, slot = run.process, name[1]
     last = max((k for k, branch in enumerate(branches) if branch), default=0)
     record, left, root = -math.inf, 0, slot
     here: tuple[Tensor, Tensor] | None = None  # the state that candidates are drawn from, and its prediction
-    held: Held | None = None
+    held: BestSoFar | None = None
     for k in range(process.steps):
         left += quota[k]
         best: tuple[Tensor, Tensor, float] | None = None
         tries, tried = left if branches[k] else 1, 0
-        hurry = 0 < k < last  # elsewhere nothing rolls over, and candidates can be asked about together
+        stop_at_first_improvement = (
+            0 < k < last
+        )  # elsewhere nothing rolls over, and candidates can be asked about together
         while tried < tries:
-            many = 1 if hurry else min(tries - tried, run.chunk)
+            many = 1 if stop_at_first_improvement else min(tries - tried, run.chunk)
             slots = range(tried * count + slot, (tried + many) * count, count)
             y = begin(run, name, slots) if here is None else draw(run, name, slots, *here, k - 1)
-            y0, scores = yield Ask(y, k, held)
+            y0, scores = yield EvaluationRequest(y, k, held)
             i = max(range(many), key=scores.__getitem__)  # the first of equals
             if best is None or scores[i] > best[2]:
                 best, root = (y[:, i : i + 1], y0[:, i : i + 1], scores[i]), slots[i] if k == 0 else root
-                held = Held(process.complete(*best[:2]), scores[i], root)
+                held = BestSoFar(process.complete(*best[:2]), scores[i], root)
             tried, left = tried + many, left - many
-            if hurry and scores[i] > record:
+            if stop_at_first_improvement and scores[i] > record:
                 break  # what is left rolls over
         assert best is not None
         here, score = best[:2], best[2]
@@ -112,15 +129,19 @@ def _chain(
     if integrate:
         x = draw(run, name, range(slot, slot + 1), *here, process.steps - 1)
         if process.stochastic(process.steps - 1) or not torch.equal(x, held.clean):
-            _, scores = yield Ask(x, process.steps, held)
-            held = Held(x, scores[0], root)
+            _, scores = yield EvaluationRequest(x, process.steps, held)
+            held = BestSoFar(x, scores[0], root)
     return held
 
 
 def _quotas(
-    process: ReverseProcess, branches: Sequence[bool], particles: int | None, budget: int | None, quota: int | None,
+    process: ReverseProcess,
+    branches: Sequence[bool],
+    particles: int | None,
+    budget: int | None,
+    quota: int | None,
     initial: int | None,
-) -> list[list[int]]:  # fmt: skip
+) -> list[list[int]]:
     """Candidates per level for every chain: one where candidates do not differ, elsewhere as many as are paid for."""
     if process.steps > 1 and not any(branches[1:]):
         raise NotStochasticError(
@@ -143,6 +164,6 @@ def _quotas(
     count = min(2, most) if particles is None else particles
     fixed = sum(first) + branches.count(False)
     return [
-        levels([*first, *spread(calls - fixed, sum(branches) - len(first))])
-        for calls in spread(budget // process.rows, count)
+        levels([*first, *split_evenly(calls - fixed, sum(branches) - len(first))])
+        for calls in split_evenly(budget // process.rows, count)
     ]

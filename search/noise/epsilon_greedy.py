@@ -9,15 +9,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from steer.core.trajectory import Trajectory
+from steer.core.loop import Loop, completed
+from steer.core.run import Run
+from steer.core.trajectory import Trajectory, required
 from steer.errors import NotStochasticError, StateSpaceError, SteerError
+from steer.processes.gaussian import need_gaussian
 from steer.processes.transitions import Normal
-from steer.types import OnStep, ReverseProcess, Stop
+from steer.types import ReverseProcess
 
-from ..budget import spread
-from ..run import Run
-from ..values import x0_hat
-from .strategy import Found, starting_law
+from ..budget import split_evenly
+from ..values import evaluate, x0_hat
+from .strategy import StrategyResult, prior_of
+
+CURE = "use search.svdd, or strategy=search.random_search()"
 
 
 @dataclass(frozen=True)
@@ -33,39 +37,30 @@ class EpsilonGreedy:
         """One prediction per level."""
         return process.steps
 
-    def __call__(self, run: Run, particles: int, calls: int, on_step: OnStep | None) -> Found:
+    def __call__(self, run: Run, particles: int, calls: int) -> StrategyResult:
         """One noise after another: that of the prior, then that of every step."""
-        process = run.process
-        paid: Trajectory | None = None
-        root = torch.arange(particles).expand(run.batch, -1)
+        process, loop = run.process, Loop(run)
+        root = torch.arange(particles).expand(run.problems, -1)
         amounts = self._amounts(process, calls)
         state = run.begin(particles)
-        law = starting_law(process, state.x)
+        law = prior_of(process, state.x, CURE)
         noise = run.key.fold("prior").normal(law.mean.shape, dtype=law.mean.dtype, device=law.mean.device)
-        try:
-            with torch.no_grad():
+        with loop.keeping_partial(), torch.no_grad():
+            with loop.steps():
                 for k in range(process.steps):
                     for state in self._rounds(run, law, noise, k, amounts[k]):
-                        paid = state
-                    law = _normal(process, state, k)
+                        loop.predicted(state)
+                    law, before = _normal(process, state, k), state
                     shape, dtype, device = state.x.shape, state.x.dtype, state.x.device
                     noise = run.key.fold("step").at(k).normal(shape, dtype=dtype, device=device)
-                    state = Trajectory.begin(process, _at(law, noise), k=k + 1)
-                    if on_step is not None:
-                        on_step(state)
-                assert paid is not None
-                clean = process.complete(paid.x, paid.carried["x0"])
-                known = law.std == 0.0 and torch.equal(clean, state.x)
-                score = paid.carried["score"] if known else run.score(state.x)
-                return Found(state.x, score, root.to(state.x.device))
-        except (Stop, KeyboardInterrupt):
-            if paid is None:
-                raise
-            clean = process.complete(paid.x, paid.carried["x0"])
-            return Found(clean, paid.carried["score"], root.to(clean.device), interrupted=True)
-        except SteerError as error:
-            error.keep(paid)
-            raise
+                    state = loop.stepped(before, Trajectory.begin(process, _at(law, noise), k=k + 1))
+            last = loop.last_predicted
+            assert last is not None
+            clean, score = completed(last).x, required(last.cache.score)
+            if loop.interrupted:
+                return StrategyResult(clean, score, root.to(clean.device), interrupted=True)
+            known = law.std == 0.0 and torch.equal(clean, state.x)
+            return StrategyResult(state.x, score if known else run.score(state.x), root.to(state.x.device))
 
     def _rounds(self, run: Run, law: Normal, pivot: Tensor, k: int, amount: int) -> Iterator[Trajectory]:
         """The best state for level k after each round, `amount` predictions per chain in all; begins with the pivot."""
@@ -76,15 +71,15 @@ class EpsilonGreedy:
             noise = self._near(run, pivot, k, turn, fresh) if fresh else pivot[:, :0]
             noise = torch.cat([pivot, noise], 1) if best is None else noise
             x = _at(replace(law, mean=torch.cat([law.mean] * tried, 1)), noise)
-            x0, score = run.evaluate(x, k, x0_hat())
+            x0, score = evaluate(run, x, k, x0_hat())
             assert x0 is not None
-            found = Trajectory.begin(run.process, x, k=k).carry(x0=x0, score=score, noise=noise)
+            found = Trajectory.begin(run.process, x, k=k).with_step_cache(x0=x0, score=score, noise=noise)
             if best is not None:  # the pivot competes
-                found = _joined(best, found)
-            score = found.carried["score"]
+                found = _side_by_side(best, found)
+            score = required(found.cache.score)
             winner = score.view(len(score), -1, count).argmax(1) * count + torch.arange(count, device=score.device)
             best = found.select(winner)
-            pivot, amount, turn = best.carried["noise"], amount - tried, turn + 1
+            pivot, amount, turn = required(best.cache.noise), amount - tried, turn + 1
             yield best
 
     def _near(self, run: Run, pivot: Tensor, k: int, turn: int, tried: int) -> Tensor:
@@ -100,18 +95,14 @@ class EpsilonGreedy:
 
     def _amounts(self, process: ReverseProcess, calls: int) -> list[int]:
         """Predictions per level: one where nothing is drawn, what is left spread over the others."""
-        if not hasattr(process, "levels"):
-            raise StateSpaceError(
-                f"epsilon_greedy moves Gaussian noise a little, which {type(process).__name__} does not draw; use "
-                "search.svdd, or strategy=search.random_search()"
-            )
+        need_gaussian(process, "epsilon_greedy, which moves Gaussian noise a little,", cure=CURE)
         free = [k == 0 or process.stochastic(k - 1) for k in range(process.steps)]
         if process.steps > 1 and not any(free[1:]):
             raise NotStochasticError(
                 "epsilon_greedy searches the noise of the steps, and this process's transitions add none; use a "
                 "stochastic rule, for instance process.with_rule(steer.ddim(eta=1.0)), or strategy=search.zero_order()"
             )
-        amount = iter(spread(calls - free.count(False), sum(free)))
+        amount = iter(split_evenly(calls - free.count(False), sum(free)))
         return [next(amount) if draws else 1 for draws in free]
 
 
@@ -134,7 +125,7 @@ def epsilon_greedy(candidates: int = 4, *, epsilon: float = 0.4, radius: float =
 
 
 def _normal(process: ReverseProcess, state: Trajectory, k: int) -> Normal:
-    law = process.transition(state.x, state.carried["x0"], k)
+    law = process.transition(state.x, required(state.cache.x0), k)
     if not isinstance(law, Normal):
         raise StateSpaceError(
             f"epsilon_greedy needs steps drawn as mean + std noise, got {type(law).__name__}; use search.svdd"
@@ -147,7 +138,7 @@ def _at(law: Normal, noise: Tensor) -> Tensor:
     return law.mean if law.std == 0.0 else torch.add(law.mean, noise, alpha=law.std)
 
 
-def _joined(first: Trajectory, second: Trajectory) -> Trajectory:
-    """The particles of both, side by side."""
-    carried = {name: torch.cat([first.carried[name], second.carried[name]], 1) for name in second.carried}
-    return Trajectory.begin(first.process, torch.cat([first.x, second.x], 1), k=first.k).carry(**carried)
+def _side_by_side(first: Trajectory, second: Trajectory) -> Trajectory:
+    """The particles of both."""
+    cache = first.cache.map(lambda a, b: torch.cat([a, b], 1), second.cache)
+    return replace(Trajectory.begin(first.process, torch.cat([first.x, second.x], 1), k=first.k), cache=cache)

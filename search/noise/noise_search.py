@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from steer.core.event import OnStep
+from steer.core.run import Run
 from steer.cost import affordable, check_counts
 from steer.key import Key
 from steer.results.result import Result
-from steer.types import OnStep, ReverseProcess, Reward
+from steer.types import ReverseProcess, Reward
 
-from ..run import Run
 from .strategy import Strategy
 from .zero_order import zero_order
 
@@ -21,6 +22,7 @@ def noise_search(
     budget: int | None = None,
     temperature: float = 1.0,
     key: Key | int = 0,
+    seed: int | None = None,
     strategy: Strategy | None = None,
     keep: int = 1,
     chunk: int = 256,
@@ -44,10 +46,21 @@ def noise_search(
     Source: Ma et al. 2025 (2501.09732); Ramesh & Mardani 2025 (2506.03164) for epsilon_greedy.
     """
     check_counts(keep=keep)
-    strategy, run = strategy or zero_order(), Run.open(process, reward, batch, temperature, key, chunk)
+    strategy = strategy or zero_order()
+    run = Run.open(
+        "noise_search",
+        process,
+        reward,
+        batch=batch,
+        temperature=temperature,
+        key=key,
+        seed=seed,
+        on_step=on_step,
+        chunk=chunk,
+    )
     least, rows, chains = strategy.least(run.process), run.process.rows, particles or strategy.chains
     budget = 16 * run.process.steps * rows * chains if budget is None else budget
     most = affordable(least * rows, particles=particles, budget=budget)
     chains = min(chains, most) if particles is None else particles
-    found = strategy(run, chains, budget // rows // chains, on_step)
-    return run.result(found.x, found.reward, found.root, keep=keep, interrupted=found.interrupted)
+    found = strategy(run, chains, budget // rows // chains)
+    return Result.from_search(run, found.x, found.reward, found.root, keep=keep, interrupted=found.interrupted)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
-from steer.core.trajectory import Trajectory, gather
+from steer.core.chain import run_chain
+from steer.core.loop import Loop
+from steer.core.population import gather
+from steer.core.run import Run
+from steer.core.trajectory import Trajectory
 from steer.errors import SteerError
-from steer.types import OnStep, ReverseProcess
+from steer.types import ReverseProcess
 
-from ..run import Run
-from ..values import x0_hat
-from .strategy import Found, carried_on, joined
+from ..values import evaluate, x0_hat
+from .strategy import StrategyResult, concat
 
 
 @dataclass(frozen=True)
-class Paths:
+class PathSearch:
     """N paths that compete. Built by `paths`."""
 
     copies: int
@@ -29,40 +32,40 @@ class Paths:
         """One sample per path."""
         return process.steps
 
-    def __call__(self, run: Run, particles: int, calls: int, on_step: OnStep | None) -> Found:
-        """Paths to near the data, then rounds of re-noising until the calls are spent."""
+    def __call__(self, run: Run, particles: int, calls: int) -> StrategyResult:
+        """PathSearch to near the data, then rounds of re-noising until the calls are spent."""
         steps, left, turn = run.process.steps, calls * particles, 0
         until = min(steps, max(1, round((1.0 - self.first) * steps)))
-        state, stopped = carried_on(run, run.begin(particles), until, run.key.fold("step"), on_step)
-        left -= until * particles
-        best: Found | None = None  # finished samples
-        try:
-            while not stopped:
-                if state.k == steps and best is None:
-                    with torch.no_grad():
-                        best = Found(state.x, run.score(state.x), state.root)
-                    state = Trajectory.begin(run.process, best.x, k=steps)
-                start, end = self._move(steps, state.k, left // particles)
-                if start == end:
-                    break
-                # Of one copy of every path: its steps, and a prediction to be scored by, unless it is finished.
-                each = particles * (end - start + (end < steps))
-                copies = min(self.copies, (left - particles * max(0, steps - end - 1)) // each)
-                if copies < 1:  # what is left pays for finishing and for shorter rounds from there
-                    left -= particles * (steps - state.k - ("x0" in state.carried))
-                    state, stopped = carried_on(run, state, steps, run.key.fold("step", "last"), on_step)
-                    continue
-                left -= copies * each
-                state, best, stopped = self._round(run, state, best, (start, end), copies, turn, on_step)
-                turn += 1
-        except KeyboardInterrupt:
-            stopped = True
+        loop = Loop(run)
+        with loop.keeping_partial(), torch.no_grad():
+            state = run_chain(loop, run.begin(particles), until=until)
+            left -= until * particles
+            best: StrategyResult | None = None  # finished samples
+            try:
+                while not loop.interrupted:
+                    if state.k == steps and best is None:
+                        best = StrategyResult(state.x, run.score(state.x), state.root)
+                        state = Trajectory.begin(run.process, best.x, k=steps)
+                    start, end = self._move(steps, state.k, left // particles)
+                    if start == end:
+                        break
+                    # Of one copy of every path: its steps, and a prediction to be scored by, unless it is finished.
+                    each = particles * (end - start + (end < steps))
+                    copies = min(self.copies, (left - particles * max(0, steps - end - 1)) // each)
+                    if copies < 1:  # what is left pays for finishing and for shorter rounds from there
+                        left -= particles * (steps - state.k - (state.cache.x0 is not None))
+                        state = run_chain(loop, state, noise=run.key.fold("step", "last"))
+                        continue
+                    left -= copies * each
+                    state, best = self._round(loop, state, best, (start, end), copies, turn)
+                    turn += 1
+            except KeyboardInterrupt:
+                loop.interrupted = True
+                if best is None:
+                    state = loop.ended(state)
             if best is None:
-                state = replace(state, x=state.memory["clean"])
-        if best is None:
-            with torch.no_grad():
-                best = Found(state.x, run.score(state.x, "of the predictions"), state.root)
-        return best._replace(interrupted=stopped)
+                best = StrategyResult(state.x, run.score(state.x, "of the predictions"), state.root)
+        return best._replace(interrupted=loop.interrupted)
 
     def _move(self, steps: int, k: int, left: int) -> tuple[int, int]:
         """The levels between which the next round goes, from paths at level k with `left` predictions each."""
@@ -73,31 +76,34 @@ class Paths:
         return start, min(steps, max(k + 1, start + round(self.ahead * steps)))
 
     def _round(
-        self, run: Run, state: Trajectory, best: Found | None, move: tuple[int, int], copies: int, turn: int,
-        on_step: OnStep | None,
-    ) -> tuple[Trajectory, Found | None, bool]:  # fmt: skip
+        self,
+        loop: Loop,
+        state: Trajectory,
+        best: StrategyResult | None,
+        move: tuple[int, int],
+        copies: int,
+        turn: int,
+    ) -> tuple[Trajectory, StrategyResult | None]:
         """The best N of `copies` re-noisings of every path; finished ones compete with those found before."""
-        (start, end), count, steps = move, state.x.shape[1], run.process.steps
+        run, (start, end), count = loop.run, move, state.x.shape[1]
         index = torch.arange(count, device=state.x.device).repeat(copies).expand(state.x.shape[0], -1)
         tried = state.select(index).renoise(start, run.key.fold("renoise", turn))
-        tried, stopped = carried_on(run, tried, end, run.key.fold("step", turn), on_step)
-        if stopped:
-            return tried, best, True
-        with torch.no_grad():
-            if end < steps:
-                x0, score = run.evaluate(tried.x, end, x0_hat())
-                assert x0 is not None
-                return tried.carry(x0=x0).select(_first(score, count)), best, False
-            root = tried.root if best is None else best.root.gather(1, tried.root)
-            found = Found(tried.x, run.score(tried.x), root)
+        tried = run_chain(loop, tried, until=end, noise=run.key.fold("step", turn))
+        if loop.interrupted:
+            return tried, best
+        if end < run.process.steps:
+            x0, score = evaluate(run, tried.x, end, x0_hat())
+            return tried.with_step_cache(x0=x0, score=score).select(_first(score, count)), best
+        root = tried.root if best is None else best.root.gather(1, tried.root)
+        found = StrategyResult(tried.x, run.score(tried.x), root)
         if best is not None:
-            found = joined(best, found)
+            found = concat(best, found)
         winners = _first(found.reward, count)
-        best = Found(gather(found.x, winners), found.reward.gather(1, winners), found.root.gather(1, winners))
-        return Trajectory.begin(run.process, best.x, k=steps), best, False
+        best = StrategyResult(gather(found.x, winners), found.reward.gather(1, winners), found.root.gather(1, winners))
+        return Trajectory.begin(run.process, best.x, k=run.process.steps), best
 
 
-def paths(copies: int = 5, *, first: float = 0.11, back: float = 0.78, ahead: float = 0.81) -> Paths:
+def paths(copies: int = 5, *, first: float = 0.11, back: float = 0.78, ahead: float = 0.81) -> PathSearch:
     """Search over paths: N samples are brought to near the data; then rounds of `copies` re-noisings of each, of which
     the best N by r(x0_hat) go on, until the data is reached; from there on rounds begin and end at the data.
 
@@ -113,7 +119,7 @@ def paths(copies: int = 5, *, first: float = 0.11, back: float = 0.78, ahead: fl
             f"paths takes copies >= 1, 0 <= first < 1 and 0 < back <= ahead, got copies={copies}, first={first}, "
             f"back={back}, ahead={ahead}"
         )
-    return Paths(copies, first, back, ahead)
+    return PathSearch(copies, first, back, ahead)
 
 
 def _first(score: torch.Tensor, count: int) -> torch.Tensor:

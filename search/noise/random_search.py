@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from steer.types import OnStep, ReverseProcess
+from steer.core.run import Run
+from steer.types import ReverseProcess
 
-from ..run import Run
-from .strategy import Found, follow, joined
+from .strategy import StrategyResult, concat, sample_and_score
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,14 @@ class RandomSearch:
         """One sample."""
         return process.steps
 
-    def __call__(self, run: Run, particles: int, calls: int, on_step: OnStep | None) -> Found:
+    def __call__(self, run: Run, particles: int, calls: int) -> StrategyResult:
         """As many samples as are paid for, all returned."""
         count = particles * (calls // run.process.steps)
-        parts: list[Found] = []
+        parts: list[StrategyResult] = []
         for first in range(0, count, run.chunk):
             here = replace(run, key=run.key.shifted(slot=first))
             try:
-                found = follow(here, here.begin(min(run.chunk, count - first)).x, None, on_step)
+                found = sample_and_score(here, here.begin(min(run.chunk, count - first)).x, None)
             except KeyboardInterrupt:
                 if not parts:
                     raise
@@ -36,7 +36,7 @@ class RandomSearch:
             parts.append(found._replace(root=found.root + first))
             if found.interrupted:
                 break
-        return joined(*parts)
+        return concat(*parts)
 
 
 def random_search() -> RandomSearch:

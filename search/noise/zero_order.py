@@ -7,12 +7,15 @@ from dataclasses import dataclass
 
 import torch
 
-from steer.core.trajectory import gather
-from steer.errors import StateSpaceError, SteerError
-from steer.types import OnStep, ReverseProcess
+from steer.core.population import gather
+from steer.core.run import Run
+from steer.errors import SteerError
+from steer.processes.gaussian import need_gaussian
+from steer.types import ReverseProcess
 
-from ..run import Run
-from .strategy import Found, follow, joined, starting_law
+from .strategy import StrategyResult, concat, prior_of, sample_and_score
+
+CURE = "use strategy=search.random_search() or search.paths()"
 
 
 @dataclass(frozen=True)
@@ -27,33 +30,29 @@ class ZeroOrder:
         """The first pivot's sample."""
         return process.steps
 
-    def __call__(self, run: Run, particles: int, calls: int, on_step: OnStep | None) -> Found:
+    def __call__(self, run: Run, particles: int, calls: int) -> StrategyResult:
         """Rounds of neighbours until the calls are spent; N pivots return."""
-        if not hasattr(run.process, "prior_moments"):
-            raise StateSpaceError(
-                "zero_order moves a Gaussian starting noise a little, which the states of "
-                f"{type(run.process).__name__} do not begin from; use strategy=search.random_search() or search.paths()"
-            )
+        need_gaussian(run.process, "zero_order, which moves a Gaussian starting noise a little,", cure=CURE)
         rollouts = calls // run.process.steps
         pivot = run.begin(particles).x
-        best = follow(run, pivot, particles, on_step)
+        best = sample_and_score(run, pivot, particles)
         done, turn = 1, 0
         while done < rollouts and self.neighbours and not best.interrupted:
             count = min(self.neighbours, rollouts - done)
-            fresh = run.process.prior(run.key.fold("neighbour", turn), run.batch, count * particles)
-            mean = starting_law(run.process, fresh).mean
+            fresh = run.process.prior(run.key.fold("neighbour", turn), run.problems, count * particles)
+            mean = prior_of(run.process, fresh, CURE).mean
             away = torch.cat([pivot] * count, 1) - mean + self.radius * (fresh - mean)
             near = mean + away / math.sqrt(1.0 + self.radius**2)
             try:
-                found = follow(run, near, particles, on_step)
+                found = sample_and_score(run, near, particles)
             except KeyboardInterrupt:
                 return best._replace(interrupted=True)
             if found.interrupted:
                 return best._replace(interrupted=True)
             # Each chain's pivot and its neighbours, candidate by candidate; the first of equals stays.
-            both, noise = joined(best, found), torch.cat([pivot, near], 1)
-            winner = both.reward.view(run.batch, count + 1, particles).argmax(1) * particles + best.root
-            best = Found(gather(both.x, winner), both.reward.gather(1, winner), best.root)
+            both, noise = concat(best, found), torch.cat([pivot, near], 1)
+            winner = both.reward.view(run.problems, count + 1, particles).argmax(1) * particles + best.root
+            best = StrategyResult(gather(both.x, winner), both.reward.gather(1, winner), best.root)
             pivot = gather(noise, winner)
             done, turn = done + count, turn + 1
         return best

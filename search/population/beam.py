@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from steer.core.event import OnStep
+from steer.core.run import Run
 from steer.cost import check_counts
 from steer.key import Key
 from steer.results.result import Result
-from steer.types import OnStep, ReverseProcess, Reward
+from steer.types import ReverseProcess, Reward
 
-from ..budget import Widths, plan
-from ..run import Run
+from ..budget import Widths, plan_candidates
 from ..selection import Selection, proportional
 from ..values import Value, x0_hat
-from .population_search import descend
+from .population_search import population_search
 
 
 def beam(
@@ -23,6 +24,7 @@ def beam(
     budget: int | None = None,
     temperature: float = 1.0,
     key: Key | int = 0,
+    seed: int | None = None,
     candidates: Widths = 1,
     block: int = 1,
     select: Selection | None = None,
@@ -58,8 +60,21 @@ def beam(
     the earlier candidate; child counts sum to N. Their gradient-guided proposals (TreeG-G) are left out.
     """
     check_counts(keep=keep)
-    value, run = value or x0_hat(), Run.open(process, reward, batch, temperature, key, chunk)
-    path = plan(
+    value, run = (
+        value or x0_hat(),
+        Run.open(
+            "beam",
+            process,
+            reward,
+            batch=batch,
+            temperature=temperature,
+            key=key,
+            seed=seed,
+            on_step=on_step,
+            chunk=chunk,
+        ),
+    )
+    planned = plan_candidates(
         run.process, value, block=block, candidates=candidates, particles=particles, budget=budget, usual=8, default=16
     )
-    return descend(run, path, value, select or proportional(), on_step, keep=keep)
+    return population_search(run, planned, value, select or proportional(), keep=keep)

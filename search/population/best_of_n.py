@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
-from steer.core import log_weights
-from steer.core.chain import advance
-from steer.core.objective import check_finite, check_temperature, conditioned, open_run
+from steer.core.chain import run_chain
+from steer.core.event import OnStep
+from steer.core.loop import Loop
+from steer.core.objective import check_finite
+from steer.core.run import Run
 from steer.core.start import Start, prepared, prior
-from steer.core.trajectory import Seen, Trajectory
 from steer.cost import check_counts
-from steer.errors import SteerError
-from steer.key import Key, as_key
+from steer.key import Key
 from steer.results.result import Result
-from steer.types import ReverseProcess, Reward
+from steer.types import ReverseProcess, Reward, Stop
 
 
 def best_of_n(
@@ -28,10 +27,11 @@ def best_of_n(
     budget: int | None = None,
     temperature: float = 1.0,
     key: Key | int = 0,
+    seed: int | None = None,
     keep: int = 1,
     chunk: int = 256,
     start: Start = prior,
-    on_step: Callable[[Trajectory], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> Result:
     """N unsteered samples, ranked by final reward; the `keep` best share the weight.
 
@@ -42,41 +42,43 @@ def best_of_n(
     temperature is accepted for a common signature and changes nothing. log_evidence is NaN.
     Cost per problem: N K network rows and N rewards.
     """
-    temperature, key = check_temperature(temperature), as_key(key)
-    check_counts(keep=keep, chunk=chunk)
-    process, objective, meter = open_run(process, reward, groupwise=True, key=key)
-    ready, count = prepared(start, process, temperature, particles=particles, budget=budget)
-    if ready is not start or objective.groupwise:
+    check_counts(keep=keep)
+    run = Run.open(
+        "best_of_n",
+        process,
+        reward,
+        batch=batch,
+        temperature=temperature,
+        key=key,
+        seed=seed,
+        on_step=on_step,
+        groupwise=True,
+        chunk=chunk,
+    )
+    ready, count = prepared(start, run.process, run.temperature, particles=particles, budget=budget)
+    if ready is not start or run.objective.groupwise:
         chunk = count  # a start that spends rows of its own is paid for once, and a group is scored in one call
     samples, scores, interrupted = [], [], False
     for first in range(0, count, chunk):
-        size = min(chunk, count - first)
-        here = meter.key = key.shifted(slot=first)
+        here = replace(run, key=run.key.shifted(slot=first), chunk=chunk)
         try:
-            state = ready(process, objective, here, conditioned(process, batch), size)
-            state, interrupted = advance(state, here, on_step)
-        except KeyboardInterrupt:
+            state = ready(run.process, run.objective, here.key, run.problems, min(chunk, count - first))
+            loop = Loop(here, state)
+            state = run_chain(loop, state, chunk=first)
+        except (Stop, KeyboardInterrupt):
             if not samples:
                 raise
             interrupted = True
             break
-        try:
-            with torch.no_grad():
-                score = objective(state.x)
+        loop.partial = replace(state, x=torch.cat([*samples, state.x], 1))
+        with loop.keeping_partial(), torch.no_grad():
+            score = run.objective(state.x)
             check_finite(score, "of the finished samples", first=first)
-        except SteerError as error:
-            error.keep(replace(state, x=torch.cat([*samples, state.x], 1)))
-            raise
         samples.append(state.x)
         scores.append(score)
+        interrupted = loop.interrupted
         if interrupted:
             break
     x, score = torch.cat(samples, 1), torch.cat(scores, 1)
-    log_weight = log_weights.of_best(score, keep)
-    none = torch.full_like(score[:, 0], torch.nan)
-    return Result(
-        process=process, x=x, reward=score, log_weight=log_weight, log_evidence=none,
-        root=torch.arange(score.shape[1], device=score.device).expand_as(score), key=key, cost=meter.cost(),
-        temperature=temperature, seen=(Seen(process.steps, log_weights.ess(log_weight), score),),
-        interrupted=interrupted,
-    )  # fmt: skip
+    root = torch.arange(score.shape[1], device=score.device).expand_as(score)
+    return Result.from_search(run, x, score, root, keep=keep, interrupted=interrupted)

@@ -5,88 +5,92 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from steer.core.trajectory import Seen, Trajectory
-from steer.errors import SteerError
+from steer.core.loop import Loop, completed
+from steer.core.run import Run
+from steer.core.trajectory import LevelRecord, Trajectory, required
 from steer.results.result import Result
-from steer.types import OnStep, Stop
 
-from ..budget import Plan, _draws
-from ..run import Run
+from ..budget import CandidatePlan, draws_between
 from ..selection import Choice, Selection
-from ..values import Value, X0Hat
+from ..values import Value, X0Hat, evaluate
 
 
-def descend(
-    run: Run, path: Plan, value: Value, selection: Selection, on_step: OnStep | None, keep: int | None
-) -> Result:
-    """Population search: in every block, draw candidates of each chain, evaluate them, keep N."""
-    seen: list[Seen] = []
-    paid: Trajectory | None = None  # the last states with their predictions, for runs that end early
-    process, count = run.process, path.particles
-    state = run.begin(count * path.blocks[0].width)
-    try:
-        with torch.no_grad():
-            for i, block in enumerate(path.blocks):
+def population_search(run: Run, plan: CandidatePlan, value: Value, selection: Selection, keep: int | None) -> Result:
+    """Runs the blocks of a plan.
+
+    Args:
+        run: the method's run.
+        plan: N chains and the blocks they go through.
+        value: what candidates are judged by.
+        selection: which of them go on.
+        keep: how many of the finished samples share the weight; None: all.
+    """
+    history: list[LevelRecord] = []
+    count, noise = plan.particles, run.key.fold("step")
+    state = run.begin(count * plan.blocks[0].width)
+    loop = Loop(run)
+
+    def step(state: Trajectory) -> Trajectory:
+        model = run.process.transition(state.x, required(state.cache.x0), state.k)
+        return loop.stepped(state, state.step(model, noise))
+
+    with loop.keeping_partial(), torch.no_grad():
+        with loop.steps():
+            for i, block in enumerate(plan.blocks):
                 if i > 0:
-                    paid = state
-                    state = _stepped(run, _copies(state, block.width), on_step)
+                    loop.predicted(state)
+                    state = step(_copies(state, block.width))
                 for _ in range(block.first, block.last):
-                    paid = state = state.carry(x0=run.predict(state.x, state.k))
-                    state = _stepped(run, state, on_step)
-                later = path.blocks[min(i + 1, len(path.blocks) - 1)].last
-                state = _chosen(run, state, paid, value, selection, count, later, seen)
-    except (Stop, KeyboardInterrupt):
-        if paid is None:
-            raise
-        x = process.complete(paid.x, paid.carried["x0"])
-        with torch.no_grad():
-            scores = paid.carried["score"] if "score" in paid.carried else run.score(x, "of the predictions")
-        return run.result(x, scores, paid.root, keep=keep, seen=seen, interrupted=True)
-    except SteerError as error:
-        error.keep(paid)
-        raise
-    return run.result(state.x, state.memory["value"], state.root, keep=keep, seen=seen[:-1])
+                    state = step(loop.predicted(run.predicted(state)))
+                next_choice = plan.blocks[min(i + 1, len(plan.blocks) - 1)].last
+                state = _select(run, state, loop.last_predicted, value, selection, count, next_choice, history)
+        if loop.interrupted:
+            last = _required(loop.last_predicted)
+            x = completed(last).x
+            scores = run.score(x, "of the predictions") if last.cache.score is None else last.cache.score
+            return Result.from_search(run, x, scores, last.root, keep=keep, seen=history, interrupted=True)
+    return Result.from_search(run, state.x, required(state.path.value), state.root, keep=keep, seen=history[:-1])
 
 
-def _chosen(
-    run: Run, state: Trajectory, before: Trajectory | None, value: Value, selection: Selection, count: int, later: int,
-    seen: list[Seen],
-) -> Trajectory:  # fmt: skip
-    """The candidates that go on to the choice at level `later`, N per problem, with their predictions."""
+def _select(
+    run: Run,
+    state: Trajectory,
+    before: Trajectory | None,
+    value: Value,
+    selection: Selection,
+    count: int,
+    next_choice: int,
+    history: list[LevelRecord],
+) -> Trajectory:
+    """The candidates that go on to the choice at level `next_choice`, N per problem, with their predictions."""
     process, k = run.process, state.k
     if k == process.steps:
         scores = _final_scores(run, state, before)
     else:
-        x0, scores = run.evaluate(state.x, k, value)
-        carried = {} if x0 is None else {"x0": x0}
-        state = state.carry(**carried, **({"score": scores} if isinstance(value, X0Hat) else {}))
-    seen.append(Seen(k, torch.full_like(scores[:, 0], float(count)), scores))
-    index = selection(
-        Choice(
-            scores, state.memory, count, run.temperature, k, process.steps, _draws(process, k, later), run.key,
-        )
-    )  # fmt: skip
-    best = torch.maximum(state.memory["highest"], scores) if "highest" in state.memory else scores
-    state = state.remember(value=scores, highest=best).select(index)
-    if k < process.steps and "x0" not in state.carried:
-        state = state.carry(x0=run.predict(state.x, k))
-    return state
+        x0, scores = evaluate(run, state.x, k, value)
+        state = state.with_step_cache(x0=x0, score=scores if isinstance(value, X0Hat) else None)
+    history.append(LevelRecord(k, torch.full_like(scores[:, 0], float(count)), scores))
+    choice = Choice(
+        values=scores,
+        path=state.path,
+        particles=count,
+        temperature=run.temperature,
+        k=k,
+        steps=process.steps,
+        separable=draws_between(process, k, next_choice),
+        key=run.key,
+    )
+    highest = scores if state.path.highest is None else torch.maximum(state.path.highest, scores)
+    state = state.with_path_state(value=scores, highest=highest).select(selection(choice))
+    return state if k == process.steps or state.cache.x0 is not None else run.predicted(state)
 
 
 def _final_scores(run: Run, state: Trajectory, before: Trajectory | None) -> Tensor:
     """Rewards of finished samples; known already where the last step went to the prediction that was scored."""
-    if before is not None and "score" in before.carried and before.x.shape == state.x.shape:
-        clean = run.process.complete(before.x, before.carried["x0"])
-        if not run.process.stochastic(before.k) and torch.equal(clean, state.x):
-            return before.carried["score"]
-    return run.score(state.x)
-
-
-def _stepped(run: Run, state: Trajectory, on_step: OnStep | None) -> Trajectory:
-    state = run.step(state)
-    if on_step is not None:
-        on_step(state)
-    return state
+    if before is None or before.cache.score is None or before.x.shape != state.x.shape:
+        return run.score(state.x)
+    known = not run.process.stochastic(before.k) and torch.equal(completed(before).x, state.x)
+    return before.cache.score if known else run.score(state.x)
 
 
 def _copies(state: Trajectory, width: int) -> Trajectory:
@@ -95,3 +99,8 @@ def _copies(state: Trajectory, width: int) -> Trajectory:
         return state
     index = torch.arange(state.x.shape[1], device=state.x.device).repeat(width)
     return state.select(index.expand(state.x.shape[0], -1))
+
+
+def _required(state: Trajectory | None) -> Trajectory:
+    assert state is not None
+    return state

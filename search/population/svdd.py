@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
+from steer.core.event import OnStep
+from steer.core.run import Run
 from steer.errors import SteerError
 from steer.key import Key
 from steer.results.result import Result
-from steer.types import OnStep, ReverseProcess, Reward
+from steer.types import ReverseProcess, Reward
 
-from ..budget import Widths, plan
-from ..run import Run
+from ..budget import Widths, plan_candidates
 from ..selection import argmax, categorical, replace_worst
 from ..values import Value, x0_hat
-from .population_search import descend
+from .population_search import population_search
 
 RULES: dict[str, Callable] = {"categorical": categorical, "argmax": argmax}
 
@@ -28,6 +29,7 @@ def svdd(
     budget: int | None = None,
     temperature: float = 1.0,
     key: Key | int = 0,
+    seed: int | None = None,
     candidates: Widths = None,
     select: Literal["categorical", "argmax"] = "categorical",
     replace: float = 0.0,
@@ -64,8 +66,21 @@ def svdd(
     """
     if select not in RULES:
         raise SteerError(f"select is one of {', '.join(RULES)}, got {select!r}")
-    value, run = value or x0_hat(), Run.open(process, reward, batch, temperature, key, chunk)
-    path = plan(
+    value, run = (
+        value or x0_hat(),
+        Run.open(
+            "svdd",
+            process,
+            reward,
+            batch=batch,
+            temperature=temperature,
+            key=key,
+            seed=seed,
+            on_step=on_step,
+            chunk=chunk,
+        ),
+    )
+    planned = plan_candidates(
         run.process, value, block=1, candidates=candidates, particles=particles, budget=budget, usual=20, default=1
     )
-    return descend(run, path, value, replace_worst(RULES[select](), replace), on_step, keep=None)
+    return population_search(run, planned, value, replace_worst(RULES[select](), replace), keep=None)

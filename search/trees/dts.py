@@ -24,15 +24,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from steer.core.log_weights import log_potential
-from steer.core.objective import check_temperature, conditioned, open_run
+from steer.core.event import OnStep
+from steer.core.population import log_potential
 from steer.core.resampling import systematic
+from steer.core.run import Run
 from steer.core.start import Start, prior
 from steer.errors import SteerError
-from steer.key import Key, as_key
+from steer.key import Key
 from steer.particles.proposals import Proposal, bootstrap
 from steer.results.result import Result
-from steer.types import OnStep, ReverseProcess, Reward
+from steer.types import ReverseProcess, Reward
 
 from .branching import branching_levels, plantable, planted, segment_rows
 from .ragged import Slots, each_problem
@@ -50,6 +51,7 @@ def dts(
     budget: int | None = None,
     temperature: float = 1.0,
     key: Key | int = 0,
+    seed: int | None = None,
     build: str = "unbiased",
     levels: int | Sequence[int] = 9,
     walkers: int = 16,
@@ -104,16 +106,21 @@ def dts(
     many walks a sweep, with visits counted on the way down; readout is the exact weights, of which the paper's
     stochastic descent is one draw. log-mean-exp as in the camera-ready (the first version's log-sum-exp is biased).
     """
-    temperature, key = check_temperature(temperature), as_key(key)
     if not 0.0 < defence <= 1.0:
         raise SteerError(f"defence is a share of growth in (0, 1], got {defence}")
-    process, objective, meter = open_run(process, reward, key=key)
-    tree = planted(tree, conditioned(process, batch), branching_levels(process, levels))
+    run = Run.open("dts", process, reward, batch=batch, temperature=temperature, key=key, seed=seed, on_step=on_step)
+    tree = planted(tree, run.problems, branching_levels(run.process, levels))
     growth = Growth(
-        process, objective, meter, tree, key, temperature, plantable(start), proposal, looks=build == "unbiased",
-        live=build == "boltzmann", store=store, keep_states=keep_states, on_step=on_step,
-    )  # fmt: skip
-    return growth.run(_builder(build, growth, widening, defence), walkers, particles, budget)
+        run,
+        tree,
+        plantable(start),
+        proposal,
+        looks=build == "unbiased",
+        live=build == "boltzmann",
+        store=store,
+        keep_states=keep_states,
+    )
+    return growth.grow(_builder(build, growth, widening, defence), walkers, particles, budget)
 
 
 def _builder(build: str, growth: Growth, widening: tuple[float, float], defence: float) -> Choose:

@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from steer.core.objective import check_temperature, conditioned, open_run
+from steer.core.event import OnStep
+from steer.core.run import Run
 from steer.core.start import Start, prior
 from steer.cost import check_counts
-from steer.key import Key, as_key
+from steer.key import Key
 from steer.particles.proposals import bootstrap
 from steer.results.result import Result
-from steer.types import OnStep, ReverseProcess, Reward
+from steer.types import ReverseProcess, Reward
 
 from .branching import branching_levels, plantable, planted, segment_rows
 from .ragged import Slots
@@ -34,6 +35,7 @@ def dts_star(
     budget: int | None = None,
     temperature: float = 1.0,
     key: Key | int = 0,
+    seed: int | None = None,
     levels: int | Sequence[int] = 4,
     walkers: int = 4,
     widening: tuple[float, float] = (1.0, 0.35),
@@ -61,18 +63,24 @@ def dts_star(
     and is left with cheaper walks from states that led somewhere. The bonus is in units of the rewards' spread (the
     paper leaves its scale open). Walks never end at an old leaf.
     """
-    temperature, key = check_temperature(temperature), as_key(key)
     check_counts(keep=keep)
-    process, objective, meter = open_run(process, reward, key=key)
-    tree = planted(tree, conditioned(process, batch), branching_levels(process, levels))
+    run = Run.open(
+        "dts_star", process, reward, batch=batch, temperature=temperature, key=key, seed=seed, on_step=on_step
+    )
+    tree = planted(tree, run.problems, branching_levels(run.process, levels))
     growth = Growth(
-        process, objective, meter, tree, key, temperature, plantable(start), bootstrap, keep=keep, live=True,
-        store=store, on_step=on_step,
-    )  # fmt: skip
-    rows = segment_rows(process, tree.levels)
+        run,
+        tree,
+        plantable(start),
+        bootstrap,
+        keep=keep,
+        live=True,
+        store=store,
+    )
+    rows = segment_rows(run.process, tree.levels)
     cost = tuple(sum(rows[depth:]) for depth in range(len(rows)))
     choose = Descent(Optimism(explore), False, widening, revisit=False, rows=cost)
-    return growth.run(choose, walkers, particles, budget)
+    return growth.grow(choose, walkers, particles, budget)
 
 
 @dataclass(frozen=True)

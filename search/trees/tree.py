@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from steer.core.trajectory import gather
+from steer.core.population import gather
 from steer.errors import SteerError
 
 from .node_table import ChildLists, Layer

@@ -5,25 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from steer.core import log_weights
-from steer.core.log_weights import log_potential
+from steer.core import population
+from steer.core.loop import completed
 from steer.core.objective import Objective, check_finite
+from steer.core.population import log_potential
+from steer.core.run import Run
 from steer.core.start import Start, prior
-from steer.core.trajectory import Seen, Stepped, Trajectory
-from steer.cost import Meter, affordable, check_counts
+from steer.core.trajectory import LevelRecord, StepRecord, Trajectory, required
+from steer.cost import affordable, check_counts
 from steer.errors import BudgetError, CollapsedWeightsError, SteerError
 from steer.key import Key
-from steer.particles.proposals import Proposal, evaluated
-from steer.processes.gaussian import priced
+from steer.particles.proposals import Proposal, predict_and_score, propose
+from steer.processes.gaussian import sampling_uses_network
 from steer.results.result import Result
-from steer.types import GaussianTransition, OnStep, ReverseProcess, Stop
+from steer.types import ReverseProcess, Stop
 
 from .branching import segment_rows
 from .ragged import Slots, each_problem
@@ -48,22 +50,18 @@ class Growth:
     keep_states: keep the states and densities of steps between nodes too.
     """
 
-    process: ReverseProcess
-    objective: Objective
-    meter: Meter
+    run: Run
     tree: Tree
-    key: Key
-    temperature: float
     start: Start
     proposal: Proposal
     looks: bool = False
     keep: int | None = None
     live: bool = False
     store: torch.device | str | None = None
-    on_step: OnStep | None = None
     keep_states: bool = False
     paid: Trajectory | None = field(default=None, init=False)
     so_far: Tensor | float = field(default=0.0, init=False)
+    network_key: Key = field(default=Key(0), init=False)
 
     def __post_init__(self) -> None:
         try:
@@ -72,11 +70,27 @@ class Growth:
             raise SteerError(f"store is a device to keep states on, as 'cpu', got {self.store!r}: {error}") from error
 
     @property
+    def process(self) -> ReverseProcess:
+        return self.run.process
+
+    @property
+    def objective(self) -> Objective:
+        return self.run.objective
+
+    @property
+    def key(self) -> Key:
+        return self.run.key
+
+    @property
+    def temperature(self) -> float:
+        return self.run.temperature
+
+    @property
     def greedy(self) -> bool:
         """Whether values are best rewards."""
         return self.keep is not None
 
-    def run(self, choose: Choose, walkers: int, particles: int | None, budget: int | None) -> Result:
+    def grow(self, choose: Choose, walkers: int, particles: int | None, budget: int | None) -> Result:
         """Sweeps until the particles are made, the budget is spent, or `on_step` asks to stop."""
         tree, rows = self.tree, segment_rows(self.process, self.tree.levels)
         check_counts(walkers=walkers)
@@ -118,7 +132,7 @@ class Growth:
         running: walks under way on the edges below each depth, (D, B).
         """
         tree, key = self.tree, self.key.shifted(slot=self.tree.iterations).wide(entry.shape[1])
-        self.meter.key = key
+        self.network_key = key
         widest, fewest = running.max(1).tolist(), running.min(1).tolist()
         joined: list[bool] = [False, *np.any(running[1:] > running[:-1], axis=1)]
         before = tree.counts()
@@ -158,36 +172,26 @@ class Growth:
             return begun
         # What another start has weighted, spent and normalised by is the weight of the edge from the root.
         self.tree.normalised &= ~begun.log_evidence.isnan().cpu().numpy()
-        return begun.reweight(begun.log_evidence[:, None].nan_to_num() - begun.memory.get("spent", 0.0))
+        return begun.reweight(
+            begun.log_evidence[:, None].nan_to_num() - begun.path.log_potential_or_zero(begun.log_weight)
+        )
 
     def _entered(self, depth: int, slots: Slots) -> Trajectory:
         """Walks at nodes (B, W) of a depth, with what is remembered there."""
         kept = self.tree.states(depth, torch.from_numpy(slots), getattr(self.process, "device", None))
         level, x = self.tree.levels[depth - 1], kept.pop("x")
-        return Trajectory.begin(self.process, x, k=level, keep_states=self.keep_states).carry(**kept)
+        return Trajectory.begin(self.process, x, k=level, keep_states=self.keep_states).with_step_cache(**kept)
 
     def _along_edge(self, state: Trajectory, rows: Tensor | None, until: int, noise: Key) -> Trajectory:
         while state.k < until:
-            if "x0" not in state.carried:
+            if state.cache.x0 is None:
                 state, _ = self._predict(state, rows, score=False)
-            self.paid = state
-            model = self.process.transition(state.x, state.carried["x0"], state.k)
-            guided = len(state.carried) > 1  # by what a proposal has put beside the prediction
-            drawn = self._proposed(state, cast(GaussianTransition, model)) if guided else model
+            self.paid = before = state
+            model = self.process.transition(state.x, required(state.cache.x0), state.k)
+            drawn = propose(self.proposal, state, model)
             state = state.step(drawn, noise, model=None if drawn is model else model)
-            if self.on_step is not None:
-                self.on_step(state)
+            self.run.report(before, state)
         return state
-
-    def _proposed(self, state: Trajectory, model: GaussianTransition) -> GaussianTransition:
-        try:
-            return self.proposal(state, model)
-        except KeyError as missing:
-            kept = ", ".join(sorted(set(state.carried) - {"x0"}))
-            raise SteerError(
-                f"nodes of this tree keep {kept} for the proposal that it was grown with, and {self.proposal} asks for "
-                f"{missing}; grow it on with the former, or with steer.bootstrap"
-            ) from missing
 
     def _attach(
         self, depth: int, live: NDArray[np.bool_] | None, rows: Tensor | None, parent: Slots, state: Trajectory
@@ -210,18 +214,18 @@ class Growth:
             if self.looks and scores is not None:
                 check_finite(scores, f"of the predictions at level {state.k}", first=layer.size)
                 columns["look"] = scores.cpu().numpy()
-            columns |= {name: self._stored(tensor) for name, tensor in state.carried.items()}
+            columns |= {name: self._stored(tensor) for name, tensor in state.cache.tensors().items()}
         kept, taken = (0 if edge is None else edge.shape[2] for edge in (layer.states.get("edge"), columns.get("edge")))
         if layer.size and kept != taken:
             raise SteerError(
                 f"this tree keeps {kept} steps on every edge to level {state.k}, and its walks now take {taken}: their "
                 "start begins at another level; grow it on with the start it had"
             )
-        return tree.attach(depth, live, parent, x=self._stored(state.x), **columns), state.anew()
+        return tree.attach(depth, live, parent, x=self._stored(state.x), **columns), state.reset_weights()
 
     def _edge(self, state: Trajectory) -> dict[str, Tensor]:
         """An edge's steps, (B, W, steps, ...), where they are kept: states left, and densities (NaN without noise)."""
-        steps = [event for event in state.past if isinstance(event, Stepped)]
+        steps = [event for event in state.past if isinstance(event, StepRecord)]
         if not steps:
             return {}
         absent = torch.full_like(state.log_weight, torch.nan)
@@ -240,16 +244,17 @@ class Growth:
         process, k = self.process, state.k
 
         def predicted(x: Tensor) -> dict[str, Tensor]:
-            if self.proposal.scale and process.stochastic(k):
-                here = Trajectory.begin(process, x, k=k)
-                here, scores = evaluated(here, self.objective, self.temperature, self.proposal, score)
-                return {**here.carried} if scores is None else {**here.carried, "score": scores}
-            x0 = process.denoise(x, k)
-            return {"x0": x0, "score": self.objective(process.complete(x, x0))} if score else {"x0": x0}
+            here = Trajectory.begin(process, x, k=k)
+            here, scores = predict_and_score(
+                here, self.objective, self.temperature, self.proposal, score, self.network_key
+            )
+            found = here.cache.tensors()
+            found.pop("score", None)
+            return found if scores is None else {**found, "score": scores}
 
         found = self._on_rows(predicted, state.x, rows)
         scores = found.pop("score", None)
-        return state.carry(**found), scores
+        return state.with_step_cache(**found), scores
 
     def _rows(self, live: NDArray[np.bool_] | None, device: torch.device) -> Tensor | None:
         """Rows of the merged axis (B * W) that are live; None for all.
@@ -282,7 +287,9 @@ class Growth:
         entry, path = plan
         while True:
             running = (entry <= np.arange(len(rows))[:, None, None]).sum(2)
-            idle = self.process.problems is not None or priced(self.process)  # whether idle columns cost rows
+            idle = self.process.problems is not None or sampling_uses_network(
+                self.process
+            )  # whether idle columns cost rows
             paid = running.max(1, keepdims=True) if idle else running
             spent = np.broadcast_to(np.dot(rows, paid), left.shape)
             if (spent <= left).all():
@@ -312,7 +319,7 @@ class Growth:
             ancestor = layer["parent"].gather(1, ancestor)
         x = tree.states(tree.depth, slots, getattr(self.process, "device", None))["x"]
         if self.keep is not None:
-            log_weight = log_weights.of_best(reward.masked_fill(~filled, -torch.inf), self.keep)
+            log_weight = population.weights_of_top_k(reward.masked_fill(~filled, -torch.inf), self.keep)
             evidence = torch.full_like(root_value, math.nan)
         else:
             log_weight = tree.log_share(tree.depth) + leaves["value"]
@@ -329,16 +336,21 @@ class Growth:
         """What a run has that was stopped in its first sweep: the last predictions of its walks, as leaves."""
         assert self.paid is not None
         with torch.no_grad():
-            x = self.process.complete(self.paid.x, self.paid.carried["x0"])
+            x = completed(self.paid).x
             scores = self.objective(x)
         check_finite(scores, "of the predictions")
         root = torch.arange(scores.shape[1]).expand(scores.shape)
         if self.keep is not None:
             return self._weighted(
-                x, scores, log_weights.of_best(scores, self.keep), torch.full_like(scores[:, 0], math.nan), root, True
+                x,
+                scores,
+                population.weights_of_top_k(scores, self.keep),
+                torch.full_like(scores[:, 0], math.nan),
+                root,
+                True,
             )
         log_weight = log_potential(scores, self.temperature) + self.paid.log_weight + self.so_far
-        evidence = torch.where(torch.from_numpy(self.tree.normalised), log_weights.log_mean_exp(log_weight), math.nan)
+        evidence = torch.where(torch.from_numpy(self.tree.normalised), population.log_mean_exp(log_weight), math.nan)
         return self._weighted(x, scores, log_weight, evidence, root, True)
 
     def _weighted(
@@ -346,14 +358,23 @@ class Growth:
     ) -> Result:
         """The Result of samples with log-weights of any scale; an error with it inside, where a problem has none."""
         dead = (log_weight == -torch.inf).all(1)
-        log_weight = torch.where(dead[:, None], log_weight, log_weights.normalise(log_weight))
+        log_weight = torch.where(dead[:, None], log_weight, population.normalise(log_weight))
         reward, log_weight, evidence, root = (part.to(x.device) for part in (reward, log_weight, evidence, root))
         result = Result(
-            process=self.process, x=x, reward=reward, log_weight=log_weight, log_evidence=evidence, root=root,
-            key=self.key, cost=self.meter.cost(), temperature=self.temperature,
-            seen=(Seen(self.process.steps, log_weights.ess(log_weight), reward),), interrupted=interrupted,
+            process=self.process,
+            x=x,
+            reward=reward,
+            log_weight=log_weight,
+            log_evidence=evidence,
+            root=root,
+            key=self.key,
+            cost=self.run.meter.cost(),
+            temperature=self.temperature,
+            seen=(LevelRecord(self.process.steps, population.ess(log_weight), reward),),
+            interrupted=interrupted,
             tree=self.tree,
-        )  # fmt: skip
+            law="none" if self.greedy else "target",
+        )
         if bool(dead.any()):
             raise CollapsedWeightsError(
                 f"every leaf of problem {int(dead.nonzero()[0])} has weight zero: the reward forbids (-inf) all of "

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..core.trajectory import Trajectory
+    from ..core.event import Event
+    from ..cost import Meter
 
 
 class Interrupt:
@@ -50,7 +51,8 @@ class Watch:
 
     def __init__(self, rows: int, name: str, show: bool, interrupt: Interrupt):
         self.rows, self.name, self.interrupt = rows, name, interrupt
-        self.best, self._done, self._meter, self._tenth = -math.inf, 0, None, 0
+        self.best, self._done, self._tenth = -math.inf, 0, 0
+        self._meter: Meter | None = None
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -71,14 +73,12 @@ class Watch:
     def __exit__(self, *_: Any) -> None:
         self._bar.stop()
 
-    def __call__(self, state: Trajectory) -> None:
-        from ..core import log_weights
-
-        meter = state.process.meter
-        if self._meter is not None and meter is not self._meter:
+    def __call__(self, event: Event) -> None:
+        if self._meter is not None and event.meter is not self._meter:
             self._done += self._meter.nfe  # another run began
-        self._meter, done = meter, (self._done + meter.nfe)
-        note = f"level {state.k} of {state.process.steps}, ess {log_weights.ess(state.log_weight).mean().item():.0f}"
+        self._meter, done = event.meter, (self._done + event.meter.nfe)
+        steps = event.state.process.steps
+        note = f"step {event.level} of {steps}, ESS {event.ess.mean().item():.0f}"
         note += f", best {self.best:.3g}" if math.isfinite(self.best) else ""
         self._bar.update(self._task, completed=done, note=note)
         if self._lines and done * 10 // self.rows > self._tenth:

@@ -20,8 +20,8 @@ from ..types import ReverseProcess, RewardSpec
 class Objective:
     """A reward as samplers use it: clean states (B, N, *event) to scores (B, N), float64, on the states' device.
 
-    Built by `open_run`. What it checks at once: the reward's exceptions, type and shape. NaN and +inf are looked for
-    by `check_finite`, where reading the scores does not stall the device. A groupwise reward is called once per
+    Built by `open_objective`. What it checks at once: the reward's exceptions, type and shape. NaN and +inf are looked
+    for by `check_finite`, where reading the scores does not stall the device. A groupwise reward is called once per
     problem: its group is the particles of one problem.
     """
 
@@ -49,7 +49,9 @@ class Objective:
         """Whether a score depends on the other samples in its call."""
         return _spec(self.reward).scope == "groupwise"
 
-    def value_and_grad(self, x: Tensor, k: int, strength: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def value_and_grad(
+        self, x: Tensor, k: int, strength: float | Tensor, key: Key | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Prediction x0, score of it, and the gradient of strength * score with respect to x at level k.
 
         NotDifferentiableError, before the network is called where the reward says that it has no gradient.
@@ -57,7 +59,7 @@ class Objective:
         self._check_differentiable()
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            x0 = self.process.denoise(x, k)
+            x0 = self.process.denoise(x, k, key)
             value = self(self.process.complete(x, x0))
             if not value.requires_grad:
                 raise NotDifferentiableError(
@@ -113,14 +115,13 @@ class Objective:
         return scores
 
 
-def open_run(
-    process: ReverseProcess, reward: Callable[..., Any], *, groupwise: bool = False, key: Key | None = None
+def open_objective(
+    process: ReverseProcess, reward: Callable[..., Any], *, groupwise: bool = False
 ) -> tuple[ReverseProcess, Objective, Meter]:
-    """A metered process, the objective on it, and their meter: the first line of every sampler.
+    """A metered process, the objective on it, and their meter.
 
     groupwise: whether the method only ranks or reports finished samples, and so can do with a reward whose scores
     depend on the other samples in the call. Such a reward is no function of x: p(x) exp(r(x) / T) is not defined.
-    key: the run's, by which hooks name their draws.
     """
     if not callable(reward):
         raise RewardError(f"a reward is a callable from samples to scores, got {type(reward).__name__}")
@@ -130,12 +131,12 @@ def open_run(
             "sample and there is no law to tilt by it; steer by the reward inside it, or use search.best_of_n or "
             "steer.rollout, which score finished samples once"
         )
-    meter = Meter(key)
+    meter = Meter()
     process = process.metered(meter)
     return process, Objective(process, reward, _prompts_of(reward)), meter
 
 
-def conditioned(process: ReverseProcess, batch: int) -> int:
+def num_problems(process: ReverseProcess, batch: int) -> int:
     """The number of problems to run: `batch`, or as many as the process is conditioned on where that was left at 1."""
     check_counts(batch=batch)
     return process.problems if process.problems is not None and batch == 1 else batch

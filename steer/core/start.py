@@ -17,7 +17,7 @@ from .trajectory import Trajectory
 Start = Callable[[ReverseProcess, Objective, Key, int, int], Trajectory]
 """(process, objective, key, batch, particles) -> Trajectory. Weights it sets are kept, and what it has spent.
 
-A start whose particles are already tilted by exp(v) says so in `memory["spent"] = v`: the potentials on the way
+A start whose particles are already tilted by exp(v) says so in `path.log_potential = v`: the potentials on the way
 multiply in what is missing, and no reward is counted twice. Where the normaliser of its law is not known it sets
 log_evidence to NaN, and the run's evidence is NaN.
 """
@@ -60,31 +60,32 @@ def prepared(
     return start, affordable(rows, particles=particles, budget=budget, before=before)
 
 
-def resumed(
+def check_resume(
     state: Trajectory, process: ReverseProcess, particles: int | None, batch: int, budget: int | None, rows: int = 1
 ) -> Trajectory:
-    """A trajectory to go on from, checked. rows: of the network, per row of a prediction that is still to come."""
+    """A trajectory to resume, validated. rows: of the network, per row of a prediction that is still to come."""
     if tuple(state.x.shape[2:]) != tuple(process.event) or not 0 <= state.k <= process.steps:
         raise ShapeError(
-            f"a trajectory to go on from must have event {tuple(process.event)} and a level in [0, {process.steps}], "
+            f"a trajectory to resume must have event {tuple(process.event)} and a level in [0, {process.steps}], "
             f"got event {tuple(state.x.shape[2:])} at level {state.k}"
         )
-    if "closed" in state.memory:
+    if state.path.final_applied:
         raise SteerError(
-            "a trajectory to go on from is one that a run was at, and this one is a run's end: its weights hold the "
-            "final reward, and where it was stopped its states are predictions; keep the state that on_step is given"
+            "a trajectory to resume is one that a run passed through, and this one is a run's end: its weights hold "
+            "the final reward, and where it was stopped its states are predictions; keep `event.state` of on_step "
+            "instead"
         )
     problems, count = state.x.shape[:2]
     check_batch(process.problems, problems)
     if particles not in (None, count) or batch not in (1, problems):
         raise SteerError(
-            f"a trajectory to go on from has its own numbers, {problems} problem(s) of {count} particle(s); got "
+            f"a trajectory to resume has its own numbers, {problems} problem(s) of {count} particle(s); got "
             f"batch={batch}, particles={particles}; leave them out"
         )
     price = count * (process.steps - state.k) * process.rows * rows
     if budget is not None and price > budget:
         raise BudgetError(
-            f"going on from level {state.k} takes {price} network rows per problem, more than a budget of {budget}; "
+            f"resuming from level {state.k} takes {price} network rows per problem, more than a budget of {budget}; "
             f"raise it to {price}, or select fewer particles (Trajectory.select)"
         )
     return replace(state, process=process)

@@ -27,6 +27,7 @@ def compare(
     temperature: float = 1.0,
     batch: int = 1,
     key: Key | int = 0,
+    seed: int | None = None,
     keys: int = 5,
     metrics: dict[str, Callable[[torch.Tensor], torch.Tensor]] | None = None,
     options: dict[str, dict[str, Any]] | None = None,
@@ -43,6 +44,7 @@ def compare(
     temperature: float = 1.0,
     batch: int = 1,
     key: Key | int = 0,
+    seed: int | None = None,
     keys: int = 5,
     metrics: dict[str, Callable[[torch.Tensor], torch.Tensor]] | None = None,
     options: dict[str, dict[str, Any]] | None = None,
@@ -58,6 +60,7 @@ def compare(
     temperature: float = 1.0,
     batch: int = 1,
     key: Key | int = 0,
+    seed: int | None = None,
     keys: int = 5,
     metrics: dict[str, Callable[[torch.Tensor], torch.Tensor]] | None = None,
     options: dict[str, dict[str, Any]] | None = None,
@@ -73,9 +76,14 @@ def compare(
     A run stopped by its `on_step` or from the keyboard ends the comparison at the last key that every method has run.
     """
     common: dict[str, Any] = {
-        "methods": methods, "temperature": temperature, "batch": batch, "key": key, "keys": keys, "metrics": metrics,
+        "methods": methods,
+        "temperature": temperature,
+        "batch": batch,
+        "key": as_key(key, seed),
+        "keys": keys,
+        "metrics": metrics,
         "options": options,
-    }  # fmt: skip
+    }
     check_counts(keys=keys)
     if not isinstance(budget, Sequence):
         return _compare(process, reward, budget=budget, **common)
@@ -102,7 +110,7 @@ def _compare(
     budget: int,
     temperature: float,
     batch: int,
-    key: Key | int,
+    key: Key,
     keys: int,
     metrics: dict[str, Callable[[torch.Tensor], torch.Tensor]] | None,
     options: dict[str, dict[str, Any]] | None,
@@ -120,7 +128,7 @@ def _compare(
     for i in range(keys):
         runs = _round(
             chosen, options or {}, process=process, reward=reward, budget=budget, temperature=temperature, batch=batch,
-            key=as_key(key).fold("compare", i),
+            key=key.fold("compare", i),
         )  # fmt: skip
         if runs is None:
             break

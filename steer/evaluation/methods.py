@@ -71,6 +71,7 @@ def sample(
     temperature: float = 1.0,
     batch: int = 1,
     key: Key | int = 0,
+    seed: int | None = None,
     **options: Any,
 ) -> Result:
     """Samples that follow the reward, by any method.
@@ -82,5 +83,5 @@ def sample(
     options:     the method's own, by keyword.
     """
     return resolve(method)(
-        process, reward, budget=budget, temperature=temperature, batch=batch, key=as_key(key), **options
+        process, reward, budget=budget, temperature=temperature, batch=batch, key=as_key(key, seed), **options
     )

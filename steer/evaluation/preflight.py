@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.objective import Objective, check_finite, check_temperature, conditioned, open_run
+from ..core.objective import Objective, check_finite, check_temperature, num_problems, open_objective
 from ..cost import Cost
 from ..errors import BudgetError, NotDifferentiableError
 from ..key import Key, as_key
@@ -151,6 +151,7 @@ def preflight(
     batch: int = 1,
     temperature: float = 1.0,
     key: Key | int = 0,
+    seed: int | None = None,
 ) -> Preflight:
     """What can be gained by steering this process by this reward, and how: from a few unsteered samples.
 
@@ -164,11 +165,11 @@ def preflight(
     Raises what a run would raise, with the same message: RewardError, NonFiniteError, ShapeError, ... The reward is
     called after the first prediction, so a broken one costs next to nothing.
     """
-    temperature, key = check_temperature(temperature), as_key(key)
+    temperature, key = check_temperature(temperature), as_key(key, seed)
     if samples < 4:
         raise BudgetError(f"preflight ranks samples, and needs at least 4 of them, got samples={samples}")
-    process, objective, meter = open_run(process, reward, groupwise=True)
-    batch = conditioned(process, batch)
+    process, objective, meter = open_objective(process, reward, groupwise=True)
+    batch = num_problems(process, batch)
     drawing = [k for k in range(process.steps) if process.stochastic(k)]
     x = process.prior(key.fold("prior"), batch, samples)
     if drawing:
@@ -178,7 +179,7 @@ def preflight(
     with torch.no_grad():
         for k in range(process.steps):
             halfway = x if k == middle else halfway
-            x0 = process.denoise(x, k)
+            x0 = process.denoise(x, k, key)
             if k in _probed(process.steps):
                 seen[k] = objective(process.complete(x, x0))
                 check_finite(seen[k], f"of predictions at level {k} of {process.steps}")
@@ -186,7 +187,7 @@ def preflight(
         final = objective(x)
         check_finite(final, "of the finished samples")
     spent = meter.cost()  # before the gradient, whose forward pass takes longer
-    slope = _gradient(process, objective, halfway, middle, temperature)
+    slope = _gradient(process, objective, halfway, middle, temperature, key)
     seed_effect, noise_effect = _effects(process, x, start, bool(drawing))
     finite = final[final.isfinite()]
     found = Preflight(
@@ -286,14 +287,16 @@ def _remarks(found: Preflight, method: str) -> list[str]:
     return said
 
 
-def _gradient(process: ReverseProcess, objective: Objective, x: Tensor, k: int, temperature: float) -> Gradient:
+def _gradient(
+    process: ReverseProcess, objective: Objective, x: Tensor, k: int, temperature: float, key: Key
+) -> Gradient:
     """The gradient for the first particle of every problem, or why there is none."""
     if not hasattr(process, "levels"):
         return Gradient(False, f"states of {type(process).__name__} lie on no Gaussian path", k)
     if objective.groupwise:
         return Gradient(False, "the reward scores samples against their group", k)
     try:
-        _, _, gradient = objective.value_and_grad(x[:, :1], k, 1.0 / temperature)
+        _, _, gradient = objective.value_and_grad(x[:, :1], k, 1.0 / temperature, key)
     except NotDifferentiableError:
         return Gradient(False, "the reward returns scores without one", k)
     except torch.OutOfMemoryError:

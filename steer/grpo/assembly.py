@@ -9,8 +9,9 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ..core.objective import check_finite, open_run
-from ..core.trajectory import Ancestors, Trajectory, gather
+from ..core.objective import check_finite, open_objective
+from ..core.population import gather
+from ..core.trajectory import ResamplingRecord, Trajectory
 from ..cost import Cost, Meter
 from ..errors import RewardError, SteerError
 from ..key import Key
@@ -55,7 +56,7 @@ def scores(process: GaussianProcess, x: Tensor, rewards: Mapping[str, Callable[.
         samples = process.decode(x)
         decoded, values = replace(process, decoder=None), {}
         for name, reward in rewards.items():
-            _, objective, _ = open_run(process, reward, groupwise=True)
+            _, objective, _ = open_objective(process, reward, groupwise=True)
             values[name] = replace(objective, process=decoded)(samples.view(*x.shape[:2], *samples.shape[1:]))
     for value in values.values():
         check_finite(value, "of the finished samples")
@@ -64,7 +65,7 @@ def scores(process: GaussianProcess, x: Tensor, rewards: Mapping[str, Callable[.
 
 def walked(state: Trajectory, means: Mapping[int, Tensor]) -> list[Walked]:
     """The stochastic steps along the lines of today's particles, oldest first. means: of each step, as it was taken."""
-    shared = any(isinstance(event, Ancestors) for event in state.past)
+    shared = any(isinstance(event, ResamplingRecord) for event in state.past)
     steps, after = [], state.x
     for step, index in state.lineages():
         before = gather(step.x, index)
@@ -72,17 +73,22 @@ def walked(state: Trajectory, means: Mapping[int, Tensor]) -> list[Walked]:
             mean = means.get(step.k)
             steps.append(
                 Walked(
-                    step.k, before, after, None if mean is None else gather(mean, index),
-                    step.log_prob.gather(1, index), step.log_behaviour.gather(1, index), index if shared else None,
+                    step.k,
+                    before,
+                    after,
+                    None if mean is None else gather(mean, index),
+                    step.log_prob.gather(1, index),
+                    step.log_behaviour.gather(1, index),
+                    index if shared else None,
                 )
-            )  # fmt: skip
+            )
         after = before
     return steps[::-1]
 
 
 def ancestors(state: Trajectory) -> Tensor | None:
     """Index (P, N, K) of today's particles in the population of every level they left; None for plain chains."""
-    if not any(isinstance(event, Ancestors) for event in state.past):
+    if not any(isinstance(event, ResamplingRecord) for event in state.past):
         return None
     return torch.stack([index for _, index in state.lineages()][::-1], 2)
 
@@ -165,9 +171,18 @@ def _empty(process: GaussianProcess, *, x: Tensor, storage: torch.dtype, **run: 
     state = torch.zeros(rows, 0, *x.shape[2:], dtype=storage, device=x.device)
     extra = {name: run.pop(name) for name in set(run) - {"rewards", "key", "cost", "window"}}
     return RolloutBatch(
-        x_t=state, x_next=state, t=none, t_next=none, step_idx=none.long(), mask=none.bool(), mean_old=None, std=none,
-        logp_old=none, logp_behavior=none, **_run(process, x, **run, storage=storage, extra=extra),
-    )  # fmt: skip
+        x_t=state,
+        x_next=state,
+        t=none,
+        t_next=none,
+        step_idx=none.long(),
+        mask=none.bool(),
+        mean_old=None,
+        std=none,
+        logp_old=none,
+        logp_behavior=none,
+        **_run(process, x, **run, storage=storage, extra=extra),
+    )
 
 
 def _run(
@@ -189,16 +204,22 @@ def _run(
     fields: dict[str, Any] = {
         "x0": x.flatten(0, 1),
         "rewards": {name: value.flatten().float() for name, value in rewards.items()},
-        "log_w_target": zero, "log_w_base": zero, "group_id": problem, "problem_id": problem,
-        "sample_id": row, "root_id": row, "parent_id": row,
+        "log_w_target": zero,
+        "log_w_base": zero,
+        "group_id": problem,
+        "problem_id": problem,
+        "sample_id": row,
+        "root_id": row,
+        "parent_id": row,
         "sigmas": torch.tensor([level.sigma for level in process.levels], device=x.device),
         "times": torch.tensor(process.times, dtype=torch.float64, device=x.device),
         "kernel": describe(process, window=window, storage=storage),
-        "seed": torch.full_like(row, ((key.seed + 2**63) % 2**64) - 2**63), "key": key,
+        "seed": torch.full_like(row, ((key.seed + 2**63) % 2**64) - 2**63),
+        "key": key,
         "cost": {name: value / len(row) for name, value in spent.items()} | {"seconds": cost.seconds.get("total", 0.0)},
         "prompts": None if process.prompts is None else tuple(process.prompts),
         "logp_numel": max(1, x[0, 0].numel()),
-    }  # fmt: skip
+    }
     unknown = {name for name in extra if name not in RolloutBatch.__dataclass_fields__}
     if unknown:
         raise SteerError(f"a RolloutBatch has no field {', '.join(sorted(unknown))}")

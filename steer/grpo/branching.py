@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..core.objective import conditioned
-from ..core.trajectory import Trajectory
+from ..core.objective import num_problems
+from ..core.trajectory import Trajectory, required
 from ..errors import SteerError
 from ..key import Key, as_key
 from ..processes.gaussian import GaussianProcess
@@ -29,6 +29,7 @@ def branch(
     spread: float | None = None,
     noise: Literal["all", "splits"] = "all",
     key: Key | int = 0,
+    seed: int | None = None,
     storage: torch.dtype = torch.float32,
     policy_version: int = 0,
 ) -> RolloutBatch:
@@ -44,19 +45,19 @@ def branch(
     its children.
     Source: Li et al. 2025 (BranchGRPO); splits and ways as there. Differs: branch noise has unit variance.
     """
-    model, key, rewards, splits = need_gaussian(process), as_key(key), named(reward), sorted(set(splits))
+    model, key, rewards, splits = need_gaussian(process), as_key(key, seed), named(reward), sorted(set(splits))
     _check(model, splits, ways)
     policy, meter = metered(model)
     chain, still = (stored_as(p, storage) for p in (policy, policy.with_rule(ode_of(policy.rule))))
-    state = Trajectory.begin(chain, chain.prior(key.fold("prior"), conditioned(model, groups), 1), keep_states=True)
+    state = Trajectory.begin(chain, chain.prior(key.fold("prior"), num_problems(model, groups), 1), keep_states=True)
     means: dict[int, Tensor] = {}
     with torch.no_grad():
         for k in range(chain.steps):
-            state = state.carry(x0=chain.denoise(state.x, k))
+            state = state.with_step_cache(x0=chain.denoise(state.x, k))
             if k in splits:
                 state = state.branch(ways)
             source = chain if noise == "all" or k in splits else still
-            law = source.transition(state.x, state.carried["x0"], k)
+            law = source.transition(state.x, required(state.cache.x0), k)
             if law.stochastic:
                 means[k] = law.mean
             if k in splits and spread is not None:
@@ -68,11 +69,21 @@ def branch(
     mask = torch.zeros(problems, rows, chain.steps, dtype=torch.bool)
     mask[:, :, list(means)] = True
     return record(
-        model, walked(state, means), mask, x=state.x, rewards=values, key=key, cost=meter.cost(), storage=storage,
-        window=f"branch(splits={splits}, ways={ways}, spread={spread}, noise={noise!r})", method="branch",
-        policy_version=policy_version, ancestors=ancestors(state), root_id=first + state.root,
+        model,
+        walked(state, means),
+        mask,
+        x=state.x,
+        rewards=values,
+        key=key,
+        cost=meter.cost(),
+        storage=storage,
+        window=f"branch(splits={splits}, ways={ways}, spread={spread}, noise={noise!r})",
+        method="branch",
+        policy_version=policy_version,
+        ancestors=ancestors(state),
+        root_id=first + state.root,
         parent_id=first + state.ancestor(1),
-    )  # fmt: skip
+    )
 
 
 def _check(process: GaussianProcess, splits: list[int], ways: int) -> None:

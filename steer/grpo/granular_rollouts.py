@@ -7,7 +7,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from ..core.objective import conditioned
+from ..core.objective import num_problems
 from ..errors import SteerError
 from ..key import Key, as_key
 from ..processes.gaussian import GaussianProcess
@@ -26,6 +26,7 @@ def granular(
     group_size: int = 12,
     strides: Collection[int] = (1, 2),
     key: Key | int = 0,
+    seed: int | None = None,
     storage: torch.dtype = torch.float32,
     policy_version: int = 0,
 ) -> RolloutBatch:
@@ -39,7 +40,7 @@ def granular(
     Cost per group: level + 1 network rows for the shared part, and N ceil((K - level - 1) / stride) for each stride.
     Source: Zhou et al. 2025 (Granular-GRPO, G2RPO), strides 1 and 2, 16 steps, 12 rows.
     """
-    model, key, rewards = need_gaussian(process), as_key(key), named(reward)
+    model, key, rewards = need_gaussian(process), as_key(key, seed), named(reward)
     strides = sorted(set(strides))
     if not 0 <= level < model.steps or not model.stochastic(level) or not strides or strides[0] < 1:
         raise SteerError(
@@ -51,7 +52,7 @@ def granular(
     still = stored_as(policy.with_rule(ode_of(model.rule)), storage)
     chain = stored_as(policy, storage)
     with torch.no_grad():
-        anchor = chain.prior(key.fold("prior"), conditioned(model, groups), 1)
+        anchor = chain.prior(key.fold("prior"), num_problems(model, groups), 1)
         anchor = finish(still, anchor, 0, 1, until=level)
         x, x0 = (s.expand(-1, group_size, *s.shape[2:]) for s in (anchor, chain.denoise(anchor, level)))
         law = chain.transition(x, x0, level)
@@ -68,10 +69,20 @@ def granular(
     mask[:, :, level] = True
     first = torch.arange(len(moved), device=moved.device)[:, None] * group_size
     return record(
-        model, [step], mask, x=ends[strides[0]], rewards=values, key=key, cost=meter.cost(), storage=storage,
-        window=f"granular(level={level}, strides={strides})", method="granular", policy_version=policy_version,
-        root_id=first.expand(-1, group_size), parent_id=first.expand(-1, group_size),
-    )  # fmt: skip
+        model,
+        [step],
+        mask,
+        x=ends[strides[0]],
+        rewards=values,
+        key=key,
+        cost=meter.cost(),
+        storage=storage,
+        window=f"granular(level={level}, strides={strides})",
+        method="granular",
+        policy_version=policy_version,
+        root_id=first.expand(-1, group_size),
+        parent_id=first.expand(-1, group_size),
+    )
 
 
 def finish(process: GaussianProcess, x: Tensor, k: int, stride: int, *, until: int | None = None) -> Tensor:

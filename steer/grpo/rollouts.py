@@ -1,4 +1,4 @@
-"""Groups of samples with everything a policy update needs: plain rollouts here, steered ones in `steered`."""
+"""Groups of samples with everything a policy update needs: plain rollouts here, steered ones in `weighted_rollouts`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Any, Literal
 
 import torch
 
-from ..core.objective import conditioned
+from ..core.objective import num_problems
 from ..core.trajectory import Trajectory
 from ..cost import check_counts
 from ..key import Key, as_key
 from ..processes.gaussian import GaussianProcess
+from ..results.result import Law
 from ..types import ReverseProcess
 from .assembly import Rewards, metered, named, record, scores, walked
 from .batch import RolloutBatch
@@ -27,6 +28,7 @@ def collect(
     groups: int = 1,
     group_size: int = 16,
     key: Key | int = 0,
+    seed: int | None = None,
     window: Window | None = None,
     shared_noise: bool = False,
     storage: torch.dtype = torch.float32,
@@ -34,7 +36,7 @@ def collect(
     path: bool = False,
     method: Callable[..., Any] | None = None,
     temperature: float = 1.0,
-    law: Literal["target", "base", "none"] | None = None,
+    law: Law | None = None,
     objective: Literal["policy_gradient", "tilted_sft"] = "policy_gradient",
     policy_version: int = 0,
 ) -> RolloutBatch:
@@ -49,8 +51,8 @@ def collect(
     means, path:  whether to keep the means of steps (plain only), and all states.
     method:       a sampler to collect from, for instance steer.smc, functools.partial(steer.psi, share=.3) or
                   search.dts; run at `temperature`. None: the policy as it is. It must move by the policy's own rule.
-    law:          what the method's weights target: "target", p(x) exp(r / temperature), "base", or "none" for greedy
-                  selections. By default as its Result says; see `steered`.
+    law:          what the method's weights target: "target", p(x) exp(r / temperature), "model", or "none" for greedy
+                  selections. By default as `Result.law` says.
     objective:    what rows must be good for: "policy_gradient" refuses groups whose weights to the base policy have an
                   ESS, of rows or of starting noises, below a quarter of the group; "tilted_sft" takes them.
 
@@ -59,23 +61,43 @@ def collect(
     Raises SteerError (ESS too low; `.partial` has the Result), StateSpaceError, NonFiniteError, RewardError.
     """
     check_counts(groups=groups, group_size=group_size)
-    model, key, rewards, window = need_gaussian(process), as_key(key), named(reward), window or every()
+    model, key, rewards, window = need_gaussian(process), as_key(key, seed), named(reward), window or every()
     if method is not None:
         return collect_steered(
-            model, rewards, method, groups=groups, group_size=group_size, key=key, window=window, storage=storage,
-            path=path, temperature=temperature, law=law, objective=objective, policy_version=policy_version,
-        )  # fmt: skip
+            model,
+            rewards,
+            method,
+            groups=groups,
+            group_size=group_size,
+            key=key,
+            window=window,
+            storage=storage,
+            path=path,
+            temperature=temperature,
+            law=law,
+            objective=objective,
+            policy_version=policy_version,
+        )
     policy, meter = metered(model)
-    groups = conditioned(model, groups)
+    groups = num_problems(model, groups)
     mask = placed(window, model, groups, group_size, key).to(model.device)
     state, kept = _roll(policy, storage, mask, key, shared_noise=shared_noise, means=means)
     values = scores(policy, state.x, rewards)
     row = torch.arange(groups * group_size, device=model.device).view(groups, group_size)
     return record(
-        model, walked(state, kept), mask, x=state.x, rewards=values, key=key, cost=meter.cost(), storage=storage,
-        window=window, policy_version=policy_version, path=state.states().to(storage) if path else None,
+        model,
+        walked(state, kept),
+        mask,
+        x=state.x,
+        rewards=values,
+        key=key,
+        cost=meter.cost(),
+        storage=storage,
+        window=window,
+        policy_version=policy_version,
+        path=state.states().to(storage) if path else None,
         root_id=row[:, :1].expand_as(row) if shared_noise else row,
-    )  # fmt: skip
+    )
 
 
 def _roll(

@@ -21,13 +21,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..core.log_weights import log_potential
-from ..core.objective import conditioned
-from ..core.trajectory import gather
+from ..core.objective import num_problems
+from ..core.population import gather, log_potential
 from ..errors import SteerError
 from ..key import Key
 from ..processes.gaussian import GaussianProcess
-from ..results.result import Result
+from ..results.result import Law, Result
 from .assembly import Walked, ancestors, metered, record, scores, walked
 from .batch import RolloutBatch
 from .kernels import Windowed, stored_as
@@ -46,12 +45,12 @@ def collect_steered(
     storage: torch.dtype,
     path: bool,
     temperature: float,
-    law: Literal["target", "base", "none"] | None,
+    law: Law | None,
     objective: Literal["policy_gradient", "tilted_sft"],
     policy_version: int,
 ) -> RolloutBatch:
     """The rows of a sampler's population; arguments as `collect`, whose docstring says which steps are stored."""
-    groups, name = conditioned(process, groups), _name(method)
+    groups, name = num_problems(process, groups), _name(method)
     mask = _same_for_all(placed(window, process, groups, group_size, key), window, name)
     inside = frozenset(t for t, on in zip(process.times, mask[0, 0].tolist(), strict=False) if on)
     chain = stored_as(process.with_rule(Windowed(process.rule, inside)), storage)
@@ -60,7 +59,7 @@ def collect_steered(
     result: Result = method(
         chain, steering[1], batch=groups, particles=group_size, temperature=temperature, key=key, **keeps
     )
-    law = law or law_of(result)
+    law = law or result.law
     _check_run(result, chain, law, name)
     policy, meter = metered(process)
     values = {steering[0]: result.reward} | scores(policy, result.x, others)
@@ -72,13 +71,26 @@ def collect_steered(
     first = torch.arange(groups, device=result.x.device)[:, None] * result.reward.shape[1]
     log_target, log_base = log_weights(result, law)
     batch = record(
-        process, steps, mask[:, :1].expand(-1, result.reward.shape[1], -1).to(result.x.device), x=result.x,
-        rewards=values, key=key, cost=result.cost + meter.cost(), storage=storage, window=window,
-        policy_version=policy_version, path=_path(result, storage) if path else None, ancestors=lineage,
-        root_id=first + result.root, parent_id=first + parent, sample_id=first + _copies(result.x), method=name,
-        log_w_target=log_target.float(), log_w_base=log_base.float(),
+        process,
+        steps,
+        mask[:, :1].expand(-1, result.reward.shape[1], -1).to(result.x.device),
+        x=result.x,
+        rewards=values,
+        key=key,
+        cost=result.cost + meter.cost(),
+        storage=storage,
+        window=window,
+        policy_version=policy_version,
+        path=_path(result, storage) if path else None,
+        ancestors=lineage,
+        root_id=first + result.root,
+        parent_id=first + parent,
+        sample_id=first + _copies(result.x),
+        method=name,
+        log_w_target=log_target.float(),
+        log_w_base=log_base.float(),
         objective="tilted_sft" if law == "none" else objective,
-    )  # fmt: skip
+    )
     if law == "none":
         return batch
     batch = merged(batch)
@@ -87,24 +99,12 @@ def collect_steered(
     return batch
 
 
-def law_of(result: Result) -> Literal["target", "base", "none"]:
-    """What a Result's weights target: its tilted law (SMC's family, DTS), the model (a rollout), or none (searches).
-
-    Read off its evidence and memory. What is biased is taken at its word: DTS's "boltzmann" build, for one.
-    """
-    if result.trajectory is not None and "spent" in result.trajectory.memory:
-        return "target"
-    if bool(result.log_evidence.isnan().any()):
-        return "none"
-    return "base" if result.tree is None else "target"
-
-
-def log_weights(result: Result, law: Literal["target", "base", "none"]) -> tuple[Tensor, Tensor]:
+def log_weights(result: Result, law: Law) -> tuple[Tensor, Tensor]:
     """Log-weights (P, N) of a Result's rows for the law it targets and for the policy, with mean one in expectation."""
     target = result.log_weight + math.log(result.log_weight.shape[1])
     if law == "none":
         return target, torch.full_like(target, torch.nan)
-    if law == "base":
+    if law == "model":
         return target, target
     base = target - log_potential(result.reward, result.temperature)
     evidence = torch.where(result.log_evidence.isnan(), 0.0, result.log_evidence)  # unknown after MCMC starts
@@ -131,13 +131,15 @@ def merged(batch: RolloutBatch) -> RolloutBatch:
 
     names = ("x_t", "x_next", "t", "t_next", "step_idx", "std", "logp_old", "logp_behavior")
     return replace(
-        batch, log_w_target=pooled(batch.log_w_target), log_w_base=pooled(batch.log_w_base),
+        batch,
+        log_w_target=pooled(batch.log_w_target),
+        log_w_base=pooled(batch.log_w_base),
         mask=batch.mask & kept[:, None],
         mean_old=None if batch.mean_old is None else padded(batch.mean_old),
         step_id=None if batch.step_id is None else padded(batch.step_id, -1),
         step_rewards={name: padded(value) for name, value in batch.step_rewards.items()},
         **{name: padded(getattr(batch, name)) for name in names},
-    )  # fmt: skip
+    )
 
 
 def tree_steps(process: GaussianProcess, result: Result) -> list[Walked]:

@@ -29,7 +29,7 @@ class Mixed:
         if at.k >= self.until:
             return at.x0
         with torch.no_grad():
-            other = self.unconditional.metered(at.process.meter or Meter()).denoise(at.x.detach(), at.k)
+            other = self.unconditional.metered(at.process.meter or Meter()).denoise(at.x.detach(), at.k, at.key)
         at.note("similarity", similarity(at, other))
         if self.damped and at.here.sigma > 0.0 and at.here.alpha > 0.0:
             x = at.x.detach()
@@ -101,6 +101,7 @@ def adaptive(
     batch: int = 1,
     particles: int = 16,
     key: Key | int = 0,
+    seed: int | None = None,
     damped: bool = False,
 ) -> tuple[GuidedProcess, Cost]:
     """Classifier-free guidance that drops the unconditional pass where the two models agree, and what finding out cost.
@@ -118,13 +119,13 @@ def adaptive(
     if not -1.0 <= similar <= 1.0:
         raise SteerError(f"similar is a cosine in [-1, 1], got {similar}")
     meter = Meter()
-    key = meter.key = as_key(key).fold("adaptive")
+    key = as_key(key, seed).fold("adaptive")
     pilot = classifier_free(conditional, unconditional, weight, damped=damped).metered(meter)
     batch = pilot.problems or batch
     x = pilot.prior(key.fold("prior"), batch, particles)
     with torch.no_grad():
         for k in range(pilot.steps):
-            x = pilot.transition(x, pilot.denoise(x, k), k).sample(key.fold("step").at(k))
+            x = pilot.transition(x, pilot.denoise(x, k, key), k).sample(key.fold("step").at(k))
     until = settled(pilot.log, similar)
     return classifier_free(conditional, unconditional, weight, damped=damped, until=until), meter.cost()
 

@@ -10,12 +10,13 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
+from ..core.population import per_particle
 from ..errors import SteerError
 from ..key import Key
 from ..processes.gaussian import GaussianProcess
 from ..types import Level
 from .guided_process import check_gaussian
-from .hooks import Hooks, Step, ancestral_std, norms, per_particle
+from .hooks import Hooks, Step, ancestral_std, norms
 
 _NORMAL = NormalDist()
 

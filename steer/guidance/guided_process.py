@@ -26,7 +26,7 @@ class GuidedProcess:
 
     base:  the model, or a chain of it that goes back and forth (`restart`, `recur`).
     hooks: see `steer.guidance.hooks`.
-    key:   names what hooks draw; None, the default: the key of the run, see `steer.guidance.hooks.named`.
+    key:   names what hooks draw; None, the default: the key of the run, see `steer.guidance.hooks.hook_key`.
     log:   strength by level; every run begins its own, in `result.process.log`.
 
     Where mean hooks are, a prediction is (B, N, 2, *event): what rewards see, and the displacement of the mean, which
@@ -79,9 +79,9 @@ class GuidedProcess:
             x = hook(self.base, x, key.fold("start", i))
         return x
 
-    def denoise(self, x: Tensor, k: int) -> Tensor:
+    def denoise(self, x: Tensor, k: int, key: Key | None = None) -> Tensor:
         """The guided prediction. Differentiable in x through the network; what hooks add is taken as constant."""
-        looked = look(self.base, self.hooks, x, k, self.key, self.log)
+        looked = look(self.base, self.hooks, x, k, self.key or key, self.log)
         x0 = looked.raw + (looked.x0 - looked.raw).detach()
         return torch.stack([x0, looked.shift], 2) if self.hooks.mean else x0
 

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..core.objective import Objective, open_run
+from ..core.objective import Objective, open_objective
 from ..cost import Meter
 from ..errors import NotDifferentiableError, ShapeError, StateSpaceError, SteerError
 from ..key import Key
@@ -81,7 +81,7 @@ class Step:
     raw:     the network's prediction at x, with its graph in that case.
     x0:      the prediction as hooks have left it so far, detached.
     shift:   what mean hooks have added to the mean so far.
-    key:     names this hook's draws, see `named`; it stands at step k.
+    key:     names this hook's draws, see `hook_key`; it stands at step k.
     opened:  potentials asked so far in this step.
     """
 
@@ -136,7 +136,7 @@ class Step:
     def value(self, reward: Reward | Callable[..., Any], clean: Tensor) -> Tensor:
         """Scores (B, N) of clean states, through the decoder, checked and counted like every reward's."""
         if id(reward) not in self.opened:  # alive while a hook holds it, which is longer than a step
-            self.opened[id(reward)] = replace(open_run(self.process, reward)[1], process=self.process)
+            self.opened[id(reward)] = replace(open_objective(self.process, reward)[1], process=self.process)
         return self.opened[id(reward)](clean)
 
     def gradient(self, value: Tensor) -> Tensor:
@@ -187,11 +187,6 @@ def norms(x: Tensor) -> Tensor:
     return x.detach().double().flatten(2).norm(dim=2)
 
 
-def per_particle(values: Tensor, like: Tensor) -> Tensor:
-    """Values (B, N) shaped and typed to multiply states (B, N, *event)."""
-    return values.to(like.dtype).reshape(*values.shape, *(1 for _ in like.shape[2:]))
-
-
 Hook = Callable[[Step], Tensor]
 StartHook = Callable[[GaussianProcess, Tensor, Key], Tensor]
 
@@ -227,9 +222,14 @@ class Hooks:
 
     def __add__(self, other: Hooks) -> Hooks:
         return Hooks(
-            self.start + other.start, self.score + other.score, self.x0 + other.x0, self.mean + other.mean,
-            self.after + other.after, self.through or other.through, self.extra + other.extra,
-        )  # fmt: skip
+            self.start + other.start,
+            self.score + other.score,
+            self.x0 + other.x0,
+            self.mean + other.mean,
+            self.after + other.after,
+            self.through or other.through,
+            self.extra + other.extra,
+        )
 
 
 class Looked(NamedTuple):
@@ -244,32 +244,27 @@ class Looked(NamedTuple):
         return c * (self.x0 - self.raw) + self.shift
 
 
-KEY = Key(0)
+def hook_key(key: Key | None) -> Key:
+    """The key of hooks' draws at a prediction, from the one that `denoise` was called with.
 
-
-def named(process: GaussianProcess, key: Key | None) -> Key:
-    """The key of hooks' draws at a prediction: one that was set, or else the run's, from the meter.
-
-    Predictions are functions of state and level, evaluated by searches in any order, so `denoise` takes no key; the run
-    says its own by the meter, shifted to the slots of a chunk. Runs of different keys thus share no hook noise, and
-    runs of one key do not depend on the chunk. Two predictions of a run at one level and slot share their draws. In a
-    tree a slot is a walk's; walks that are packed into one call, and the chains of `search.rbf` and
+    Runs pass their own, shifted to the slots of a chunk. Runs of different keys thus share no hook noise, and runs of
+    one key do not depend on the chunk. Two predictions of a run at one level and slot share their draws. In a tree a
+    slot is a simulation's; simulations that are packed into one call, and the chains of `search.rbf` and
     `search.depth_first`, which meet in one, are named by their place in it, which depends on the batch (and on the
-    chunk). Predictions outside of any run are named by Key(0): made again, they are the same.
+    chunk). Predictions without a key are named by Key(0): made again, they are the same.
     """
-    run = key or (process.meter.key if process.meter is not None else None) or KEY
-    return run.fold("guidance")
+    return (key or Key(0)).fold("guidance")
 
 
 def look(process: GaussianProcess, hooks: Hooks, x: Tensor, k: int, key: Key | None, log: Log) -> Looked:
     """The prediction at level k and what the score, x0 and mean hooks make of it. One network row per particle."""
-    base = named(process, key).at(k)
+    base = hook_key(key).at(k)
     if process.meter is None:
         process = process.metered(Meter())
     followed = torch.is_grad_enabled() and x.requires_grad
     with torch.set_grad_enabled(followed or hooks.through):
         state = x if followed or not hooks.through else x.detach().requires_grad_()
-        raw = process.denoise(state, k)
+        raw = process.denoise(state, k, key)
     if raw.shape != x.shape:
         raise StateSpaceError(
             f"hooks work on predictions of the shape of the states, {tuple(x.shape)}, got {tuple(raw.shape)}; where "

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from ..core.objective import Objective
+from ..core.population import per_particle
 from ..core.trajectory import Trajectory
 from ..errors import SteerError
 from ..key import Key, as_key
-from ..processes.gaussian import GaussianProcess
+from ..processes.gaussian import GaussianProcess, need_gaussian
 from ..types import GaussianTransition
-from .hooks import Hooks, Log, coefficient, look, norms, per_particle
+from .hooks import Hooks, Log, coefficient, look, norms
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,17 @@ class Follow:
     limit: float | None = None
     key: Key | None = None
     log: Log = field(default_factory=Log)
-    scale: float = 1.0
 
-    def look(self, state: Trajectory, objective: Objective, weighted: bool) -> tuple[Trajectory, Tensor | None]:
-        """The state carrying the model's prediction and the displacement, and its scores where it is weighted."""
-        process, k = cast(GaussianProcess, state.process), state.k
-        looked = look(process, self.hooks, state.x, k, self.key, self.log)
+    @property
+    def needs_gradient(self) -> bool:
+        return False
+
+    def evaluate(
+        self, state: Trajectory, objective: Objective, weighted: bool, key: Key
+    ) -> tuple[Trajectory, Tensor | None]:
+        """The state caching the model's prediction and the displacement, and its scores where it is weighted."""
+        process, k = need_gaussian(state.process, "a proposal by hooks"), state.k
+        looked = look(cast(GaussianProcess, process), self.hooks, state.x, k, self.key or key, self.log)
         here, there = process.levels[k : k + 2]
         std = process.rule.std(here, there)
         move = looked.displacement(coefficient(here, there, std))
@@ -47,10 +53,15 @@ class Follow:
             self.log.add("limited", k, (size > self.limit).double())
         with torch.no_grad():
             scores = objective(process.complete(state.x, looked.raw)) if weighted else None
-        return state.carry(x0=looked.raw, displacement=move), scores
+        return state.with_step_cache(x0=looked.raw, score=scores, displacement=move), scores
 
     def __call__(self, state: Trajectory, model: GaussianTransition) -> GaussianTransition:
-        return model.shift(state.carried["displacement"])
+        if state.cache.displacement is None:
+            raise SteerError(
+                "this state caches no displacement: a proposal by hooks moves states that it has evaluated; grow a "
+                "tree with the proposal that it was begun with"
+            )
+        return model.shift(state.cache.displacement)
 
 
 def follow(hooks: Hooks, *, limit: float | None = None, key: Key | int | None = None) -> Follow:

@@ -126,8 +126,8 @@ class Unrolled:
     def prior(self, key: Key, batch: int, particles: int) -> Tensor:
         return self.base.prior(key, batch, particles)
 
-    def denoise(self, x: Tensor, k: int) -> Tensor:
-        return self.base.denoise(x, self.visits[k])
+    def denoise(self, x: Tensor, k: int, key: Key | None = None) -> Tensor:
+        return self.base.denoise(x, self.visits[k], key)
 
     def complete(self, x: Tensor, x0: Tensor) -> Tensor:
         return self.base.complete(x, x0)

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.population import per_particle
 from ..errors import SteerError
 from ..types import Level, Reward
-from .hooks import Hooks, Step, norms, per_particle
+from .hooks import Hooks, Step, norms
 
 Profile = Callable[[Level, Level], float]
 """Relative strength of a step between two levels; profiles are scaled to mean 1 over a chain."""

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..core.population import per_particle
 from ..errors import SteerError
 from ..guidance import Hooks, Step
-from ..guidance.hooks import per_particle
 from ..processes.gaussian import GaussianProcess
 from .score import Distance, euclidean
 from .signal_level import level_near, log_snr, share, size
@@ -88,7 +88,7 @@ class AwayFromReconstruction:
         with torch.no_grad():
             key = step.key.fold("perturbed", step.k)
             noisy = process.noise(step.raw.detach(), process.steps, level, key)
-            restored = process.denoise(noisy, level)
+            restored = process.denoise(noisy, level, key)
         loss = self.distance(step.raw.flatten(0, 1), restored.flatten(0, 1)).view(step.x.shape[:2])
         step.note("loss", loss)
         return step.mean + self.scale * step.unit**2 * unit_max(step.gradient(loss))

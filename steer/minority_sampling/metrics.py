@@ -87,9 +87,12 @@ def minority_metrics(
     if occupancy is not None:
         errors["occupancy"] = tuple(map(_error, occupancy.T))
     return Minority(
-        samples=len(samples), log_density=means.pop("log_density", None),
-        occupancy=None if occupancy is None else tuple(occupancy.mean(0).tolist()), errors=errors, **means,
-    )  # fmt: skip
+        samples=len(samples),
+        log_density=means.pop("log_density", None),
+        occupancy=None if occupancy is None else tuple(occupancy.mean(0).tolist()),
+        errors=errors,
+        **means,
+    )
 
 
 def knn_distance(x: Tensor, real: Tensor, k: int = 5) -> Tensor:

@@ -30,6 +30,7 @@ def minority_score(
     draws: int = 5,
     distance: Distance = euclidean,
     key: Key | int = 0,
+    seed: int | None = None,
 ) -> Tensor:
     """How badly the model restores clean states from noise, (B, N) for x of shape (B, N, *event): high for rare ones.
 
@@ -49,12 +50,12 @@ def minority_score(
         raise SteerError(f"draws must be at least 1, got {draws}")
     if tuple(x.shape[2:]) != tuple(process.event) or x.ndim < 3:
         raise ShapeError(f"x must be clean states (B, N, *event), event {tuple(process.event)}, got {tuple(x.shape)}")
-    level, key, flat = level_near(process, signal), as_key(key).fold("minority"), x.flatten(0, 1)
+    level, key, flat = level_near(process, signal), as_key(key, seed).fold("minority"), x.flatten(0, 1)
     total = torch.zeros(len(flat), dtype=torch.float64, device=x.device)
     with torch.no_grad():
         for i in range(draws):
             noisy = process.noise(x, process.steps, level, key.fold(i))
-            restored = process.denoise(noisy, level)
+            restored = process.denoise(noisy, level, key.fold(i))
             total = total + distance(flat, restored.flatten(0, 1)).double()
     return (total / draws).view(x.shape[:2])
 

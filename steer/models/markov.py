@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.log_weights import log_potential
 from ..core.objective import check_temperature
+from ..core.population import log_potential
 from ..errors import ModelError, ShapeError
 from ..processes.masked import MaskedProcess, masking_times
 from ..processes.unmasking import Ancestral, UnmaskRule

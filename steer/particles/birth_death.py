@@ -31,20 +31,22 @@ class BirthDeath:
         """The state with the particles whose time is up replaced, and weights equal."""
         batch, particles = state.log_weight.shape
         key = key.at(state.k)
-        if "deadline" not in state.memory:
+        if state.path.deadline is None:
             begun = self._deadline(state, key.fold("first"))
-            state = state.remember(clock=torch.zeros_like(begun), deadline=begun)
+            state = state.with_path_state(clock=torch.zeros_like(begun), deadline=begun)
+        clock, deadline = state.path.clock, state.path.deadline
+        assert clock is not None
+        assert deadline is not None
         relative = state.log_weight - state.log_weight.logsumexp(1, keepdim=True) + math.log(particles)
-        clock = state.memory["clock"] + (-relative).clamp(min=0.0)
+        clock = clock + (-relative).clamp(min=0.0)
         gain = relative.exp() - 1.0
-        # Without anyone above the mean nobody is below it either, but for rounding.
-        dies = (clock >= state.memory["deadline"]) & (gain > 0.0).any(1, keepdim=True)
+        # If no weight exceeds the mean, all are equal up to rounding.
+        dies = (clock >= deadline) & (gain > 0.0).any(1, keepdim=True)
         source = multinomial(gain.clamp(min=0.0).log(), key.fold("source"), particles)
         place = torch.arange(particles, device=gain.device).expand(batch, particles)
-        clock, deadline = (torch.where(dies, new, old) for new, old in (
-            (torch.zeros_like(clock), clock), (self._deadline(state, key.fold("next")), state.memory["deadline"]),
-        ))  # fmt: skip
-        return state.resample(torch.where(dies, source, place)).remember(clock=clock, deadline=deadline)
+        clock = torch.where(dies, 0.0, clock)
+        deadline = torch.where(dies, self._deadline(state, key.fold("next")), deadline)
+        return state.resample(torch.where(dies, source, place)).with_path_state(clock=clock, deadline=deadline)
 
     def _deadline(self, state: Trajectory, key: Key) -> Tensor:
         return -key.uniform(state.log_weight.shape, device=state.log_weight.device).log()

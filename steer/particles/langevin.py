@@ -5,14 +5,11 @@ starts below draw instead from
 
     N(x; 0, sigma^2 I) exp(r(x0_predictor(x)) / T_m)
 
-(Ψ-Sampler, Yoon et al. 2025, Eq. 4), and say so in `memory["spent"] = r(x0_predictor(x)) / T_m`. That is all an exact
-run needs: the law wanted is p(path) exp(r(x_0) / T), the population at hand is p(path) exp(spent), and every `Weight`
-multiplies in what lies between, in whatever portions, since it closes on r(x_0) / T - spent. At the first level that is
-nothing where T_m = T and r / T - r / T_m elsewhere, with nothing to configure. What stays unknown is the normaliser of
-the tilted prior, and with it the evidence, which is NaN.
-
-All proposals are x' = keep x + pull G + sqrt(variance) z in units of the prior's standard deviation, G the gradient of
-the log-tilt, so one formula gives every Metropolis-Hastings ratio.
+(Ψ-Sampler, Yoon et al. 2025, Eq. 4), and say so in `path.log_potential = r(x0_predictor(x)) / T_m`. That is all an
+exact run needs: the target is p(path) exp(r(x_0) / T), the population at hand is p(path) exp(v) with that v, and every
+`Potential` multiplies in what lies between, in whatever portions, since it closes on r(x_0) / T - v. At the first level
+that is nothing where T_m = T and r / T - r / T_m elsewhere, with nothing to configure. What stays unknown is the
+normalizing constant of the tilted prior, and with it the evidence, which is NaN.
 """
 
 from __future__ import annotations
@@ -27,12 +24,13 @@ from torch import Tensor
 
 from ..core.diagnostics import split_rhat
 from ..core.objective import Objective, check_finite
+from ..core.population import broadcast_like
 from ..core.start import Start
 from ..core.trajectory import Trajectory
 from ..errors import NonFiniteError, SteerError
 from ..key import Key
 from ..types import ReverseProcess
-from .tilted_prior import Predictor, Tilt, Tilted, given, norm, predicting, prior_moments, spread
+from .tilted_prior import Predictor, Tilt, Tilted, given, norm, predicting, prior_moments
 
 
 class Move(NamedTuple):
@@ -124,10 +122,19 @@ class Langevin:
         """Runs the chains and spreads particles over the states they keep."""
         state = Trajectory.begin(process, process.prior(key.fold("prior"), batch, self.chains))
         judged = predicting(process, objective, self.x0_predictor, self.predictor_rows)
-        tilt = Tilt(judged, *prior_moments(process), state.x.dtype, given(self.temperature), self.clip)
+        mean, sigma = prior_moments(process)
+        tilt = Tilt(
+            objective=judged,
+            mean=mean,
+            sigma=sigma,
+            dtype=state.x.dtype,
+            temperature=given(self.temperature),
+            clip=self.clip,
+            key=key,
+        )
         rounds = math.ceil(particles / self.chains)
         try:
-            visits, stops, log_step = self._walk(tilt, state.x, key.fold("mcmc"), rounds)
+            visits, stops, log_step = self._run_chains(tilt, state.x, key.fold("mcmc"), rounds)
         except SteerError as error:
             error.keep(state)
             raise
@@ -138,7 +145,7 @@ class Langevin:
         # A chain that met nothing but forbidden predictions: its particles weigh nothing.
         forbidden = spent == -torch.inf
         return replace(
-            Trajectory.begin(process, x).remember(spent=spent.masked_fill(forbidden, 0.0)),
+            Trajectory.begin(process, x).with_path_state(log_potential=spent.masked_fill(forbidden, 0.0)),
             log_weight=torch.zeros_like(spent).masked_fill(forbidden, -torch.inf),
             log_evidence=torch.full_like(log_step, torch.nan),
             diagnostics={
@@ -149,7 +156,7 @@ class Langevin:
             },
         )
 
-    def _walk(self, tilt: Tilt, first: Tensor, key: Key, rounds: int) -> tuple[list[Visit], list[Tilted], Tensor]:
+    def _run_chains(self, tilt: Tilt, first: Tensor, key: Key, rounds: int) -> tuple[list[Visit], list[Tilted], Tensor]:
         """Every step, the states at the end of each of `rounds` even stretches, and the log of the last step size.
 
         All chains of all problems move in one network call. The device is read twice, at the first gradient and after
@@ -176,7 +183,7 @@ class Langevin:
 
     def _step(self, tilt: Tilt, at: Tilted, move: Move, key: Key) -> tuple[Tilted, Visit]:
         """One proposal and its decision: arithmetic in float64, states rounded once, before densities see them."""
-        keep, pull, variance = (spread(coefficient, at.x) for coefficient in move)
+        keep, pull, variance = (broadcast_like(coefficient, at.x) for coefficient in move)
         noise = key.fold("noise").peek("normal", at.x.shape, torch.float64, at.x.device)
         to, _ = tilt((keep * at.x + pull * at.gradient + variance.sqrt() * noise).to(at.x.dtype))
         if not self.corrected:
@@ -184,7 +191,8 @@ class Langevin:
         # Out of a state that is forbidden, where only a prior draw can be, every move is accepted.
         ratio = log_acceptance(move, at, to).masked_fill(at.value == -torch.inf, torch.inf)
         accepted = key.fold("accept").peek("uniform", ratio.shape, torch.float64, ratio.device).log() < ratio
-        chosen = Tilted(*(torch.where(spread(accepted, new), new, old) for new, old in zip(to, at, strict=True)))
+        pairs = zip(to, at, strict=True)
+        chosen = Tilted(*(torch.where(broadcast_like(accepted, new), new, old) for new, old in pairs))
         return chosen, Visit(to.value, norm(to.gradient), ratio.exp().clamp(max=1.0), chosen.value)
 
 
@@ -229,9 +237,18 @@ def pcnl(
     rank of the reward's Hessian: a tilt that curves in thousands of directions forces small steps on any of these.
     """
     return Langevin(
-        crank_nicolson, True, step_size, acceptance, temperature, chains, burn_in, kept, clip, x0_predictor,
+        crank_nicolson,
+        True,
+        step_size,
+        acceptance,
+        temperature,
+        chains,
+        burn_in,
+        kept,
+        clip,
+        x0_predictor,
         predictor_rows,
-    )  # fmt: skip
+    )
 
 
 def mala(

@@ -20,18 +20,18 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
+from ..core.population import broadcast_like
 from ..core.resampling import Resampler
-from ..core.trajectory import Ancestors, Trajectory
-from ..cost import Meter
+from ..core.trajectory import EMPTY_CACHE, ResamplingRecord, Trajectory
 from ..errors import StateSpaceError, SteerError
 from ..key import Key
 from ..processes.gaussian import GaussianProcess
 from ..processes.transitions import Normal
 from ..types import ReverseProcess, Transition
-from .tilted_prior import spread
 
-Judge = Callable[[Trajectory], tuple[Trajectory, Tensor]]
-"""A state at its level -> (it, carrying what its next step needs; its log-potential S (B, M), -inf where forbidden)."""
+Judge = Callable[[Trajectory, Key], tuple[Trajectory, Tensor]]
+"""A state at its level, and the key of hooks' draws -> the state caching what its next step needs, and its
+log-potential S [B, M], -inf where forbidden."""
 
 
 class Chains(NamedTuple):
@@ -77,7 +77,7 @@ class PathMoves:
                 f"one, got level {state.k} of {type(state.process).__name__}; run without moves"
             )
         mean, std = _prior(state)
-        return state.remember(**{_START: (state.x - mean) / std}) if std > 0.0 else state
+        return _with_noise(state, _START, (state.x - mean) / std) if std > 0.0 else state
 
     def record(self, state: Trajectory, model: Transition) -> Trajectory:
         """The state remembering the noise of its last step: what the model's own step would have had to add."""
@@ -86,8 +86,9 @@ class PathMoves:
                 f"moves replay paths by the noise of their steps, so steps must be steer.Normal, got "
                 f"{type(model).__name__}; run without moves"
             )
-        noise = {_noise(state.k - 1): (state.x - model.mean) / model.std} if model.stochastic else {}
-        return state.remember(**noise)
+        if not model.stochastic:
+            return state
+        return _with_noise(state, _noise(state.k - 1), (state.x - model.mean) / model.std)
 
     def __call__(self, state: Trajectory, value: Tensor, judge: Judge, key: Key) -> Trajectory:
         """A state just resampled to its `ancestors`, with the copies moved.
@@ -95,14 +96,13 @@ class PathMoves:
         value: log-potentials (B, N) of its particles, -inf where their predictions are forbidden.
         """
         particles = value.shape[1]
-        chains, meter = self.chains(particles), cast(Meter, cast(GaussianProcess, state.process).meter)
+        chains = self.chains(particles)
         here = Chains(_some(state, chains), value[:, :chains])
         kept, accepted = [here.state], []
         for first in range(chains, particles, chains):
             width, turn = min(chains, particles - first), key.fold(first // chains).at(state.k)
             here = Chains(_some(here.state, width), here.value[:, :width])
-            with meter.named(turn.fold("path")):  # a new path draws anew what hooks draw in it
-                there = self._proposed(here.state, judge, turn)
+            there = self._proposed(here.state, judge, turn)
             chance = turn.fold("accept").uniform(there.value.shape, device=there.value.device)
             # A forbidden prediction has kept the weight from before it (see `Weight.apply`), which is no function of
             # its state: chains neither enter such states nor leave them.
@@ -110,28 +110,30 @@ class PathMoves:
             accepted.append(accept.double())
             here = Chains(_either(accept, there.state, here.state), torch.where(accept, there.value, here.value))
             kept.append(here.state)
-        moved = cast(Ancestors, state.past[-1]).happened  # all but problems without any weight, which end in an error
+        # All but problems without any weight, which end in an error.
+        moved = cast(ResamplingRecord, state.past[-1]).happened
         rate = torch.cat(accepted, 1).mean(1) if accepted else torch.full_like(value[:, 0], math.nan)
         diagnostics = {**state.diagnostics, f"{ACCEPTANCE} {state.k}": rate}
-        return replace(_joined(state, kept, moved), diagnostics=diagnostics)
+        return replace(_joined(state, kept, moved), diagnostics=diagnostics, moved=True)
 
     def _proposed(self, state: Trajectory, judge: Judge, key: Key) -> Chains:
         """Chains driven by moved noise, replayed to the level of the state."""
-        process, memory = cast(GaussianProcess, state.process), dict(state.memory)
+        process, noises = cast(GaussianProcess, state.process), {}
+        path_key = key.fold("path")  # a new path draws anew what hooks draw in it
         log_size = key.fold("size").uniform(state.x.shape[:2], device=state.x.device) * math.log(self.smallest)
-        size = spread(log_size.exp(), state.x).to(state.x)
-        for name in filter(_drives, memory):
-            noise = memory[name]
+        size = broadcast_like(log_size.exp(), state.x).to(state.x)
+        for name, noise in state.path.driving_noise.items():
             fresh = key.fold(name).normal(noise.shape, dtype=noise.dtype, device=noise.device)
-            memory[name] = (1.0 - size.square()).sqrt() * noise + size * fresh
+            noises[name] = (1.0 - size.square()).sqrt() * noise + size * fresh
         mean, std = _prior(state)
         with torch.no_grad():
-            x = mean + std * memory[_START] if std > 0.0 else mean.expand_as(state.x)
+            x = mean + std * noises[_START] if std > 0.0 else mean.expand_as(state.x)
             for k in range(state.k):
-                model = process.transition(x, process.denoise(x, k), k)
-                x = model.mean + model.std * memory[_noise(k)] if model.stochastic else model.mean
-        state, value = judge(replace(state, x=x, carried={}, memory=memory))
-        return Chains(state.remember(spent=value), value)
+                model = process.transition(x, process.denoise(x, k, path_key), k)
+                x = model.mean + model.std * noises[_noise(k)] if model.stochastic else model.mean
+        state = replace(state, x=x, cache=EMPTY_CACHE).with_path_state(driving_noise=noises)
+        state, value = judge(state, path_key)
+        return Chains(state.with_path_state(log_potential=value), value)
 
 
 def path_moves(at: Collection[int], *, chain: int = 2, smallest: float = 0.05) -> PathMoves:
@@ -157,7 +159,7 @@ def path_moves(at: Collection[int], *, chain: int = 2, smallest: float = 0.05) -
 
 def forget(state: Trajectory) -> Trajectory:
     """The state without the noise that it remembers."""
-    return replace(state, memory={name: kept for name, kept in state.memory.items() if not _drives(name)})
+    return state.with_path_state(driving_noise={})
 
 
 ACCEPTANCE = "acceptance of moves at level"
@@ -168,8 +170,8 @@ def _noise(k: int) -> str:
     return f"noise of step {k}"
 
 
-def _drives(name: str) -> bool:
-    return name.startswith("noise of ")
+def _with_noise(state: Trajectory, name: str, noise: Tensor) -> Trajectory:
+    return state.with_path_state(driving_noise={**state.path.driving_noise, name: noise})
 
 
 def _prior(state: Trajectory) -> tuple[Tensor, float]:
@@ -185,14 +187,14 @@ def _some(state: Trajectory, count: int) -> Trajectory:
 
 def _either(choice: Tensor, a: Trajectory, b: Trajectory) -> Trajectory:
     """Particles of a where choice (B, M), else of b."""
-    return _mapped(lambda left, right: torch.where(spread(choice, left), left, right), a, b)
+    return _mapped(lambda left, right: torch.where(broadcast_like(choice, left), left, right), a, b)
 
 
 def _joined(state: Trajectory, kept: Sequence[Trajectory], where: Tensor) -> Trajectory:
     """States of chains, turn by turn, in place of the particles of the problems (B,) `where` is true."""
 
     def joined(old: Tensor, *turns: Tensor) -> Tensor:
-        return torch.where(spread(where[:, None], old), torch.cat(turns, 1), old)
+        return torch.where(broadcast_like(where[:, None], old), torch.cat(turns, 1), old)
 
     return _mapped(joined, state, *kept)
 
@@ -204,6 +206,6 @@ def _mapped(function: Callable[..., Tensor], state: Trajectory, *others: Traject
         state,
         x=function(*(one.x for one in alike)),
         log_weight=function(*(one.log_weight for one in alike)),
-        carried={name: function(*(one.carried[name] for one in alike)) for name in state.carried},
-        memory={name: function(*(one.memory[name] for one in alike)) for name in state.memory},
+        cache=state.cache.map(function, *(one.cache for one in others)),
+        path=state.path.map(function, *(one.path for one in others)),
     )

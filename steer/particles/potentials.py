@@ -9,21 +9,22 @@ instead, which targets another law.)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..core.trajectory import Trajectory
+from ..core.trajectory import PathState, Trajectory
 from .tempering import Tempering
 
-Combine = Callable[[Tensor, Mapping[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
-"""(value, memory) -> (log-potential, memory to keep)."""
+Combine = Callable[[Tensor, PathState], tuple[Tensor, dict[str, Any]]]
+"""(value [B, N], what the path remembers) -> (log-potential [B, N], fields of PathState to change)."""
 
 
 @dataclass(frozen=True)
-class Weight:
+class Potential:
     """What multiplies particle weights at intermediate levels. Built by `difference`, `maximum`, `total`, `final_only`.
 
     combine:   the log-potential of a value and what the path remembers.
@@ -43,59 +44,62 @@ class Weight:
 
     def apply(self, state: Trajectory, value: Tensor) -> Trajectory:
         """The state reweighted by values (B, N) = r(x0_hat) / temperature at its level."""
-        spent = state.memory["spent"]
         if self.tempering is not None:
-            state = state.remember(exponent=self.tempering(state, value)[:, None].expand_as(value))
+            state = state.with_path_state(exponent=self.tempering(state, value)[:, None].expand_as(value))
         value = self.tempered(state, value)
-        increment, memory = self.combine(value, state.memory)
+        increment, path = self.combine(value, state.path)
         # A forbidden *prediction* says nothing certain about the sample: leave the weight until the sample is there.
         increment = increment.masked_fill(increment == -torch.inf, 0.0)
-        return state.reweight(increment, spent=spent + increment, **memory)
+        return state.reweight(increment, log_potential=state.path.log_potential_or_zero(value) + increment, **path)
 
     def tempered(self, state: Trajectory, value: Tensor) -> Tensor:
         """Values (B, N) times the exponent that the state remembers; what is forbidden stays so at exponent 0."""
-        exponent = state.memory.get("exponent")
+        exponent = state.path.exponent
         return value if exponent is None else torch.where(value == -torch.inf, value, exponent * value)
 
     def close(self, state: Trajectory, value: Tensor) -> Trajectory:
         """The finished state reweighted so that the product of all potentials is exp(value), value (B, N).
 
-        It remembers that: whoever went on from there would count the reward twice.
+        Marks the trajectory as final; resuming it would count the reward twice.
         """
-        return state.reweight(value - state.memory["spent"], closed=torch.ones_like(value, dtype=torch.bool))
+        return state.reweight(value - state.path.log_potential_or_zero(value), final_applied=True)
 
 
-def difference(at: Collection[int] | None = None, tempering: Tempering | None = None) -> Weight:
+def difference(at: Collection[int] | None = None, tempering: Tempering | None = None) -> Potential:
     """Potential exp(v_k - v_previous): the weight so far is always exp(v_k). The default."""
-    return _weight(lambda value, memory: (value - memory["spent"], {}), at, tempering, telescopes=True)
+
+    def combine(value: Tensor, path: PathState) -> tuple[Tensor, dict[str, Any]]:
+        return value - path.log_potential_or_zero(value), {}
+
+    return _potential(combine, at, tempering, telescopes=True)
 
 
-def maximum(at: Collection[int] | None = None, tempering: Tempering | None = None) -> Weight:
+def maximum(at: Collection[int] | None = None, tempering: Tempering | None = None) -> Potential:
     """Potential exp(max of the values so far) (FK-steering's "max", Singhal et al. 2025)."""
 
-    def combine(value: Tensor, memory: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        highest = torch.maximum(memory["highest"], value) if "highest" in memory else value
+    def combine(value: Tensor, path: PathState) -> tuple[Tensor, dict[str, Any]]:
+        highest = value if path.highest is None else torch.maximum(path.highest, value)
         return highest, {"highest": highest}
 
-    return _weight(combine, at, tempering)
+    return _potential(combine, at, tempering)
 
 
-def total(at: Collection[int] | None = None, tempering: Tempering | None = None) -> Weight:
+def total(at: Collection[int] | None = None, tempering: Tempering | None = None) -> Potential:
     """Potential exp(sum of the values so far) (FK-steering's "sum")."""
 
-    def combine(value: Tensor, memory: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        summed = memory["summed"] + value if "summed" in memory else value
+    def combine(value: Tensor, path: PathState) -> tuple[Tensor, dict[str, Any]]:
+        summed = value if path.summed is None else path.summed + value
         return summed, {"summed": summed}
 
-    return _weight(combine, at, tempering)
+    return _potential(combine, at, tempering)
 
 
-def final_only() -> Weight:
+def final_only() -> Potential:
     """No intermediate weights: importance sampling, with or without a guided proposal."""
-    return Weight(lambda value, memory: (torch.zeros_like(value), {}), at=frozenset(), telescopes=True)
+    return Potential(lambda value, path: (torch.zeros_like(value), {}), at=frozenset(), telescopes=True)
 
 
-def _weight(
+def _potential(
     combine: Combine, at: Collection[int] | None, tempering: Tempering | None, telescopes: bool = False
-) -> Weight:
-    return Weight(combine, None if at is None else frozenset(at), tempering, telescopes)
+) -> Potential:
+    return Potential(combine, None if at is None else frozenset(at), tempering, telescopes)

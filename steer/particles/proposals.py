@@ -10,30 +10,42 @@ import torch
 from torch import Tensor
 
 from ..core.objective import Objective
+from ..core.population import per_particle
 from ..core.trajectory import Trajectory
-from ..errors import StateSpaceError
-from ..processes.gaussian import GaussianProcess
-from ..types import GaussianTransition
+from ..errors import SteerError
+from ..key import Key
+from ..processes.gaussian import need_gaussian
+from ..types import GaussianTransition, Transition
 from .tempering import GeometricTempering
 
 
 class Proposal(Protocol):
-    """What particles move by: a law for the next state from the state and the model's own transition."""
+    """What particles move by: a distribution of the next state, from the state and the model's own transition.
+
+    Called at every step that draws noise. A step without noise has no density to correct by, and is the model's own.
+    """
 
     @property
-    def scale(self) -> float:
-        """Strength of the guidance; where it is not 0 the state carries the gradient of r(x0_hat) / temperature."""
+    def needs_gradient(self) -> bool:
+        """Whether `state.cache.gradient` must hold the gradient of r(x0_hat) / temperature, [B, N, *event]."""
         ...
 
-    def __call__(self, state: Trajectory, model: GaussianTransition) -> GaussianTransition: ...
+    def __call__(self, state: Trajectory, model: GaussianTransition) -> GaussianTransition:
+        """The proposal from a state that caches its prediction; `model` itself where nothing is to change."""
+        ...
 
 
 @runtime_checkable
-class LookingProposal(Proposal, Protocol):
+class EvaluatingProposal(Proposal, Protocol):
     """A proposal that evaluates the network itself, where it needs more than the gradient of the reward."""
 
-    def look(self, state: Trajectory, objective: Objective, weighted: bool, /) -> tuple[Trajectory, Tensor | None]:
-        """The state carrying its prediction "x0" and what the proposal needs, and scores where it is weighted."""
+    def evaluate(
+        self, state: Trajectory, objective: Objective, weighted: bool, key: Key, /
+    ) -> tuple[Trajectory, Tensor | None]:
+        """The state caching its prediction x0 and what the proposal needs; its scores [B, N] where it is weighted.
+
+        key: names what is drawn on the way.
+        """
         ...
 
 
@@ -41,7 +53,9 @@ class LookingProposal(Proposal, Protocol):
 class Bootstrap:
     """Proposes from the model's own transition: no gradients."""
 
-    scale: float = 0.0
+    @property
+    def needs_gradient(self) -> bool:
+        return False
 
     def __call__(self, state: Trajectory, model: GaussianTransition) -> GaussianTransition:
         return model
@@ -52,50 +66,78 @@ class Guided:
     """Proposes from the transition shifted by scale * std^2 * gradient of the (tempered) value r(x0_hat(x)) / T.
 
     The shift of TDS (Wu et al. 2023) and DAS (Kim et al. 2025) in transition form. Weights correct for it, so it
-    changes the variance and not the law.
+    changes the variance and not the distribution.
     """
 
     scale: float = 1.0
 
+    @property
+    def needs_gradient(self) -> bool:
+        return self.scale != 0.0
+
     def __call__(self, state: Trajectory, model: GaussianTransition) -> GaussianTransition:
-        return model.shift(pull(state) * (self.scale * model.std**2))
+        if self.scale == 0.0:
+            return model
+        return model.shift(tempered_gradient(state) * (self.scale * model.std**2))
 
 
-def pull(state: Trajectory) -> Tensor:
-    """Gradient (B, N, *event) of the tempered value at a state that carries one."""
-    gradient = state.carried["gradient"]
-    if "exponent" not in state.memory:
+def gradient_of(state: Trajectory) -> Tensor:
+    """The gradient [B, N, *event] that a state caches; a named error where it has none."""
+    if state.cache.gradient is None:
+        raise SteerError(
+            "this proposal follows the gradient of the reward, and its state has none: give the proposal a property "
+            "needs_gradient that is True"
+        )
+    return state.cache.gradient
+
+
+def tempered_gradient(state: Trajectory) -> Tensor:
+    """Gradient [B, N, *event] of the tempered value at a state that caches one."""
+    gradient = gradient_of(state)
+    if state.path.exponent is None:
         return gradient
-    exponent = state.memory["exponent"].to(gradient.dtype)
-    return gradient * exponent.view(*exponent.shape, *(1 for _ in gradient.shape[2:]))
+    return gradient * per_particle(state.path.exponent, gradient)
 
 
 bootstrap = Bootstrap()
 
 
 def guided(scale: float = 1.0) -> Guided:
-    """A proposal that follows the gradient of the reward; needs a differentiable reward and network."""
+    """A proposal that follows the gradient of the reward; needs a differentiable reward and network.
+
+    Args:
+        scale: multiple of std^2 times the gradient of r(x0_hat) / temperature; 0 is `bootstrap`.
+    """
     return Guided(scale)
 
 
-def evaluated(
-    state: Trajectory, objective: Objective, temperature: float, proposal: Proposal, weighted: bool
+def predict_and_score(
+    state: Trajectory, objective: Objective, temperature: float, proposal: Proposal, weighted: bool, key: Key
 ) -> tuple[Trajectory, Tensor | None]:
-    """The state carrying its prediction (and gradient, where it is needed), and its scores where it is weighted."""
+    """The state caching its prediction (and gradient, where it is needed), and its scores where it is weighted."""
     process, k = state.process, state.k
-    if proposal.scale and process.stochastic(k):
-        if not hasattr(process, "levels"):
-            raise StateSpaceError(
-                f"a proposal that follows a gradient needs states on a Gaussian path, got {type(process).__name__}; "
-                "use proposal=steer.bootstrap"
-            )
-        if isinstance(proposal, LookingProposal):
-            return proposal.look(state, objective, weighted)
-        x0, scores, gradient = objective.value_and_grad(state.x, k, 1.0 / temperature)
-        return state.carry(x0=x0, gradient=gradient), scores if weighted else None
+    if process.stochastic(k):
+        if isinstance(proposal, EvaluatingProposal):
+            return proposal.evaluate(state, objective, weighted, key)
+        if getattr(proposal, "needs_gradient", False):  # a plain function is a proposal too
+            need_gaussian(process, "a proposal that follows a gradient", cure="use proposal=steer.bootstrap")
+            x0, scores, gradient = objective.value_and_grad(state.x, k, 1.0 / temperature, key)
+            state = state.with_step_cache(x0=x0, score=scores, gradient=gradient)
+            return state, scores if weighted else None
     with torch.no_grad():
-        x0 = process.denoise(state.x, k)
-        return state.carry(x0=x0), objective(process.complete(state.x, x0)) if weighted else None
+        x0 = process.denoise(state.x, k, key)
+        state = state.with_step_cache(x0=x0)
+        if not weighted:
+            return state, None
+        scores = objective(process.complete(state.x, x0))
+        return state.with_step_cache(score=scores), scores
+
+
+def propose(proposal: Proposal, state: Trajectory, model: Transition) -> Transition:
+    """What a state that caches its prediction moves by: the proposal, wherever the step draws noise."""
+    if isinstance(proposal, Bootstrap) or not model.stochastic:
+        return model
+    return proposal(state, cast(GaussianTransition, model))
 
 
 @dataclass(frozen=True)
@@ -112,13 +154,17 @@ class Twisted:
 
     scale: float = 1.0
 
+    @property
+    def needs_gradient(self) -> bool:
+        return self.scale != 0.0
+
     def __call__(self, state: Trajectory, model: GaussianTransition) -> GaussianTransition:
-        here, there = cast(GaussianProcess, state.process).levels[state.k : state.k + 2]
-        if here.alpha <= 0.0:
+        here, there = need_gaussian(state.process, "a twisted proposal").levels[state.k : state.k + 2]
+        if here.alpha <= 0.0 or self.scale == 0.0:
             return model
         carried = math.sqrt(max(0.0, there.sigma**2 - model.std**2)) / here.sigma
         coefficient = there.alpha - carried * here.alpha
-        return model.shift(pull(state) * (self.scale * coefficient * here.sigma**2 / here.alpha))
+        return model.shift(tempered_gradient(state) * (self.scale * coefficient * here.sigma**2 / here.alpha))
 
 
 def twisted(scale: float = 1.0) -> Twisted:
@@ -127,12 +173,18 @@ def twisted(scale: float = 1.0) -> Twisted:
 
 
 @dataclass(frozen=True)
-class Ahead:
+class TemperedGuided:
     """Proposes like `guided`, but with the value tempered as it will be at the next level, where the step is judged."""
 
     tempering: GeometricTempering
     scale: float = 1.0
 
+    @property
+    def needs_gradient(self) -> bool:
+        return self.scale != 0.0
+
     def __call__(self, state: Trajectory, model: GaussianTransition) -> GaussianTransition:
+        if self.scale == 0.0:
+            return model
         strength = self.scale * self.tempering.at(state.k + 1) * model.std**2
-        return model.shift(state.carried["gradient"] * strength)
+        return model.shift(gradient_of(state) * strength)

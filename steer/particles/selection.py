@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core import log_weights
+from ..core import population
 from ..core.objective import check_finite
 from ..core.resampling import Resampler, systematic
-from ..core.trajectory import Seen, Trajectory
+from ..core.trajectory import LevelRecord, Trajectory
 from ..errors import CollapsedWeightsError, NonFiniteError, SteerError
 from ..key import Key
 from .path_mcmc import PathMoves
@@ -61,14 +61,14 @@ def resample(
     return Resample(resampler, threshold, None if at is None else frozenset(at), moves)
 
 
-def select(state: Trajectory, scores: Tensor, selection: Resample, key: Key, seen: list[Seen]) -> Trajectory:
+def select(state: Trajectory, scores: Tensor, selection: Resample, key: Key, seen: list[LevelRecord]) -> Trajectory:
     """The state resampled in the problems whose ESS is low."""
     particles, size = state.x.shape[1], state.ess
-    seen.append(Seen(state.k, size, scores))
+    seen.append(LevelRecord(state.k, size, scores))
     # One problem on the host: reading the decision is free and saves the gather. Elsewhere some problem nearly always
     # resamples, or reading would stall the device: decide per problem by torch.where, and look for bad numbers once,
     # at the end. NaN, where every weight is zero, is not low.
-    enough = math.inf if selection.moving(state.k) else selection.threshold * particles * (1.0 - log_weights.SLACK)
+    enough = math.inf if selection.moving(state.k) else selection.threshold * particles * (1.0 - population.SLACK)
     if state.x.device.type == "cpu" and state.x.shape[0] == 1:
         size_now = size.item()
         if math.isnan(size_now):
@@ -83,7 +83,7 @@ def select(state: Trajectory, scores: Tensor, selection: Resample, key: Key, see
     return state.resample(selection.ancestors(log_weight, state.k, key.at(state.k)), low)
 
 
-def check(state: Trajectory, seen: Sequence[Seen]) -> None:
+def check(state: Trajectory, seen: Sequence[LevelRecord]) -> None:
     """Raises the error that bad scores or weights call for, naming step and particle. Reads the device."""
     if seen:
         scores = torch.stack([entry.score for entry in seen])

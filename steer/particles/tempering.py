@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core import log_weights
+from ..core import population
 from ..core.trajectory import Trajectory
 from ..errors import SteerError
 
@@ -53,10 +53,11 @@ def adaptive_tempering(share: float = 0.5, *, lowest: float = 0.0) -> Tempering:
 
     def exponent(state: Trajectory, value: Tensor) -> Tensor:
         begin = torch.full_like(value[:, 0], lowest)
-        begin = state.memory["exponent"][:, 0] if "exponent" in state.memory else begin
+        begin = begin if state.path.exponent is None else state.path.exponent[:, 0]
         forbidden = value == -torch.inf  # predictions that leave their weights as they are, see `Weight.apply`
-        value, spent = value.masked_fill(forbidden, 0.0), state.memory["spent"].masked_fill(forbidden, 0.0)
-        return log_weights.temper(state.log_weight + begin[:, None] * value - spent, value, begin, share=share)
+        value = value.masked_fill(forbidden, 0.0)
+        counted = state.path.log_potential_or_zero(value).masked_fill(forbidden, 0.0)
+        return population.temper(state.log_weight + begin[:, None] * value - counted, value, begin, share=share)
 
     return exponent
 

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ..core.log_weights import log_potential
 from ..core.objective import Objective, check_temperature
+from ..core.population import broadcast_like, log_potential
 from ..errors import NotDifferentiableError, ShapeError, StateSpaceError, SteerError
+from ..key import Key
 from ..types import ReverseProcess
 
 Predictor = Callable[[Tensor], Tensor]
@@ -32,6 +33,7 @@ class Tilt:
 
     mean, sigma: moments of the prior; a mean of None is zero.
     clip: largest norm of a state's gradient, longer ones are scaled to it; None for no limit.
+    key: names what hooks draw in predictions.
     """
 
     objective: Objective
@@ -40,6 +42,7 @@ class Tilt:
     dtype: torch.dtype
     temperature: float
     clip: float | None = None
+    key: Key | None = None
 
     def units(self, x: Tensor) -> Tensor:
         """States of the process in units of the prior, float32 or better."""
@@ -53,12 +56,12 @@ class Tilt:
 
     def __call__(self, x: Tensor) -> tuple[Tilted, Tensor]:
         """The tilt at x (B, C, *event), and the prediction x0 there."""
-        x0, scores, gradient = self.objective.value_and_grad(self.latent(x), 0, 1.0 / self.temperature)
+        x0, scores, gradient = self.objective.value_and_grad(self.latent(x), 0, 1.0 / self.temperature, self.key)
         gradient = gradient.to(x.dtype) * self.sigma
         # Only a chain's first state can be a forbidden one, and its gradient may be anything.
-        gradient = torch.where(spread(scores == -torch.inf, gradient), 0.0, gradient)
+        gradient = torch.where(broadcast_like(scores == -torch.inf, gradient), 0.0, gradient)
         if self.clip is not None:
-            gradient = gradient * spread((self.clip / norm(gradient)).clamp(max=1.0), gradient).to(x.dtype)
+            gradient = gradient * broadcast_like((self.clip / norm(gradient)).clamp(max=1.0), gradient).to(x.dtype)
         return Tilted(x, log_potential(scores, self.temperature), gradient), x0
 
     def check_gradient(self, at: Tilted, x0: Tensor) -> None:
@@ -103,7 +106,7 @@ class _Predicting:
     def complete(self, x: Tensor, x0: Tensor) -> Tensor:
         return self.process.complete(x, x0)
 
-    def denoise(self, x: Tensor, k: int) -> Tensor:
+    def denoise(self, x: Tensor, k: int, key: Key | None = None) -> Tensor:
         with self.meter.network(x.shape[0] * x.shape[1] * self.rows):
             x0 = self.predictor(x)
         if x0.shape != x.shape:
@@ -146,8 +149,3 @@ def given(temperature: float | None) -> float:
 def norm(gradient: Tensor) -> Tensor:
     """Norm of each state's gradient, (B, C) float64."""
     return torch.linalg.vector_norm(gradient.flatten(2), dim=2, dtype=torch.float64)
-
-
-def spread(tensor: Tensor, like: Tensor) -> Tensor:
-    """A tensor of leading axes, shaped to broadcast against another."""
-    return tensor.view(*tensor.shape, *(1 for _ in like.shape[tensor.ndim :]))

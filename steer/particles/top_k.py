@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..core.log_weights import log_potential
 from ..core.objective import Objective, check_finite
+from ..core.population import gather, log_potential
 from ..core.start import Start
-from ..core.trajectory import Trajectory, gather
+from ..core.trajectory import Trajectory
 from ..errors import SteerError
 from ..key import Key
 from ..types import ReverseProcess
@@ -40,13 +40,13 @@ class TopK:
         objective = predicting(process, objective, self.x0_predictor, self.predictor_rows)
         x = process.prior(key.fold("prior"), batch, self.candidates)
         with torch.no_grad():
-            scores = objective(process.complete(x, objective.process.denoise(x, 0)))
+            scores = objective(process.complete(x, objective.process.denoise(x, 0, key)))
         check_finite(scores, "of the start's candidates")
         best, index = scores.topk(particles, dim=1)
         spent = log_potential(best, given(self.temperature))
         state = Trajectory.begin(process, gather(x, index))
         return replace(
-            state.remember(spent=spent.masked_fill(spent == -torch.inf, 0.0)),
+            state.with_path_state(log_potential=spent.masked_fill(spent == -torch.inf, 0.0)),
             log_evidence=torch.full_like(state.log_evidence, torch.nan),
         )
 

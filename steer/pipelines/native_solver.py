@@ -111,7 +111,7 @@ class SolverProcess:
         mean, std = self.process.prior_moments
         return None if mean is None else mean[:, :, None], std
 
-    def denoise(self, x: Tensor, k: int) -> Tensor:
+    def denoise(self, x: Tensor, k: int, key: Key | None = None) -> Tensor:
         """What the network predicts, in its own terms, and the clean latents that stands for: (B, N, 2, *event)."""
         denoiser, latents = cast(PipelineDenoiser, self.process.denoiser), x[:, :, 0]
         rows = x.shape[0] * x.shape[1] * self.rows

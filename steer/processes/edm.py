@@ -82,9 +82,16 @@ def from_edm(
             )
     times = (*(sigma / grid[0] for sigma in grid), 0.0)
     return GaussianProcess(
-        EDMDenoiser(network, grid[0], chunk), VE(sigma_max=grid[0]), times, tuple(event), transition or DDIM(), decoder,
-        problems, device=device, dtype=dtype,
-    )  # fmt: skip
+        EDMDenoiser(network, grid[0], chunk),
+        VE(sigma_max=grid[0]),
+        times,
+        tuple(event),
+        transition or DDIM(),
+        decoder,
+        problems,
+        device=device,
+        dtype=dtype,
+    )
 
 
 def karras_sigmas(

@@ -7,7 +7,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from inspect import getattr_static
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from ..cost import Meter
 from ..errors import ModelError, ShapeError, StateSpaceError, SteerError
 from ..key import Key
-from ..types import Denoiser, GaussianTransition, Level, ReverseProcess, Rule, Schedule
+from ..types import Denoiser, GaussianPath, GaussianTransition, Level, ReverseProcess, Rule, Schedule
 from . import parameterization, schedules
 from .transitions import DDIM
 
@@ -88,8 +89,12 @@ class GaussianProcess:
         """Mean of the prior, (B or 1, 1, *event) or None for zero, and its standard deviation."""
         return (None, self.levels[0].sigma) if self.initial is None else self.initial
 
-    def denoise(self, x: Tensor, k: int) -> Tensor:
-        """The prediction E[x_0 | x] at level k, same shape and dtype as x. Counted by the meter."""
+    def denoise(self, x: Tensor, k: int, key: Key | None = None) -> Tensor:
+        """The prediction E[x_0 | x] at level k, same shape and dtype as x. Counted by the meter.
+
+        key: names draws of hooks (`GuidedProcess`); a network alone draws nothing.
+        """
+        del key
         if self.meter is None:
             return self._predict(x, k)
         with self.meter.network(x.shape[0] * x.shape[1] * self.rows):
@@ -180,6 +185,33 @@ class GaussianProcess:
         check_batch(self.problems, batch)
 
 
+def is_gaussian(process: ReverseProcess) -> TypeGuard[GaussianPath]:
+    """Whether a process is on a Gaussian path with a transition rule."""
+    # Statically: properties are not evaluated, some of which raise where hooks have changed what they are about.
+    members = ("levels", "times", "schedule", "rule", "with_rule", "prior_moments")
+    return all(getattr_static(process, name, None) is not None for name in members)
+
+
+def need_gaussian(process: ReverseProcess, what: str, *, cure: str = "use a GaussianProcess") -> GaussianPath:
+    """The process, as one on a Gaussian path; StateSpaceError where it is none.
+
+    Args:
+        process: any reverse process.
+        what: what needs it, as the subject of the message: "a guided proposal".
+        cure: what to do instead.
+    """
+    if is_gaussian(process):
+        return process
+    raise StateSpaceError(
+        f"{what} needs a process on a Gaussian path with a transition rule, got {type(process).__name__}; {cure}"
+    )
+
+
+def ddim_jump(x: Tensor, x0: Tensor, here: Level, there: Level) -> Tensor:
+    """Where states x of level `here` are at level `there` by one deterministic (DDIM) step along the prediction x0."""
+    return there.alpha * x0 + (x - here.alpha * x0) * (there.sigma / here.sigma)
+
+
 def check_batch(problems: int | None, batch: int) -> None:
     """Raises ShapeError where a process conditioned on that many problems is run on another number."""
     if problems is not None and batch != problems:
@@ -189,7 +221,7 @@ def check_batch(problems: int | None, batch: int) -> None:
         )
 
 
-def priced(process: ReverseProcess) -> bool:
+def sampling_uses_network(process: ReverseProcess) -> bool:
     """Whether drawing a state may itself evaluate the network, as hooks on the prior and after steps do."""
     hooks = getattr(process, "hooks", None)
     return hooks is not None and bool(hooks.start or hooks.after)

@@ -103,7 +103,7 @@ class MaskedProcess:
         self.check_batch(batch)
         return torch.full((batch, particles, self.length), self.mask, device=self.device)
 
-    def denoise(self, x: Tensor, k: int) -> Tensor:
+    def denoise(self, x: Tensor, k: int, key: Key | None = None) -> Tensor:
         """Log-probs (B, N, L, V) of the tokens at level k, at least float32. Counted by the meter.
 
         What it says of positions that are not masked is of no consequence.
@@ -215,9 +215,18 @@ def from_logits(
     probability of the mask, and tokens once written stay.
     """
     return MaskedProcess(
-        network, masking_times(times), length, vocabulary, vocabulary if mask is None else mask,
-        transition or Ancestral(), completion, decoder, text, problems, device=device,
-    )  # fmt: skip
+        network,
+        masking_times(times),
+        length,
+        vocabulary,
+        vocabulary if mask is None else mask,
+        transition or Ancestral(),
+        completion,
+        decoder,
+        text,
+        problems,
+        device=device,
+    )
 
 
 def masking_times(times: Sequence[float] | int) -> tuple[float, ...]:

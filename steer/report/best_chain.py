@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..core.trajectory import Ancestors, Stepped, gather
+from ..core.population import gather
+from ..core.trajectory import ResamplingRecord, StepRecord
 from .tree_layout import best_slots, clean_states, drawable
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def best_path(result: Result, problem: int = 0, most: int = 11) -> list[Waypoint
     if result.tree is not None:
         return _in_tree(result, problem, most) if drawable(result.tree) else []
     past = () if result.trajectory is None else result.trajectory.past
-    return _in_trajectory(result, problem, most) if any(isinstance(event, Stepped) for event in past) else []
+    return _in_trajectory(result, problem, most) if any(isinstance(event, StepRecord) for event in past) else []
 
 
 def _in_tree(result: Result, problem: int, most: int) -> list[Waypoint]:
@@ -60,7 +61,7 @@ def _in_trajectory(result: Result, problem: int, most: int) -> list[Waypoint]:
     index = torch.arange(state.x.shape[1], device=state.x.device).expand(state.x.shape[:2])
     states, places = {}, {}
     for event in reversed(state.past):
-        if isinstance(event, Ancestors):
+        if isinstance(event, ResamplingRecord):
             index = event.parent.gather(1, index)
         else:
             states[event.k] = gather(event.x, index.gather(1, best))
@@ -73,7 +74,7 @@ def _in_trajectory(result: Result, problem: int, most: int) -> list[Waypoint]:
     stops = []
     with torch.no_grad():
         for k in _spread(sorted(states), most - 1):
-            clean = process.complete(states[k], process.denoise(states[k], k))
+            clean = process.complete(states[k], process.denoise(states[k], k, result.key))
             stops.append(Waypoint(k, clean[problem, 0], scores.get(k)))
     end = gather(result.x, best.to(result.x.device))[problem, 0]
     return [*stops, Waypoint(state.k, end, float(result.reward[problem].max()))]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..core.log_weights import weighted_mean
+from ..core.population import weighted_mean
 from ..core.resampling import systematic
 from ..files import plain, write_atomically
 from ..key import as_key

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..core import diagnostics, log_weights
+from ..core import diagnostics, population
+from ..core.population import gather
 from ..core.resampling import systematic
-from ..core.trajectory import Seen, Trajectory, gather
+from ..core.run import Run
+from ..core.trajectory import LevelRecord, Trajectory
 from ..cost import Cost, check_counts
 from ..errors import StateSpaceError
 from ..key import Key, as_key
-from ..particles.path_mcmc import ACCEPTANCE
 from ..types import ReverseProcess
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+Law = Literal["target", "model", "none"]
+"""What a weighted mean over a result estimates: see `Result.law`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +47,9 @@ class Result:
     seen:         ESS and scores at the levels that were weighted.
     interrupted:  True where the run was stopped early: x then holds predictions, or fewer particles.
     tree:         the search tree, which can be grown further, where the method grows one.
+    law:          what weighted means estimate: "target", p(x) exp(r(x) / temperature); "model", p(x); "none", where a
+                  search chose the samples, or a start that no weight corrects for.
+    log_evidence_variance: estimated variance of log_evidence, (B,), from the same run; NaN where there is none.
     """
 
     process: ReverseProcess
@@ -54,18 +62,78 @@ class Result:
     cost: Cost
     temperature: float = 1.0
     trajectory: Trajectory | None = None
-    seen: tuple[Seen, ...] = ()
+    seen: tuple[LevelRecord, ...] = ()
     interrupted: bool = False
     tree: Any = None
+    law: Law = "none"
+    log_evidence_variance: Tensor = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.log_evidence_variance is None:
+            object.__setattr__(self, "log_evidence_variance", torch.full_like(self.log_evidence, torch.nan))
 
     @classmethod
-    def of(cls, state: Trajectory, reward: Tensor, **run: Any) -> Result:
-        """What a sampler of a law returns: its last population with scores (B, N). run: key, cost and what else it
-        knows of itself."""
+    def from_population(
+        cls,
+        run: Run,
+        state: Trajectory,
+        reward: Tensor,
+        *,
+        law: Law,
+        seen: Sequence[LevelRecord] = (),
+        interrupted: bool = False,
+    ) -> Result:
+        """What a sampler of a distribution returns: its last population, with its scores [B, N]."""
+        root, weight = state.root, population.normalise(state.log_weight)
+        variance = torch.full_like(state.log_evidence, torch.nan)
+        if not state.moved:
+            variance = diagnostics.evidence_variance(weight, root, state.resamplings())
+            variance = variance.masked_fill(state.log_evidence.isnan(), torch.nan)  # NaN together
         return cls(
-            state.process, state.x, reward, log_weights.normalise(state.log_weight), state.log_normaliser, state.root,
-            trajectory=state, **run,
-        )  # fmt: skip
+            process=state.process,
+            x=state.x,
+            reward=reward,
+            log_weight=weight,
+            log_evidence=state.log_normaliser,
+            root=root,
+            key=run.key,
+            cost=run.meter.cost(),
+            temperature=run.temperature,
+            trajectory=state,
+            seen=tuple(seen),
+            interrupted=interrupted,
+            law=law,
+            log_evidence_variance=variance,
+        )
+
+    @classmethod
+    def from_search(
+        cls,
+        run: Run,
+        x: Tensor,
+        reward: Tensor,
+        root: Tensor,
+        *,
+        keep: int | None = None,
+        seen: Sequence[LevelRecord] = (),
+        interrupted: bool = False,
+    ) -> Result:
+        """What a search returns: samples [B, n, *event], of which the `keep` best share the weight; None: all."""
+        equal = population.normalise(torch.zeros_like(reward))
+        log_weight = equal if keep is None else population.weights_of_top_k(reward, keep)
+        return cls(
+            process=run.process,
+            x=x,
+            reward=reward,
+            log_weight=log_weight,
+            log_evidence=torch.full_like(reward[:, 0], torch.nan),
+            root=root,
+            key=run.key,
+            cost=run.meter.cost(),
+            temperature=run.temperature,
+            seen=(*seen, LevelRecord(run.process.steps, population.ess(log_weight), reward)),
+            interrupted=interrupted,
+        )
 
     def __repr__(self) -> str:
         problems, particles = self.reward.shape
@@ -83,7 +151,7 @@ class Result:
     @property
     def ess(self) -> Tensor:
         """Effective sample size of the final weights, (B,)."""
-        return log_weights.ess(self.log_weight)
+        return population.ess(self.log_weight)
 
     @property
     def pareto_k(self) -> Tensor:
@@ -98,40 +166,35 @@ class Result:
     @property
     def mean_reward(self) -> Tensor:
         """Weighted mean reward, (B,)."""
-        return log_weights.weighted_mean(self.log_weight, self.reward)
-
-    @property
-    def log_evidence_variance(self) -> Tensor:
-        """Estimated variance of log_evidence, (B,); NaN where the run has no lineage, or moved it. See `weights`."""
-        if self.trajectory is None or any(name.startswith(ACCEPTANCE) for name in self.diagnostics):
-            return torch.full_like(self.log_evidence, torch.nan)
-        return diagnostics.evidence_variance(self.log_weight, self.root, self.trajectory.resamplings())
+        return population.weighted_mean(self.log_weight, self.reward)
 
     def mean(self, f: Callable[[Tensor], Tensor]) -> Tensor:
         """Weighted mean over particles of f, a function of states (M, *event) to (M, ...): (B, ...)."""
         values = f(self.x.flatten(0, 1))
-        return log_weights.weighted_mean(self.log_weight, values.reshape(*self.reward.shape, *values.shape[1:]))
+        return population.weighted_mean(self.log_weight, values.reshape(*self.reward.shape, *values.shape[1:]))
 
     def ranked(self) -> Tensor:
         """Particle indices from highest to lowest reward, (B, N)."""
         return torch.sort(self.reward, dim=1, descending=True, stable=True).indices
 
-    def draw(self, count: int, key: Key | int = 0) -> Result:
+    def draw(self, count: int, key: Key | int = 0, *, seed: int | None = None) -> Result:
         """`count` samples per problem of equal weight, by systematic resampling of the weights."""
         check_counts(count=count)
-        index = systematic(self.log_weight, as_key(key).fold("draw"), count)
-        return self.take(index)
+        index = systematic(self.log_weight, as_key(key, seed).fold("draw"), count)
+        return replace(self.take(index), law=self.law)
 
     def take(self, index: Tensor) -> Result:
-        """The particles at index (B, M), with equal weights and the same ledger; lineage is left behind."""
+        """The particles at index (B, M), with equal weights and the same cost; lineage and `law` are left behind."""
         equal = torch.zeros_like(index, dtype=torch.float64)
         return replace(
             self,
             x=gather(self.x, index),
             reward=self.reward.gather(1, index),
-            log_weight=log_weights.normalise(equal),
+            log_weight=population.normalise(equal),
             root=self.root.gather(1, index),
             trajectory=None,
+            law="none",
+            log_evidence_variance=torch.full_like(self.log_evidence, torch.nan),
         )
 
     @cached_property

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.trajectory import Ancestors
+from ..core.trajectory import ResamplingRecord
 from ..cost import Cost
 from ..errors import SteerError
 from ..key import Key
@@ -46,7 +46,7 @@ class Saved:
 
     def result(self, process: ReverseProcess) -> Result:
         """The run again, on the process that made it (of the same steps): its lineage, without states and tree."""
-        from ..core.trajectory import Seen, Trajectory
+        from ..core.trajectory import LevelRecord, Trajectory
         from .result import Result
 
         self._check(process)
@@ -55,24 +55,31 @@ class Saved:
         seen = ()
         if "seen_levels" in read:
             levels = zip(self.tensors["seen_levels"].tolist(), read["ess"], read["scores"], strict=True)
-            seen = tuple(Seen(k, ess, score[:, ~score.isnan().all(0)]) for k, ess, score in levels)
+            seen = tuple(LevelRecord(k, ess, score[:, ~score.isnan().all(0)]) for k, ess, score in levels)
         trajectory = None
         if "ancestors" in read:
             moves = zip(self.tensors["ancestor_levels"].tolist(), read["ancestors"], read["resampled"], strict=True)
-            past = tuple(Ancestors(k, index[:, index[0] >= 0].long(), done.bool()) for k, index, done in moves)
+            past = tuple(ResamplingRecord(k, index[:, index[0] >= 0].long(), done.bool()) for k, index, done in moves)
             trajectory = Trajectory.begin(process, read["x"], k=process.steps)._with(
                 past=past,
-                diagnostics={
-                    name: torch.tensor([math.nan if entry is None else entry for entry in found], dtype=torch.float64)
-                    for name, found in self.facts.get("diagnostics", {}).items()
-                },
+                diagnostics={name: _numbers(found) for name, found in self.facts.get("diagnostics", {}).items()},
             )
         return Result(
-            process=process, key=self.key, cost=self.cost,
+            process=process,
+            key=self.key,
+            cost=self.cost,
             temperature=math.inf if self.facts["temperature"] is None else self.facts["temperature"],
-            interrupted=self.facts["interrupted"], seen=seen, trajectory=trajectory,
-            **{name: read[name] for name in ("x", "reward", "log_weight", "log_evidence", "root")},
-        )  # fmt: skip
+            interrupted=self.facts["interrupted"],
+            seen=seen,
+            trajectory=trajectory,
+            law=self.facts.get("law", "none"),
+            log_evidence_variance=_numbers(self.facts["log_evidence_variance"]).to(read["reward"].device),
+            x=read["x"],
+            reward=read["reward"],
+            log_weight=read["log_weight"],
+            log_evidence=read["log_evidence"],
+            root=read["root"],
+        )
 
     def reference(self, process: ReverseProcess) -> Result | None:
         """The unsteered samples that were saved beside it."""
@@ -117,6 +124,11 @@ class Saved:
                 index = moves.pop()[1].gather(1, index)
             slots.append(index)
         return torch.stack(slots[::-1], dim=2)
+
+
+def _numbers(entries: list[float | None]) -> torch.Tensor:
+    """Numbers of a JSON list, whose NaN are null there."""
+    return torch.tensor([math.nan if entry is None else entry for entry in entries], dtype=torch.float64)
 
 
 def load_result(directory: str | Path) -> Saved:

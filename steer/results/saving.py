@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..core.trajectory import Ancestors
+from ..core.trajectory import ResamplingRecord
 from ..files import to_json, versions, write_atomically
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def _tensors(result: Result, reference: Result | None) -> dict[str, Tensor]:
         tensors["ess"] = torch.stack([seen.ess for seen in result.seen])
         tensors["scores"] = _stacked([seen.score for seen in result.seen], math.nan)
     if result.trajectory is not None:
-        moves = [event for event in result.trajectory.past if isinstance(event, Ancestors)]
+        moves = [event for event in result.trajectory.past if isinstance(event, ResamplingRecord)]
         tensors["ancestor_levels"] = torch.tensor([k for k, _, _ in moves], dtype=torch.int64)
         tensors["resampled"] = _stacked([happened for _, _, happened in moves], 0)
         tensors["ancestors"] = _stacked([index.int() for _, index, _ in moves], -1)
@@ -82,6 +82,7 @@ def _facts(result: Result) -> dict[str, Any]:
         "temperature": result.temperature,
         "log_evidence": result.log_evidence,
         "log_evidence_variance": result.log_evidence_variance,
+        "law": result.law,
         "key": {
             "seed": result.key.seed, "stream": list(result.key.stream), "problem": result.key.problem,
             "slot": result.key.slot, "step": result.key.step,

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 
+from ..core.event import OnStep
 from ..core.resampling import ssp
 from ..core.start import Start, prior
 from ..key import Key
 from ..particles.potentials import difference
-from ..particles.proposals import Ahead
+from ..particles.proposals import TemperedGuided
 from ..particles.selection import Resample, resample
 from ..particles.tempering import geometric_tempering
 from ..results.result import Result
-from ..types import OnStep, ReverseProcess, Reward
+from ..types import ReverseProcess, Reward
 from .smc import smc
 
 
@@ -25,6 +26,7 @@ def das(
     budget: int | None = None,
     temperature: float = 1.0,
     key: Key | int = 0,
+    seed: int | None = None,
     start: Start = prior,
     gamma: float | None = None,
     lowest: float = 0.0,
@@ -56,8 +58,18 @@ def das(
         gamma = math.expm1(math.log(2.0) / (0.87 * process.steps))
     tempering = geometric_tempering(gamma, lowest=lowest)
     return smc(
-        process, reward, batch=batch, particles=4 if particles is None and budget is None else particles,
-        budget=budget, temperature=temperature, key=key, start=start, proposal=Ahead(tempering, scale),
-        weight=difference(tempering=tempering), selection=selection or resample(ssp, threshold=0.5),
-        keep_states=keep_states, on_step=on_step,
-    )  # fmt: skip
+        process,
+        reward,
+        batch=batch,
+        particles=4 if particles is None and budget is None else particles,
+        budget=budget,
+        temperature=temperature,
+        key=key,
+        seed=seed,
+        start=start,
+        proposal=TemperedGuided(tempering, scale),
+        weight=difference(tempering=tempering),
+        selection=selection or resample(ssp, threshold=0.5),
+        keep_states=keep_states,
+        on_step=on_step,
+    )

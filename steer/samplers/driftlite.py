@@ -8,7 +8,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from ..core.objective import conditioned
+from ..core.event import OnStep
+from ..core.objective import num_problems
 from ..core.start import PreparedStart, Start, prior
 from ..core.trajectory import Trajectory
 from ..cost import affordable
@@ -19,7 +20,7 @@ from ..particles.selection import Resample, resample
 from ..particles.tempering import Tempering
 from ..processes.gaussian import GaussianProcess
 from ..results.result import Result
-from ..types import OnStep, Reward
+from ..types import Reward
 from ..weighted_sde.composite import Composite, Exponents, compose
 from ..weighted_sde.engine import FeynmanKac, Noise
 from ..weighted_sde.look_ahead import LookAhead, x0_hat
@@ -40,6 +41,7 @@ def driftlite(
     budget: int | None = None,
     temperature: float = 1.0,
     key: Key | int = 0,
+    seed: int | None = None,
     start: Start | Trajectory = prior,
     probes: int | None = 1,
     passes: int = 1,
@@ -81,28 +83,44 @@ def driftlite(
     if passes > 1 and isinstance(start, Trajectory):
         raise SteerError("refinement begins every pass anew: give a start, not a Trajectory, or passes=1")
     target = compose(process, exponent=exponent, unconditional=unconditional, guidance=guidance)
-    transport, look_ahead, key = vcg() if control == "vcg" else ecg(), look_ahead or x0_hat(), as_key(key)
+    transport, look_ahead, key = vcg() if control == "vcg" else ecg(), look_ahead or x0_hat(), as_key(key, seed)
     weight = FeynmanKac(probes)
     check_choices(target, transport, weight, noise, None)
     if passes > 1:
         per_pass = rows_per_particle(target, reward is not None, weight, look_ahead)
         before = start.prepare(target, temperature)[1] if isinstance(start, PreparedStart) else 0
         particles = affordable(passes * per_pass, particles=particles, budget=budget, before=passes * before)
-        budget, batch = None, conditioned(target, batch)
+        budget, batch = None, num_problems(target, batch)
 
-    def run(key: Key, thetas: dict[int, Tensor] | None) -> tuple[Result, dict[int, Tensor]]:
+    def run(key: Key, thetas: dict[int, Tensor] | None, name: str) -> tuple[Result, dict[int, Tensor]]:
         return weighted_loop(
-            target, reward, batch=batch, particles=particles, budget=budget, temperature=temperature, key=key,
-            start=start, transport=replace(transport, memory=thetas), weight=weight, noise=noise,
-            look_ahead=look_ahead, tempering=tempering, selection=selection or resample(), active=None,
-            sigma_data=sigma_data, keep_states=keep_states, on_step=on_step,
-        )  # fmt: skip
+            target,
+            reward,
+            batch=batch,
+            particles=particles,
+            budget=budget,
+            temperature=temperature,
+            key=key,
+            seed=None,
+            start=start,
+            transport=replace(transport, memory=thetas),
+            weight=weight,
+            noise=noise,
+            look_ahead=look_ahead,
+            tempering=tempering,
+            selection=selection or resample(),
+            active=None,
+            sigma_data=sigma_data,
+            keep_states=keep_states,
+            on_step=on_step,
+            name=name,
+        )
 
-    result, thetas = run(key, None)
+    result, thetas = run(key, None, "driftlite" if passes == 1 else "driftlite, pass 1")
     for i in range(1, passes):
         if result.interrupted:
             break
         spent = result.cost
-        result, thetas = run(key.fold("pass", i), thetas)
+        result, thetas = run(key.fold("pass", i), thetas, f"driftlite, pass {i + 1}")
         result = replace(result, cost=spent + result.cost)
     return result

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
+from ..core.event import OnStep
 from ..core.resampling import Resampler, systematic
 from ..core.start import Start, prior
 from ..key import Key
-from ..particles.potentials import Weight, difference
+from ..particles.potentials import Potential, difference
 from ..particles.selection import resample
 from ..results.result import Result
-from ..types import OnStep, ReverseProcess, Reward
+from ..types import ReverseProcess, Reward
 from .smc import smc
 
 
@@ -23,8 +24,9 @@ def fk_steering(
     budget: int | None = None,
     temperature: float = 1.0,
     key: Key | int = 0,
+    seed: int | None = None,
     start: Start = prior,
-    potential: Callable[[Collection[int]], Weight] = difference,
+    potential: Callable[[Collection[int]], Potential] = difference,
     levels: Collection[int] | None = None,
     resampler: Resampler = systematic,
     threshold: float = 1.0,
@@ -50,7 +52,17 @@ def fk_steering(
     """
     at = range(0, process.steps, max(1, process.steps // 5)) if levels is None else levels
     return smc(
-        process, reward, batch=batch, particles=4 if particles is None and budget is None else particles,
-        budget=budget, temperature=temperature, key=key, start=start, weight=potential(at),
-        selection=resample(resampler, threshold, at), keep_states=keep_states, on_step=on_step,
-    )  # fmt: skip
+        process,
+        reward,
+        batch=batch,
+        particles=4 if particles is None and budget is None else particles,
+        budget=budget,
+        temperature=temperature,
+        key=key,
+        seed=seed,
+        start=start,
+        weight=potential(at),
+        selection=resample(resampler, threshold, at),
+        keep_states=keep_states,
+        on_step=on_step,
+    )

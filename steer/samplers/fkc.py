@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..core.event import OnStep
 from ..core.start import Start, prior
 from ..core.trajectory import Trajectory
 from ..key import Key
@@ -12,7 +13,7 @@ from ..particles.selection import Resample, resample
 from ..particles.tempering import Tempering
 from ..processes.gaussian import GaussianProcess
 from ..results.result import Result
-from ..types import OnStep, Reward
+from ..types import Reward
 from ..weighted_sde.composite import Composite, Exponents, compose
 from ..weighted_sde.engine import FeynmanKac, KernelRatio, Noise
 from ..weighted_sde.look_ahead import LookAhead, x0_hat
@@ -32,6 +33,7 @@ def fkc(
     budget: int | None = None,
     temperature: float = 1.0,
     key: Key | int = 0,
+    seed: int | None = None,
     start: Start | Trajectory = prior,
     transport: Transport | None = None,
     weight: KernelRatio | FeynmanKac | None = None,
@@ -83,9 +85,25 @@ def fkc(
         weight = KernelRatio() if by_kernel else FeynmanKac(probes=1)
     check_choices(target, transport, weight, noise, active)
     result, _ = weighted_loop(
-        target, reward, batch=batch, particles=particles, budget=budget, temperature=temperature, key=key, start=start,
-        transport=transport, weight=weight, noise=noise, look_ahead=look_ahead or x0_hat(), tempering=tempering,
-        selection=selection or resample(), active=active, sigma_data=sigma_data, keep_states=keep_states,
+        target,
+        reward,
+        batch=batch,
+        particles=particles,
+        budget=budget,
+        temperature=temperature,
+        key=key,
+        seed=seed,
+        start=start,
+        transport=transport,
+        weight=weight,
+        noise=noise,
+        look_ahead=look_ahead or x0_hat(),
+        tempering=tempering,
+        selection=selection or resample(),
+        active=active,
+        sigma_data=sigma_data,
+        keep_states=keep_states,
         on_step=on_step,
-    )  # fmt: skip
+        name="fkc",
+    )
     return result

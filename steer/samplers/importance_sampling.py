@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from ..core.event import OnStep
 from ..core.start import Start, prior
 from ..key import Key
 from ..particles.potentials import final_only
 from ..particles.selection import resample
 from ..results.result import Result
-from ..types import OnStep, ReverseProcess, Reward
+from ..types import ReverseProcess, Reward
 from .smc import smc
 
 
@@ -20,6 +21,7 @@ def importance_sampling(
     budget: int | None = None,
     temperature: float = 1.0,
     key: Key | int = 0,
+    seed: int | None = None,
     start: Start = prior,
     keep_states: bool = False,
     on_step: OnStep | None = None,
@@ -31,6 +33,17 @@ def importance_sampling(
     Cost per problem: N K network rows and N rewards.
     """
     return smc(
-        process, reward, batch=batch, particles=particles, budget=budget, temperature=temperature, key=key, start=start,
-        weight=final_only(), selection=resample(threshold=0.0), keep_states=keep_states, on_step=on_step,
-    )  # fmt: skip
+        process,
+        reward,
+        batch=batch,
+        particles=particles,
+        budget=budget,
+        temperature=temperature,
+        key=key,
+        seed=seed,
+        start=start,
+        weight=final_only(),
+        selection=resample(threshold=0.0),
+        keep_states=keep_states,
+        on_step=on_step,
+    )

@@ -14,20 +14,21 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..core.objective import Objective, conditioned
+from ..core.event import OnStep
+from ..core.objective import Objective, num_problems
 from ..core.resampling import Resampler, multinomial
 from ..core.start import Start, prior
 from ..core.trajectory import Trajectory
 from ..cost import Cost, affordable, check_counts
 from ..errors import ShapeError, StateSpaceError
 from ..key import Key, as_key
-from ..particles.potentials import Weight
+from ..particles.potentials import Potential
 from ..particles.proposals import Proposal, bootstrap
 from ..particles.selection import resample
-from ..processes.gaussian import GaussianProcess
+from ..processes.gaussian import GaussianProcess, need_gaussian
 from ..processes.transitions import Redrawn
 from ..results.result import Result
-from ..types import GaussianTransition, Level, OnStep, ReverseProcess, Reward, Rule
+from ..types import GaussianTransition, Level, ReverseProcess, Reward, Rule
 from .smc import smc
 
 
@@ -86,10 +87,11 @@ def particle_gibbs(
     budget: int | None = None,
     temperature: float = 1.0,
     key: Key | int = 0,
+    seed: int | None = None,
     sweeps: int = 4,
     path: Tensor | None = None,
     proposal: Proposal = bootstrap,
-    weight: Weight | None = None,
+    weight: Potential | None = None,
     threshold: float = 0.5,
     keep_states: bool = False,
     on_step: OnStep | None = None,
@@ -115,9 +117,7 @@ def particle_gibbs(
     Ancestor sampling is left out: its weights are densities of one pinned state given every particle, and in the
     dimensions of an image they always choose the particle it came from.
     """
-    key, free = as_key(key), cast(GaussianProcess, process)
-    if not hasattr(process, "levels"):
-        raise StateSpaceError(f"particle Gibbs pins Gaussian transitions, which {type(process).__name__} does not have")
+    key, free = as_key(key, seed), cast(GaussianProcess, need_gaussian(process, "particle Gibbs, which pins steps,"))
     if len(set(free.levels)) < len(free.levels) or getattr(getattr(process, "hooks", None), "after", ()):
         raise StateSpaceError(
             "particle Gibbs pins the one step that leads to a level, and this process comes back to levels (restart, "
@@ -125,31 +125,57 @@ def particle_gibbs(
         )
     check_counts(sweeps=sweeps)
     count = affordable(sweeps * process.steps * process.rows, particles=particles, budget=budget)
-    batch = conditioned(process, batch)
+    batch = num_problems(process, batch)
     _check_path(path, (batch, process.steps + 1, *process.event))
-    cost, sweep, evidence = Cost(), 0, None
+    cost, sweep, first = Cost(), 0, None
     renewed: list[Tensor] = []
+    pinned_first = path is not None
     while True:
         name, (run, begin, resampler) = key.fold("sweep", sweep), _tied(free, path)
         result = smc(
-            run, reward, batch=batch, particles=count, temperature=temperature, key=name, start=begin,
-            proposal=proposal, weight=weight, selection=resample(resampler, threshold),
-            keep_states=keep_states or sweep < sweeps - 1, on_step=on_step,
-        )  # fmt: skip
+            run,
+            reward,
+            batch=batch,
+            particles=count,
+            temperature=temperature,
+            key=name,
+            start=begin,
+            proposal=proposal,
+            weight=weight,
+            selection=resample(resampler, threshold),
+            keep_states=keep_states or sweep < sweeps - 1,
+            on_step=_named(on_step, sweep),
+        )
         cost, state = cost + result.cost, cast(Trajectory, result.trajectory)
         index = multinomial(result.log_weight, name.fold("path"), 1)
         if path is not None:
             renewed.append((state.root.gather(1, index)[:, 0] != 0).double())
-        if evidence is None:
-            evidence = result.log_evidence if path is None else torch.full_like(result.log_evidence, torch.nan)
+        first = first or result
         sweep += 1
         if result.interrupted or sweep == sweeps:
             break
         path = state.select(index).states()[:, 0]
-    share = torch.stack(renewed).mean(0) if renewed else torch.full_like(evidence, torch.nan)
+    nowhere = torch.full_like(result.log_evidence, torch.nan)
+    share = torch.stack(renewed).mean(0) if renewed else nowhere
+    # Pinned runs overestimate the evidence, so it is the first run's, with its variance, unless that was pinned too.
+    evidence = (nowhere, nowhere) if pinned_first else (first.log_evidence, first.log_evidence_variance)
     process = cast(GaussianProcess, result.process).with_rule(free.rule)
     state = replace(state, process=process, diagnostics={**state.diagnostics, "renewed": share})
-    return replace(result, process=process, log_evidence=evidence, cost=cost, trajectory=state)
+    return replace(
+        result,
+        process=process,
+        log_evidence=evidence[0],
+        log_evidence_variance=evidence[1],
+        cost=cost,
+        trajectory=state,
+    )
+
+
+def _named(on_step: OnStep | None, sweep: int) -> OnStep | None:
+    """`on_step`, told which sweep it sees."""
+    if on_step is None:
+        return None
+    return lambda event: on_step(replace(event, run=f"particle_gibbs, sweep {sweep + 1}"))
 
 
 def _tied(process: GaussianProcess, path: Tensor | None) -> tuple[GaussianProcess, Start, Resampler]:

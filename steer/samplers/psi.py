@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ..core.event import OnStep
 from ..cost import check_counts
 from ..errors import BudgetError, SteerError
 from ..key import Key
 from ..particles.langevin import Langevin, pcnl
-from ..particles.potentials import Weight
+from ..particles.potentials import Potential
 from ..particles.proposals import Proposal, guided
 from ..particles.selection import Resample
 from ..results.result import Result
-from ..types import OnStep, ReverseProcess, Reward
+from ..types import ReverseProcess, Reward
 from .smc import smc
 
 
@@ -25,10 +26,11 @@ def psi(
     budget: int | None = None,
     temperature: float = 1.0,
     key: Key | int = 0,
+    seed: int | None = None,
     start: Langevin | None = None,
     share: float = 0.5,
     proposal: Proposal | None = None,
-    weight: Weight | None = None,
+    weight: Potential | None = None,
     selection: Resample | None = None,
     keep_states: bool = False,
     on_step: OnStep | None = None,
@@ -61,10 +63,21 @@ def psi(
     if start.burn_in is None and start.kept is None:
         particles, start = _planned(process, start, particles, budget, share)
     return smc(
-        process, reward, batch=batch, particles=particles, budget=budget, temperature=temperature, key=key,
-        start=start, proposal=proposal or guided(), weight=weight, selection=selection, keep_states=keep_states,
+        process,
+        reward,
+        batch=batch,
+        particles=particles,
+        budget=budget,
+        temperature=temperature,
+        key=key,
+        seed=seed,
+        start=start,
+        proposal=proposal or guided(),
+        weight=weight,
+        selection=selection,
+        keep_states=keep_states,
         on_step=on_step,
-    )  # fmt: skip
+    )
 
 
 def _planned(

@@ -1,20 +1,19 @@
-"""Plain chains of the model, and importance sampling on them."""
+"""Unsteered samples of the model."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-
-from ..core.chain import advance
-from ..core.objective import check_finite, check_temperature, conditioned, open_run
+from ..core.chain import run_chain
+from ..core.event import OnStep
+from ..core.loop import Loop
+from ..core.run import Run
 from ..core.start import Start, prepared, prior
-from ..core.trajectory import Seen
-from ..errors import SteerError
-from ..key import Key, as_key
+from ..core.trajectory import LevelRecord
+from ..key import Key
 from ..particles.selection import check
-from ..results.result import Result
-from ..types import OnStep, ReverseProcess, Reward
+from ..results.result import Law, Result
+from ..types import ReverseProcess, Reward
 
 
 def rollout(
@@ -26,6 +25,7 @@ def rollout(
     budget: int | None = None,
     temperature: float = 1.0,
     key: Key | int = 0,
+    seed: int | None = None,
     start: Start = prior,
     keep_states: bool = True,
     on_step: OnStep | None = None,
@@ -36,20 +36,24 @@ def rollout(
     gives (k, x, x_next, log_prob, ...) along each chain; log-probs are sums over coordinates, float64.
     Cost per problem: N K network rows and N rewards.
     """
-    temperature, key = check_temperature(temperature), as_key(key)
-    process, objective, meter = open_run(process, reward, groupwise=True, key=key)
-    start, count = prepared(start, process, temperature, particles=particles, budget=budget)
-    state = start(process, objective, key, conditioned(process, batch), count)
-    try:
-        state, interrupted = advance(replace(state, keep_states=keep_states), key, on_step)
-        with torch.no_grad():
-            scores = objective(state.x)
-        check_finite(scores, "of the finished samples")
-        check(state, ())
-    except SteerError as error:
-        error.keep(state)
-        raise
-    seen = (Seen(process.steps, state.ess, scores),)
-    return Result.of(
-        state, scores, key=key, cost=meter.cost(), temperature=temperature, seen=seen, interrupted=interrupted
+    run = Run.open(
+        "rollout",
+        process,
+        reward,
+        batch=batch,
+        temperature=temperature,
+        key=key,
+        seed=seed,
+        on_step=on_step,
+        groupwise=True,
     )
+    begin, count = prepared(start, run.process, run.temperature, particles=particles, budget=budget)
+    state = begin(run.process, run.objective, run.key, run.problems, count)
+    loop = Loop(run, state)
+    with loop.keeping_partial():
+        state = run_chain(loop, replace(state, keep_states=keep_states))
+        scores = run.score(state.x)
+        check(state, ())
+    law: Law = "model" if start is prior else "none"
+    seen = [LevelRecord(run.process.steps, state.ess, scores)]
+    return Result.from_population(run, state, scores, law=law, seen=seen, interrupted=loop.interrupted)

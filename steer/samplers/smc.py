@@ -5,25 +5,28 @@ A run is a choice of four parts that compose: a start, a proposal, a weight and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from ..core.log_weights import log_potential
-from ..core.objective import Objective, check_finite, check_temperature, conditioned, open_run
-from ..core.start import Start, prepared, prior, resumed
-from ..core.trajectory import Ancestors, Seen, Trajectory
+from ..core.event import OnStep
+from ..core.loop import Loop
+from ..core.objective import check_finite
+from ..core.population import log_potential
+from ..core.run import Run
+from ..core.start import Start, check_resume, prepared, prior
+from ..core.trajectory import LevelRecord, ResamplingRecord, Trajectory, required
 from ..errors import NotStochasticError, SteerError
-from ..key import Key, as_key
+from ..key import Key
 from ..particles.path_mcmc import forget
-from ..particles.potentials import Weight, difference
-from ..particles.proposals import Proposal, bootstrap, evaluated
+from ..particles.potentials import Potential, difference
+from ..particles.proposals import Proposal, bootstrap, predict_and_score, propose
 from ..particles.selection import Resample, check, resample, select
 from ..results.result import Result
-from ..types import GaussianTransition, OnStep, ReverseProcess, Reward, Stop
+from ..types import ReverseProcess, Reward
 
 
 def smc(
@@ -35,9 +38,10 @@ def smc(
     budget: int | None = None,
     temperature: float = 1.0,
     key: Key | int = 0,
+    seed: int | None = None,
     start: Start | Trajectory = prior,
     proposal: Proposal = bootstrap,
-    weight: Weight | None = None,
+    weight: Potential | None = None,
     selection: Resample | None = None,
     keep_states: bool = False,
     on_step: OnStep | None = None,
@@ -65,55 +69,48 @@ def smc(
     on r(x_0); weights not used up by a resampling are carried; resampling precedes the proposal, so that copies of a
     particle share its prediction and separate in the same step; the evidence is always returned.
     """
-    temperature, key = check_temperature(temperature), as_key(key)
-    weight, selection = weight or difference(), selection or resample()
-    process, objective, meter = open_run(process, reward, key=key)
-    if isinstance(start, Trajectory):
-        state = resumed(start, process, particles, batch, budget)
-    else:
-        price = None if selection.moves is None else partial(selection.moves.rows, process)
-        start, count = prepared(start, process, temperature, particles=particles, budget=budget, price=price)
-        state = start(process, objective, key, conditioned(process, batch), count)
-    state = replace(state, keep_states=keep_states)
-    if "spent" not in state.memory:
-        state = state.remember(spent=torch.zeros_like(state.log_weight))
-    _check_stochastic(state, selection)
-    loop = _Loop(objective, temperature, proposal, weight, selection, key, [])
-    paid = state = loop.begun(state)  # paid: the last state with its prediction, for runs that end early
-    interrupted = False
-    try:
-        try:
-            for k in range(state.k, process.steps):
-                paid = state = loop.weighed(state, weight.active(k, process.steps))
-                state = loop.stepped(state)
-                if on_step is not None:
-                    on_step(state)
-        except (Stop, KeyboardInterrupt):
-            if "x0" not in paid.carried:
-                raise
-            state, interrupted = replace(paid, x=process.complete(paid.x, paid.carried["x0"])), True
-        state, scores = loop.closed(state)
-        check(state, loop.seen)
-    except SteerError as error:
-        error.keep(paid)
-        raise
-    return Result.of(
-        state, scores, key=key, cost=meter.cost(), temperature=temperature, seen=tuple(loop.seen),
-        interrupted=interrupted,
-    )  # fmt: skip
+    run = Run.open("smc", process, reward, batch=batch, temperature=temperature, key=key, seed=seed, on_step=on_step)
+    particle_filter = _ParticleFilter(run, proposal, weight or difference(), selection or resample())
+    state = particle_filter.start(start, particles, budget, batch, keep_states)
+    loop = Loop(run, state)
+    with loop.keeping_partial():
+        with loop.steps():
+            for _ in range(state.k, run.process.steps):
+                state = loop.predicted(particle_filter.weigh(state))
+                state = loop.stepped(state, particle_filter.move(state))
+        state, scores = particle_filter.close(loop.ended(state))
+        check(state, particle_filter.history)
+    return Result.from_population(
+        run, state, scores, law="target", seen=particle_filter.history, interrupted=loop.interrupted
+    )
 
 
 @dataclass(frozen=True)
-class _Loop:
-    """What happens to a population between two levels, with what it depends on."""
+class _ParticleFilter:
+    """What happens to a population between two levels."""
 
-    objective: Objective
-    temperature: float
+    run: Run
     proposal: Proposal
-    weight: Weight
+    weight: Potential
     selection: Resample
-    key: Key
-    seen: list[Seen]
+    history: list[LevelRecord] = field(default_factory=list)
+
+    def start(
+        self, start: Start | Trajectory, particles: int | None, budget: int | None, batch: int, keep_states: bool
+    ) -> Trajectory:
+        """The population to begin with."""
+        run, moves = self.run, self.selection.moves
+        if isinstance(start, Trajectory):
+            state = check_resume(start, run.process, particles, batch, budget)
+        else:
+            price = None if moves is None else partial(moves.rows, run.process)
+            start, count = prepared(
+                start, run.process, run.temperature, particles=particles, budget=budget, price=price
+            )
+            state = start(run.process, run.objective, run.key, run.problems, count)
+        state = replace(state, keep_states=keep_states)
+        _check_stochastic(state, self.selection)
+        return self.begun(state)
 
     def begun(self, state: Trajectory) -> Trajectory:
         """The state remembering what moves will need of its beginning."""
@@ -137,55 +134,59 @@ class _Loop:
             )
         return moves.begin(state)
 
-    def weighed(self, state: Trajectory, weighted: bool) -> Trajectory:
-        """The state carrying its prediction, reweighted and resampled where its level is."""
-        state, scores = evaluated(state, self.objective, self.temperature, self.proposal, weighted)
+    def weigh(self, state: Trajectory) -> Trajectory:
+        """The state caching its prediction, reweighted and resampled where its level is."""
+        weighted = self.weight.active(state.k, state.process.steps)
+        state, scores = self._predict(state, self.run.key, weighted)
         if scores is None:
             return state
-        value = log_potential(scores, self.temperature)
-        return self._selected(self.weight.apply(state, value), scores, value)
+        value = log_potential(scores, self.run.temperature)
+        return self._select(self.weight.apply(state, value), scores, value)
 
-    def stepped(self, state: Trajectory) -> Trajectory:
+    def move(self, state: Trajectory) -> Trajectory:
         """The state one level on."""
-        model = state.process.transition(state.x, state.carried["x0"], state.k)
-        drawn = self.proposal(state, cast(GaussianTransition, model)) if len(state.carried) > 1 else model
-        state = state.step(drawn, self.key.fold("step"), model=None if drawn is model else model)
+        model = state.process.transition(state.x, required(state.cache.x0), state.k)
+        drawn = propose(self.proposal, state, model)
+        state = state.step(drawn, self.run.key.fold("step"), model=None if drawn is model else model)
         return state if self.selection.moves is None else self.selection.moves.record(state, model)
 
-    def closed(self, state: Trajectory) -> tuple[Trajectory, Tensor]:
+    def close(self, state: Trajectory) -> tuple[Trajectory, Tensor]:
         """The finished state, weighted by its reward, and its scores."""
         with torch.no_grad():
-            scores = self.objective(state.x)
-        value = log_potential(scores, self.temperature)
+            scores = self.run.objective(state.x)
+        value = log_potential(scores, self.run.temperature)
         state = self.weight.close(state, value)
         if state.k == state.process.steps and self.selection.moving(state.k):  # not where the run was interrupted
-            state = self._selected(state.carry(score=scores), scores, value)
-            scores = state.carried["score"]
+            state = self._select(state.with_step_cache(score=scores), scores, value)
+            scores = required(state.cache.score)
         else:
-            self.seen.append(Seen(state.process.steps, state.ess, scores))
+            self.history.append(LevelRecord(state.process.steps, state.ess, scores))
         return forget(state), scores
 
-    def _selected(self, state: Trajectory, scores: Tensor, value: Tensor) -> Trajectory:
+    def _predict(self, state: Trajectory, key: Key, weighted: bool) -> tuple[Trajectory, Tensor | None]:
+        return predict_and_score(state, self.run.objective, self.run.temperature, self.proposal, weighted, key)
+
+    def _select(self, state: Trajectory, scores: Tensor, value: Tensor) -> Trajectory:
         """The state resampled in the problems whose ESS is low, and its copies moved."""
         before, moves = state, self.selection.moves
-        state = select(state, scores, self.selection, self.key.fold("resample"), self.seen)
+        state = select(state, scores, self.selection, self.run.key.fold("resample"), self.history)
         if moves is None or state is before or not self.selection.moving(state.k):
             return state
-        parent = cast(Ancestors, state.past[-1]).parent
+        parent = cast(ResamplingRecord, state.past[-1]).parent
         value = self.weight.tempered(before, value).gather(1, parent)
-        return moves(state, value, self._judged, self.key.fold("moves"))
+        return moves(state, value, self._judge, self.run.key.fold("moves"))
 
-    def _judged(self, state: Trajectory) -> tuple[Trajectory, Tensor]:
-        """A moved state with what it carries, and its log-potential."""
+    def _judge(self, state: Trajectory, key: Key) -> tuple[Trajectory, Tensor]:
+        """A moved state with what it caches, and its log-potential."""
         if state.k == state.process.steps:
             with torch.no_grad():
-                scores = self.objective(state.x)
-            state = state.carry(score=scores)
+                scores = self.run.objective(state.x)
+            state = state.with_step_cache(score=scores)
         else:
-            state, seen = evaluated(state, self.objective, self.temperature, self.proposal, True)
-            scores = cast(Tensor, seen)
+            state, seen = self._predict(state, key, True)
+            scores = required(seen)
         check_finite(scores, f"of paths moved to level {state.k}")
-        return state, self.weight.tempered(state, log_potential(scores, self.temperature))
+        return state, self.weight.tempered(state, log_potential(scores, self.run.temperature))
 
 
 def _check_stochastic(state: Trajectory, selection: Resample) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from ..core.event import OnStep
 from ..core.resampling import systematic
 from ..core.start import Start, prior
 from ..key import Key
 from ..particles.proposals import twisted
 from ..particles.selection import Resample, resample
 from ..results.result import Result
-from ..types import OnStep, ReverseProcess, Reward
+from ..types import ReverseProcess, Reward
 from .smc import smc
 
 
@@ -21,6 +22,7 @@ def tds(
     budget: int | None = None,
     temperature: float = 1.0,
     key: Key | int = 0,
+    seed: int | None = None,
     start: Start = prior,
     scale: float = 1.0,
     selection: Resample | None = None,
@@ -42,7 +44,17 @@ def tds(
     (alpha, sigma) and stochastic rule; the twisted prediction is not clamped; the last population is weighted.
     """
     return smc(
-        process, reward, batch=batch, particles=4 if particles is None and budget is None else particles,
-        budget=budget, temperature=temperature, key=key, start=start, proposal=twisted(scale),
-        selection=selection or resample(systematic, threshold=1.0), keep_states=keep_states, on_step=on_step,
-    )  # fmt: skip
+        process,
+        reward,
+        batch=batch,
+        particles=4 if particles is None and budget is None else particles,
+        budget=budget,
+        temperature=temperature,
+        key=key,
+        seed=seed,
+        start=start,
+        proposal=twisted(scale),
+        selection=selection or resample(systematic, threshold=1.0),
+        keep_states=keep_states,
+        on_step=on_step,
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from ..core.event import OnStep
 from ..core.resampling import Resampler, systematic
 from ..core.start import Start, prior
 from ..key import Key
@@ -11,7 +12,7 @@ from ..particles.path_mcmc import path_moves
 from ..particles.proposals import Proposal, bootstrap
 from ..particles.selection import resample
 from ..results.result import Result
-from ..types import OnStep, ReverseProcess, Reward
+from ..types import ReverseProcess, Reward
 from .smc import smc
 
 
@@ -24,6 +25,7 @@ def waste_free(
     budget: int | None = None,
     temperature: float = 1.0,
     key: Key | int = 0,
+    seed: int | None = None,
     start: Start = prior,
     proposal: Proposal = bootstrap,
     chain: int = 2,
@@ -50,6 +52,16 @@ def waste_free(
     """
     moves = path_moves((process.steps,) if levels is None else levels, chain=chain, smallest=smallest)
     return smc(
-        process, reward, batch=batch, particles=particles, budget=budget, temperature=temperature, key=key,
-        start=start, proposal=proposal, selection=resample(resampler, threshold, moves=moves), on_step=on_step,
-    )  # fmt: skip
+        process,
+        reward,
+        batch=batch,
+        particles=particles,
+        budget=budget,
+        temperature=temperature,
+        key=key,
+        seed=seed,
+        start=start,
+        proposal=proposal,
+        selection=resample(resampler, threshold, moves=moves),
+        on_step=on_step,
+    )

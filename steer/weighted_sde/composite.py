@@ -132,9 +132,9 @@ class Composite:
         log_scale = math.log(2.0 * math.pi * self.levels[0].sigma ** 2)
         return 0.5 * size * ((1.0 - total) * log_scale - math.log(total))
 
-    def predict(self, x: Tensor, k: int) -> list[Tensor]:
+    def predict(self, x: Tensor, k: int, key: Key | None = None) -> list[Tensor]:
         """Every component's E[x_0 | x] at level k."""
-        return [component.denoise(x, k) for component in self.components]
+        return [component.denoise(x, k, key) for component in self.components]
 
     def average(self, predictions: Sequence[Tensor], k: int) -> Tensor:
         """sum_i a_i x0_i / A of the components' predictions."""
@@ -143,9 +143,9 @@ class Composite:
         total = self.total(k)
         return torch.stack([p * (a / total) for p, a in zip(predictions, self.at(k), strict=True)]).sum(0)
 
-    def denoise(self, x: Tensor, k: int) -> Tensor:
+    def denoise(self, x: Tensor, k: int, key: Key | None = None) -> Tensor:
         """The composite's prediction of the data at level k."""
-        return self.average(self.predict(x, k), k)
+        return self.average(self.predict(x, k, key), k)
 
     def score(self, x: Tensor, x0: Tensor, k: int) -> Tensor:
         """Score that a prediction x0 implies, of one component or (times A) of the composite's average."""

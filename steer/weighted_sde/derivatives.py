@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from ..core.log_weights import log_potential
 from ..core.objective import Objective
+from ..core.population import log_potential
 from ..errors import NotDifferentiableError
 from ..key import Key
+from ..types import GaussianPath
 from .composite import Composite
 from .look_ahead import LookAhead
 
 
-class Point(NamedTuple):
+class Evaluation(NamedTuple):
     """A population at one level and the derivatives there: float64, events flat, zeros where not asked for.
 
     x0:         average prediction (B, N, *event).     components: score of every model, (B, N, I, D).
@@ -36,7 +37,7 @@ class Point(NamedTuple):
     gradient: Tensor
     laplacian: Tensor
 
-    def tempered(self, exponent: Tensor) -> Point:
+    def tempered(self, exponent: Tensor) -> Evaluation:
         """With rho times an exponent (B, N)."""
         return self._replace(
             value=exponent * self.value,
@@ -45,8 +46,8 @@ class Point(NamedTuple):
         )
 
 
-class Needs(NamedTuple):
-    """What of a Point a level needs."""
+class RequiredDerivatives(NamedTuple):
+    """What of a Evaluation a level needs."""
 
     value: bool
     gradient: bool
@@ -55,7 +56,7 @@ class Needs(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Differentiator:
+class ValueDerivatives:
     """Looks at a population: one prediction per state and component, and derivatives through it.
 
     probes: Rademacher probes for traces (Hutchinson), None for the exact sum over coordinates.
@@ -74,21 +75,21 @@ class Differentiator:
         if self.objective is None:
             nothing = torch.zeros(x.shape[:2], dtype=torch.float64, device=x.device)
             return nothing, nothing
-        scores = self.objective(self.look_ahead.predict(self.target, x, x0, k))
+        scores = self.objective(self.look_ahead.predict(cast(GaussianPath, self.target), x, x0, k, self.key))
         return scores, log_potential(scores, self.temperature) * self.look_ahead.ramp(self.target.levels[k])
 
     def later_value(self, x: Tensor, x0: Tensor, k: int) -> Tensor:
         """rho of the same states at level k + 1. One prediction more, unless the look-ahead needs none."""
         with torch.no_grad():
-            return self.value(x, x0 if self.look_ahead.local else self.target.denoise(x, k + 1), k + 1)[1]
+            return self.value(x, x0 if self.look_ahead.local else self.target.denoise(x, k + 1, self.key), k + 1)[1]
 
-    def __call__(self, x: Tensor, k: int, needs: Needs) -> Point:
+    def __call__(self, x: Tensor, k: int, needs: RequiredDerivatives) -> Evaluation:
         """The population x (B, N, *event) at level k."""
         target = self.target
         nothing = torch.zeros(x.shape[:2], dtype=torch.float64, device=x.device)
         with torch.set_grad_enabled(needs.gradient or needs.divergence), _twice(needs.laplacian):
             x = x.detach().requires_grad_() if torch.is_grad_enabled() else x
-            predictions = target.predict(x, k)
+            predictions = target.predict(x, k, self.key)
             x0 = target.average(predictions, k)
             reward, value = self.value(x, x0, k) if needs.value else (nothing, nothing)
         state = x.detach().double()
@@ -101,9 +102,9 @@ class Differentiator:
         if needs.divergence:
             here, size = target.levels[k], score.shape[2]
             divergence = (self._trace(x0, x, k, True) * here.alpha - size) * (target.total(k) / here.sigma**2)
-        return Point(
+        return Evaluation(
             x0.detach(), components, score, divergence, reward.detach(), value.detach(), gradient, laplacian
-        )  # fmt: skip
+        )
 
     def _value_derivatives(self, value: Tensor, x: Tensor, k: int, second: bool) -> tuple[Tensor, Tensor]:
         if not value.requires_grad:

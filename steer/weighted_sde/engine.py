@@ -33,15 +33,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.trajectory import Trajectory
+from ..core.trajectory import Trajectory, required
 from ..key import Key
-from ..particles.potentials import Weight
+from ..particles.potentials import Potential
 from ..processes.transitions import Normal
 from ..types import Level
 from .composite import Composite
-from .derivatives import Differentiator, Needs, Point
-from .step_integrals import Span, span
-from .transports import REWARD, Fields, Transport
+from .derivatives import Evaluation, RequiredDerivatives, ValueDerivatives
+from .step_integrals import StepIntegrals, span
+from .transports import REWARD, ControlBasis, Transport
 
 
 @dataclass(frozen=True)
@@ -87,15 +87,15 @@ class Terms(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Engine:
+class WeightedSDE:
     """A run's choices, and its steps as methods on a Trajectory. Run by `weighted_loop`."""
 
     target: Composite
-    look: Differentiator
+    look: ValueDerivatives
     transport: Transport
     weight: KernelRatio | FeynmanKac
     noise: Noise
-    potential: Weight
+    potential: Potential
     active: tuple[float, float] | None
     sigma_data: float
     key: Key
@@ -114,7 +114,7 @@ class Engine:
             return 0.0
         return self.noise(self.target.levels[k], self.target.levels[k + 1]) if callable(self.noise) else self.noise
 
-    def span(self, k: int) -> Span:
+    def span(self, k: int) -> StepIntegrals:
         """Integrated coefficients of the step from level k."""
         return span(self.target.levels[k], self.target.levels[k + 1], self.sigma_data)
 
@@ -126,17 +126,18 @@ class Engine:
         """Coefficients (B, 3) of the transport at level k before control, for log-weights like (B, N)."""
         return self.transport.start(k, self.target.total(k), self.v(k), like)
 
-    def needs(self, state: Trajectory) -> Needs:
+    def needs(self, state: Trajectory) -> RequiredDerivatives:
         """What this run has to know of a population."""
         k, free = state.k, self.transport.control is not None or self.transport.memory is not None
         along_reward, along_score, _ = self.transport.theta(self.target.total(k), self.v(k))
         if isinstance(self.weight, KernelRatio):
             pushed = self.valued and not self.last(k) and self.push(k) != 0.0
-            return Needs(pushed or (self.valued and self.potential.active(k, self.target.steps)), pushed, False, False)
+            valued = pushed or (self.valued and self.potential.active(k, self.target.steps))
+            return RequiredDerivatives(valued, pushed, False, False)
         if self.last(k):
-            return Needs(self.valued, False, False, False)
+            return RequiredDerivatives(self.valued, False, False, False)
         # b = -g^2 grad rho / 2 takes the Laplacian out of (2); a drift without S_q needs no divergence of it.
-        return Needs(
+        return RequiredDerivatives(
             self.valued, self.valued, self.valued and (free or along_reward != -1.0), free or along_score != 0.0
         )
 
@@ -148,26 +149,28 @@ class Engine:
         """The state weighted by its value and ready to move; its scores (B, N); theta (B, 3), zero without a drift."""
         k, needs = state.k, self.needs(state)
         point = self.look(state.x, k, needs)
-        if "accounted" in state.memory:  # Feynman-Kac steps count rho up to the state they lead to
-            state = state.remember(spent=state.memory["accounted"] * point.value)
+        if state.path.exponent_counted is not None:  # Feynman-Kac steps count rho up to the state they lead to
+            state = state.with_path_state(log_potential=state.path.exponent_counted * point.value)
         if needs.value and (isinstance(self.weight, FeynmanKac) or self.potential.active(k, self.target.steps)):
             state = self.potential.apply(state, point.value)
-        exponent = state.memory["exponent"] if "exponent" in state.memory else torch.ones_like(state.log_weight)
-        state = state.carry(x0=point.x0)
+        exponent = torch.ones_like(state.log_weight) if state.path.exponent is None else state.path.exponent
+        state = state.with_step_cache(x0=point.x0, score=point.reward if needs.value else None)
         nowhere = state.log_weight.new_zeros(state.log_weight.shape[0], 3)
         if self.tracks_log_q or isinstance(self.weight, KernelRatio):
-            state = state.carry(components=point.components)
+            state = state.with_step_cache(components=point.components)
         if self.last(k):
             return self.weighted(state, self.model_terms(state, point).total()), point.reward, nowhere
         if isinstance(self.weight, KernelRatio):
-            return state.carry(push=self.push(k) * exponent[..., None] * point.gradient), point.reward, nowhere
+            push = self.push(k) * exponent[..., None] * point.gradient
+            return state.with_step_cache(push=push), point.reward, nowhere
         later = self.look.later_value(state.x, point.x0, k) if self.valued else point.value
         partial = exponent * (later - point.value)
         point = point.tempered(exponent)
         state, theta = self.drift(state, point, self.terms(state, point, partial))
-        return (state.remember(accounted=exponent) if self.valued else state), point.reward, theta
+        state = state.with_path_state(exponent_counted=exponent) if self.valued else state
+        return state, point.reward, theta
 
-    def model_terms(self, state: Trajectory, point: Point) -> Terms:
+    def model_terms(self, state: Trajectory, point: Evaluation) -> Terms:
         """The parts of (2) that the models owe, for the step from a state."""
         target, k, step = self.target, state.k, self.span(state.k)
         power, total = point.components.new_tensor(target.at(k)), target.total(k)
@@ -178,11 +181,11 @@ class Engine:
         nothing = torch.zeros_like(models)
         change = nothing
         if target.varying:
-            change = state.memory["log_q"] @ (power.new_tensor(target.at(k + 1)) - power)
+            change = required(state.path.log_q) @ (power.new_tensor(target.at(k + 1)) - power)
         normaliser = (total - 1.0) * point.score.shape[2] * step.log_ratio
         return Terms(normaliser, models, nothing, nothing, nothing, nothing, change)
 
-    def terms(self, state: Trajectory, point: Point, partial: Tensor) -> Terms:
+    def terms(self, state: Trajectory, point: Evaluation, partial: Tensor) -> Terms:
         """The parts of (2) with b = 0 for the step from a state; partial is d_t rho over the step."""
         step, gradient = self.span(state.k), point.gradient
         return self.model_terms(state, point)._replace(
@@ -192,7 +195,7 @@ class Engine:
             partial=partial,
         )
 
-    def fields(self, state: Trajectory, point: Point, gain: Tensor) -> Fields:
+    def fields(self, state: Trajectory, point: Evaluation, gain: Tensor) -> ControlBasis:
         """Bases and their costs for a control; gain is (2) with b = 0 over a step, (B, N)."""
         x = state.x.double().flatten(2)
         bases = torch.stack([point.gradient, point.score, x], 2)
@@ -201,11 +204,11 @@ class Engine:
         cost = torch.einsum("bnjd,bnd->bnj", bases, point.score + point.gradient) + divergence
         potentials = None
         if self.transport.potentials:
-            log_q = state.memory["log_q"] @ point.components.new_tensor(self.target.at(state.k))
+            log_q = required(state.path.log_q) @ point.components.new_tensor(self.target.at(state.k))
             potentials = torch.stack([point.value, log_q, 0.5 * x.square().sum(2)], 2)
-        return Fields(bases, cost, gain / (0.5 * self.span(state.k).rate), potentials)
+        return ControlBasis(bases, cost, gain / (0.5 * self.span(state.k).rate), potentials)
 
-    def drift(self, state: Trajectory, point: Point, terms: Terms) -> tuple[Trajectory, Tensor]:
+    def drift(self, state: Trajectory, point: Evaluation, terms: Terms) -> tuple[Trajectory, Tensor]:
         """The state with its Feynman-Kac weight, carrying the direction u of the drift g^2 u / 2; and theta."""
         k, gain = state.k, terms.total()
         fields = self.fields(state, point, gain)
@@ -215,7 +218,7 @@ class Engine:
         gain = gain + 0.5 * self.span(k).rate * (fields.cost * theta[:, None]).sum(2)
         direction = (1.0 + self.v(k)) * (point.score + point.gradient)
         direction = direction + torch.einsum("bj,bnjd->bnd", theta, fields.bases)
-        return self.weighted(state, gain).carry(direction=direction), theta
+        return self.weighted(state, gain).with_step_cache(direction=direction), theta
 
     def weighted(self, state: Trajectory, gain: Tensor) -> Trajectory:
         """The state with a step's weight; outside an active interval, without."""
@@ -227,22 +230,22 @@ class Engine:
         k, x, step, total = state.k, state.x, self.span(state.k), self.target.total(state.k)
         v = self.v(k)
         pull = 1.0 + v * total if self.transport.flow else (1.0 + v) * total
-        y = 0.5 * step.drift(pull) * state.carried["direction"].view(x.shape)
+        y = 0.5 * step.drift(pull) * required(state.cache.direction).view(x.shape)
         return Normal(((x + y) / step.ratio).to(x.dtype), math.sqrt(step.noise(pull, v)) / step.ratio)
 
     def composite_kernel(self, state: Trajectory) -> Normal:
         """prod_i F_i^a_i B^(1 - A), moved along the gradient of rho."""
         k, x, step, total = state.k, state.x, self.span(state.k), self.target.total(state.k)
         variance = step.gamma / (total / step.fade - total + 1.0)
-        score = torch.einsum("bnid,i->bnd", state.carried["components"], x.new_tensor(self.target.at(k)).double())
-        y = variance * (score / step.fade + state.carried["push"]).view(x.shape)
+        score = torch.einsum("bnid,i->bnd", required(state.cache.components), x.new_tensor(self.target.at(k)).double())
+        y = variance * (score / step.fade + required(state.cache.push)).view(x.shape)
         return Normal(((x + y) / step.ratio).to(x.dtype), math.sqrt(variance) / step.ratio)
 
     def step(self, state: Trajectory) -> Trajectory:
         """The state one level on, with what its weights and memory owe to the step."""
         noise = self.key.fold("step")
         if self.last(state.k):
-            return state.step(Normal(state.carried["x0"], 0.0), noise)
+            return state.step(Normal(required(state.cache.x0), 0.0), noise)
         if isinstance(self.weight, FeynmanKac):
             after = state.step(self.euler(state), noise)
             return self.followed(state, after)[0] if self.tracks_log_q else after
@@ -251,7 +254,7 @@ class Engine:
         gain = forward @ forward.new_tensor(powers) + (1.0 - math.fsum(powers)) * backward - law.log_prob(after.x)
         if self.target.varying:
             change = forward.new_tensor(self.target.at(after.k)) - forward.new_tensor(powers)
-            gain = gain + after.memory["log_q"] @ change
+            gain = gain + required(after.path.log_q) @ change
         return replace(self.weighted(replace(after, k=state.k), gain), k=after.k)
 
     def followed(self, before: Trajectory, after: Trajectory) -> tuple[Trajectory, Tensor, Tensor]:
@@ -265,11 +268,11 @@ class Engine:
         forward = torch.stack(
             [
                 Normal(((x + step.gamma * s.view(x.shape)) / step.ratio).to(x.dtype), std).log_prob(after.x)
-                for s in before.carried["components"].unbind(2)
+                for s in required(before.cache.components).unbind(2)
             ],
             2,
         )
         backward = Normal(step.ratio * after.x, math.sqrt(step.gamma)).log_prob(x)
         if self.tracks_log_q:
-            after = after.remember(log_q=before.memory["log_q"] + forward - backward[..., None])
+            after = after.with_path_state(log_q=required(before.path.log_q) + forward - backward[..., None])
         return after, forward, backward

@@ -5,26 +5,30 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from ..core.log_weights import log_potential
-from ..core.objective import Objective, check_temperature, conditioned, open_run
-from ..core.start import PreparedStart, Start, prior, resumed
-from ..core.trajectory import Seen, Trajectory
-from ..cost import Meter, affordable
+from ..core.event import OnStep
+from ..core.loop import Loop
+from ..core.objective import Objective
+from ..core.population import log_potential
+from ..core.run import Run
+from ..core.start import PreparedStart, Start, check_resume, prior
+from ..core.trajectory import LevelRecord, Trajectory
+from ..cost import affordable
 from ..errors import ModelError, NotStochasticError, SteerError
-from ..key import Key, as_key
+from ..key import Key
 from ..particles.birth_death import BirthDeath
 from ..particles.potentials import difference
 from ..particles.selection import Resample, check, select
 from ..particles.tempering import Tempering
 from ..results.result import Result
-from ..types import OnStep, Reward, Stop
+from ..types import Reward
 from .composite import Composite
-from .derivatives import Differentiator
-from .engine import Engine, FeynmanKac, KernelRatio, Noise
+from .derivatives import ValueDerivatives
+from .engine import FeynmanKac, KernelRatio, Noise, WeightedSDE
 from .look_ahead import LookAhead
 from .transports import Transport
 
@@ -38,6 +42,7 @@ def weighted_loop(
     budget: int | None,
     temperature: float,
     key: Key | int,
+    seed: int | None,
     start: Start | Trajectory,
     transport: Transport,
     weight: KernelRatio | FeynmanKac,
@@ -49,52 +54,60 @@ def weighted_loop(
     sigma_data: float,
     keep_states: bool,
     on_step: OnStep | None,
+    name: str,
 ) -> tuple[Result, dict[int, Tensor]]:
     """A weighted population of the composite's target, and the transport's coefficients (B, 3) by level.
 
     Arguments as `steer.fkc`, all required.
     """
-    temperature, key = check_temperature(temperature), as_key(key)
-    target, objective, meter = _opened(target, reward)
-    look = Differentiator(
-        target, objective, temperature, look_ahead, weight.probes if isinstance(weight, FeynmanKac) else None, key
+    run, objective = _opened(
+        name, target, reward, batch=batch, temperature=temperature, key=key, seed=seed, on_step=on_step
     )
-    engine = Engine(target, look, transport, weight, noise, difference(tempering=tempering), active, sigma_data, key)
+    target = cast(Composite, run.process)
+    look = ValueDerivatives(
+        target=target,
+        objective=objective,
+        temperature=run.temperature,
+        look_ahead=look_ahead,
+        probes=weight.probes if isinstance(weight, FeynmanKac) else None,
+        key=run.key,
+    )
+    engine = WeightedSDE(
+        target=target,
+        look=look,
+        transport=transport,
+        weight=weight,
+        noise=noise,
+        potential=difference(tempering=tempering),
+        active=active,
+        sigma_data=sigma_data,
+        key=run.key,
+    )
     rows = rows_per_particle(target, objective is not None, weight, look_ahead)
-    state = _started(engine, start, conditioned(target, batch), particles, budget, rows)
+    state = _started(engine, start, run.problems, particles, budget, rows)
     state = replace(state, keep_states=keep_states)
     if not isinstance(selection, BirthDeath):
         _check_noise(engine, state, selection)
 
-    seen: list[Seen] = []
+    history: list[LevelRecord] = []
     thetas: dict[int, Tensor] = {}
-    paid, standing, interrupted = state, state, False
-    try:
-        try:
+    loop = Loop(run, state)
+    with loop.keeping_partial():
+        with loop.steps():
             for k in range(state.k, target.steps):
-                standing = state  # what an error leaves to go on from: the gain of its step is not in it yet
+                consistent = loop.partial = state  # the gain of the step from here is not in it yet
                 state, scores, thetas[k] = engine.evaluate(state)
                 if not engine.last(k):
-                    state = _selected(state, scores, selection, key, seen)
-                paid = state
-                state = engine.step(state)
-                if on_step is not None:
-                    on_step(state)
-        except (Stop, KeyboardInterrupt):
-            if "x0" not in paid.carried:
-                raise
-            state, interrupted = replace(paid, x=paid.carried["x0"]), True
+                    state = _selected(state, scores, selection, run.key, history)
+                loop.predicted(state, partial=consistent)
+                state = loop.stepped(state, engine.step(state))
+        state = loop.ended(state)
         with torch.no_grad():
             scores = torch.zeros_like(state.log_weight) if objective is None else objective(state.x)
-        state = engine.potential.close(state, log_potential(scores, temperature))
-        seen.append(Seen(target.steps, state.ess, scores))
-        check(state, seen)
-    except SteerError as error:
-        error.keep(standing)
-        raise
-    result = Result.of(
-        state, scores, key=key, cost=meter.cost(), temperature=temperature, seen=tuple(seen), interrupted=interrupted
-    )
+        state = engine.potential.close(state, log_potential(scores, run.temperature))
+        history.append(LevelRecord(target.steps, state.ess, scores))
+        check(state, history)
+    result = Result.from_population(run, state, scores, law="target", seen=history, interrupted=loop.interrupted)
     return result, thetas
 
 
@@ -153,23 +166,24 @@ def _warn(message: str) -> None:
     warnings.warn(message, UserWarning, stacklevel=4)
 
 
-def _opened(target: Composite, reward: Reward | None) -> tuple[Composite, Objective | None, Meter]:
-    if reward is None:
-        meter = Meter()
-        return target.metered(meter), None, meter
-    process, objective, meter = open_run(target, reward)
-    assert isinstance(process, Composite)
-    return process, objective, meter
+def _opened(name: str, target: Composite, reward: Reward | None, **options: Any) -> tuple[Run, Objective | None]:
+    """The run, and its objective; None where there is no reward, and the target is the composite itself."""
+    run = Run.open(name, target, _nothing if reward is None else reward, **options)
+    return run, None if reward is None else run.objective
+
+
+def _nothing(samples: Tensor) -> Tensor:
+    return torch.zeros(len(samples), dtype=torch.float64, device=samples.device)
 
 
 def _started(
-    engine: Engine, start: Start | Trajectory, batch: int, particles: int | None, budget: int | None, rows: int
+    engine: WeightedSDE, start: Start | Trajectory, batch: int, particles: int | None, budget: int | None, rows: int
 ) -> Trajectory:
     """The population at its first level, with the path's normaliser there in its evidence."""
     target = engine.target
     if isinstance(start, Trajectory):
         each = -(-rows // (target.steps * target.rows))
-        state = resumed(start, target, particles, batch, budget, rows=each)
+        state = check_resume(start, target, particles, batch, budget, rows=each)
     else:
         before = 0
         if isinstance(start, PreparedStart):
@@ -188,28 +202,26 @@ def _started(
         else:
             state = start(target, objective, engine.key, batch, count)
         state = replace(state, log_evidence=state.log_evidence + target.log_prior_mass)
-    if "spent" not in state.memory:
-        state = state.remember(spent=torch.zeros_like(state.log_weight))
-    if engine.tracks_log_q and "log_q" not in state.memory:
+    if engine.tracks_log_q and state.path.log_q is None:
         if state.k > 0:
-            raise SteerError("log q is followed from the first level on: go on from a trajectory of this sampler")
+            raise SteerError("log q is followed from the first level on: resume a trajectory of this sampler")
         sigma = target.levels[0].sigma
         x = state.x.double().flatten(2)
         log_q = -0.5 * x.square().sum(2) / sigma**2 - 0.5 * x.shape[2] * math.log(2.0 * math.pi * sigma**2)
-        state = state.remember(log_q=log_q[..., None].repeat(1, 1, len(target.components)))
+        state = state.with_path_state(log_q=log_q[..., None].repeat(1, 1, len(target.components)))
     return state
 
 
 def _selected(
-    state: Trajectory, scores: Tensor, selection: Resample | BirthDeath, key: Key, seen: list[Seen]
+    state: Trajectory, scores: Tensor, selection: Resample | BirthDeath, key: Key, seen: list[LevelRecord]
 ) -> Trajectory:
     if isinstance(selection, BirthDeath):
-        seen.append(Seen(state.k, state.ess, scores))
+        seen.append(LevelRecord(state.k, state.ess, scores))
         return selection(state, key.fold("clock"))
     return select(state, scores, selection, key.fold("resample"), seen)
 
 
-def _check_noise(engine: Engine, state: Trajectory, selection: Resample) -> None:
+def _check_noise(engine: WeightedSDE, state: Trajectory, selection: Resample) -> None:
     if selection.moves is not None:
         raise SteerError(
             "moves hold for weights that are a function of the latest state, as in steer.smc; those of a weighted SDE "

@@ -9,7 +9,7 @@ from ..errors import SteerError
 from ..types import Level
 
 
-class Span(NamedTuple):
+class StepIntegrals(NamedTuple):
     """One step from a level to the next, in the scaled state y = ratio x' - x.
 
     The reverse SDE at left-point coefficients is y = Gamma s + sqrt(Gamma) noise. A score that decays along the step,
@@ -47,7 +47,7 @@ class Span(NamedTuple):
         return v * self.total * (self.fade - math.exp(pull * log_fade)) / (pull - 1.0)
 
 
-def span(here: Level, there: Level, sigma_data: float) -> Span:
+def span(here: Level, there: Level, sigma_data: float) -> StepIntegrals:
     """Coefficients of the step from `here` to `there` for data of standard deviation sigma_data per coordinate."""
     if not here.alpha > 0.0:
         raise SteerError(
@@ -57,4 +57,4 @@ def span(here: Level, there: Level, sigma_data: float) -> Span:
     ratio = here.alpha / there.alpha
     gamma = here.sigma**2 - (ratio * there.sigma) ** 2
     total = (here.alpha * sigma_data) ** 2 + here.sigma**2
-    return Span(ratio, gamma, total, ratio**2 * ((there.alpha * sigma_data) ** 2 + there.sigma**2) / total)
+    return StepIntegrals(ratio, gamma, total, ratio**2 * ((there.alpha * sigma_data) ** 2 + there.sigma**2) / total)

@@ -23,7 +23,7 @@ not where a learned score is no gradient field: its right side has what log q, f
 little that is left of one basis beside the other, and coefficients of 1e4 came of an error of 1e-3 in the denoiser."""
 
 
-class Fields(NamedTuple):
+class ControlBasis(NamedTuple):
     """What a control sees of every particle at one level. Bases j = 0, 1, 2: grad rho, S_q and x.
 
     bases: (B, N, 3, D). cost: b_j . S + div b_j, (B, N, 3). rate: what the weights gain with b = 0, in units of
@@ -36,7 +36,7 @@ class Fields(NamedTuple):
     potentials: Tensor | None
 
 
-Control = Callable[[Fields, Tensor, Tensor], Tensor]
+Control = Callable[[ControlBasis, Tensor, Tensor], Tensor]
 """(fields, log_weight (B, N), theta (B, 3) so far) -> correction of theta (B, 3)."""
 
 
@@ -95,7 +95,7 @@ def ecg(base: Transport = score_transport) -> Transport:
     return Transport(base.theta, _least_energy, flow=True, potentials=True)
 
 
-def _least_variance(fields: Fields, log_weight: Tensor, theta: Tensor) -> Tensor:
+def _least_variance(fields: ControlBasis, log_weight: Tensor, theta: Tensor) -> Tensor:
     weight = torch.softmax(log_weight, 1)
     cost = fields.cost - (weight[..., None] * fields.cost).sum(1, keepdim=True)
     rate = fields.rate + (fields.cost * theta[:, None]).sum(2)
@@ -104,7 +104,7 @@ def _least_variance(fields: Fields, log_weight: Tensor, theta: Tensor) -> Tensor
     return _solve(weighted.mT @ cost, -(weighted * rate[..., None]).sum(1), VARIANCE_RIDGE)
 
 
-def _least_energy(fields: Fields, log_weight: Tensor, theta: Tensor) -> Tensor:
+def _least_energy(fields: ControlBasis, log_weight: Tensor, theta: Tensor) -> Tensor:
     assert fields.potentials is not None
     weight = torch.softmax(log_weight, 1)
     rate = fields.rate + (fields.cost * theta[:, None]).sum(2)

@@ -10,8 +10,8 @@ import torch
 from exact import LIMIT, Linear, z
 
 import steer
-from steer.core import diagnostics, log_weights
-from steer.core.trajectory import Ancestors
+from steer.core import diagnostics, population
+from steer.core.trajectory import ResamplingRecord
 from steer.key import Key
 from steer.models import ExactStep, gaussian
 
@@ -31,20 +31,18 @@ def random_weights(problems: int = 6, particles: int = 9) -> torch.Tensor:
 def test_log_mean_exp():
     log_weight = random_weights()
     torch.testing.assert_close(
-        log_weights.log_mean_exp(log_weight), log_weight.exp().mean(1).log(), rtol=1e-14, atol=1e-14
+        population.log_mean_exp(log_weight), log_weight.exp().mean(1).log(), rtol=1e-14, atol=1e-14
     )
-    torch.testing.assert_close(log_weights.log_mean_exp(log_weight + 1e5), log_weights.log_mean_exp(log_weight) + 1e5)
-    assert log_weights.log_mean_exp(rows([-INF, -INF], [-1e300, -INF])).tolist() == [-INF, pytest.approx(-1e300)]
-    assert log_weights.log_mean_exp(rows([3.25])).tolist() == [3.25]
+    torch.testing.assert_close(population.log_mean_exp(log_weight + 1e5), population.log_mean_exp(log_weight) + 1e5)
+    assert population.log_mean_exp(rows([-INF, -INF], [-1e300, -INF])).tolist() == [-INF, pytest.approx(-1e300)]
+    assert population.log_mean_exp(rows([3.25])).tolist() == [3.25]
 
 
 def test_normalise():
     log_weight = random_weights()
+    torch.testing.assert_close(population.normalise(log_weight).exp(), torch.softmax(log_weight, 1), rtol=1e-13, atol=0)
     torch.testing.assert_close(
-        log_weights.normalise(log_weight).exp(), torch.softmax(log_weight, 1), rtol=1e-13, atol=0
-    )
-    torch.testing.assert_close(
-        log_weights.normalise(log_weight - 1e6).exp(), torch.softmax(log_weight, 1), rtol=1e-9, atol=0
+        population.normalise(log_weight - 1e6).exp(), torch.softmax(log_weight, 1), rtol=1e-9, atol=0
     )
 
 
@@ -52,27 +50,28 @@ def test_the_best_share_equally():
     """Ties go to the first, forbidden scores to nobody, and where all are forbidden that is overlooked."""
     score = rows((1.0, 3.0, 3.0, 3.0), (0.0, -math.inf, -math.inf, 2.0), (-math.inf,) * 4)
     torch.testing.assert_close(
-        log_weights.of_best(score, 2).exp(), rows((0.0, 0.5, 0.5, 0.0), (0.5, 0.0, 0.0, 0.5), (0.5, 0.5, 0.0, 0.0))
+        population.weights_of_top_k(score, 2).exp(),
+        rows((0.0, 0.5, 0.5, 0.0), (0.5, 0.0, 0.0, 0.5), (0.5, 0.5, 0.0, 0.0)),
     )
-    torch.testing.assert_close(log_weights.of_best(score, 3)[1].exp(), rows((0.5, 0.0, 0.0, 0.5))[0])
-    torch.testing.assert_close(log_weights.of_best(score, 9)[0].exp(), rows((0.25,) * 4)[0])
+    torch.testing.assert_close(population.weights_of_top_k(score, 3)[1].exp(), rows((0.5, 0.0, 0.0, 0.5))[0])
+    torch.testing.assert_close(population.weights_of_top_k(score, 9)[0].exp(), rows((0.25,) * 4)[0])
 
 
 def test_ess_of_small_cases():
     cases = {(0.0,): 1.0, (0.0, 0.0): 2.0, (0.0, -INF): 1.0, (0.0, -INF, 0.0, -INF): 2.0, (1e6, 0.0, 1e6): 2.0}
     cases |= {(-1e300, -1e300): 2.0, (math.log(3.0), 0.0): 16.0 / 10.0, (-1e5, -INF, -1e5 - math.log(2.0)): 9.0 / 5.0}
     for values, expected in cases.items():
-        assert float(log_weights.ess(rows(values))) == pytest.approx(expected, rel=1e-10)
-    assert log_weights.ess(rows([-INF, -INF], [0.0, 0.0]))[0].isnan()
+        assert float(population.ess(rows(values))) == pytest.approx(expected, rel=1e-10)
+    assert population.ess(rows([-INF, -INF], [0.0, 0.0]))[0].isnan()
 
 
 def test_ess_is_between_one_and_n_and_free_of_scale():
     log_weight = 4.0 * Key(1).normal((300, 11))
-    size = log_weights.ess(log_weight)
+    size = population.ess(log_weight)
     assert bool(((size >= 1.0 - 1e-12) & (size <= 11.0 + 1e-12)).all())
     torch.testing.assert_close(size, 1.0 / torch.softmax(log_weight, 1).square().sum(1), rtol=1e-12, atol=0)
-    torch.testing.assert_close(log_weights.ess(log_weight + 1024.0), size, rtol=1e-12, atol=0)
-    assert float(log_weights.ess(log_weight[:, :1]).max()) == 1.0
+    torch.testing.assert_close(population.ess(log_weight + 1024.0), size, rtol=1e-12, atol=0)
+    assert float(population.ess(log_weight[:, :1]).max()) == 1.0
 
 
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
@@ -81,9 +80,9 @@ def test_temper_reaches_the_goal(share):
     scale = torch.logspace(-2, 5, 40, dtype=torch.float64)[:, None]
     likelihood, lowest = scale * Key(2).normal((40, 16)), torch.zeros(40, dtype=torch.float64)
     zero = torch.zeros_like(likelihood)
-    exponent = log_weights.temper(zero, likelihood, lowest, share=share)
-    size = log_weights.ess(exponent[:, None] * likelihood)
-    full = log_weights.ess(likelihood) >= share * 16
+    exponent = population.temper(zero, likelihood, lowest, share=share)
+    size = population.ess(exponent[:, None] * likelihood)
+    full = population.ess(likelihood) >= share * 16
     assert bool(full.any())
     assert bool((~full).any())
     assert bool((exponent[full] == 1.0).all())
@@ -94,8 +93,8 @@ def test_temper_reaches_the_goal(share):
 def test_temper_continues_from_an_exponent_and_from_weights():
     likelihood, lowest = 6.0 * Key(3).normal((20, 16)), torch.linspace(0.0, 0.9, 20, dtype=torch.float64)
     log_weight = 0.3 * Key(4).normal((20, 16))
-    exponent = log_weights.temper(log_weight, likelihood, lowest, share=0.5)
-    size = log_weights.ess(log_weight + (exponent - lowest)[:, None] * likelihood)
+    exponent = population.temper(log_weight, likelihood, lowest, share=0.5)
+    size = population.ess(log_weight + (exponent - lowest)[:, None] * likelihood)
     assert bool((exponent > lowest).all())
     assert float((size - 8.0)[exponent < 1.0].abs().max()) < 1e-6
 
@@ -103,7 +102,7 @@ def test_temper_continues_from_an_exponent_and_from_weights():
 def test_temper_stays_where_the_weights_are_already_below_the_goal():
     log_weight = rows([0.0, -20.0, -20.0, -20.0])
     likelihood, lowest = rows([3.0, 1.0, 0.0, -1.0]), rows(0.25)[None, 0]
-    assert float(log_weights.temper(log_weight, likelihood, lowest)) == 0.25
+    assert float(population.temper(log_weight, likelihood, lowest)) == 0.25
 
 
 def test_temper_with_forbidden_particles():
@@ -111,37 +110,37 @@ def test_temper_with_forbidden_particles():
     allowed = 5.0 * Key(5).normal((3, 8))
     forbidden = torch.cat([allowed, torch.full((3, 8), -INF, dtype=torch.float64)], 1)
     lowest = torch.zeros(3, dtype=torch.float64)
-    alone = log_weights.temper(torch.zeros_like(allowed), allowed, lowest, share=0.5)
-    half = log_weights.temper(torch.zeros_like(forbidden), forbidden, lowest, share=0.25)
+    alone = population.temper(torch.zeros_like(allowed), allowed, lowest, share=0.5)
+    half = population.temper(torch.zeros_like(forbidden), forbidden, lowest, share=0.25)
     torch.testing.assert_close(half, alone, rtol=1e-9, atol=0)
 
 
 def test_temper_does_not_depend_on_the_batch():
     likelihood, lowest = 6.0 * Key(6).normal((5, 16)), torch.zeros(5, dtype=torch.float64)
-    whole = log_weights.temper(torch.zeros_like(likelihood), likelihood, lowest)
+    whole = population.temper(torch.zeros_like(likelihood), likelihood, lowest)
     for b in range(5):
         row = likelihood[b : b + 1]
-        assert torch.equal(log_weights.temper(torch.zeros_like(row), row, lowest[:1]), whole[b : b + 1])
+        assert torch.equal(population.temper(torch.zeros_like(row), row, lowest[:1]), whole[b : b + 1])
 
 
 @pytest.mark.parametrize("share", [0.0, -0.1, 1.5])
 def test_temper_names_a_bad_share(share):
     with pytest.raises(steer.SteerError, match=r"in \(0, 1\], got"):
-        log_weights.temper(torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1), share=share)
+        population.temper(torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1), share=share)
 
 
 def test_weighted_mean():
     log_weight, values = random_weights(), Key(7).normal((6, 9, 2, 3))
     expected = torch.einsum("bn,bnij->bij", torch.softmax(log_weight, 1), values)
-    torch.testing.assert_close(log_weights.weighted_mean(log_weight, values), expected)
-    assert log_weights.weighted_mean(log_weight, values[..., 0, 0]).shape == (6,)
-    assert log_weights.weighted_mean(log_weight, values.float()).dtype == torch.float64
+    torch.testing.assert_close(population.weighted_mean(log_weight, values), expected)
+    assert population.weighted_mean(log_weight, values[..., 0, 0]).shape == (6,)
+    assert population.weighted_mean(log_weight, values.float()).dtype == torch.float64
 
 
 def test_weighted_mean_reads_nothing_at_weight_zero():
     log_weight, values = rows([0.0, -INF, math.log(3.0), -INF]), rows([1.0, math.nan, 2.0, INF])
-    assert float(log_weights.weighted_mean(log_weight, values)) == pytest.approx(1.75)
-    assert log_weights.weighted_mean(rows([0.0, 0.0]), rows([1.0, math.nan])).isnan().all()
+    assert float(population.weighted_mean(log_weight, values)) == pytest.approx(1.75)
+    assert population.weighted_mean(rows([0.0, 0.0]), rows([1.0, math.nan])).isnan().all()
 
 
 # --- variance of the evidence -----------------------------------------------------------------------------------------
@@ -223,7 +222,7 @@ def test_evidence_variance_at_a_lag(runs):
     """Given the ancestors at a lag as roots: the whole lag is the run itself, none is independent particles."""
     result, ratio = runs
     trajectory = result.trajectory
-    rearranged = [event.parent for event in trajectory.past if isinstance(event, Ancestors)]
+    rearranged = [event.parent for event in trajectory.past if isinstance(event, ResamplingRecord)]
     ancestors = {0: torch.arange(8).expand(6000, 8)}
     for lag, parent in enumerate(reversed(rearranged), start=1):
         ancestors[lag] = parent.gather(1, ancestors[lag - 1])
@@ -326,5 +325,5 @@ def test_pareto_k_is_nan_where_there_is_no_tail():
 
 def test_large_weights_are_normalised_to_the_last_digits():
     log_weight = 1e12 * torch.tensor([[1.0, 1.0 - 1e-12, 0.5]], dtype=torch.float64)
-    total = log_weights.normalise(log_weight).exp().sum()
+    total = population.normalise(log_weight).exp().sum()
     assert abs(float(total) - 1.0) < 1e-15

@@ -11,8 +11,8 @@ import torch
 from exact import LIMIT, z
 
 import steer
-from steer.core.log_weights import log_mean_exp
-from steer.core.trajectory import Ancestors, Stepped, Trajectory, gather
+from steer.core.population import gather, log_mean_exp
+from steer.core.trajectory import ResamplingRecord, StepRecord, Trajectory
 from steer.key import Key
 from steer.models import gaussian
 from steer.processes.transitions import Normal
@@ -160,7 +160,7 @@ def test_resampling_some_problems_leaves_the_others_bitwise_alone():
         assert torch.equal(value[[0, 2]], whole[name][[0, 2]]), name
     assert moved.resamplings().tolist() == [1, 0, 1]
     event = moved.past[0]
-    assert isinstance(event, Ancestors)
+    assert isinstance(event, ResamplingRecord)
     assert event.k == 2
     assert event.parent[1].tolist() == [0, 1, 2, 3, 4]
     nowhere = state.resample(index, torch.zeros(3, dtype=torch.bool))
@@ -208,7 +208,7 @@ def test_step_without_noise_has_no_density_to_weigh():
     stepped = state.step(still, Key(0), model=still)
     assert torch.equal(stepped.log_weight, state.log_weight)
     record = stepped.past[0]
-    assert isinstance(record, Stepped)
+    assert isinstance(record, StepRecord)
     assert record.log_prob is None
     assert record.log_behaviour is None
     assert stepped.transitions()[0][3:] == (None, None)

@@ -10,7 +10,7 @@ from exact import LIMIT, Linear, Quadratic, z
 
 import steer
 from steer.core.diagnostics import split_rhat
-from steer.core.objective import open_run
+from steer.core.objective import open_objective
 from steer.key import Key
 from steer.particles import langevin
 from steer.particles.langevin import crank_nicolson, euler, log_acceptance
@@ -27,7 +27,7 @@ def flat_process(size, dtype=torch.float64):
 
 def run(start, process, reward, *, batch, particles, key=0, temperature=1.0):
     """A start's trajectory and the ledger."""
-    process, objective, meter = open_run(process, reward)
+    process, objective, meter = open_objective(process, reward)
     return start.prepare(process, temperature)[0](process, objective, Key(key), batch, particles), meter.cost()
 
 
@@ -202,7 +202,7 @@ def test_clipping_keeps_the_law():
 
 def test_clipping_looks_at_one_state_only():
     """A gradient clipped by its neighbours' norms would not be a function of the state, and the chain not exact."""
-    _, objective, _ = open_run(flat_process(30), RankTen())
+    _, objective, _ = open_objective(flat_process(30), RankTen())
     tilt = Tilt(objective, None, 1.0, torch.float64, 1.0, clip=5.0)
     x = 3.0 * torch.arange(4.0)[:, None] * Key(10).normal((1, 4, 30))
     together, _ = tilt(x)

@@ -112,7 +112,7 @@ def test_mutants_are_rejected(mutant):
 
 
 def test_a_chain_shorter_by_its_slot_is_rejected():
-    """Ancestors in the order of their weights, then one chain of two and one of one."""
+    """ResamplingRecord in the order of their weights, then one chain of two and one of one."""
 
     def ordered(log_weight, key, count):
         drawn = steer.multinomial(log_weight, key, count)

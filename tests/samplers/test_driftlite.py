@@ -10,8 +10,8 @@ from exact import LIMIT, PATHS, Grid2D, Linear, Quadratic, extrapolated, mixture
 import steer
 from steer.models import GaussianMixture
 from steer.weighted_sde import transports
-from steer.weighted_sde.engine import Engine
-from steer.weighted_sde.transports import Fields, _least_energy, _least_variance
+from steer.weighted_sde.engine import WeightedSDE
+from steer.weighted_sde.transports import ControlBasis, _least_energy, _least_variance
 
 MIXTURE = mixture_2d()
 SIZE, GAMMA = 30, 2.0
@@ -77,7 +77,7 @@ def test_tilts_keep_their_law_and_equal_weights(control):
 @contextlib.contextmanager
 def recorded(found):
     """The variance over particles of what each step adds to the log-weight, per unit of log-SNR, into `found`."""
-    own = Engine.weighted
+    own = WeightedSDE.weighted
 
     def weighted(self, state, gain):
         here, there = self.target.levels[state.k], self.target.levels[state.k + 1]
@@ -88,11 +88,11 @@ def recorded(found):
             found.append(float(spread.mean()) / passed)
         return own(self, state, gain)
 
-    Engine.weighted = weighted
+    WeightedSDE.weighted = weighted
     try:
         yield
     finally:
-        Engine.weighted = own
+        WeightedSDE.weighted = own
 
 
 def test_thirty_dimensions_need_no_resampling():
@@ -142,7 +142,7 @@ def test_controls_solve_their_problems():
     cost = torch.einsum("bnjd,bnd->bnj", bases, score) + divergence
     rate = x[..., 0].sin() + 0.5 * x.square().sum(2)
     log_weight = 0.3 * key.fold("w").normal((3, size))
-    fields = Fields(bases, cost, rate, None)
+    fields = ControlBasis(bases, cost, rate, None)
     theta = _least_variance(fields, log_weight, torch.zeros(3, 3).double())
     weight = torch.softmax(log_weight, 1)
 
@@ -158,7 +158,7 @@ def test_controls_solve_their_problems():
     # rate = 2 - |x|^2 = -(b . S + div b) for b = -x = grad(-|x|^2 / 2): theta must be -1 on the potential |x|^2 / 2
     phi = torch.stack([0.0 * rate, 0.0 * rate, 0.5 * x.square().sum(2)], 2)
     gradients = torch.stack([0.0 * x, 0.0 * x, x], 2)
-    exact = Fields(gradients, torch.zeros_like(cost), 2.0 - x.square().sum(2), phi)
+    exact = ControlBasis(gradients, torch.zeros_like(cost), 2.0 - x.square().sum(2), phi)
     solved = _least_energy(exact, torch.zeros(3, size).double(), torch.zeros(3, 3).double())
     torch.testing.assert_close(solved[:, 2], torch.full((3,), -1.0).double(), rtol=0, atol=0.1)
     assert float(solved[:, :2].abs().max()) == 0.0

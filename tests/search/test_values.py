@@ -7,7 +7,7 @@ from torch import nn
 
 import steer
 from steer import search
-from steer.core.objective import open_run
+from steer.core.objective import open_objective
 from steer.search import values
 
 REWARD = Linear([0.7, -0.5])
@@ -21,7 +21,7 @@ def process(steps=8, **options):
 
 
 def opened(chain, reward=REWARD):
-    chain, objective, meter = open_run(chain, reward)
+    chain, objective, meter = open_objective(chain, reward)
     return chain, objective, meter
 
 

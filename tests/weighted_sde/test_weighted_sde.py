@@ -15,8 +15,8 @@ from exact import LIMIT, PATHS, Grid2D, Quadratic, extrapolated, mixture_2d
 import steer
 from steer.models import GaussianMixture
 from steer.weighted_sde.composite import compose
-from steer.weighted_sde.derivatives import Differentiator
-from steer.weighted_sde.engine import Engine, Terms
+from steer.weighted_sde.derivatives import ValueDerivatives
+from steer.weighted_sde.engine import WeightedSDE, Terms
 from steer.weighted_sde.step_integrals import span
 
 BATCH, PARTICLES, STEPS = 256, 16, 40
@@ -191,14 +191,14 @@ def reject(run, law, **options):
 
 
 def replaced(monkeypatch, **fields):
-    """Engine.terms with functions of its own parts in place of them."""
-    own = Engine.terms
+    """WeightedSDE.terms with functions of its own parts in place of them."""
+    own = WeightedSDE.terms
 
     def terms(self, *args):
         found = own(self, *args)
         return found._replace(**{name: change(getattr(found, name)) for name, change in fields.items()})
 
-    monkeypatch.setattr(Engine, "terms", terms)
+    monkeypatch.setattr(WeightedSDE, "terms", terms)
 
 
 STATE = {"transport": SCORE, "weight": EXACT, "look_ahead": steer.at_state()}
@@ -228,20 +228,20 @@ def test_mutant_without_time_derivative_is_rejected(monkeypatch):
 
 def test_mutant_total_for_partial_derivative_is_rejected(monkeypatch):
     """d rho / dt along the flow, where the state moves too, instead of at the state."""
-    own = Differentiator.later_value
+    own = ValueDerivatives.later_value
 
     def moved(self, x, x0, k):
         here, there = self.target.levels[k], self.target.levels[k + 1]
         return own(self, there.alpha * x0 + (x - here.alpha * x0) * (there.sigma / here.sigma), x0, k)
 
-    monkeypatch.setattr(Differentiator, "later_value", moved)
+    monkeypatch.setattr(ValueDerivatives, "later_value", moved)
     reject(tilt("vp", **STATE), TILTED)
 
 
 def test_mutant_without_the_constant_is_rejected(monkeypatch):
     """(A - 1) div f is the same for all particles: samples do not need it, the evidence does."""
-    own = Engine.model_terms
-    monkeypatch.setattr(Engine, "model_terms", lambda *args: own(*args)._replace(normaliser=0.0))
+    own = WeightedSDE.model_terms
+    monkeypatch.setattr(WeightedSDE, "model_terms", lambda *args: own(*args)._replace(normaliser=0.0))
     reject(anneal("vp", 2.0, weight=EXACT), power(2.0))
 
 
@@ -257,7 +257,7 @@ def _gamma(here, there):
 def test_churn_is_weighted_by_the_net_interval(monkeypatch):
     run = guide("ve", 1.4, noise=churned)
     check(run, guided(1.4), steps=2 * STEPS)
-    own = Engine.model_terms
+    own = WeightedSDE.model_terms
 
     def released(self, state, point):
         found = own(self, state, point)
@@ -268,7 +268,7 @@ def test_churn_is_weighted_by_the_net_interval(monkeypatch):
         wrong = raised * (raised - there.sigma) / (0.5 * (here.sigma**2 - there.sigma**2))
         return found._replace(models=wrong * found.models)
 
-    monkeypatch.setattr(Engine, "model_terms", released)
+    monkeypatch.setattr(WeightedSDE, "model_terms", released)
     reject(run, guided(1.4), steps=2 * STEPS)
 
 
@@ -315,13 +315,13 @@ def test_the_composites_own_transition_is_ancestral_sampling_for_one_model():
 
 def test_derivatives_agree_with_finite_differences_and_probes_with_the_trace():
     target = compose([process(THREE, "vp", 8), process(TWO, "vp", 8)], exponent=[1.5, -0.3])
-    from steer.core.objective import open_run
-    from steer.weighted_sde.derivatives import Needs
+    from steer.core.objective import open_objective
+    from steer.weighted_sde.derivatives import RequiredDerivatives
 
-    metered, objective, _ = open_run(target, REWARD)
+    metered, objective, _ = open_objective(target, REWARD)
     x = target.prior(steer.Key(0), 2, 3)
-    everything = Needs(True, True, True, True)
-    look = Differentiator(metered, objective, 0.7, steer.x0_hat(), None, steer.Key(0))
+    everything = RequiredDerivatives(True, True, True, True)
+    look = ValueDerivatives(metered, objective, 0.7, steer.x0_hat(), None, steer.Key(0))
     point = look(x, 4, everything)
     trace = bend = 0.0
     for i in range(2):
@@ -333,7 +333,7 @@ def test_derivatives_agree_with_finite_differences_and_probes_with_the_trace():
         bend = bend + (up.gradient - down.gradient)[..., i] / 2e-5
     torch.testing.assert_close(point.divergence, trace, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(point.laplacian, bend, rtol=1e-5, atol=1e-6)
-    probed = Differentiator(metered, objective, 0.7, steer.x0_hat(), 400, steer.Key(0))(x, 4, everything)
+    probed = ValueDerivatives(metered, objective, 0.7, steer.x0_hat(), 400, steer.Key(0))(x, 4, everything)
     torch.testing.assert_close(probed.divergence, point.divergence, rtol=0.1, atol=0.5)
     torch.testing.assert_close(probed.laplacian, point.laplacian, rtol=0.2, atol=0.5)
 

@@ -10,7 +10,7 @@ from exact import LIMIT, Linear, Quadratic, exact_chain, mixture_2d, worst, z, z
 
 import steer
 from steer import search
-from steer.core import log_weights
+from steer.core import population
 from steer.search.trees import dts as dts_module
 from steer.search.trees.dts_star import _spread
 
@@ -84,7 +84,7 @@ def test_mutants_are_caught(mutant, monkeypatch):
     run = search.dts(process, REWARD, particles=96, batch=400, key=11)
     if mutant == "log-sum-exp":
         run = replace(
-            run, log_weight=log_weights.normalise(run.reward), log_evidence=log_weights.log_mean_exp(run.reward)
+            run, log_weight=population.normalise(run.reward), log_evidence=population.log_mean_exp(run.reward)
         )
     found = z_scores(run, process.exact(REWARD), mixture_2d())
     assert worst(found)[0] > LIMIT, found
@@ -328,7 +328,7 @@ def test_guidance_is_corrected_on_every_edge():
         assert float(layer["correction"].abs().max()) > 0.1
         layer["correction"].zero_()
     bare = run.tree.log_share(depth) + run.reward
-    wrong = replace(run, log_weight=log_weights.normalise(bare), log_evidence=torch.logsumexp(bare, 1))
+    wrong = replace(run, log_weight=population.normalise(bare), log_evidence=torch.logsumexp(bare, 1))
     target = process.exact(REWARD)
     assert worst(z_scores(run, target, mixture_2d()))[0] < LIMIT
     assert worst(z_scores(wrong, target, mixture_2d()))[0] > LIMIT

@@ -1,8 +1,13 @@
-"""Arithmetic of log-weights: float64, axis 1 is particles, the maximum is always subtracted before exp."""
+"""Whatever reduces over particles, axis 1: log-weights, ESS, means, ancestors.
+
+Log-weights are float64, and the maximum is always subtracted before exp.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -11,6 +16,11 @@ from ..errors import SteerError
 
 SLACK = 1e-9
 """Relative rounding that an ESS of equal weights may fall short of N by."""
+
+
+def log_sum_exp(log_weight: Tensor) -> Tensor:
+    """log of the sum of weights over particles: (B, N) -> (B,). -inf where every weight is zero."""
+    return torch.logsumexp(log_weight, 1)
 
 
 def log_mean_exp(log_weight: Tensor) -> Tensor:
@@ -24,7 +34,7 @@ def normalise(log_weight: Tensor) -> Tensor:
     return shifted - torch.logsumexp(shifted, 1, keepdim=True)
 
 
-def of_best(score: Tensor, keep: int) -> Tensor:
+def weights_of_top_k(score: Tensor, keep: int) -> Tensor:
     """Log-weights (B, N) that the `keep` highest scores of each problem share equally (the first of equals).
 
     Fewer share where fewer are not forbidden (-inf); where all are, that is overlooked.
@@ -69,3 +79,51 @@ def log_potential(scores: Tensor, temperature: float) -> Tensor:
     if temperature == float("inf"):
         return torch.where(scores == -torch.inf, scores, 0.0 * scores)
     return scores / temperature
+
+
+def gather(tensor: Tensor, index: Tensor) -> Tensor:
+    """Particles index (B, M) of a tensor (B, N, ...): (B, M, ...)."""
+    return Gather(index, tensor.shape[1])(tensor)
+
+
+def broadcast_like(values: Tensor, like: Tensor) -> Tensor:
+    """Values (B, N), or (B, 1), with an axis for every axis of states (B, N, *event)."""
+    return values.reshape(*values.shape, *(1 for _ in like.shape[values.ndim :]))
+
+
+def per_particle(values: Tensor, like: Tensor) -> Tensor:
+    """Values (B, N) shaped and typed to multiply states (B, N, *event)."""
+    return broadcast_like(values.to(like.dtype), like)
+
+
+class Gather:
+    """Takes particles index (B, M) out of any number of tensors (B, N, ...)."""
+
+    def __init__(self, index: Tensor, particles: int) -> None:
+        self.shape, rows = index.shape, index
+        if len(index) > 1:  # on the merged axis (B * N)
+            rows = index + positions(len(index), particles, index.device)[:, None]
+        self.rows = rows.reshape(-1)
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        return tensor.flatten(0, 1).index_select(0, self.rows).view(*self.shape, *tensor.shape[2:])
+
+
+@lru_cache(maxsize=64)
+def positions(count: int, step: int, device: torch.device) -> Tensor:
+    """0, step, 2 step, ... of that count."""
+    return torch.arange(0, count * step, step, device=device)
+
+
+def ancestors(parents: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Index (B, N) of the ancestor before a number of rearrangements, oldest first, of particles like (B, N)."""
+    index = torch.arange(like.shape[1], device=like.device).expand(like.shape)
+    for parent in reversed(parents):
+        index = parent.gather(1, index)
+    return index
+
+
+def count_distinct(index: Tensor) -> Tensor:
+    """How many different entries each problem has: (B, N) -> (B,)."""
+    ordered = index.sort(1).values
+    return 1 + (ordered[:, 1:] != ordered[:, :-1]).sum(1)
