@@ -1,4 +1,4 @@
-"""What a tree is begun with: levels to branch at, their price, and the tree itself, new or given."""
+"""What a tree begins with: the levels to branch at, what their edges cost, and the tree itself, new or given."""
 
 from __future__ import annotations
 
@@ -14,10 +14,16 @@ from steer.types import ReverseProcess
 from .tree import Tree
 
 
-def segment_rows(process: ReverseProcess, levels: Sequence[int]) -> list[int]:
-    """Network rows that one walk spends on each edge: a node's prediction belongs to the edge that made it."""
+def rows_per_edge(process: ReverseProcess, levels: Sequence[int]) -> list[int]:
+    """Network rows that a simulation spends on each edge: a node's prediction belongs to the edge that made it."""
     ends = [-1, *levels[:-1], process.steps - 1]
     return [process.rows * (there - here) for here, there in pairwise(ends)]
+
+
+def expansion_costs(process: ReverseProcess, levels: Sequence[int]) -> tuple[int, ...]:
+    """Network rows of expanding a node of each depth: of all edges from there to a new leaf."""
+    rows = rows_per_edge(process, levels)
+    return tuple(sum(rows[depth:]) for depth in range(len(rows)))
 
 
 def branching_levels(process: ReverseProcess, levels: int | Sequence[int]) -> tuple[int, ...]:
@@ -31,7 +37,7 @@ def branching_levels(process: ReverseProcess, levels: int | Sequence[int]) -> tu
             "stochastic rule, for instance process.with_rule(steer.ddim(eta=1.0))"
         )
     asked = None if isinstance(levels, int) else [int(k) for k in levels]
-    chosen = even_levels(process.steps, cast(int, levels)) if asked is None else asked
+    chosen = evenly_spaced_levels(process.steps, cast(int, levels)) if asked is None else asked
     rising = sorted({k for k in chosen if 0 <= k <= process.steps - 2})
     edges = zip(rising, [*rising, process.steps][1:], strict=True)
     useful = [k for k, end in edges if any(process.stochastic(j) for j in range(k, end))]
@@ -43,8 +49,13 @@ def branching_levels(process: ReverseProcess, levels: int | Sequence[int]) -> tu
     return (*useful, process.steps)
 
 
-def plantable(start: Start) -> Start:
-    """A start that trees can use."""
+def evenly_spaced_levels(steps: int, count: int) -> list[int]:
+    """`count` equally spaced levels strictly between noise and data, without repeats."""
+    return sorted({math.floor(steps * (i + 1) / (count + 1) + 0.5) for i in range(count)} - {0, steps})
+
+
+def check_tree_start(start: Start) -> Start:
+    """A start that trees can use; SteerError for one that spends network rows."""
     if isinstance(start, PreparedStart):
         raise SteerError(
             f"a tree draws its roots a few at a time, and {type(start).__name__} spends network rows on each draw; run "
@@ -53,7 +64,7 @@ def plantable(start: Start) -> Start:
     return start
 
 
-def planted(tree: Any, problems: int, levels: tuple[int, ...]) -> Tree:
+def new_or_given_tree(tree: Any, problems: int, levels: tuple[int, ...]) -> Tree:
     """New trees, or the given ones, which then must fit."""
     if tree is None:
         return Tree(problems, levels)
@@ -62,8 +73,3 @@ def planted(tree: Any, problems: int, levels: tuple[int, ...]) -> Tree:
             f"a tree to grow on must be {problems} trees over {levels[-1]} steps (result.tree), got {tree!r}"
         )
     return tree
-
-
-def even_levels(steps: int, count: int) -> list[int]:
-    """`count` equally spaced levels strictly between noise and data, without repeats."""
-    return sorted({math.floor(steps * (i + 1) / (count + 1) + 0.5) for i in range(count)} - {0, steps})

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from steer.core.event import OnStep
+from steer.core.loop import Loop
 from steer.core.run import Run
 from steer.core.start import Start, prior
 from steer.cost import check_counts
@@ -19,11 +20,14 @@ from steer.particles.proposals import bootstrap
 from steer.results.result import Result
 from steer.types import ReverseProcess, Reward
 
-from .branching import branching_levels, plantable, planted, segment_rows
+from .backup import MaxBackup
+from .branching import branching_levels, check_tree_start, expansion_costs, new_or_given_tree
 from .ragged import Slots
+from .readout import BestLeaves
+from .simulation import Simulator
 from .tree import Tree
-from .tree_policy import Descent
-from .tree_search import Growth
+from .tree_policy import TreePolicy
+from .tree_search import TreeSearch
 
 
 def dts_star(
@@ -48,44 +52,55 @@ def dts_star(
 ) -> Result:
     """The leaves of a tree grown towards high reward, the weight on the best.
 
-    widening:  (C, alpha): a node of N visits is expanded while it has fewer than C N^alpha children.
-    explore:   weight of the bonus sqrt(log N(parent) / N(child)) that keeps rarely visited children in play, in units
-               of the standard deviation of the leaf rewards so far.
-    keep:      how many of the leaves share the weight.
-    walkers:   walks per sweep. Those that meet at a node take its best child, its second best, and so on.
-    Other arguments as `search.dts`. temperature is noted in the result and changes nothing: values are maxima (T -> 0).
+    Anytime: stopped early, it returns the best so far. Arguments that are not listed are as in `search.dts`.
 
-    Returns every leaf x (B, N, *event), reward (B, N), log_weight equal at the `keep` best leaves and -inf elsewhere,
-    `tree`; log_evidence is NaN. Anytime: stopped early, it returns the best so far.
-    Cost per tree: as `search.dts`, without rewards of inner nodes. Every walk makes a new leaf.
-    Source: Jain et al. 2025 (2506.20701), DTS*. Differs: the paper's widening (2, .8) expands only the root for the
-    first 36 walks and mostly the root for thousands, which is best-of-N; this one expands the root about N^.35 times,
-    and is left with cheaper walks from states that led somewhere. The bonus is in units of the rewards' spread (the
-    paper leaves its scale open). Walks never end at an old leaf.
+    Args:
+        particles: simulations per tree, 16 by default; every one makes a new leaf.
+        temperature: is noted in the result and changes nothing: values are best rewards (T -> 0).
+        levels: branching levels, or how many (equally spaced).
+        walkers: W, simulations per batch. Those that meet at a node take its best child, its second best, and so on.
+        widening: (C, alpha): a node of N visits is expanded while it has fewer than C N^alpha children.
+        explore: weight of the bonus sqrt(log N(parent) / N(child)) that keeps rarely visited children in play, in units
+            of the standard deviation of the leaf rewards so far.
+        keep: how many of the leaves share the weight.
+
+    Returns:
+        Every leaf x [B, N, *event], reward [B, N], log_weight [B, N] that is equal at the `keep` best leaves and -inf
+        elsewhere, and `tree`; log_evidence is NaN, and weighted means estimate no distribution (`law` is "none").
+
+    Raises:
+        As `search.dts`.
+
+    Cost: per tree as `search.dts`, without rewards of inner nodes.
+    Source: Jain et al. 2025 (2506.20701), DTS*.
+    Differs: the paper's widening (2, .8) expands only the root for the first 36 simulations and mostly the root for
+        thousands, which is best-of-N; this one expands the root about N^.35 times, and is left with cheaper simulations
+        from states that led somewhere. The bonus is in units of the rewards' spread (the paper leaves its scale open).
+        Simulations never end at an old leaf.
     """
     check_counts(keep=keep)
     run = Run.open(
         "dts_star", process, reward, batch=batch, temperature=temperature, key=key, seed=seed, on_step=on_step
     )
-    tree = planted(tree, run.problems, branching_levels(run.process, levels))
-    growth = Growth(
-        run,
-        tree,
-        plantable(start),
-        bootstrap,
-        keep=keep,
-        live=True,
-        store=store,
+    tree = new_or_given_tree(tree, run.problems, branching_levels(run.process, levels))
+    simulator = Simulator(loop=Loop(run), tree=tree, start=check_tree_start(start), proposal=bootstrap, store=store)
+    rows = expansion_costs(run.process, tree.levels)
+    search = TreeSearch(
+        policy=TreePolicy(score=UCTScore(explore), draw=False, widening=widening, revisit=False, rows=rows),
+        simulator=simulator,
+        backup=MaxBackup(),
+        readout=BestLeaves(keep),
+        backup_each_batch=True,
     )
-    rows = segment_rows(run.process, tree.levels)
-    cost = tuple(sum(rows[depth:]) for depth in range(len(rows)))
-    choose = Descent(Optimism(explore), False, widening, revisit=False, rows=cost)
-    return growth.grow(choose, walkers, particles, budget)
+    return search.grow(walkers, particles, budget)
 
 
 @dataclass(frozen=True)
-class Optimism:
-    """UCT: best reward below a child plus a bonus for being visited rarely."""
+class UCTScore:
+    """UCT: the best reward below a child plus a bonus for being visited rarely.
+
+    explore: weight of the bonus, in units of the standard deviation of the leaf rewards so far.
+    """
 
     explore: float
 
@@ -94,11 +109,11 @@ class Optimism:
         node = layer.places(problem, child)
         often = np.log(above.flat("visits")[above.places(problem, parent)])
         bonus = np.sqrt(often / layer.flat("visits")[node])
-        return layer.flat("value")[node] + self.explore * _spread(tree)[problem] * bonus
+        return tree.child_values(layer, node) + self.explore * _reward_std(tree)[problem] * bonus
 
 
-def _spread(tree: Tree) -> NDArray[Any]:
-    """Standard deviation of the finite leaf rewards of each tree, (B,)."""
+def _reward_std(tree: Tree) -> NDArray[Any]:
+    """Standard deviation of the finite leaf rewards of each tree, [B]."""
     reward = tree.leaves["reward"].numpy()
     finite = tree.leaves.filled.numpy() & np.isfinite(reward)
     count = finite.sum(1).clip(min=1)

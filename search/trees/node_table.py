@@ -1,7 +1,7 @@
-"""How trees are kept: the nodes of one depth as columns that double when they are full, and lists of their children.
+"""How trees are stored: the nodes of one depth as columns that double when they are full, and an index of children.
 
-Bookkeeping is numpy on the host: a sweep touches few nodes at a time, and on few rows a numpy call costs a fifth of a
-tensor call, which costs less than a kernel launch. States are tensors, wherever they are asked to be.
+Bookkeeping is numpy on the host: a batch of simulations touches few nodes at a time, and on few rows a numpy call costs
+a fifth of a tensor call, which costs less than a kernel launch. States are tensors on the device that is asked for.
 """
 
 from __future__ import annotations
@@ -15,23 +15,31 @@ from torch import Tensor
 
 from .ragged import Slots, each_problem, grouped, ranges
 
+EDGE_COLUMNS = ("edge_x", "edge_log_prob", "edge_log_behaviour")
+"""Columns [B, room, steps, ...] of the steps on the edge that leads to a node, where they are kept."""
 
-class Layer:
-    """The nodes of one depth in every tree: named columns (B, room, ...), of which tree b has filled count[b].
 
-    facts are the bookkeeping, (B, room); states are tensors. Indexing by name gives a tensor of either.
+class NodeTable:
+    """The nodes of one depth in every tree: named columns [B, room, ...], of which tree b has filled count[b].
 
-    parent: slot in the layer above.    children, visits: how many, and selections that passed through plus one.
-    value: soft value in units of the temperature (dts) or best reward below (dts_star).
-    correction: log p / q of the edge from the parent, 0 where children are draws of the model.
-    look: r(x0_hat) of the node, where a build asks for it. reward: scores of leaves. x, x0: states and predictions;
-    gradient, displacement: what proposals need there.
-    edge, edge_log_prob, edge_log_behaviour: (B, room, steps, ...), steps from the parent here, where they are kept.
+    facts are the bookkeeping, [B, room], on the host; states are tensors. Indexing by name gives a tensor of either.
+
+    parent:               slot in the table above.
+    children:             how many.
+    visits:               simulations that passed through, plus one.
+    value:                of the backup rule of the tree: log E[exp(r / T)] or the best reward below.
+    log_importance_ratio: log p / q of the edge from the parent, 0 where children are draws of the model.
+    predicted_reward:     r(x0_hat) of the node, where a build asks for it.
+    reward:               of leaves.
+    x, x0:                states and predictions; gradient, displacement: what proposals need there.
+    edge_x, edge_log_prob, edge_log_behaviour: [B, room, steps, ...], the steps from the parent to the node, where they
+                          are kept: the states they leave, and log-densities, NaN for steps without noise.
     """
 
     def __init__(self, problems: int):
         self.room = 0
-        types = {"parent": np.int64, "children": np.int32, "visits": np.int32, "value": float, "correction": float}
+        types = {"parent": np.int64, "children": np.int32, "visits": np.int32, "value": float}
+        types["log_importance_ratio"] = float
         self.facts: dict[str, NDArray[Any]] = {name: np.zeros((problems, 0), dtype) for name, dtype in types.items()}
         self.states: dict[str, Tensor] = {}
         self.resize(np.zeros(problems, dtype=np.int64))
@@ -50,7 +58,7 @@ class Layer:
         return torch.from_numpy(np.arange(self.size) < self.count[:, None])
 
     def places(self, problem: Slots, slots: Slots) -> Slots:
-        """Where nodes stand on the merged axis (B * room), until the layer grows."""
+        """Where nodes stand on the merged axis (B * room), until the table grows."""
         return problem * self.room + slots
 
     def flat(self, name: str) -> NDArray[Any]:
@@ -113,10 +121,10 @@ class Layer:
             self.states[name][:, :old] = state
 
 
-class ChildLists:
-    """Children of every node of one layer, each node's side by side in one pool; full blocks move and double.
+class ChildIndex:
+    """Children of every node of one table, each node's side by side in one pool; full blocks move and double.
 
-    known: how many nodes of the layer below are in the lists, (B,).
+    known: how many nodes of the table below are in the index, [B].
     """
 
     start: Slots
@@ -128,10 +136,10 @@ class ChildLists:
         self.pool, self.used = np.zeros(64, dtype=np.int64), 0
         self.known = np.zeros(problems, dtype=np.int64)
 
-    def read(self, below: Layer, size: int) -> None:
-        """Takes in what the layer below has gained since it was last read; size: parents there are.
+    def read(self, below: NodeTable, size: int) -> None:
+        """Adds what the table below has gained since it was last read; size: parents there are.
 
-        Lists of a layer are read when they are asked for, so that deep ones, which few walks go through, cost nothing.
+        An index is read when it is asked for, so that deep ones, which few simulations pass through, cost nothing.
         """
         if (self.known == below.count).all():
             return

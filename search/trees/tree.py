@@ -1,6 +1,6 @@
-"""Search trees over denoising chains: B trees as flat arrays, one layer per branching level.
+"""Search trees over denoising chains: B trees as flat arrays, one table of nodes per branching level.
 
-A node is its slot in its layer, and its parent is a slot in the layer above. Depth 0 is the root, which has no state:
+A node is its slot in its table, and its parent is a slot in the table above. Depth 0 is the root, which has no state:
 its transition is the prior. Depth d >= 1 holds states at level `levels[d - 1]`, the last of them clean leaves. Between
 branching levels a chain is one edge.
 """
@@ -8,6 +8,7 @@ branching levels a chain is one edge.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +17,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from steer.core.leaf_paths import LeafPaths, PathStep
 from steer.core.population import gather
 from steer.errors import SteerError
 
-from .node_table import ChildLists, Layer
+from .backup import Backup, Siblings, SoftBackup
+from .expansion_plan import ExpansionPlan
+from .node_table import EDGE_COLUMNS, ChildIndex, NodeTable
 from .ragged import Slots, each_problem
 
 if TYPE_CHECKING:
@@ -31,22 +35,23 @@ _ONE = np.int32(1)  # of the counts' own type: where numpy has to cast, counting
 class Tree:
     """B trees that can be grown further; with a search's meter, one of the two mutable things of a run.
 
-    levels:     levels of the process at which nodes are kept, rising, the last one the data.
-    layers:     depth 0 (the roots) to depth D = len(levels) (the leaves).
-    iterations: walks made so far in every tree; the next walk's noise has this slot.
-    sweeps:     walks are made in sweeps of many; how many of those.
-    normalised: whether the normaliser of the law that roots were drawn from is known, (B,).
-    expansions: walks that ended by expanding a node of depth d < D, of each tree, (D, B).
+    levels:      levels of the process at which nodes are kept, rising, the last one the data.
+    rule:        backup rule that values are computed by: that of the search that grew the tree last.
+    layers:      tables of nodes, depth 0 (the roots) to depth D = len(levels) (the leaves).
+    simulations: made so far in every tree; the next one's noise has this slot.
+    batches:     in which they were made.
+    normalizer_known: whether the normalizing constant of the distribution that roots were drawn from is known, [B].
+    expansions:  simulations that expanded a node of depth d < D, of each tree, [D, B].
     """
 
-    def __init__(self, problems: int, levels: tuple[int, ...]):
-        self.problems, self.levels = problems, levels
-        self.layers = [Layer(problems) for _ in range(len(levels) + 1)]
-        self.lists = [ChildLists(problems) for _ in levels]
-        self.iterations = self.sweeps = 0
-        self.normalised = np.ones(problems, dtype=np.bool_)
+    def __init__(self, problems: int, levels: tuple[int, ...], rule: Backup | None = None):
+        self.problems, self.levels, self.rule = problems, levels, rule or SoftBackup()
+        self.layers = [NodeTable(problems) for _ in range(len(levels) + 1)]
+        self.child_index = [ChildIndex(problems) for _ in levels]
+        self.simulations = self.batches = 0
+        self.normalizer_known = np.ones(problems, dtype=np.bool_)
         self.expansions = np.zeros((len(levels), problems), dtype=np.int64)
-        self.attach(0, None, np.zeros((problems, 1), dtype=np.int64))
+        self.add_nodes(0, None, np.zeros((problems, 1), dtype=np.int64))
 
     def __repr__(self) -> str:
         leaves = int(self.leaves.count.sum())
@@ -54,12 +59,12 @@ class Tree:
 
     @property
     def depth(self) -> int:
-        """Edges from the root to a leaf."""
+        """D, edges from the root to a leaf."""
         return len(self.levels)
 
     @property
-    def leaves(self) -> Layer:
-        """The last layer."""
+    def leaves(self) -> NodeTable:
+        """The last table."""
         return self.layers[-1]
 
     @property
@@ -69,122 +74,200 @@ class Tree:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held: columns with their room to grow, child lists, and states."""
+        """Bytes held: columns with their room to grow, the index of children, and states."""
         held = [c for layer in self.layers for c in (*layer.facts.values(), *layer.states.values())]
-        for lists in self.lists:
-            held += [lists.start, lists.room, lists.length, lists.pool]
+        for index in self.child_index:
+            held += [index.start, index.room, index.length, index.pool]
         return sum(column.nbytes for column in held)
 
-    def attach(
+    # -- growth -------------------------------------------------------------------------------------------------------
+
+    def add_nodes(
         self, depth: int, live: NDArray[np.bool_] | None, parent: Slots, **columns: float | NDArray[Any] | Tensor
     ) -> Slots:
-        """New nodes at a depth below parents (B, W), where live: their slots. `commit` counts them at old parents.
+        """New nodes below their parents. `count_visits` counts them at parents that were there before the batch.
 
-        A node between root and leaf is born on a walk that goes on to its first child: with it, and with that visit.
+        A node between root and leaf is born on a simulation that goes on to its first child: it begins with that child
+        and with that visit.
+
+        Args:
+            depth: of the nodes.
+            live: [B, W], where there is one; None for everywhere.
+            parent: [B, W], slots in the table above.
+            **columns: of `NodeTable`, [B, W, ...], or one number for all.
+
+        Returns:
+            Slots of the nodes, [B, W].
         """
         first = int(0 < depth < self.depth)
-        return self.layers[depth].append(live, parent, children=first, visits=first + 1, **{"correction": 0, **columns})
+        columns = {"log_importance_ratio": 0, **columns}
+        return self.layers[depth].append(live, parent, children=first, visits=first + 1, **columns)
 
-    def commit(self, entry: Slots, path: Slots) -> None:
-        """Ends a sweep: visits to the old nodes on every walk, and their new children, are counted.
-
-        entry: (B, W) depth of the node each walk expanded; `depth` for a walk that came to an old leaf, more for none.
-        path:  for each depth the slots walked through, (depth + 1, B, W).
-        """
-        for d in range(min(self._deepest(entry) + 1, self.depth)):
+    def count_visits(self, plan: ExpansionPlan) -> None:
+        """Ends a batch: counts the visits to old nodes on every simulation's path, and their new children."""
+        for d in range(min(plan.deepest + 1, self.depth)):
             above = self.layers[d]
-            at = above.places(each_problem(self.problems), path[d])
-            np.add.at(above.flat("visits"), at[(entry >= d) & (entry <= self.depth)], _ONE)
-            np.add.at(above.flat("children"), at[entry == d], _ONE)
-        self.expansions += (entry == np.arange(self.depth)[:, None, None]).sum(2)
-        self.iterations, self.sweeps = self.iterations + entry.shape[1], self.sweeps + 1
+            at = above.places(each_problem(self.problems), plan.path[d])
+            np.add.at(above.flat("visits"), at[(plan.depth >= d) & plan.real], _ONE)
+            np.add.at(above.flat("children"), at[plan.depth == d], _ONE)
+        self.expansions += (plan.depth == np.arange(self.depth)[:, None, None]).sum(2)
+        self.simulations, self.batches = self.simulations + plan.depth.shape[1], self.batches + 1
 
-    def _deepest(self, entry: Slots) -> int:
-        """The deepest old node that a walk of a sweep came to: below, all nodes on walks are new."""
-        return int(entry.max(where=entry <= self.depth, initial=0))
+    @contextmanager
+    def undone_on_error(self) -> Iterator[None]:
+        """Forgets the nodes of a batch that does not end: a tree holds whole simulations only, and can be grown on."""
+        counts = [layer.count for layer in self.layers]
+        try:
+            yield
+        except BaseException:
+            for layer, count in zip(self.layers, counts, strict=True):
+                layer.resize(count)
+            raise
 
-    def counts(self) -> list[Slots]:
-        """What `rollback` needs to undo a sweep that did not end."""
-        return [layer.count for layer in self.layers]
+    # -- values -------------------------------------------------------------------------------------------------------
 
-    def rollback(self, counts: list[Slots]) -> None:
-        """Forgets the nodes attached since `counts`."""
-        for layer, count in zip(self.layers, counts, strict=True):
-            layer.resize(count)
+    def backup(self, temperature: float) -> Tensor:
+        """Computes every value anew from the rewards of the leaves, by the tree's rule.
 
-    def children(self, depth: int, problem: Slots, node: Slots) -> tuple[Slots, Slots, Slots]:
-        """All children of nodes (M,) of a depth, node by node: slots, where each node's begin, and how many."""
-        self.lists[depth].read(self.layers[depth + 1], self.layers[depth].size)
-        return self.lists[depth].of(problem, node)
+        Args:
+            temperature: that divides rewards, where the rule asks for it.
 
-    def log_shares(self) -> Iterator[Tensor]:
-        """For every depth from the root down, the log of each node's share of its tree: prod 1 / |C| over its ancestors
-        times corrections, (B, size), -inf in empty slots.
-
-        Shares of a layer sum to one where there are no corrections.
+        Returns:
+            Values of the roots, [B] float64.
         """
-        share = torch.zeros(self.problems, 1, dtype=torch.float64)
-        yield share
-        for above, below in pairwise(self.layers):
-            share = (share - above["children"].double().log()).gather(1, below["parent"]) + below["correction"]
-            share = share.masked_fill(~below.filled, -torch.inf)
-            yield share
-
-    def log_share(self, depth: int) -> Tensor:
-        """`log_shares` of one depth."""
-        return next(islice(self.log_shares(), depth, None))
-
-    def set_leaf_values(self, potential: Tensor) -> None:
-        """Leaf values (B, size): log-potentials r / T for a soft tree, rewards for a greedy one."""
-        self.leaves["value"].copy_(potential)
-
-    def backup(self, *, greedy: bool = False) -> Tensor:
-        """Recomputes every value from the leaves up: by log-mean-exp with corrections, or by maximum, in units of the
-        reward and without. Values of the roots, (B,)."""
+        leaves = self.leaves
+        leaves.facts["value"][:, : leaves.size] = self.rule.leaf_value(
+            leaves.facts["reward"][:, : leaves.size], temperature
+        )
         for above, below in zip(self.layers[-2::-1], self.layers[:0:-1], strict=True):
-            value = below["value"] if greedy else below["value"] + below["correction"]
-            value = value.masked_fill(~below.filled, -torch.inf)
-            top = torch.full(above["value"].shape, -torch.inf, dtype=torch.float64)
-            top.scatter_reduce_(1, below["parent"], value, "amax")
-            if not greedy:
-                shift = top.masked_fill(top == -torch.inf, 0.0)
-                total = torch.zeros_like(top)
-                total.scatter_add_(1, below["parent"], (value - shift.gather(1, below["parent"])).exp())
-                top = total.log() + shift - above["children"].clamp(min=1).double().log()
-            above["value"].copy_(top)
+            problem, slot = below.filled.numpy().nonzero()
+            parent = above.places(problem, below.facts["parent"][problem, slot])
+            siblings = Siblings(parent, above.flat("children").clip(min=1))
+            above.flat("value")[:] = self.rule.pool(self.child_values(below, below.places(problem, slot)), siblings)
         return self.layers[0]["value"][:, 0].clone()
 
-    def backup_paths(self, entry: Slots, path: Slots, *, greedy: bool = False) -> None:
-        """`backup` of the nodes on walks (B, W) only, in time proportional to their children."""
-        row, deepest = each_problem(self.problems), self._deepest(entry)
-        for d in range(self.depth - 1, -1, -1):
+    def backup_paths(self, plan: ExpansionPlan) -> None:
+        """Computes the values on the paths of a batch anew, in time proportional to the children of their nodes."""
+        row = each_problem(self.problems)
+        for d in reversed(range(self.depth)):
             above, below = self.layers[d], self.layers[d + 1]
-            at, value, correction = above.places(row, path[d]), below.flat("value"), below.flat("correction")
-            fresh = entry < d  # new nodes, of one child
-            child = below.places(row, path[d + 1])[fresh]
-            above.flat("value")[at[fresh]] = value[child] if greedy else value[child] + correction[child]
-            if d <= deepest:
-                node = np.unique(at[(entry >= d) & (entry <= self.depth)])
+            at, value, new = above.places(row, plan.path[d]), above.flat("value"), plan.depth < d
+            # A new node has one child, and its value is what that child counts for.
+            value[at[new]] = self.child_values(below, below.places(row, plan.path[d + 1])[new])
+            if d <= plan.deepest:
+                node = np.unique(at[(plan.depth >= d) & plan.real])
                 problem = node // above.room
-                child, first, length = self.children(d, problem, node % above.room)
-                child += (problem * below.room).repeat(length)
-                worth = value[child] if greedy else value[child] + correction[child]
-                above.flat("value")[node] = _pool(worth, first, length, greedy)
+                child, _, count = self.children(d, problem, node % above.room)
+                child += (problem * below.room).repeat(count)
+                siblings = Siblings(np.arange(len(node)).repeat(count), count)
+                value[node] = self.rule.pool(self.child_values(below, child), siblings)
+
+    def child_values(self, layer: NodeTable, places: Slots) -> NDArray[Any]:
+        """What nodes of a table, at places on its merged axis, count for at their parents."""
+        return self.rule.child_value(layer.flat("value")[places], layer.flat("log_importance_ratio")[places])
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def children(self, depth: int, problem: Slots, node: Slots) -> tuple[Slots, Slots, Slots]:
+        """All children of some nodes, node by node.
+
+        Args:
+            depth: of the nodes.
+            problem: [M], which tree each is in.
+            node: [M], slots.
+
+        Returns:
+            Slots of all children, end to end; where each node's begin, [M]; and how many, [M].
+        """
+        self.child_index[depth].read(self.layers[depth + 1], self.layers[depth].size)
+        return self.child_index[depth].of(problem, node)
+
+    def log_path_weights(self) -> Iterator[Tensor]:
+        """Log path weights of the nodes, for every depth from the root down.
+
+        The path weight of a node is prod 1 / |C| over its ancestors, times the importance ratios of the edges to it:
+        its part of the tree. Those of a depth sum to one where there are no importance ratios.
+
+        Returns:
+            For every depth a tensor [B, size] float64, -inf in empty slots.
+        """
+        weight = torch.zeros(self.problems, 1, dtype=torch.float64)
+        yield weight
+        for above, below in pairwise(self.layers):
+            weight = (weight - above["children"].double().log()).gather(1, below["parent"])
+            weight = (weight + below["log_importance_ratio"]).masked_fill(~below.filled, -torch.inf)
+            yield weight
+
+    def log_path_weight(self, depth: int) -> Tensor:
+        """`log_path_weights` of one depth, [B, size]."""
+        return next(islice(self.log_path_weights(), depth, None))
+
+    def leaf_slots(self) -> Tensor:
+        """Slots [B, N] of the leaves that stand for a tree in a Result: a smaller tree repeats its first one."""
+        return torch.where(self.leaves.filled, torch.arange(self.leaves.size), 0)
+
+    def ancestors(self, leaves: Tensor) -> tuple[Tensor, ...]:
+        """Slots of the nodes on the lines of leaves [B, N], [B, N] for every depth: the root first, the leaf last."""
+        line = [leaves]
+        for layer in self.layers[:0:-1]:
+            line.append(layer["parent"].gather(1, line[-1]))
+        return tuple(line[::-1])
+
+    def leaf_paths(self, device: torch.device | None = None) -> LeafPaths:
+        """How the leaves came about: the nodes on their lines, and the steps between, where they are kept.
+
+        Args:
+            device: to put all of it on; None leaves states where the tree keeps them.
+
+        Returns:
+            A `LeafPaths` of N leaves in every tree, in the order of the Result: a smaller tree repeats its first one.
+        """
+        ancestors, steps = self.ancestors(self.leaf_slots()), list[PathStep]()
+        for level, layer, slots in zip(self.levels, self.layers[1:], ancestors[1:], strict=True):
+            if "edge_x" in layer:
+                steps += _edge_steps(layer, level, slots, device)
+        return LeafPaths(tuple(slots.to(device) for slots in ancestors), tuple(steps))
 
     def states(self, depth: int, slots: Tensor, device: torch.device | None = None) -> dict[str, Tensor]:
-        """States of nodes (B, W), predictions and what proposals need there, on a device."""
-        held = {name: column for name, column in self.layers[depth].states.items() if not name.startswith("edge")}
+        """States of some nodes, with what is cached at them.
+
+        Args:
+            depth: of the nodes.
+            slots: [B, W].
+            device: to put them on; None leaves them where the tree keeps them.
+
+        Returns:
+            x [B, W, *event]; but for leaves the prediction x0, and what proposals need there.
+        """
+        held = {name: column for name, column in self.layers[depth].states.items() if name not in EDGE_COLUMNS}
         return {name: gather(column, slots.to(column.device)).to(device) for name, column in held.items()}
 
     def nodes_at(self, depth: int, problem: int = 0) -> dict[str, Tensor]:
-        """What is known of one tree's nodes of a depth, (n,) each: parent, children, visits, value, and where they are
-        scored look or reward. With `levels` and `states`, all that the report's figure reads."""
+        """What is known of one tree's nodes of a depth; with `levels` and `states`, all that a report's figure reads.
+
+        Args:
+            depth: of the nodes.
+            problem: which tree.
+
+        Returns:
+            Columns [n]: parent, children, visits, value, and where they are scored predicted_reward or reward.
+        """
         layer = self.layers[depth]
-        names = ("parent", "children", "visits", "value", "look", "reward")
+        names = ("parent", "children", "visits", "value", "predicted_reward", "reward")
         return {name: layer[name][problem, : layer.count[problem]] for name in names if name in layer}
 
     def to_networkx(self, problem: int = 0) -> networkx.DiGraph:
-        """One tree as a networkx graph: nodes (depth, slot) with level, visits, value, reward; edges to children."""
+        """One tree as a networkx graph.
+
+        Args:
+            problem: which tree.
+
+        Returns:
+            Nodes (depth, slot) with level, visits, value, predicted_reward and reward; edges to children.
+
+        Raises:
+            SteerError: networkx is not installed.
+        """
         try:
             import networkx
         except ImportError as error:
@@ -193,7 +276,7 @@ class Tree:
         for depth, layer in enumerate(self.layers):
             for slot in range(int(layer.count[problem])):
                 known: dict[str, Any] = {"level": self.levels[depth - 1] if depth else -1}
-                for name in ("visits", "value", "look", "reward"):
+                for name in ("visits", "value", "predicted_reward", "reward"):
                     if name in layer:
                         known[name] = layer[name][problem, slot].item()
                 graph.add_node((depth, slot), **known)
@@ -202,11 +285,13 @@ class Tree:
         return graph
 
 
-def _pool(value: NDArray[Any], first: Slots, length: Slots, greedy: bool) -> NDArray[Any]:
-    """Maximum, or log of the mean of exp, of groups of values side by side."""
-    top = np.maximum.reduceat(value, first)
-    if greedy:
-        return top
-    shift = np.where(top == -np.inf, 0.0, top)
-    with np.errstate(divide="ignore"):  # log 0 = -inf, where all below is forbidden
-        return np.log(np.add.reduceat(np.exp(value - shift.repeat(length)), first)) + shift - np.log(length)
+def _edge_steps(layer: NodeTable, level: int, slots: Tensor, device: torch.device | None) -> Iterator[PathStep]:
+    """The steps on the edges that lead to nodes [B, N] of a level, oldest first."""
+    x, log_prob, log_behaviour = (layer[name] for name in EDGE_COLUMNS)
+    at = slots.to(x.device)
+    states = torch.cat([gather(x, at), gather(layer["x"], at)[:, :, None]], 2).to(device)
+    densities = [gather(column, slots).to(device) for column in (log_prob, log_behaviour)]
+    first = level - log_prob.shape[2]
+    for j in range(log_prob.shape[2]):
+        model, drawn_by = (density[:, :, j] for density in densities)
+        yield PathStep(first + j, states[:, :, j], states[:, :, j + 1], model, drawn_by, slots.to(device))

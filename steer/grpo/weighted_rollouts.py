@@ -21,8 +21,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..core.leaf_paths import LeafPaths
 from ..core.objective import num_problems
-from ..core.population import gather, log_potential
+from ..core.population import log_potential
 from ..errors import SteerError
 from ..key import Key
 from ..processes.gaussian import GaussianProcess
@@ -142,30 +143,13 @@ def merged(batch: RolloutBatch) -> RolloutBatch:
     )
 
 
-def tree_steps(process: GaussianProcess, result: Result) -> list[Walked]:
+def tree_steps(process: GaussianProcess, paths: LeafPaths) -> list[Walked]:
     """The stochastic steps along the lines of a tree's leaves, oldest first, where the tree kept them."""
-    tree, slots, device = result.tree, leaves(result), result.x.device
-    steps = []
-    for depth in range(tree.depth, 0, -1):
-        layer = tree.layers[depth]
-        if "edge" in layer:
-            at = slots.to(layer["edge"].device)
-            states = torch.cat([gather(layer["edge"], at), gather(layer["x"], at)[:, :, None]], 2).to(device)
-            density, drawn_by = (gather(layer[n], slots).to(device) for n in ("edge_log_prob", "edge_log_behaviour"))
-            first = tree.levels[depth - 1] - density.shape[2]
-            for j in reversed(range(density.shape[2])):
-                if process.stochastic(first + j):
-                    before, after = states[:, :, j], states[:, :, j + 1]
-                    steps.append(
-                        Walked(first + j, before, after, None, density[:, :, j], drawn_by[:, :, j], slots.to(device))
-                    )
-        slots = layer["parent"].gather(1, slots)
-    return steps[::-1]
-
-
-def leaves(result: Result) -> Tensor:
-    """Slots (P, N) of a tree's leaves as rows: trees of fewer leaves repeat their first one."""
-    return torch.where(result.tree.leaves.filled, torch.arange(result.tree.leaves.size), 0)
+    return [
+        Walked(step.k, step.x, step.x_next, None, step.log_prob, step.log_behaviour, step.node)
+        for step in paths.steps
+        if process.stochastic(step.k)
+    ]
 
 
 def _walked(process: GaussianProcess, result: Result) -> tuple[list[Walked], Tensor | None, Tensor]:
@@ -175,7 +159,8 @@ def _walked(process: GaussianProcess, result: Result) -> tuple[list[Walked], Ten
     if state is not None and not (state.keep_states and _by(process, result)):
         return [], None, row
     if result.tree is not None:
-        return tree_steps(process, result), None, result.tree.leaves["parent"].gather(1, leaves(result)).to(row)
+        paths: LeafPaths = result.tree.leaf_paths(result.x.device)
+        return tree_steps(process, paths), None, paths.ancestors[-2]
     if state is None:
         return [], None, row
     return walked(state, {}), ancestors(state), state.ancestor(1) if state.resamplings().any() else row

@@ -48,7 +48,7 @@ def _in_tree(result: Result, problem: int, most: int) -> list[Waypoint]:
     with torch.no_grad():
         for depth in _spread([*range(1, len(path))], most):
             known = tree.nodes_at(depth, problem)
-            score = next(known[name] for name in ("reward", "look", "value") if name in known)
+            score = next(known[name] for name in ("reward", "predicted_reward", "value") if name in known)
             clean = clean_states(result, depth, torch.tensor([path[depth]]), problem)[0, 0]
             stops.append(Waypoint(tree.levels[depth - 1], clean, float(score[path[depth]])))
     return stops

@@ -322,7 +322,7 @@ def _way(result: Result) -> str:
         f"<b>{number(stop.value)}</b></figcaption></figure>"
         for content, stop in zip(shown_as, stops, strict=True)
     )
-    scored = result.tree is None or "look" in result.tree.nodes_at(1)
+    scored = result.tree is None or "predicted_reward" in result.tree.nodes_at(1)
     worth = "the reward of that prediction" if scored else "the value of the tree's node, at the end the reward"
     whose = " of the first problem" if result.reward.shape[0] > 1 else ""
     return (

@@ -94,7 +94,7 @@ def _facts(tree: Shown, d: int, i: int, word: str | None) -> str:
     if d < tree.depth:
         lines += [("visits", f"{known['visits'][i]:,.0f}"), ("children", f"{known['children'][i]:,.0f}")]
         lines.append(("value", number(known["value"][i])))
-    for name, label in (("look", "reward of x̂0"), ("reward", "reward")):
+    for name, label in (("predicted_reward", "reward of x̂0"), ("reward", "reward")):
         if name in known:
             lines.append((label, number(known[name][i])))
     if d == tree.depth and tree.weight is not None:

@@ -26,7 +26,7 @@ class Drawable(Protocol):
 
     def nodes_at(self, depth: int, problem: int = 0) -> Mapping[str, Tensor]:
         """Columns (n,) of one tree's nodes of a depth: parent (a slot of the depth above), children, visits, value;
-        where known `look`, the reward of the prediction, and for leaves `reward`."""
+        where known `predicted_reward`, of the prediction, and for leaves `reward`."""
         ...
 
     def states(self, depth: int, slots: Tensor, device: Any = None) -> Mapping[str, Tensor]:
