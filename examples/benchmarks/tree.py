@@ -3,12 +3,12 @@
     python examples/benchmarks/tree.py [--grow 1000000] [--rounds 3] [--out FILE]
 
 Trees on an eight-mode mixture in the plane with 50 steps and nodes at ten levels, where the network is nearly free, so
-that bookkeeping is what is measured; by the paper's build (Algorithm 1), and by the default one, whose walks begin at
-all depths and so make fewer nodes each. Objects follow the same rules: one tree after the other, one Python object a
-node, the W walks of a sweep rolled out in one batch from each level (which is the most that objects allow).
+that bookkeeping is what is measured; by the paper's build (Algorithm 1), and by the default one, whose simulations
+begin at all depths and so make fewer nodes each. Objects follow the same rules: one tree after the other, one Python
+object a node, the W simulations of a batch rolled out together from each level (which is the most that objects allow).
 Reported: nodes made per second of CPU time, medians of rounds taken in turn, and per second besides network and reward:
 selection, noise, steps, new nodes, values. Then the same of one process on every core, each with its part of 64 trees
-of 16 walks, by the clock; the memory of a node and its states; and growth to a million nodes.
+of 16 simulations, by the clock; the memory of a node and its states; and growth to a million nodes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import torch
 import steer
 from steer import search
 from steer.key import Key
-from steer.search.trees.branching import segment_rows
+from steer.search.trees.branching import expansion_costs
 
 STEPS, LEVELS = 50, list(range(5, 50, 5))
 CELLS = [(1, 1), (1, 9), (1, 16), (1, 64), *((trees, walkers) for trees in (16, 64) for walkers in (1, 16, 64))]
@@ -58,28 +58,27 @@ class Node:
     depth: int = 0
     visits: int = 1
     value: float = 0.0
-    look: float = 0.0
-    log_share: float = 0.0
+    predicted_reward: float = 0.0
+    log_path_weight: float = 0.0
     children: list[Node] = field(default_factory=list)
 
 
 class Objects:
-    """One tree of Python objects; rollouts of a sweep are batched, all else is a loop."""
+    """One tree of Python objects; rollouts of a batch are made together, all else is a loop."""
 
     def __init__(self, process, reward, key, build):
         self.meter = steer.cost.Meter()
-        self.process, self.reward, self.key, self.walk = process.metered(self.meter), reward, key, 0
-        self.ends, self.build, self.sweeps = [*LEVELS, process.steps], build, 0
+        self.process, self.reward, self.key, self.simulations = process.metered(self.meter), reward, key, 0
+        self.ends, self.build, self.batches = [*LEVELS, process.steps], build, 0
         self.layers: list[list[Node]] = [[Node(None)], *([] for _ in self.ends)]
-        edges = segment_rows(process, self.ends)
-        self.rows = [sum(edges[d:]) for d in range(len(edges))]
-        self.spent = [0] * len(edges)
+        self.rows = expansion_costs(process, self.ends)
+        self.spent = [0] * len(self.rows)
 
     @property
     def nodes(self) -> int:
         return sum(map(len, self.layers))
 
-    def sweep(self, walkers: int) -> None:
+    def simulate_batch(self, walkers: int) -> None:
         paths = self.selected(walkers) if self.build == "boltzmann" else self.apportioned(walkers)
         self.roll([[path for path in paths if path[-1].depth == depth] for depth in range(len(self.ends))])
         for path in paths if self.build == "boltzmann" else ():
@@ -87,11 +86,13 @@ class Objects:
                 top = max(child.value for child in node.children)
                 total = sum(math.exp(child.value - top) for child in node.children)
                 node.value = top + math.log(total / len(node.children))
-        self.walk, self.sweeps = self.walk + walkers, self.sweeps + 1
+        self.simulations, self.batches = self.simulations + walkers, self.batches + 1
 
     def selected(self, walkers: int) -> list[list[Node]]:
         """Algorithm 1's descents by exp(value), with its widening."""
-        uniforms = self.key.fold("select").shifted(slot=self.walk).uniform((1, walkers, len(self.ends)))[0].tolist()
+        uniforms = (
+            self.key.fold("select").shifted(slot=self.simulations).uniform((1, walkers, len(self.ends)))[0].tolist()
+        )
         paths = []
         for uniform in uniforms:
             path = [self.layers[0][0]]
@@ -107,27 +108,27 @@ class Objects:
         """The default build: depths in turn by rows spent, nodes systematically by what they lack of their share."""
         depths = []
         for _ in range(walkers):
-            depths.append(min(range(len(self.ends) if self.sweeps else 1), key=lambda depth: self.spent[depth]))
+            depths.append(min(range(len(self.ends) if self.batches else 1), key=lambda depth: self.spent[depth]))
             self.spent[depths[-1]] += self.rows[depths[-1]]
         paths, counts = [], Counter(depths)
         for depth in range(max(depths) + 1):
             layer, more = self.layers[depth], counts[depth]
             for node in layer:
                 for child in node.children:
-                    child.log_share = node.log_share - math.log(len(node.children))
+                    child.log_path_weight = node.log_path_weight - math.log(len(node.children))
             if not more or depth == 0:
                 paths += [[layer[0]]] * more
                 continue
-            share = [math.exp(node.log_share) for node in layer]
-            top = max(node.log_share + node.look for node in layer)
-            tilted = [math.exp(node.log_share + node.look - top) for node in layer]
+            share = [math.exp(node.log_path_weight) for node in layer]
+            top = max(node.log_path_weight + node.predicted_reward for node in layer)
+            tilted = [math.exp(node.log_path_weight + node.predicted_reward - top) for node in layer]
             plain, total = sum(share), sum(tilted)
             count = more + sum(len(node.children) for node in layer)
             lack = [
                 max(0.0, 0.5 * (t / total + s / plain) * count - len(node.children))
                 for t, s, node in zip(tilted, share, layer, strict=True)
             ]
-            uniform = self.key.fold("grow").at(self.sweeps * len(self.ends) + depth).uniform((1, 1)).item()
+            uniform = self.key.fold("grow").at(self.batches * len(self.ends) + depth).uniform((1, 1)).item()
             step, left, spot = sum(lack) / more, uniform * sum(lack) / more, iter(zip(lack, layer, strict=True))
             reached, node = 0.0, layer[-1]
             for _ in range(more):
@@ -139,7 +140,7 @@ class Objects:
 
     def roll(self, entering: list[list[list[Node]]]) -> None:
         """Paths go on from where they end, by depth; those under way at one level in one batch."""
-        noise, under_way = self.key.shifted(slot=self.walk).fold("step"), []
+        noise, under_way = self.key.shifted(slot=self.simulations).fold("step"), []
         for depth, (end, new) in enumerate(zip(self.ends, entering, strict=True)):
             under_way += new
             if not under_way:
@@ -159,7 +160,9 @@ class Objects:
                 with self.meter.scoring(len(under_way)):
                     scores = self.reward(x[0] if x0 is None else x0[0]).tolist()
             for i, path in enumerate(under_way):
-                node = Node(x[0, i], None if x0 is None else x0[0, i], depth + 1, value=scores[i], look=scores[i])
+                node = Node(
+                    x[0, i], None if x0 is None else x0[0, i], depth + 1, value=scores[i], predicted_reward=scores[i]
+                )
                 path[-1].children.append(node)
                 path.append(node)
                 self.layers[depth + 1].append(node)
@@ -174,32 +177,32 @@ def picked(weights: list[float], uniform: float, node: Node) -> Node:
     return node.children[-1]
 
 
-def objects(build: str, trees: int, walkers: int, sweeps: int) -> tuple[int, float, float]:
+def objects(build: str, trees: int, walkers: int, batches: int) -> tuple[int, float, float]:
     """Nodes, CPU seconds, and those of them spent on network and reward."""
     process, reward = problem()
     cpu, wall = time.process_time(), time.perf_counter()
     built = [Objects(process, reward, Key(i), build) for i in range(trees)]
     for tree in built:
-        for _ in range(sweeps):
-            tree.sweep(walkers)
+        for _ in range(batches):
+            tree.simulate_batch(walkers)
     elsewhere = sum(tree.meter.seconds["network"] + tree.meter.seconds["reward"] for tree in built)
     share, cpu = elsewhere / (time.perf_counter() - wall), time.process_time() - cpu
     return sum(tree.nodes for tree in built), cpu, cpu * share
 
 
-def arrays(build: str, trees: int, walkers: int, sweeps: int) -> tuple[int, float, float]:
+def arrays(build: str, trees: int, walkers: int, batches: int) -> tuple[int, float, float]:
     """The same of steer's trees."""
     process, reward = problem()
     cpu, wall = time.process_time(), time.perf_counter()
     run = search.dts(
-        process, reward, build=build, levels=LEVELS, batch=trees, walkers=walkers, particles=walkers * sweeps
+        process, reward, build=build, levels=LEVELS, batch=trees, walkers=walkers, particles=walkers * batches
     )
     share = (run.cost.seconds["network"] + run.cost.seconds["reward"]) / (time.perf_counter() - wall)
     cpu = time.process_time() - cpu
     return run.tree.nodes, cpu, cpu * share
 
 
-def part(build: str, trees: int, first: int, walkers: int, sweeps: int, gate: Any) -> int:
+def part(build: str, trees: int, first: int, walkers: int, batches: int, gate: Any) -> int:
     """Nodes of some of the trees: those that a run of all has as its problems `first` on."""
     torch.set_num_threads(1)
     arrays(build, trees, walkers, 2)
@@ -207,16 +210,16 @@ def part(build: str, trees: int, first: int, walkers: int, sweeps: int, gate: An
     gate.wait()
     key = Key(0).shifted(problem=first)
     return search.dts(
-        process, reward, build=build, levels=LEVELS, batch=trees, walkers=walkers, particles=walkers * sweeps, key=key
+        process, reward, build=build, levels=LEVELS, batch=trees, walkers=walkers, particles=walkers * batches, key=key
     ).tree.nodes
 
 
-def on_every_core(build: str, trees: int, walkers: int, sweeps: int, cores: int) -> float:
+def on_every_core(build: str, trees: int, walkers: int, batches: int, cores: int) -> float:
     """Nodes per second by the clock, of trees dealt to one process for each core."""
     each = trees // cores
     with multiprocessing.Manager() as manager, ProcessPoolExecutor(cores) as pool:
         gate = manager.Barrier(cores + 1)
-        parts = [pool.submit(part, build, each, each * core, walkers, sweeps, gate) for core in range(cores)]
+        parts = [pool.submit(part, build, each, each * core, walkers, batches, gate) for core in range(cores)]
         gate.wait()
         began = time.perf_counter()
         return sum(made.result() for made in parts) / (time.perf_counter() - began)
@@ -233,14 +236,14 @@ def main() -> None:
     table = []
     print(f"{'':11} | {'thousand nodes / s':^31} | {'besides network and reward':^31}")
     print(f"{'':11} | {' | '.join(['     paper         default     '] * 2)}")
-    print(f"{'trees':>5} {'walks':>5} | {' | '.join(['objects  arrays objects  arrays'] * 2)}")
+    print(f"{'trees':>5} {'sims':>5} | {' | '.join(['objects  arrays objects  arrays'] * 2)}")
     for trees, walkers in CELLS:
-        sweeps = max(40, min(400, options.nodes // (trees * walkers * 9)))
+        batches = max(40, min(400, options.nodes // (trees * walkers * 9)))
         whole, alone = [], []
         for build in ("boltzmann", "unbiased"):
             # Trees of objects are independent of one another: a few of them give the rate of all.
             cases = [(objects, min(trees, 2)), (arrays, trees)]
-            rounds = [[make(build, count, walkers, sweeps) for make, count in cases] for _ in range(options.rounds)]
+            rounds = [[make(build, count, walkers, batches) for make, count in cases] for _ in range(options.rounds)]
             for runs in zip(*rounds, strict=True):
                 whole.append(statistics.median(nodes / total / 1e3 for nodes, total, _ in runs))
                 alone.append(statistics.median(nodes / (total - other) / 1e3 for nodes, total, other in runs))
@@ -249,7 +252,7 @@ def main() -> None:
         table.append({"trees": trees, "walkers": walkers, "all": whole, "besides": alone})
     cores = min(64, os.cpu_count() or 1)
     by_clock = {build: on_every_core(build, 64, 16, 100, cores) / 1e3 for build in ("boltzmann", "unbiased")}
-    print(f"64 trees of 16 walks on {cores} cores, thousand nodes / s by the clock: {by_clock}", flush=True)
+    print(f"64 trees of 16 simulations on {cores} cores, thousand nodes / s by the clock: {by_clock}", flush=True)
     process, reward = problem()
     grown: list[dict[str, float]] = []
     for build in ("boltzmann", "unbiased"):

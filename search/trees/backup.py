@@ -94,3 +94,6 @@ class MaxBackup:
 
     def pool(self, value: Values, siblings: Siblings) -> Values:
         return siblings.max(value)
+
+
+soft_backup, max_backup = SoftBackup(), MaxBackup()

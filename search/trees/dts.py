@@ -37,7 +37,7 @@ from steer.particles.proposals import Proposal, bootstrap
 from steer.results.result import Result
 from steer.types import ReverseProcess, Reward
 
-from .backup import SoftBackup
+from .backup import soft_backup
 from .branching import branching_levels, check_tree_start, expansion_costs, new_or_given_tree
 from .expansion_plan import ExpansionPlan
 from .ragged import Slots, each_problem
@@ -145,7 +145,7 @@ def dts(
     search = TreeSearch(
         policy=_policy(build, run, tree, widening, defence),
         simulator=simulator,
-        backup=SoftBackup(),
+        backup=soft_backup,
         readout=LeafWeights(),
         backup_each_batch=build == "boltzmann",
     )

@@ -20,7 +20,7 @@ from steer.particles.proposals import bootstrap
 from steer.results.result import Result
 from steer.types import ReverseProcess, Reward
 
-from .backup import MaxBackup
+from .backup import Backup, max_backup
 from .branching import branching_levels, check_tree_start, expansion_costs, new_or_given_tree
 from .ragged import Slots
 from .readout import BestLeaves
@@ -45,6 +45,7 @@ def dts_star(
     widening: tuple[float, float] = (1.0, 0.35),
     explore: float = 0.5,
     keep: int = 1,
+    backup: Backup = max_backup,
     start: Start = prior,
     tree: Tree | None = None,
     store: torch.device | str | None = None,
@@ -56,13 +57,15 @@ def dts_star(
 
     Args:
         particles: simulations per tree, 16 by default; every one makes a new leaf.
-        temperature: is noted in the result and changes nothing: values are best rewards (T -> 0).
+        temperature: is noted in the result; values are best rewards (T -> 0), which it does not change.
         levels: branching levels, or how many (equally spaced).
         walkers: W, simulations per batch. Those that meet at a node take its best child, its second best, and so on.
         widening: (C, alpha): a node of N visits is expanded while it has fewer than C N^alpha children.
         explore: weight of the bonus sqrt(log N(parent) / N(child)) that keeps rarely visited children in play, in units
             of the standard deviation of the leaf rewards so far.
         keep: how many of the leaves share the weight.
+        backup: rule of `search/trees/backup.py`, or of yours, by which the value of a node (to which the bonus is
+            added) follows from the rewards below it; by default the best of them.
 
     Returns:
         Every leaf x [B, N, *event], reward [B, N], log_weight [B, N] that is equal at the `keep` best leaves and -inf
@@ -88,7 +91,7 @@ def dts_star(
     search = TreeSearch(
         policy=TreePolicy(score=UCTScore(explore), draw=False, widening=widening, revisit=False, rows=rows),
         simulator=simulator,
-        backup=MaxBackup(),
+        backup=backup,
         readout=BestLeaves(keep),
         backup_each_batch=True,
     )
@@ -97,7 +100,7 @@ def dts_star(
 
 @dataclass(frozen=True)
 class UCTScore:
-    """UCT: the best reward below a child plus a bonus for being visited rarely.
+    """UCT: the value of a child (the best reward below it) plus a bonus for being visited rarely.
 
     explore: weight of the bonus, in units of the standard deviation of the leaf rewards so far.
     """

@@ -21,7 +21,7 @@ from steer.core.leaf_paths import LeafPaths, PathStep
 from steer.core.population import gather
 from steer.errors import SteerError
 
-from .backup import Backup, Siblings, SoftBackup
+from .backup import Backup, Siblings, soft_backup
 from .expansion_plan import ExpansionPlan
 from .node_table import EDGE_COLUMNS, ChildIndex, NodeTable
 from .ragged import Slots, each_problem
@@ -44,8 +44,8 @@ class Tree:
     expansions:  simulations that expanded a node of depth d < D, of each tree, [D, B].
     """
 
-    def __init__(self, problems: int, levels: tuple[int, ...], rule: Backup | None = None):
-        self.problems, self.levels, self.rule = problems, levels, rule or SoftBackup()
+    def __init__(self, problems: int, levels: tuple[int, ...], rule: Backup = soft_backup):
+        self.problems, self.levels, self.rule = problems, levels, rule
         self.layers = [NodeTable(problems) for _ in range(len(levels) + 1)]
         self.child_index = [ChildIndex(problems) for _ in levels]
         self.simulations = self.batches = 0

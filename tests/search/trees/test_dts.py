@@ -12,7 +12,7 @@ import steer
 from steer import search
 from steer.core import population
 from steer.search.trees import dts as dts_module
-from steer.search.trees.dts_star import _spread
+from steer.search.trees.dts_star import _reward_std
 
 REWARD = Linear([0.7, -0.5])
 STEPS = 10
@@ -67,10 +67,10 @@ def test_the_papers_build_is_caught():
     assert wide["evidence"] < -LIMIT, wide
 
 
-def looking_below(self, tree, depth, share, more):
+def looking_below(self, tree, depth, log_path_weight, more):
     """A build whose shares depend on nodes' own leaves."""
-    tree.backup()
-    fair = torch.softmax(share + tree.layers[depth]["value"], 1)
+    tree.backup(temperature=1.0)
+    fair = torch.softmax(log_path_weight + tree.layers[depth]["value"], 1)
     children = tree.layers[depth]["children"]
     return (fair * (children.sum(1, keepdim=True) + more) - children).clamp(min=0.0).log()
 
@@ -80,7 +80,7 @@ def test_mutants_are_caught(mutant, monkeypatch):
     """Leaves weighted by exp(r) alone, and shares that depend on a node's own leaves: the test above sees both."""
     process = chain()
     if mutant == "looks-below":
-        monkeypatch.setattr(dts_module.Apportionment, "_lacking", looking_below)
+        monkeypatch.setattr(dts_module.ProportionalAllocation, "_log_missing", looking_below)
     run = search.dts(process, REWARD, particles=96, batch=400, key=11)
     if mutant == "log-sum-exp":
         run = replace(
@@ -103,7 +103,7 @@ class Table:
     def prior(self, key, batch, particles):
         return self._draw(self.first.log().expand(batch, particles, 3), key)
 
-    def denoise(self, x, k):
+    def denoise(self, x, k, key=None):
         with self.meter.network(x.numel()):
             return self.kernel[k][x[..., 0]]
 
@@ -196,12 +196,12 @@ def test_error_falls_with_the_root_of_the_budget(method):
 
 
 @pytest.mark.parametrize("particles", [300, 2400])
-def test_growth_keeps_up_with_shares(particles):
+def test_growth_keeps_up_with_path_weights(particles):
     """sum s^2 / |C|, what multiplies a depth's variance, stays a constant times 1 / (defence n): it is consistent."""
     tree = search.dts(chain(), Quadratic([1.5, 1.0], 9.0), particles=particles, walkers=30, defence=0.5).tree
     for depth in range(1, tree.depth):
         children = tree.layers[depth]["children"].double()
-        factor = (tree.log_share(depth).mul(2.0).exp() / children).sum() * 0.5 * children.sum()
+        factor = (tree.log_path_weight(depth).mul(2.0).exp() / children).sum() * 0.5 * children.sum()
         assert 0.4 < float(factor) < 3.0
 
 
@@ -303,44 +303,64 @@ def test_expectations_of_mutants_do_not(mutant, monkeypatch):
     if mutant == "boltzmann":
         options = {"build": "boltzmann", "widening": (1.0, 0.3)}
     elif mutant == "looks-below":
-        monkeypatch.setattr(dts_module.Apportionment, "_lacking", looking_below)
+        monkeypatch.setattr(dts_module.ProportionalAllocation, "_log_missing", looking_below)
     else:  # every leaf counts the same, however many siblings its ancestors have
 
-        def share(self, depth):
+        def path_weight(self, depth):
             return torch.full((self.problems, self.layers[depth].size), -math.log(self.layers[depth].size)).double()
 
-        def backup(self, greedy=False):
-            return torch.logsumexp(self.log_share(self.depth) + self.leaves["value"], 1)
+        def backup(self, temperature):
+            return torch.logsumexp(self.log_path_weight(self.depth) + self.leaves["value"], 1)
 
-        monkeypatch.setattr(search.Tree, "log_share", share)
+        monkeypatch.setattr(search.Tree, "log_path_weight", path_weight)
         monkeypatch.setattr(search.Tree, "backup", backup)
     assert float(expectations(monkeypatch, **options).abs().max()) > 1e-3
 
 
-def test_guidance_is_corrected_on_every_edge():
-    """With a guided proposal children are no draws of the model: leaf weights carry p / q, and without it fail."""
+def pushed(state, model):
+    """A plain function, with no needs_gradient: it moves the model's step by half of its noise."""
+    return model.shift(torch.full_like(model.mean, 0.5 * model.std))
+
+
+@pytest.mark.parametrize("proposal", [steer.guided(0.7), pushed], ids=["guided", "function"])
+def test_a_proposal_is_corrected_on_every_edge(proposal):
+    """Its children are no draws of the model: leaf weights carry p / q, and without it fail."""
     process = chain()
-    run = search.dts(process, REWARD, particles=48, batch=200, proposal=steer.guided(0.7), levels=2, key=4)
-    assert run.cost.grads > 0
+    run = search.dts(process, REWARD, particles=48, batch=200, proposal=proposal, levels=2, key=4)
+    assert (run.cost.grads > 0) == (proposal is not pushed)
     depth = run.tree.depth
-    bare = run.tree.log_share(depth) + run.reward
     for layer in run.tree.layers[1:]:
-        assert float(layer["correction"].abs().max()) > 0.1
-        layer["correction"].zero_()
-    bare = run.tree.log_share(depth) + run.reward
+        assert float(layer["log_importance_ratio"].abs().max()) > 0.1
+        layer["log_importance_ratio"].zero_()
+    bare = run.tree.log_path_weight(depth) + run.reward
     wrong = replace(run, log_weight=population.normalise(bare), log_evidence=torch.logsumexp(bare, 1))
     target = process.exact(REWARD)
     assert worst(z_scores(run, target, mixture_2d()))[0] < LIMIT
     assert worst(z_scores(wrong, target, mixture_2d()))[0] > LIMIT
 
 
+class Refusing:
+    """A proposal that fails when it is called, and that asks for nothing."""
+
+    scale, needs_gradient = 0.0, False
+
+    def __call__(self, state, model):
+        raise ArithmeticError("called")
+
+
+@pytest.mark.parametrize("build", ["unbiased", "uniform", "boltzmann"])
+def test_a_proposal_is_always_called(build):
+    with pytest.raises(ArithmeticError, match="called"):
+        search.dts(quick_chain(), REWARD, particles=4, build=build, proposal=Refusing())
+
+
 @pytest.mark.parametrize("unknown", [False, True])
-def test_what_a_start_has_spent_and_normalised_by_is_heard(unknown):
+def test_what_a_start_has_multiplied_in_and_normalized_by_counts(unknown):
     """A tree of one level is importance sampling, to the last weight."""
 
     def start(process, objective, key, batch, particles):
         state = steer.prior(process, objective, key, batch, particles)
-        state = state.remember(spent=state.x.double().sum(2)).reweight(0.5 * state.x[..., 0].double())
+        state = state.with_path_state(log_potential=state.x.double().sum(2)).reweight(0.5 * state.x[..., 0].double())
         return replace(state, log_evidence=state.log_evidence + (math.nan if unknown else 3.0))
 
     options = {"particles": 12, "batch": 2, "start": start, "key": 3}
@@ -352,15 +372,15 @@ def test_what_a_start_has_spent_and_normalised_by_is_heard(unknown):
 
 @pytest.mark.parametrize("steps", [2, 5, 9])
 @pytest.mark.parametrize("how", ["start", "guided"])
-def test_stopped_in_its_first_sweep_it_keeps_its_weights(how, steps):
-    """Predictions with the weights their walks had: those of importance sampling, stopped at the same step."""
+def test_stopped_in_its_first_batch_it_keeps_its_weights(how, steps):
+    """Predictions with the weights their chains had: those of importance sampling, stopped at the same step."""
 
     def start(process, objective, key, batch, particles):
         state = steer.prior(process, objective, key, batch, particles)
         return state.reweight(torch.arange(particles).double().expand(batch, -1))
 
-    def stopping(state):
-        if state.k == steps:
+    def stopping(event):
+        if event.level == steps:
             raise steer.Stop
 
     options = {"particles": 5, "batch": 2, "on_step": stopping, "key": 3}
@@ -400,7 +420,7 @@ def test_collapsed_trees_are_kept_and_hide_no_other_error():
     assert best.reward.max() == -math.inf
 
 
-def stop(state):
+def stop(event):
     raise steer.Stop
 
 
@@ -412,7 +432,7 @@ def test_a_start_that_forbids_roots_leaves_a_tree_to_grow(walkers):
 
     found = []
     for key in range(6):
-        with suppress(steer.CollapsedWeightsError):  # few walks are for roots, and all of those may be forbidden
+        with suppress(steer.CollapsedWeightsError):  # few simulations are for roots, and all of those may be forbidden
             found.append(search.dts(quick_chain(), REWARD, particles=40, walkers=walkers, start=half, key=key))
     assert len(found) > 2
     assert all(math.isfinite(run.log_evidence.item()) for run in found)
@@ -426,7 +446,7 @@ def test_a_search_ranks_by_reward_alone():
     run = search.dts_star(quick_chain(), REWARD, particles=60, walkers=3, start=start)
     root = run.tree.layers[0]["value"].item()
     assert root == run.reward.max()
-    assert run.tree.backup(greedy=True).item() == root
+    assert run.tree.backup(temperature=1.0).item() == root
 
 
 def test_a_tree_grows_on_at_another_temperature_as_if_it_had_been_asked_before():
@@ -435,8 +455,7 @@ def test_a_tree_grows_on_at_another_temperature_as_if_it_had_been_asked_before()
     for refreshed in (False, True):
         tree = search.dts(quick_chain(), REWARD, temperature=0.01, **options).tree
         if refreshed:
-            tree.set_leaf_values(tree.leaves["reward"])
-            tree.backup()
+            tree.backup(temperature=1.0)
         runs.append(search.dts(quick_chain(), REWARD, tree=tree, **options))
     assert torch.equal(runs[0].x, runs[1].x)
 
@@ -447,7 +466,7 @@ def test_what_a_tree_cannot_be_grown_on_with_is_said():
     def grown(tree=None, **options):
         return search.dts(process, REWARD, particles=40, levels=3, tree=tree, **options).tree
 
-    with pytest.raises(steer.SteerError, match=r"keep gradient for .* Follow.* 'displacement'"):
+    with pytest.raises(steer.SteerError, match=r"caches no displacement.*grow a tree with the proposal"):
         grown(grown(proposal=steer.guided(0.5)), proposal=steer.follow(steer.dps(REWARD, 0.2)))
     with pytest.raises(steer.SteerError, match="keeps no predicted rewards"):
         grown(grown(grown(), build="uniform"))
@@ -484,7 +503,7 @@ def test_budgets_hold_where_drawing_a_step_costs_network_rows(method):
 class Sideways:
     """Proposes the model's step moved by a fifth of its noise, and asks for the reward's gradient."""
 
-    scale = 1.0
+    needs_gradient = True
 
     def __init__(self):
         self.levels = []
@@ -496,16 +515,16 @@ class Sideways:
 
 @pytest.mark.parametrize("build", ["unbiased", "boltzmann"])
 def test_hooks_propose_in_trees_as_any_proposal(build):
-    """Their displacement is kept at nodes, for walks that join there, and where trees of a batch differ."""
+    """Their displacement is kept at nodes, for simulations that join there, and where trees of a batch differ."""
     process, hooks = quick_chain(), steer.guidance.Hooks(mean=(lambda at: at.mean + 0.2 * at.std,))
     options = {"build": build, "batch": 3, "particles": 60, "walkers": 4, "levels": 3, "widening": (1.0, 0.5)}
     sideways, taken = Sideways(), []
-    one = search.dts(process, REWARD, proposal=sideways, on_step=lambda state: taken.append(state.k - 1), **options)
+    one = search.dts(process, REWARD, proposal=sideways, on_step=lambda event: taken.append(event.level - 1), **options)
     assert sideways.levels == [k for k in taken if process.stochastic(k)]
     other = search.dts(process, REWARD, proposal=steer.follow(hooks), **options)
     torch.testing.assert_close(one.x, other.x, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(one.log_weight, other.log_weight, rtol=1e-10, atol=1e-10)
-    assert float(one.tree.layers[2]["correction"].abs().max()) > 0.05
+    assert float(one.tree.layers[2]["log_importance_ratio"].abs().max()) > 0.05
     assert other.cost.grads == 0 < one.cost.grads
 
 
@@ -530,14 +549,14 @@ class Node:
         self.x, self.depth, self.value, self.visits, self.children = x, depth, 0.0, 1, []
 
 
-def algorithm_1(process, reward, levels, walks, widening, key, select, search=False):
+def algorithm_1(process, reward, levels, simulations, widening, key, select, search=False):
     """The paper's pseudo-code, one object a node, drawing noise by the names that the library gives it.
 
     search: values are maxima, and the last branching level always expands, as `dts_star` has it.
     """
     ends, scale, power = [*levels, process.steps], *widening
     root, leaves = Node(None, 0), []
-    for m in range(walks):
+    for m in range(simulations):
         here, path = key.shifted(slot=m), [root]
         while (node := path[-1]).depth < len(ends):
             if len(node.children) < scale * node.visits**power or (search and node.depth == len(ends) - 1):
@@ -611,7 +630,7 @@ def test_the_search_finds_more_than_best_of_n():
     assert torch.equal(star.log_weight.exp().sum(1), torch.ones(40, dtype=torch.float64))
 
 
-def test_the_search_leaves_the_root_within_the_first_walks():
+def test_the_search_leaves_the_root_within_the_first_simulations():
     run = search.dts_star(quick_chain(20), REWARD, particles=36, walkers=1)
     assert int(run.tree.expansions[0, 0]) < 12
     paper = search.dts_star(quick_chain(20), REWARD, particles=36, walkers=1, widening=(2.0, 0.8))
@@ -634,10 +653,7 @@ def test_the_best_leaves_share_the_weight():
         torch.testing.assert_close(log_weight[shown].exp(), torch.full_like(allowed, 1.0 / len(allowed)))
 
 
-def test_a_search_stopped_in_its_first_sweep_shows_its_best_predictions():
-    def stop(state):
-        raise steer.Stop
-
+def test_a_search_stopped_in_its_first_batch_shows_its_best_predictions():
     run = search.dts_star(quick_chain(), REWARD, particles=9, walkers=9, batch=2, keep=2, on_step=stop)
     assert run.interrupted
     assert bool(run.log_evidence.isnan().all())
@@ -651,13 +667,24 @@ def test_forbidden_leaves_do_not_count_in_the_spread_of_rewards():
         return torch.where(x[:, 0] > 0, REWARD(x), -torch.inf)
 
     run = search.dts_star(quick_chain(), half, particles=60, batch=3)
-    for reward, spread in zip(run.reward, _spread(run.tree), strict=True):
+    for reward, spread in zip(run.reward, _reward_std(run.tree), strict=True):
         allowed = reward[reward.isfinite()]
         assert 0 < len(allowed) < 60
         assert spread == pytest.approx(allowed.std(correction=0).item())
 
 
 # -- arguments ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("method", "law"), [(search.dts, "target"), (search.dts_star, "none")])
+def test_seed_is_the_key_and_the_result_says_what_it_estimates(method, law):
+    options = {"particles": 8, "walkers": 3}
+    one = method(quick_chain(), REWARD, key=4, **options)
+    assert one.law == law
+    assert torch.equal(one.x, method(quick_chain(), REWARD, seed=4, **options).x)
+    assert not torch.equal(one.x, method(quick_chain(), REWARD, seed=5, **options).x)
+    with pytest.raises(steer.SteerError, match="seed"):
+        method(quick_chain(), REWARD, key=4, seed=4, **options)
 
 
 def test_arguments_are_checked():

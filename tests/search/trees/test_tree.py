@@ -1,7 +1,8 @@
-"""Trees as data: layers, child lists, values, shares, growth from where a tree stands."""
+"""Trees as data: tables of nodes, index of children, values, path weights, growth from where a tree stands."""
 
 import math
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,12 +11,13 @@ from exact import Linear, mixture_2d
 
 import steer
 from steer import search
-from steer.search.trees.branching import even_levels
+from steer.search.trees.backup import MaxBackup, Siblings, SoftBackup
+from steer.search.trees.branching import evenly_spaced_levels
 from steer.search.trees.dts import _soft_value
-from steer.search.trees.node_table import ChildLists, Layer
+from steer.search.trees.expansion_plan import ExpansionPlan
+from steer.search.trees.node_table import ChildIndex, NodeTable
 from steer.search.trees.tree import Tree
-from steer.search.trees.tree_policy import Descent, _categorical
-from steer.search.trees.tree_search import resorted
+from steer.search.trees.tree_policy import TreePolicy, _categorical
 
 REWARD = Linear([0.7, -0.5])
 BUILDS = ("unbiased", "uniform", "boltzmann")
@@ -44,8 +46,8 @@ def grown(request):
     return search.dts(chain(), REWARD, build=request.param, batch=3, particles=150, walkers=7, key=5)
 
 
-def test_layers_append_where_live_and_grow():
-    layer = Layer(2)
+def test_tables_append_where_live_and_grow():
+    layer = NodeTable(2)
     for turn in range(20):
         live = np.array([[True, True], [True, turn % 2 == 0]])
         fact = np.full((2, 2), turn, dtype=np.int32)
@@ -58,36 +60,36 @@ def test_layers_append_where_live_and_grow():
     assert layer.filled.sum(1).tolist() == [40, 30]
 
 
-def test_child_lists_hold_every_child_in_order():
-    lists, truth, key = ChildLists(3), {}, steer.Key(2)
+def test_the_index_holds_every_child_in_order():
+    index, truth, key = ChildIndex(3), {}, steer.Key(2)
     for turn in range(30):
         draw = key.at(turn).uniform((2, 12))
         problem, parent = (draw[0] * 3).long().numpy(), (draw[1] * (turn + 1)).long().numpy()
         child = np.arange(12) + 12 * turn
-        lists.add(problem, parent, child, turn + 1)
+        index.add(problem, parent, child, turn + 1)
         for b, p, c in zip(problem.tolist(), parent.tolist(), child.tolist(), strict=True):
             truth.setdefault((b, p), []).append(c)
     nodes = list(truth)
-    child, first, length = lists.of(np.array([b for b, _ in nodes]), np.array([p for _, p in nodes]))
+    child, first, length = index.of(np.array([b for b, _ in nodes]), np.array([p for _, p in nodes]))
     assert len(child) == 30 * 12
-    assert lists.used < 4 * len(child)  # blocks double; they do not move for every child
+    assert index.used < 4 * len(child)  # blocks double; they do not move for every child
     for node, begin, count in zip(nodes, first, length, strict=True):
         assert child[begin : begin + count].tolist() == truth[node]
 
 
-def test_child_lists_follow_the_layer_below():
+def test_the_index_follows_the_table_below():
     """Read now and then, while one tree gains nodes and the other does not."""
-    lists, below = ChildLists(2), Layer(2)
+    index, below = ChildIndex(2), NodeTable(2)
     for turn in range(12):
         live = np.array([[turn % 3 != 0, True], [turn % 4 == 0, False]])
         below.append(live, np.array([[turn, turn // 2], [turn // 3, 0]]))
         if turn % 2 == 0:
             continue
-        lists.read(below, turn + 1)
+        index.read(below, turn + 1)
         for problem in range(2):
             parents = below["parent"][problem, : below.count[problem]].tolist()
             for node in range(turn + 1):
-                child, _, _ = lists.of(np.array([problem]), np.array([node]))
+                child, _, _ = index.of(np.array([problem]), np.array([node]))
                 assert child.tolist() == [slot for slot, parent in enumerate(parents) if parent == node]
 
 
@@ -98,8 +100,8 @@ def test_counts_agree_with_the_parents(grown):
         for (depth, slot), below in children.items():
             if depth < tree.depth:
                 assert int(tree.layers[depth]["children"][problem, slot]) == len(below) > 0
-    assert int(tree.layers[0]["visits"][0, 0]) == 1 + tree.iterations == 151
-    for depth in range(tree.depth):  # every walk that expands at or above a depth adds one node to the next
+    assert int(tree.layers[0]["visits"][0, 0]) == 1 + tree.simulations == 151
+    for depth in range(tree.depth):  # every simulation that expands at or above a depth adds one node to the next
         assert np.array_equal(tree.layers[depth + 1].count, tree.expansions[: depth + 1].sum(0))
 
 
@@ -131,60 +133,62 @@ def test_leaf_weights_are_the_telescoped_form_and_the_law_of_the_papers_readout(
             assert grown.log_weight[problem, slot].item() == pytest.approx(readout, abs=1e-10)
 
 
-def one_after_another(tree, descent, walks, left, key):
-    """What the walks of a sweep choose, by loops: entry (B, W) and slots by depth, before they are put in order."""
-    entry = [[tree.depth + 1] * walks for _ in left]
-    path = [[[0] * (tree.depth + 1) for _ in range(walks)] for _ in left]
+def one_after_another(tree, policy, simulations, left, key):
+    """What the simulations of a batch choose, by loops: a plan before it is put in order."""
+    expanded = [[tree.depth + 1] * simulations for _ in left]
+    path = [[[0] * (tree.depth + 1) for _ in range(simulations)] for _ in left]
     for problem, money in enumerate(left):
         _, children = flat(tree, problem)
-        going = list(range(walks)) if money >= descent.rows[-1] else []
+        going = list(range(simulations)) if money >= policy.rows[-1] else []
         for depth in range(tree.depth):
             layer, met, added = tree.layers[depth], Counter(), Counter()
-            uniform = key.fold("select", depth).shifted(slot=tree.iterations, problem=problem).uniform((1, walks))[0]
+            here = key.fold("select", depth).shifted(slot=tree.simulations, problem=problem)
+            uniform = here.uniform((1, simulations))[0]
             stayed = []
-            for walk in going:
-                slot = path[problem][walk][depth]
+            for one in going:
+                slot = path[problem][one][depth]
                 count = len(children[depth, slot])
-                room = descent.widening[0] * (int(layer["visits"][problem, slot]) + met[slot]) ** descent.widening[1]
-                always = count == 0 or (depth == tree.depth - 1 and not descent.revisit)
+                room = policy.widening[0] * (int(layer["visits"][problem, slot]) + met[slot]) ** policy.widening[1]
+                always = count == 0 or (depth == tree.depth - 1 and not policy.revisit)
                 met[slot] += 1
                 if always or count + added[slot] < room:
                     added[slot] += 1
-                    if descent.rows[depth] <= money:
-                        entry[problem][walk], money = depth, money - descent.rows[depth]
+                    if policy.rows[depth] <= money:
+                        expanded[problem][one], money = depth, money - policy.rows[depth]
                         continue
                 if count:
-                    stayed.append(walk)
+                    stayed.append(one)
             met, going = Counter(), stayed
-            for walk in going:
-                slot = path[problem][walk][depth]
+            for one in going:
+                slot = path[problem][one][depth]
                 below = [child for _, child in children[depth, slot]]
                 of = torch.tensor([problem] * len(below)), torch.tensor([slot] * len(below)), torch.tensor(below)
-                score = torch.as_tensor(descent.score(tree, depth + 1, *(index.numpy() for index in of)))
-                if descent.draw:
-                    chosen = int((torch.softmax(score.double(), 0).cumsum(0) <= uniform[walk]).sum())
+                score = torch.as_tensor(policy.score(tree, depth + 1, *(index.numpy() for index in of)))
+                if policy.draw:
+                    chosen = int((torch.softmax(score.double(), 0).cumsum(0) <= uniform[one]).sum())
                 else:
                     chosen = int(score.sort(descending=True, stable=True).indices[met[slot] % len(below)])
                 met[slot] += 1
-                path[problem][walk][depth + 1] = below[chosen]
-        for walk in going if descent.revisit else ():
-            entry[problem][walk] = tree.depth
-    return np.array(entry), np.moveaxis(np.array(path), 2, 0)
+                path[problem][one][depth + 1] = below[chosen]
+        for one in going if policy.revisit else ():
+            expanded[problem][one] = tree.depth
+    return ExpansionPlan(np.array(expanded), np.moveaxis(np.array(path), 2, 0))
 
 
 @pytest.mark.parametrize("widening", [(1.0, 0.5), (1.1, 0.5), (1.0, 0.6)], ids=str)
 @pytest.mark.parametrize("revisit", [True, False])
 @pytest.mark.parametrize("draw", [True, False])
-def test_a_sweep_is_its_walks_one_after_another(draw, revisit, widening):
-    """Every walk sees the visits and the new children of the walks before it, and pays before those after it."""
+def test_a_batch_is_its_simulations_one_after_another(draw, revisit, widening):
+    """Each sees the visits and the new children of those before it, and pays before those after it."""
     tree = search.dts(chain(), REWARD, build="boltzmann", batch=3, particles=150, walkers=7, widening=(1.0, 0.5)).tree
-    descent = Descent(_soft_value, draw, widening, revisit, (10, 7, 5, 4, 3, 3, 2, 2, 1, 1)[: tree.depth])
-    for walks, left in ((40, [10**6] * 3), (12, [33, 0, 10**6])):
-        key = steer.Key(5).fold(walks)
-        entry, path = one_after_another(tree, descent, walks, left, key)
-        assert len(np.unique(entry)) > 2, entry
-        found = descent(tree, walks, np.array(left), key)
-        for one, other in zip(found, resorted(entry, path), strict=True):
+    rows = (10, 7, 5, 4, 3, 3, 2, 2, 1, 1)[: tree.depth]
+    policy = TreePolicy(score=_soft_value, draw=draw, widening=widening, revisit=revisit, rows=rows)
+    for simulations, left in ((40, [10**6] * 3), (12, [33, 0, 10**6])):
+        key = steer.Key(5).fold(simulations)
+        plan = one_after_another(tree, policy, simulations, left, key)
+        assert len(np.unique(plan.depth)) > 2, plan
+        found = policy(tree, simulations, np.array(left), key)
+        for one, other in zip(found, plan.in_order(), strict=True):
             assert np.array_equal(one, other)
 
 
@@ -195,34 +199,99 @@ def test_choice_among_forbidden_children_and_at_the_edge():
     assert _categorical(score, first, length, which, uniform).tolist() == [0, 1, 1, 2, 4, 4]
 
 
-def test_values_kept_current_equal_values_recomputed():
-    grown = search.dts(chain(), REWARD, build="boltzmann", batch=3, particles=150, walkers=7)
-    kept = [layer["value"].clone() for layer in grown.tree.layers]
-    for layer in grown.tree.layers[:-1]:
-        layer["value"].fill_(math.nan)
-    grown.tree.backup()
-    for layer, value in zip(grown.tree.layers, kept, strict=True):
+class MeanBackup:
+    """A rule of one's own: the mean reward below a node, every child counting the same."""
+
+    def leaf_value(self, reward, temperature):
+        return reward / temperature
+
+    def child_value(self, value, log_importance_ratio):
+        return value
+
+    def pool(self, value, siblings):
+        return siblings.sum(value) / siblings.size
+
+
+LIVE = {
+    "soft": partial(search.dts, build="boltzmann", widening=(1.0, 0.5)),
+    "guided": partial(search.dts, build="boltzmann", widening=(1.0, 0.5), proposal=steer.guided(0.5)),
+    "maximum": search.dts_star,
+    "mean": partial(search.dts_star, backup=MeanBackup()),
+}
+
+
+@pytest.mark.parametrize("method", LIVE.values(), ids=LIVE)
+def test_values_kept_current_equal_values_recomputed(method, monkeypatch):
+    """Those on the paths of every batch, against all of them anew in the end."""
+    backup, kept = Tree.backup, []
+
+    def recorded(tree, temperature):
+        kept.append([layer["value"].clone() for layer in tree.layers])
+        return backup(tree, temperature)
+
+    monkeypatch.setattr(Tree, "backup", recorded)
+    tree = method(chain(), REWARD, batch=3, budget=700, walkers=7, temperature=0.5).tree
+    for layer, value in zip(tree.layers, kept[-1], strict=True):
         torch.testing.assert_close(layer["value"][layer.filled], value[layer.filled], rtol=1e-12, atol=1e-12)
+    assert len(kept) == 1
+    assert len(tree.layers[1]["value"].unique()) > 3
 
 
-@pytest.mark.parametrize("greedy", [False, True])
-def test_low_temperature_soft_values_are_maxima(greedy):
-    """T -> 0: T v(root) of log-mean-exp goes to the best reward, as the greedy backup has it."""
+@pytest.mark.parametrize("rule", [SoftBackup(), MaxBackup()], ids=lambda rule: type(rule).__name__)
+def test_low_temperature_soft_values_are_maxima(rule):
+    """T -> 0: T v(root) of log-mean-exp goes to the best reward, as the maximum has it."""
     grown = search.dts(chain(), REWARD, particles=60, batch=2)
     tree, temperature = grown.tree, 1e-7
-    tree.set_leaf_values(grown.reward if greedy else grown.reward / temperature)
-    root = tree.backup(greedy=greedy)
-    best = root if greedy else root * temperature
+    tree.rule = rule
+    root = tree.backup(temperature)
+    best = root if isinstance(rule, MaxBackup) else root * temperature
     torch.testing.assert_close(best, grown.reward.amax(1), rtol=0, atol=1e-5)
+
+
+def test_a_rule_of_ones_own_is_one_class():
+    """Node by node as its definition has it."""
+    options = {"batch": 2, "particles": 80, "walkers": 5, "temperature": 0.5}
+    tree = search.dts_star(chain(), REWARD, backup=MeanBackup(), **options).tree
+    assert isinstance(tree.rule, MeanBackup)
+    for problem in range(2):
+        _, children = flat(tree, problem)
+
+        def value(node, problem=problem, children=children):
+            if node[0] == tree.depth:
+                return tree.leaves["reward"][problem, node[1]].item() / 0.5
+            below = [value(child) for child in children[node]]
+            return sum(below) / len(below)
+
+        for depth, slot in children:
+            assert tree.layers[depth]["value"][problem, slot].item() == pytest.approx(value((depth, slot)), abs=1e-12)
+    grown = search.dts_star(chain(), REWARD, particles=20, tree=tree, batch=2)
+    assert isinstance(tree.rule, MaxBackup)  # the rule of the search that grows on, for every node
+    assert torch.equal(tree.layers[0]["value"][:, 0], grown.reward.amax(1))
+    below = tree.layers[1]["value"].masked_fill(~tree.layers[1].filled, -math.inf)
+    assert torch.equal(below.amax(1), grown.reward.amax(1))
+
+
+def test_pooling_is_of_each_parents_own_children():
+    siblings = Siblings(np.array([1, 0, 1, 2]), np.array([1, 2, 1]))
+    value = np.array([0.5, -np.inf, 2.0, -1.0])
+    assert siblings.max(value).tolist() == [-np.inf, 2.0, -1.0]
+    assert siblings.sum(value).tolist() == [-np.inf, 2.5, -1.0]
+    assert MaxBackup().pool(value, siblings).tolist() == [-np.inf, 2.0, -1.0]
+    mean = math.log((math.exp(0.5) + math.exp(2.0)) / 2)
+    assert SoftBackup().pool(value, siblings).tolist() == pytest.approx([-np.inf, mean, -1.0])
+    ratio = np.array([0.1, 0.2, 0.3, 0.4])
+    assert SoftBackup().child_value(value, ratio).tolist() == (value + ratio).tolist()
+    assert MaxBackup().child_value(value, ratio).tolist() == value.tolist()
+    assert SoftBackup().leaf_value(np.array([1.0, -np.inf]), math.inf).tolist() == [0.0, -np.inf]
 
 
 @pytest.mark.parametrize("build", BUILDS)
 def test_small_trees_are_best_of_n(build):
-    """Walks that all expand the root are independent samples, with the very noise of best-of-N."""
+    """Simulations that all expand the root are independent samples, with the very noise of best-of-N."""
     process = chain()
     for walkers, count in ((16, 16), (1, 20)):
         if build == "unbiased" and walkers == 1:
-            continue  # it goes deeper from the second sweep on
+            continue  # it goes deeper from the second batch on
         tree = search.dts(process, REWARD, build=build, particles=count, walkers=walkers, batch=2, key=4)
         best = search.best_of_n(process, REWARD, particles=count, batch=2, key=4)
         torch.testing.assert_close(tree.x, best.x, rtol=1e-12, atol=1e-12)
@@ -238,7 +307,7 @@ def test_the_papers_widening_is_best_of_36():
 
 @pytest.mark.parametrize("build", BUILDS)
 @pytest.mark.parametrize("walkers", [1, 6])
-def test_budget_is_spent_to_within_the_cheapest_walk(build, walkers):
+def test_budget_is_spent_to_within_the_cheapest_simulation(build, walkers):
     process = chain(20)
     cheapest = 20 - 16 - 1
     for budget in (20, 197, 150 + 150 * walkers):
@@ -247,7 +316,7 @@ def test_budget_is_spent_to_within_the_cheapest_walk(build, walkers):
         assert rows.sum() == run.cost.nfe
         assert (rows <= budget).all()
         assert (rows > budget - cheapest).all()
-        if build != "boltzmann":  # whose walks may end at old leaves, which costs nothing; else no row, no walk
+        if build != "boltzmann":  # which may end at old leaves at no cost; else no row, no simulation
             assert np.array_equal(run.tree.layers[0]["visits"][:, 0] - 1, run.tree.expansions.sum(0))
 
 
@@ -280,7 +349,7 @@ def test_a_tree_grows_on_from_where_it_stands(method):
     assert torch.equal(second.x[:, : first.x.shape[1]], first.x)
 
 
-def test_growing_on_needs_a_budget_for_a_walk_and_a_tree_that_fits():
+def test_growing_on_needs_a_budget_for_a_simulation_and_a_tree_that_fits():
     process = chain(20)
     tree = search.dts(process, REWARD, levels=4, particles=16).tree
     assert search.dts(process, REWARD, budget=3, tree=tree).cost.nfe == 3
@@ -293,11 +362,11 @@ def test_growing_on_needs_a_budget_for_a_walk_and_a_tree_that_fits():
         search.dts(process, REWARD, tree=search.dts(process, REWARD, build="uniform", particles=40).tree)
 
 
-def test_a_stopped_tree_is_its_last_whole_sweep_and_grows_on():
+def test_a_stopped_tree_is_its_last_whole_batch_and_grows_on():
     process, calls = chain(), []
 
-    def stop(state):
-        calls.append(state.k)
+    def stop(event):
+        calls.append(event.level)
         if len(calls) == 37:
             raise steer.Stop
 
@@ -308,7 +377,7 @@ def test_a_stopped_tree_is_its_last_whole_sweep_and_grows_on():
     assert 0 < half.x.shape[1] < 48
     assert torch.equal(half.x, whole.x[:, : half.x.shape[1]])
     torch.testing.assert_close(half.log_weight.exp().sum(1), torch.ones(2, dtype=torch.float64))
-    on = search.dts(process, REWARD, particles=48 - half.tree.iterations, tree=half.tree, **options)
+    on = search.dts(process, REWARD, particles=48 - half.tree.simulations, tree=half.tree, **options)
     assert torch.equal(on.x, whole.x)
 
 
@@ -322,6 +391,15 @@ def test_a_reward_that_fails_late_loses_nothing():
         search.dts(chain(), broken, particles=100, walkers=6)
     assert isinstance(caught.value.partial, steer.Result)
     assert caught.value.partial.x.shape[1] >= 6
+    assert caught.value.partial.interrupted
+
+
+@pytest.mark.parametrize("method", [search.dts, search.dts_star], ids=lambda m: m.__name__)
+def test_a_reward_that_fails_at_once_leaves_the_chains_under_way(method):
+    with pytest.raises(steer.NonFiniteError) as caught:
+        method(chain(), lambda x: math.nan * x[:, 0], particles=10)
+    assert isinstance(caught.value.partial, steer.Trajectory)
+    assert caught.value.partial.cache.x0 is not None
 
 
 def test_states_can_live_elsewhere():
@@ -344,8 +422,8 @@ def test_networks_for_people(grown):
 
 def test_levels_are_checked():
     process = chain(20)
-    assert even_levels(20, 4) == [4, 8, 12, 16]
-    assert even_levels(3, 7) == [1, 2]
+    assert evenly_spaced_levels(20, 4) == [4, 8, 12, 16]
+    assert evenly_spaced_levels(3, 7) == [1, 2]
     assert search.dts(process, REWARD, levels=[5, 9], particles=3).tree.levels == (5, 9, 20)
     assert search.dts(process, REWARD, levels=0, particles=3).tree.levels == (20,)
     assert search.dts(chain(3), REWARD, particles=3).tree.levels == (1, 3)  # a child of level 2 would cost nothing
@@ -362,7 +440,7 @@ def test_children_need_noise():
 
 
 def test_terminal_states_are_scored_once():
-    """Walks that end at an old leaf cost nothing, and count as visits."""
+    """Simulations that end at an old leaf cost nothing, and count as visits."""
     count = []
 
     def reward(x):
@@ -404,3 +482,46 @@ def test_repr_and_size():
     assert isinstance(tree, Tree)
     assert "2 trees" in repr(tree)
     assert tree.nbytes > tree.nodes * 8
+
+
+# -- paths of leaves ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("proposal", [steer.bootstrap, steer.guided(0.5)], ids=["bootstrap", "guided"])
+def test_leaf_paths_are_the_chains_that_made_the_leaves(proposal):
+    """Every step from the prior to the data, its states joined end to end, its densities those of the process."""
+    process = chain()
+    options = {"batch": 3, "budget": 150, "walkers": 5, "proposal": proposal}
+    run = search.dts(process, REWARD, levels=[3, 6], keep_states=True, **options)
+    tree, paths = run.tree, run.tree.leaf_paths()
+    assert [step.k for step in paths.steps] == list(range(10))
+    assert len(paths.ancestors) == tree.depth + 1 == 4
+    assert torch.equal(paths.steps[-1].x_next, run.x)
+    assert torch.equal(paths.ancestors[1], run.root)
+    for before, after in zip(paths.steps, paths.steps[1:], strict=False):
+        assert torch.equal(before.x_next, after.x)
+    for depth, (level, slots) in enumerate(zip(tree.levels, paths.ancestors[1:], strict=True), start=1):
+        assert torch.equal(tree.states(depth, slots)["x"], paths.steps[level - 1].x_next)
+        assert torch.equal(paths.steps[level - 1].node, slots)
+        assert torch.equal(tree.layers[depth]["parent"].gather(1, slots), paths.ancestors[depth - 1])
+    ratio = torch.zeros(run.reward.shape, dtype=torch.float64)
+    for step in paths.steps:
+        transition = process.transition(step.x, process.denoise(step.x, step.k), step.k)
+        if transition.stochastic:
+            torch.testing.assert_close(step.log_prob, transition.log_prob(step.x_next), rtol=1e-6, atol=1e-6)
+            ratio += step.log_prob - step.log_behaviour
+        else:
+            assert bool(step.log_prob.isnan().all())
+    kept = sum(
+        layer["log_importance_ratio"].gather(1, slots)
+        for layer, slots in zip(tree.layers[1:], paths.ancestors[1:], strict=True)
+    )
+    torch.testing.assert_close(ratio, kept, rtol=1e-9, atol=1e-9)
+    assert bool((ratio != 0.0).any()) == (proposal is not steer.bootstrap)
+
+
+def test_leaf_paths_of_a_tree_without_states_are_its_nodes_alone():
+    run = search.dts(chain(), REWARD, particles=20)
+    paths = run.tree.leaf_paths()
+    assert paths.steps == ()
+    assert torch.equal(paths.ancestors[-1], torch.arange(20)[None])
