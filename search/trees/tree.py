@@ -105,10 +105,11 @@ class Tree:
 
     def count_visits(self, plan: ExpansionPlan) -> None:
         """Ends a batch: counts the visits to old nodes on every simulation's path, and their new children."""
+        row, real = each_problem(self.problems), plan.real
         for d in range(min(plan.deepest + 1, self.depth)):
             above = self.layers[d]
-            at = above.places(each_problem(self.problems), plan.path[d])
-            np.add.at(above.flat("visits"), at[(plan.depth >= d) & plan.real], _ONE)
+            at = above.places(row, plan.path[d])
+            np.add.at(above.flat("visits"), at[(plan.depth >= d) & real], _ONE)
             np.add.at(above.flat("children"), at[plan.depth == d], _ONE)
         self.expansions += (plan.depth == np.arange(self.depth)[:, None, None]).sum(2)
         self.simulations, self.batches = self.simulations + plan.depth.shape[1], self.batches + 1
@@ -148,14 +149,14 @@ class Tree:
 
     def backup_paths(self, plan: ExpansionPlan) -> None:
         """Computes the values on the paths of a batch anew, in time proportional to the children of their nodes."""
-        row = each_problem(self.problems)
+        row, real, deepest = each_problem(self.problems), plan.real, plan.deepest
         for d in reversed(range(self.depth)):
             above, below = self.layers[d], self.layers[d + 1]
             at, value, new = above.places(row, plan.path[d]), above.flat("value"), plan.depth < d
             # A new node has one child, and its value is what that child counts for.
             value[at[new]] = self.child_values(below, below.places(row, plan.path[d + 1])[new])
-            if d <= plan.deepest:
-                node = np.unique(at[(plan.depth >= d) & plan.real])
+            if d <= deepest:
+                node = np.unique(at[(plan.depth >= d) & real])
                 problem = node // above.room
                 child, _, count = self.children(d, problem, node % above.room)
                 child += (problem * below.room).repeat(count)
