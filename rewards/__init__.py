@@ -24,32 +24,32 @@ prompts of its samples names an argument `prompts`.
 Built-in rewards say their unit, bounds and gradient in an attribute `spec` and give scores of at least float32.
 """
 
-from .aesthetic import Aesthetic
 from .algebra import Composed, clip, gate, group_zscore, log, minimum, product, rank, softmin, target, zscore
 from .analytic import Linear, LogDensity, Quadratic
-from .classifier import DigitLogProb, DigitProb, judge
-from .clip_score import CLIPScore
-from .colors import CLIPColors
-from .compose import Weighted, weighted
-from .detect import Detection, TransformersDetector
+from .by_name import from_spec
+from .detection.colors import CLIPColors
+from .detection.count_and_layout import Count, Layout
+from .detection.detector import Detection, TransformersDetector
+from .detection.geneval import GenEval
+from .digit_probability import DigitLogProb, DigitProb, judge
 from .file_size import JPEGSize, PNGSize
-from .geneval import GenEval
-from .hps import HPS
-from .image import Ink, Saturation, Sharpness, Symmetry
-from .image_reward import ImageReward
-from .layout import Count, Layout
-from .minority import NeighbourDistance, OnManifold
 from .molecule import QED
+from .nearest_neighbours import NeighbourDistance, OnManifold
 from .ocr import OCR, TransformersReader
-from .parse import from_spec
-from .pick_score import PickScore
-from .remote import Remote
-from .server import serve
+from .pixel_statistics import Ink, Saturation, Sharpness, Symmetry
+from .pretrained.aesthetic import Aesthetic
+from .pretrained.clip_score import CLIPScore
+from .pretrained.hps import HPS
+from .pretrained.image_reward import ImageReward
+from .pretrained.pick_score import PickScore
+from .pretrained.vqa_score import VQAScore
+from .remote.client import Remote
+from .remote.server import serve
+from .remote.vlm_judge import VLMJudge
 from .text import InWords, LetterCount, Matches, TextLogProb
 from .trainers import as_flow_grpo, as_flow_grpo_scores, as_trl, as_verl_omni, from_flow_grpo, from_trl
-from .vlm_judge import VLMJudge
-from .vqa_score import VQAScore
-from .wrap import chunked, full_precision, per_frame, timeout
+from .weighted_sum import Weighted, weighted
+from .wrappers import chunked, full_precision, per_frame, timeout
 
 __all__ = [
     "HPS",

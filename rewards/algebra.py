@@ -21,7 +21,7 @@ from torch import Tensor
 from steer.errors import RewardError
 from steer.types import RewardSpec
 
-from .calling import Scorer, joined, name_of, needs_prompts, refuse_gradient, score, score_part, signature, spec_of
+from .scoring import Scorer, joined, name_of, needs_prompts, refuse_gradient, score, score_part, signature, spec_of
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,8 +12,8 @@ from torch import Tensor
 from steer.errors import RewardError
 from steer.types import RewardSpec
 
-from .calling import refuse_gradient
-from .image import check_range, pixels
+from .pixel_statistics import check_range, pixels
+from .scoring import refuse_gradient
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from steer.types import RewardSpec
 
-from .loading import optional
+from .hub import optional
 from .text import ToText, decode
 
 

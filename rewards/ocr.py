@@ -12,8 +12,8 @@ from torch import Tensor
 from steer.errors import RewardError
 from steer.types import RewardSpec
 
-from .loading import from_hub, optional
-from .pictures import to_rgb
+from .hub import from_hub, optional
+from .pil_images import to_rgb
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -19,8 +19,8 @@ from torch import Tensor
 from steer.errors import RewardError
 from steer.types import RewardSpec
 
-from .calling import name_of
-from .loading import from_hub, optional
+from .hub import from_hub, optional
+from .scoring import name_of
 
 ToText = Callable[[Tensor], "list[str]"]
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from steer.errors import NonFiniteError, RewardError, ShapeError
 from steer.types import RewardSpec
 
-from .calling import Scorer, name_of, needs_prompts, refuse_gradient, score, spec_of, takes_prompts
+from .scoring import Scorer, name_of, needs_prompts, refuse_gradient, score, spec_of, takes_prompts
 from .text import ToText, decode
 
 Columns = Callable[[Sequence[str]], Mapping[str, Sequence[Any]]]
