@@ -1,4 +1,4 @@
-"""How rewards that are made of rewards call them: one place for names, specs, prompts, exceptions and shapes."""
+"""How rewards are called: names, specs, prompts, gradients, exceptions and shapes are handled here for all of them."""
 
 from __future__ import annotations
 
@@ -13,45 +13,57 @@ from steer.errors import NotDifferentiableError, RewardError, ShapeError, SteerE
 from steer.types import RewardSpec
 
 Scorer = Callable[..., Any]
-"""A reward: samples (M, *event) or images (M, C, H, W), and prompts if it names them, to one score per sample."""
+"""A reward: samples [M, *event] or images [M, C, H, W], and prompts if it names that argument, to M scores."""
 
 Gradient = Literal["exact", "surrogate", "none", ""]
 
+_FROM_WEAKEST: tuple[Gradient, ...] = ("none", "", "surrogate", "exact")
+
 
 def name_of(reward: Scorer) -> str:
-    """What messages call a reward: its `__name__`, or the name of its class."""
+    """The name of a reward in messages: its `__name__`, or the name of its class."""
     return getattr(reward, "__name__", None) or type(reward).__name__
 
 
 def spec_of(reward: Scorer) -> RewardSpec:
-    """What a reward declares in its attribute `spec`; of a plain function only whether it reads prompts is known."""
+    """The `spec` that a reward declares. Of a plain function we only know whether it takes prompts."""
     spec = getattr(reward, "spec", None)
     return spec if isinstance(spec, RewardSpec) else RewardSpec(prompts=takes_prompts(reward))
 
 
-def joined(
-    rewards: Sequence[Scorer], unit: str | None, bounds: tuple[float, float], judges: Sequence[Scorer] = ()
+def combined_spec(
+    rewards: Sequence[Scorer],
+    unit: str | None,
+    bounds: tuple[float, float],
+    without_gradient: Sequence[Scorer] = (),
 ) -> RewardSpec:
-    """The spec of a smooth function of rewards, and of judges that are called without a gradient.
+    """The spec of a smooth function of several rewards.
 
-    As differentiable as the least of the rewards; groupwise, and in want of prompts, where one of either is.
+    Args:
+        rewards: the rewards that the gradient flows through; the whole is as differentiable as the least of them.
+        unit: of the whole; None where it has none.
+        bounds: the least and the greatest score of the whole.
+        without_gradient: further rewards, called without a gradient.
+
+    Returns:
+        A spec that is groupwise, and takes prompts, where one of all the rewards does. Its version lists theirs.
     """
-    weakest: tuple[Gradient, ...] = ("none", "", "surrogate", "exact")
-    gradients: list[Gradient] = [spec_of(reward).gradient for reward in rewards]
-    every = [*rewards, *judges]
-    versions = [spec_of(reward).version for reward in every]
+    # "exact" for no rewards at all.
+    gradients: list[Gradient] = [*(spec_of(reward).gradient for reward in rewards), "exact"]
+    all_rewards = [*rewards, *without_gradient]
+    versions = [spec_of(reward).version for reward in all_rewards]
     return RewardSpec(
         unit=unit,
         bounds=bounds,
-        gradient=weakest[min([weakest.index(gradient) for gradient in gradients], default=3)],
-        scope="groupwise" if any(spec_of(reward).scope == "groupwise" for reward in every) else "pointwise",
-        prompts=any(takes_prompts(reward) for reward in every),
+        gradient=min(gradients, key=_FROM_WEAKEST.index),
+        scope="groupwise" if any(spec_of(reward).scope == "groupwise" for reward in all_rewards) else "pointwise",
+        prompts=any(takes_prompts(reward) for reward in all_rewards),
         version=" ".join(version for version in versions if version),
     )
 
 
 def takes_prompts(reward: Scorer) -> bool:
-    """Whether a reward names the argument `prompts`."""
+    """Whether a reward has an argument named `prompts`."""
     try:
         return "prompts" in inspect.signature(reward).parameters
     except (TypeError, ValueError):  # a callable written in C
@@ -63,11 +75,11 @@ def needs_prompts(reward: Scorer) -> bool:
     return takes_prompts(reward) and inspect.signature(reward).parameters["prompts"].default is inspect.Parameter.empty
 
 
-def signature(takes: bool, needs: bool) -> inspect.Signature:
-    """The signature of a reward that reads prompts, and cannot do without, or does not.
+def reward_signature(takes: bool, needs: bool) -> inspect.Signature:
+    """The signature of a reward that takes prompts or not, and needs them or not.
 
-    Samplers look at it to decide whether to hand prompts over, and refuse a process that has none where they are
-    needed. A reward made of rewards must therefore take and need `prompts` exactly when one of its parts does.
+    Samplers read it to decide whether to pass prompts, and refuse a process that has none where they are needed. A
+    reward made of rewards must therefore take and need `prompts` exactly when one of its parts does.
     """
     samples = inspect.Parameter("samples", inspect.Parameter.POSITIONAL_ONLY)
     default = inspect.Parameter.empty if needs else None
@@ -75,25 +87,53 @@ def signature(takes: bool, needs: bool) -> inspect.Signature:
     return inspect.Signature([samples, prompts] if takes else [samples])
 
 
-def gradient_asked(samples: Tensor) -> bool:
+def check_prompts(prompts: Sequence[str], count: int, name: str) -> None:
+    """RewardError unless `prompts` is a list of `count` strings, one per sample. name: of the reward."""
+    if isinstance(prompts, str):
+        raise RewardError(
+            f"{name} needs a list of {count} prompts, one per sample, got the single string {prompts!r:.200}; put it "
+            "in a list"
+        )
+    if len(prompts) != count:
+        raise RewardError(
+            f"{name} needs {count} prompts, one per sample, got {len(prompts)}; repeat a prompt for each of its samples"
+        )
+
+
+def refuse_groupwise(reward: Scorer, why: str) -> None:
+    """RewardError for a reward whose scores depend on the other samples in its call. why: the problem and its cure."""
+    if spec_of(reward).scope == "groupwise":
+        raise RewardError(f"{name_of(reward)} compares samples with the others in its call, {why}")
+
+
+def gradient_requested(samples: Tensor) -> bool:
     """Whether the caller records a gradient through the samples."""
     return torch.is_grad_enabled() and samples.requires_grad
 
 
 def refuse_gradient(samples: Tensor, name: str) -> None:
-    """NotDifferentiableError where a gradient is recorded through samples of a reward that has none to give."""
-    if gradient_asked(samples):
+    """NotDifferentiableError where a gradient is recorded through the samples of a reward that has none."""
+    if gradient_requested(samples):
         raise NotDifferentiableError(
-            f"the reward {name} has no gradient; use a sampler or a proposal without gradients "
-            "(proposal=steer.bootstrap), or score under torch.no_grad()"
+            f"a gradient was requested, but the reward {name} has no gradient; use a sampler or a proposal without "
+            "gradients (proposal=steer.bootstrap), or call the reward under torch.no_grad()"
         )
 
 
 def score(reward: Scorer, samples: Tensor, prompts: Sequence[str] | None = None) -> Tensor:
-    """Scores (M,) of samples (M, ...) by one reward; prompts (M) reach it only if it names them.
+    """Scores of samples by one reward, checked.
 
-    Raises RewardError where the reward raises or returns something else than numbers, and ShapeError for any other
-    shape than (M,); both name this reward. steer's own errors pass unchanged.
+    Args:
+        reward: any reward.
+        samples: `[M, ...]`.
+        prompts: M strings; passed on only if the reward has an argument of that name.
+
+    Returns:
+        Scores `[M]`, floating point.
+
+    Raises:
+        RewardError: if the reward raises, or returns something other than numbers. steer's own errors pass unchanged.
+        ShapeError: if the scores do not have shape `[M]`. Both name the reward.
     """
     arguments = {"prompts": prompts} if prompts is not None and takes_prompts(reward) else {}
     try:
@@ -109,24 +149,37 @@ def score(reward: Scorer, samples: Tensor, prompts: Sequence[str] | None = None)
         scores = raw if isinstance(raw, Tensor) else torch.as_tensor(raw, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
         raise RewardError(
-            f"the reward {name_of(reward)} must return one number per sample, got {type(raw).__name__}"
+            f"the reward {name_of(reward)} must return one number per sample, got {type(raw).__name__}; return a "
+            f"tensor or a list of {samples.shape[0]} numbers"
         ) from error
     if scores.shape != (samples.shape[0],):
         raise ShapeError(
             f"the reward {name_of(reward)} must return shape ({samples.shape[0]},), one score per sample, for samples "
-            f"of shape {tuple(samples.shape)}, got {tuple(scores.shape)}"
+            f"of shape {tuple(samples.shape)}, got {tuple(scores.shape)}; average or sum over the other axes"
         )
     return scores if scores.is_floating_point() else scores.double()  # flags and counts are numbers too
 
 
 def score_part(whole: str, name: str, reward: Scorer, samples: Tensor, prompts: Sequence[str] | None) -> Tensor:
-    """Scores (M,) of a part of a reward, on the samples' device, with a gradient wherever one is asked of the whole.
+    """Scores of one part of a combined reward, with a gradient wherever one is requested of the whole.
 
-    Raises NotDifferentiableError where the part has none: half a gradient would pass for the whole.
+    Args:
+        whole: name of the combined reward, for messages.
+        name: name of the part, for messages.
+        reward: the part.
+        samples: `[M, ...]`.
+        prompts: M strings, or None.
+
+    Returns:
+        Scores `[M]` on the samples' device.
+
+    Raises:
+        NotDifferentiableError: if a gradient is requested and the part has none. Without this check the gradient of
+            the other parts would be taken for that of the whole.
     """
-    lost = gradient_asked(samples) and spec_of(reward).gradient == "none"
-    scores = None if lost else score(reward, samples, prompts).to(samples.device)
-    if scores is None or (gradient_asked(samples) and not scores.requires_grad):
+    has_none = gradient_requested(samples) and spec_of(reward).gradient == "none"
+    scores = None if has_none else score(reward, samples, prompts).to(samples.device)
+    if scores is None or (gradient_requested(samples) and not scores.requires_grad):
         raise NotDifferentiableError(
             f"the gradient of {whole} would leave out {name}, whose scores carry none; use a "
             "sampler or a proposal without gradients (proposal=steer.bootstrap), or leave this part out"

@@ -1,4 +1,4 @@
-"""What CLIP networks see of an image: resized, cropped and normalised on the device, with gradients."""
+"""Images as CLIP networks read them: resized, cropped and normalised on the device, with gradients."""
 
 from __future__ import annotations
 
@@ -7,30 +7,40 @@ from typing import Literal
 from torch import Tensor
 from torch.nn import functional
 
-from ..pixel_statistics import check_range, pixels
+from ..image_checks import check_images, check_range
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def clip_pixels(samples: Tensor, name: str, *, side: int = 224, fit: Literal["crop", "pad"] = "crop") -> Tensor:
-    """Images (M, 3, H, W) in [0, 1] as a CLIP network reads them: (M, 3, side, side), normalised, differentiable.
+    """Images as a CLIP network reads them, differentiable.
 
-    fit: "crop" is OpenAI's preprocessing, which open_clip and ImageReward share: short edge to side by antialiased
-        bicubic interpolation, centre crop. "pad" is that of HPSv2: long edge to side, black bars. Square images differ
-        only in that "pad" does not clamp what bicubic interpolation overshoots.
-    name: of the reward, for messages. Half precision is raised to float32; float64 stays.
+    The check of the values reads two numbers from the device. Beside a network of billions of operations an image, and
+    a sampler that reads every score, that costs nothing; and an image in [-1, 1] would get a plausible, wrong score.
 
-    "crop" equals torchvision on Pillow images within 0.005 in [0, 1] (measured 0.0043, at most 1.1 of 255 levels):
-    Pillow resizes along one axis and then the other and keeps 8 bits in between, which we do not, for rounding has no
-    gradient; but it also clamps after each pass, which we do. One pass without clamps is off by up to 0.12 at edges.
-    transformers crops one pixel further up or left where the excess is 3 modulo 4 pixels; square images agree.
+    Args:
+        samples: images `[M, 3, H, W]` in [0, 1]. Half precision is raised to float32; float64 stays.
+        name: of the reward, for messages.
+        side: pixels of the network's input.
+        fit: "crop" is OpenAI's preprocessing, which open_clip and ImageReward share: short edge to side by antialiased
+            bicubic interpolation, centre crop. "pad" is that of HPSv2: long edge to side, black bars. Square images
+            differ only in that "pad" does not clamp what bicubic interpolation overshoots.
 
-    Raises ShapeError for other shapes, RewardError for values more than 1e-3 outside [0, 1]. That check reads two
-    numbers from the device: beside a network of billions of operations an image, and a sampler that reads every score,
-    it costs nothing, and an image in [-1, 1] scores plausibly and wrongly.
+    Returns:
+        `[M, 3, side, side]`, normalised.
+
+    Raises:
+        ShapeError: for samples of another shape.
+        RewardError: for values more than 1e-3 outside [0, 1].
+
+    Differs: "crop" equals torchvision on Pillow images within 0.005 in [0, 1] (measured 0.0043, at most 1.1 of 255
+        levels). Pillow resizes along one axis and then the other and keeps 8 bits in between, which we do not, since
+        rounding has no gradient; but it also clamps after each pass, which we do. One pass without clamps is off by up
+        to 0.12 at edges. transformers crops one pixel further up or left where the excess is 3 modulo 4 pixels; square
+        images agree.
     """
-    images = pixels(samples, name, channels=(3,))
+    images = check_images(samples, name, channels=(3,))
     check_range(images, name)
     images = _crop(images, side) if fit == "crop" else _pad(images, side)
     mean, std = (images.new_tensor(constants).view(1, 3, 1, 1) for constants in (MEAN, STD))
@@ -38,6 +48,7 @@ def clip_pixels(samples: Tensor, name: str, *, side: int = 224, fit: Literal["cr
 
 
 def _crop(images: Tensor, side: int) -> Tensor:
+    """Short edge to `side`, the middle kept."""
     height, width = images.shape[2:]
     short = min(height, width)
     tall, wide = side * height // short, side * width // short
@@ -47,11 +58,12 @@ def _crop(images: Tensor, side: int) -> Tensor:
 
 
 def _pad(images: Tensor, side: int) -> Tensor:
+    """Long edge to `side`, black bars beside the rest."""
     height, width = images.shape[2:]
     scale = side / max(height, width)
     tall, wide = max(1, round(height * scale)), max(1, round(width * scale))
-    over, beside = side - tall, side - wide
-    bars = (beside // 2, beside - beside // 2, over // 2, over - over // 2)
+    bars_high, bars_wide = side - tall, side - wide
+    bars = (bars_wide // 2, bars_wide - bars_wide // 2, bars_high // 2, bars_high - bars_high // 2)
     return functional.pad(_resize(images, tall, wide), bars)
 
 

@@ -20,22 +20,32 @@ REPOSITORY, FILE = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
 
 @dataclass(frozen=True, eq=False)
 class HPS:
-    """cos(image, prompt) by the network of HPSv2.1, of images (M, 3, H, W) in [0, 1] and their prompts (M).
+    """cos(image, prompt) by the network of HPSv2.1.
 
-    weights: the path of the official file or of a copy in safetensors; None for the hub's cache (xswu/HPSv2). Read at
-        the first call, as tensors only; nothing is downloaded unless download=True.
-    model: ViT-H-14 of open_clip's, or a network of it, which is then frozen in place. tokenizer: as in `CLIPScore`.
+    Called with images `[M, 3, H, W]` in [0, 1] and M prompts. Weights are read at the first call. Prompts are cut to
+    77 tokens, end token kept. Compare images of one prompt only, and never v2.0 with v2.1: their means differ by more
+    than methods do.
 
-    Scores (M,) are cosines, usually 0.2 to 0.35 (tables print them times 100), in float32. Compare images of one
-    prompt only, and never v2.0 with v2.1: means differ by more than methods do. The gradient is exact; the official
-    package gives none. Images that are not square are fitted whole between black bars, as the official package does,
-    whose resizing of tensors this repeats (antialiased, as torchvision does since 0.17).
-    Prompts are cut to 77 tokens, end token kept. The official score is computed under float16 autocast, where cosines
-    near 0.3 are 0.0002 apart: ours has no ties.
-    Cost: one ViT-H/14 pass an image (335 GFLOP), 4 GB of weights; one text pass a distinct prompt, 256 are kept.
-    Errors as in `CLIPScore`.
+    Args:
+        weights: the path of the official file or of a copy in safetensors, read as tensors only; None for the hub's
+            cache (xswu/HPSv2).
+        download: whether to fetch what is not in the hub's cache.
+        model: a name of open_clip's, or a network of it, which is then frozen in place.
+        tokenizer: as in `CLIPScore`.
 
+    Returns:
+        Scores `[M]`, cosines, usually 0.2 to 0.35 (tables print them times 100), float32. The gradient is exact.
+
+    Raises:
+        RewardError: for absent packages, weights or prompts, and values outside [0, 1].
+        ShapeError: for samples of another shape.
+
+    Cost: one ViT-H/14 pass an image (335 GFLOP), 4 GB of weights; one text pass a distinct prompt, 256 are cached.
     Source: Wu et al. 2023, "Human Preference Score v2", arXiv 2306.09341; github.com/tgxs002/HPSv2 (Apache-2.0).
+        Images that are not square are fitted whole between black bars, as the official package does, whose resizing of
+        tensors this repeats (antialiased, as torchvision does since 0.17).
+    Differs: the official package gives no gradient, and computes under float16 autocast, where cosines near 0.3 are
+        0.0002 apart: ours has no ties.
     """
 
     weights: str | os.PathLike[str] | None = None
@@ -45,17 +55,17 @@ class HPS:
 
     @property
     def spec(self) -> RewardSpec:
+        """Unit, bounds, gradient and version of the scores."""
         version = f"HPSv2.1 {self.weights or REPOSITORY}" if isinstance(self.model, str) else ""
         return RewardSpec("cos", (-1.0, 1.0), "exact", prompts=True, version=version)
 
     @cached_property
     def network(self) -> CLIPNetwork:
         """The network, read when first needed."""
-        path = "" if isinstance(self.model, nn.Module) else self._file()
+        if isinstance(self.model, nn.Module):
+            return from_open_clip(self.model, "", self.tokenizer, "HPS", fit="pad")
+        path = weights_file(self.weights, REPOSITORY, FILE, download=self.download)
         return from_open_clip(self.model, path, self.tokenizer, "HPS", fit="pad")
-
-    def _file(self) -> os.PathLike[str]:
-        return weights_file(self.weights, REPOSITORY, FILE, download=self.download)
 
     def __call__(self, samples: Tensor, *, prompts: Sequence[str]) -> Tensor:
         return self.network.similarity(samples, prompts)

@@ -1,9 +1,8 @@
-"""A reward that runs elsewhere: `rewards.serve` or `steer serve-reward` there, `rewards.Remote` here."""
+"""The client of a reward that runs in another process: `rewards.serve` or `steer serve-reward` there, `Remote` here."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
@@ -12,30 +11,45 @@ from torch import Tensor
 from steer.errors import RewardError
 from steer.types import RewardSpec
 
-from ..scoring import signature
-from .http_request import request
+from ..scoring import check_prompts, reward_signature
+from .http_request import check_url, in_parallel, request
 from .wire_format import Encoding, Limits, decode_scores, decode_spec, encode_parts, encode_request
 
-_SPARE = 4096
+_HEADER_BYTES = 4096
 """Bytes of a request besides samples and prompts, for 64 samples, rounded up."""
+
+_Group = tuple[list[bytes], "list[str] | None"]
+"""Encoded samples of one request, and their prompts."""
 
 
 @dataclass(frozen=True, eq=False)
 class Remote:
-    """A reward served over HTTP: scores (M,), float64, on the samples' device, in order. No gradient passes.
+    """A reward served over HTTP.
 
     Connecting asks the server once for the reward's name and spec, which are this object's from then on: whether it
-    wants prompts, its unit, its version. A server that later answers with another name or version is an error.
+    takes prompts, its unit, its version. A server that later answers with another name or version is an error.
 
-    url: "http://127.0.0.1:8000", or https for other machines: plain HTTP shows token and images to the network.
-    token: what the server was started with, if anything.
-    timeout: seconds for one request. retries: further attempts, with doubling pauses, where the connection fails or
-        the server is busy (503); a restart of the server of a few seconds goes unnoticed with the default.
-    batch: samples per request, fewer where the server takes less at a time, all of them for a groupwise reward.
-    parallel: requests under way at once.
-    encoding: "png" sends images (M, 1 or 3, H, W) in [0, 1] rounded to 8 bits, and refuses others; "tensor" sends any
-        samples exactly, as safetensors.
-    Raises RewardError for whatever goes wrong there or between, NaN included; nothing is scored 0 for having failed.
+    Called with samples `[M, ...]` and, where the reward takes them, M prompts.
+
+    Args:
+        url: "http://127.0.0.1:8000", or https for other machines: plain HTTP shows token and images to the network.
+        token: what the server was started with, if anything.
+        timeout: seconds for one request.
+        retries: further attempts, with doubling pauses, where the connection fails or the server is busy (503). The
+            default outlasts a restart of the server of a few seconds.
+        batch: samples per request, fewer where the server takes less at a time, all of them for a groupwise reward.
+        parallel: requests under way at once.
+        encoding: "png" sends images `[M, 1 or 3, H, W]` in [0, 1] rounded to 8 bits, and refuses others; "tensor"
+            sends any samples exactly, as safetensors.
+
+    Returns:
+        Scores `[M]`, float64, on the samples' device, in order, without a gradient.
+
+    Raises:
+        RewardError: for bad arguments, and whatever goes wrong on the server or on the way, NaN included; a failure is
+            never scored 0.
+        ShapeError: for samples that are no images, with encoding "png".
+        NotDifferentiableError: where a gradient is requested.
     """
 
     url: str
@@ -50,21 +64,20 @@ class Remote:
     limits: Limits = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not self.url.startswith(("http://", "https://")):
-            raise RewardError(f"Remote(url) needs http://... or https://..., got {self.url!r}")
+        check_url(self.url, "Remote")
         if self.encoding not in ("png", "tensor"):
-            raise RewardError(f"Remote(encoding=...) is 'png' or 'tensor', got {self.encoding!r}")
+            raise RewardError(f"Remote(encoding=...) must be 'png' or 'tensor', got {self.encoding!r}")
         if not (self.timeout > 0 and self.retries >= 0 and self.batch >= 1 and self.parallel >= 1):
             raise RewardError(
-                "Remote takes timeout > 0, retries >= 0, batch >= 1 and parallel >= 1, got "
-                f"{self.timeout}, {self.retries}, {self.batch}, {self.parallel}"
+                f"Remote takes timeout > 0, retries >= 0, batch >= 1 and parallel >= 1, got timeout={self.timeout}, "
+                f"retries={self.retries}, batch={self.batch} and parallel={self.parallel}"
             )
         object.__setattr__(self, "url", self.url.rstrip("/"))
-        name, spec, limits = decode_spec(self._ask("/spec", None, 1 << 20), self.url)
+        name, spec, limits = decode_spec(self._request("/spec", None, 1 << 20), self.url)
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "spec", spec)
         object.__setattr__(self, "limits", limits)
-        object.__setattr__(self, "__signature__", signature(spec.prompts, False))
+        object.__setattr__(self, "__signature__", reward_signature(spec.prompts, False))
 
     @property
     def __name__(self) -> str:
@@ -72,50 +85,48 @@ class Remote:
 
     def __call__(self, samples: Tensor, *, prompts: Sequence[str] | None = None) -> Tensor:
         parts = encode_parts(samples, self.encoding, self.__name__)
-        if prompts is not None and len(prompts) != len(parts):
-            raise RewardError(f"{self.__name__} needs {len(parts)} prompts, one per sample, got {len(prompts)}")
+        if prompts is not None:
+            check_prompts(prompts, len(parts), self.__name__)
         texts = None if prompts is None or not self.spec.prompts else list(prompts)
-        groups = list(self._requests(parts, texts, samples[:1].numel()))
+        groups = list(self._groups(parts, texts, samples[:1].numel()))
         if len(groups) > 1 and self.spec.scope == "groupwise":
             raise RewardError(
                 f"{self.__name__} scores samples against the others of a call, which must fit in one request, and "
                 f"{len(parts)} do not (limits: {self.limits.bytes} bytes, {self.limits.pixels} pixels); start the "
                 "server with higher limits"
             )
-        pool = ThreadPoolExecutor(self.parallel, thread_name_prefix="steer remote reward")
-        try:
-            scores = list(pool.map(lambda group: self._score(*group), groups))
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # after an error, what is under way ends by itself
+        scores = in_parallel(self._score, groups, threads=self.parallel, thread_name="steer remote reward")
         return torch.cat([torch.zeros(0, dtype=torch.float64), *scores]).to(samples.device)
 
-    def _requests(
-        self, parts: list[bytes], prompts: list[str] | None, pixels: int
-    ) -> Iterator[tuple[list[bytes], list[str] | None]]:
-        """Samples, of so many numbers each, and prompts in groups that the server accepts."""
+    def _groups(self, parts: list[bytes], prompts: list[str] | None, pixels: int) -> Iterator[_Group]:
+        """Samples, of `pixels` numbers each, and prompts in groups that the server accepts."""
         batch = len(parts) if self.spec.scope == "groupwise" else self.batch
         rows, start, size = min(batch, self.limits.pixels // max(pixels, 1)), 0, 0
         for row, part in enumerate(parts):
-            weight = len(part) + 24 + (6 * len(prompts[row].encode()) if prompts else 0)  # JSON escapes up to sixfold
-            if weight + _SPARE > self.limits.bytes or rows < 1:
+            # JSON escapes a prompt to at most six times its length.
+            length = len(part) + 24 + (6 * len(prompts[row].encode()) if prompts else 0)
+            if length + _HEADER_BYTES > self.limits.bytes or rows < 1:
                 raise RewardError(
                     f"{self.__name__} takes at most {self.limits.bytes} bytes and {self.limits.pixels} pixels per "
-                    f"request, and sample {row} alone has {weight} and {pixels}; start the server with higher limits, "
+                    f"request, and sample {row} alone has {length} and {pixels}; start the server with higher limits, "
                     "or score smaller images"
                 )
-            if row - start == rows or size + weight + _SPARE > self.limits.bytes:
+            if row - start == rows or size + length + _HEADER_BYTES > self.limits.bytes:
                 yield parts[start:row], prompts[start:row] if prompts else None
                 start, size = row, 0
-            size += weight
+            size += length
         if parts:
             yield parts[start:], prompts[start:] if prompts else None
 
-    def _score(self, parts: list[bytes], prompts: list[str] | None) -> Tensor:
+    def _score(self, group: _Group) -> Tensor:
+        """Scores of one request."""
+        parts, prompts = group
         body = encode_request(parts, prompts, self.encoding)
-        reply = self._ask("/score", body, 4096 + 64 * len(parts))
+        reply = self._request("/score", body, 4096 + 64 * len(parts))
         return decode_scores(reply, len(parts), (self.name, self.spec.version), f"{self.__name__} at {self.url}")
 
-    def _ask(self, path: str, body: bytes | None, limit: int) -> bytes:
+    def _request(self, path: str, body: bytes | None, limit: int) -> bytes:
+        """The server's reply. limit: bytes that it may have."""
         headers = {"Content-Type": "application/octet-stream"}
         if self.token:
             headers["Authorization"] = f"Bearer {self.token}"

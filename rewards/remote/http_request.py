@@ -1,4 +1,4 @@
-"""One HTTP request with a deadline, a size limit and retries: what rewards across a network are made of."""
+"""One HTTP request with a deadline, a size limit and retries, and many calls at once: the base of remote rewards."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ import random
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from steer.errors import RewardError
 
 FIRST_WAIT, LONGEST_WAIT = 0.05, 2.0
-"""Seconds before the first and the last retries; doubled in between, and jittered so that clients do not march."""
+"""Seconds before the first and the last retries; doubled in between, and jittered to avoid synchronised retries."""
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 
 def request(
@@ -27,78 +31,114 @@ def request(
     timeout: float,
     retries: int,
     limit: int,
-    again: Collection[int] = (503,),
+    retry_on: Collection[int] = (503,),
 ) -> bytes:
-    """The body of the reply to a GET (body None) or POST.
+    """The body of the reply to a GET or POST.
 
-    name: of the reward, for messages. timeout: seconds for one attempt. limit: bytes that a reply may have.
-    retries: further attempts, only where the connection failed or the status is in `again`; nothing else is repeated.
     Redirects are not followed, as they would carry the token elsewhere, and a loopback host is reached without proxy.
-    Raises RewardError for every failure, naming reward, address, what came and the cure.
+
+    Args:
+        url: http:// or https://.
+        body: of a POST; None for a GET.
+        headers: of the request.
+        name: of the reward, for messages.
+        timeout: seconds for one attempt.
+        retries: further attempts, only where the connection failed or the status is in `retry_on`.
+        limit: bytes that a reply may have.
+        retry_on: statuses that mean "try again later".
+
+    Returns:
+        The reply's body.
+
+    Raises:
+        RewardError: for every failure, naming the reward, the address, what came, and the cure.
     """
     if not all(value.isascii() and value.isprintable() for value in headers.values()):
         raise RewardError(f"the reward {name} was given a token that is not printable ASCII; look for a stray newline")
-    failure, trouble = "", None
+    failure, cause = "", None
     for attempt in range(retries + 1):
         if attempt:
             pause = min(FIRST_WAIT * 2 ** (attempt - 1), LONGEST_WAIT)
             time.sleep(pause * random.Random().uniform(0.5, 1.0))
         try:
-            return _once(url, body, headers, timeout, limit, name)
+            return _attempt(url, body, headers, timeout, limit, name)
         except urllib.error.HTTPError as error:
-            trouble = error
+            cause = error
             with error:
-                said = _said(error)
-            failure = f"the reward {name} at {url} answered {error.code} {error.reason}: {said}"
-            if error.code not in again:
+                message = _message_of(error)
+            failure = f"the reward {name} at {url} answered {error.code} {error.reason}: {message}"
+            if error.code not in retry_on:
                 raise RewardError(f"{failure}; {_CURES.get(error.code, 'look at the log of the server')}") from error
         except TimeoutError as error:
-            raise _late(name, url, timeout) from error
+            raise _timed_out(name, url, timeout) from error
         except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
-            trouble = error
+            cause = error
             reason = getattr(error, "reason", error)
             if isinstance(reason, TimeoutError):
-                raise _late(name, url, timeout) from error
+                raise _timed_out(name, url, timeout) from error
             failure = f"the reward {name} cannot be reached at {url}: {type(reason).__name__}: {reason}"
     raise RewardError(
-        f"{failure} (tried {retries + 1} times); see that the server runs and keeps up, or allow more retries"
-    ) from trouble
+        f"{failure} (tried {retries + 1} times); check that the server runs and keeps up, or allow more retries"
+    ) from cause
+
+
+def check_url(url: str, name: str) -> None:
+    """RewardError unless a URL is of HTTP. name: of the reward."""
+    if not url.startswith(("http://", "https://")):
+        raise RewardError(f"{name}(url) needs http://... or https://..., got {url!r}")
+
+
+def in_parallel(
+    call: Callable[[_Item], _Result], items: Iterable[_Item], *, threads: int, thread_name: str
+) -> list[_Result]:
+    """Results of a call on each item, in order, with `threads` calls at once. The first error is raised at once."""
+    pool = ThreadPoolExecutor(threads, thread_name_prefix=thread_name)
+    try:
+        return list(pool.map(call, items))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # after an error, calls under way are not waited for
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host name is this machine and no other can reach it."""
+    """Whether a host name is this machine, out of reach of any other."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
 
 
-def _once(url: str, body: bytes | None, headers: Mapping[str, str], timeout: float, limit: int, name: str) -> bytes:
+def _attempt(url: str, body: bytes | None, headers: Mapping[str, str], timeout: float, limit: int, name: str) -> bytes:
+    """The body of the reply to one attempt."""
     deadline = time.monotonic() + timeout
-    asked = urllib.request.Request(url, data=body, headers=dict(headers))
+    prepared = urllib.request.Request(url, data=body, headers=dict(headers))
     handlers: list[Any] = [_NoRedirect()]
     if is_loopback(urlsplit(url).hostname or ""):
         handlers.append(urllib.request.ProxyHandler({}))
-    with urllib.request.build_opener(*handlers).open(asked, timeout=timeout) as reply:
-        promised = reply.headers.get("Content-Length")
-        came = bytearray()
+    with urllib.request.build_opener(*handlers).open(prepared, timeout=timeout) as reply:
+        announced = reply.headers.get("Content-Length")
+        received = bytearray()
         while chunk := reply.read1(1 << 16):
-            came += chunk
-            if len(came) > limit:
-                raise RewardError(f"the reward {name} at {url} sent a reply longer than the {limit} bytes expected")
+            received += chunk
+            if len(received) > limit:
+                raise RewardError(
+                    f"the reward {name} at {url} sent a reply longer than the {limit} bytes expected; check that the "
+                    "address is that of the reward"
+                )
             if time.monotonic() > deadline:
                 raise TimeoutError
-        if promised is not None and len(came) != int(promised):
-            raise http.client.IncompleteRead(bytes(came), int(promised) - len(came))
-    return bytes(came)
+        if announced is not None and len(received) != int(announced):
+            raise http.client.IncompleteRead(bytes(received), int(announced) - len(received))
+    return bytes(received)
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Treats a redirect as the error that it is here."""
+
     def redirect_request(self, *args: Any, **kwargs: Any) -> None:
         return None
 
 
-def _said(error: urllib.error.HTTPError) -> str:
+def _message_of(error: urllib.error.HTTPError) -> str:
     """The beginning of an error's body, on one line."""
     try:
         return " ".join(error.read(2000).decode("utf-8", "replace").split()) or "(no message)"
@@ -106,7 +146,7 @@ def _said(error: urllib.error.HTTPError) -> str:
         return "(no message)"
 
 
-def _late(name: str, url: str, timeout: float) -> RewardError:
+def _timed_out(name: str, url: str, timeout: float) -> RewardError:
     return RewardError(
         f"the reward {name} at {url} gave no answer within {timeout:g} s; allow a longer timeout, or send fewer "
         "samples at a time"
@@ -116,7 +156,7 @@ def _late(name: str, url: str, timeout: float) -> RewardError:
 _CURES = {
     401: "give the token that the server was started with",
     403: "give a token that may use this server",
-    404: "look at the address",
+    404: "check the address",
     413: "send fewer or smaller samples, or start the server with higher limits",
     429: "the server limits your rate: send less at a time",
 }

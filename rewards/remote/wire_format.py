@@ -1,4 +1,4 @@
-"""The bytes between `rewards.Remote` and `rewards.serve`: a JSON header, then PNG files or one safetensors file.
+"""The messages between `rewards.Remote` and `rewards.serve`: a JSON header, then PNG files or safetensors files.
 
 A request is 4 bytes (the length of the header, big-endian), the header, and the parts one after the other. The header
 is {"encoding": "png" | "tensor", "sizes": [bytes of each part], "prompts": [...] or null}. A reply is the JSON object
@@ -28,14 +28,33 @@ Encoding = Literal["png", "tensor"]
 
 
 class Limits(NamedTuple):
-    """What a server takes in one request: its length in bytes, and the numbers (M C H W) of all its samples."""
+    """The most that a server takes in one request.
+
+    Args:
+        bytes: length of the request.
+        pixels: numbers (M C H W) of all its samples.
+    """
 
     bytes: int
     pixels: int
 
 
 def encode_parts(samples: Tensor, encoding: Encoding, name: str) -> list[bytes]:
-    """One body per sample: PNG, which rounds images in [0, 1] to 8 bits and loses nothing else, or exact floats."""
+    """One body per sample.
+
+    Args:
+        samples: `[M, ...]`; for "png" images `[M, 1 or 3, H, W]` in [0, 1].
+        encoding: "png" rounds images to 8 bits, and is lossless otherwise; "tensor" is exact.
+        name: of the reward, for messages.
+
+    Returns:
+        M files.
+
+    Raises:
+        NotDifferentiableError: where a gradient is requested.
+        ShapeError: for samples that are no images, with "png".
+        RewardError: for images with values outside [0, 1], with "png".
+    """
     if encoding == "png":
         return [to_png(picture) for picture in to_pictures(samples, name)]
     from safetensors.torch import save
@@ -45,7 +64,7 @@ def encode_parts(samples: Tensor, encoding: Encoding, name: str) -> list[bytes]:
 
 
 def encode_request(parts: Sequence[bytes], prompts: Sequence[str] | None, encoding: Encoding) -> bytes:
-    """A request for the scores of the parts."""
+    """A request for the scores of the parts. prompts: one per part, or None."""
     sizes = [len(part) for part in parts]
     header = json.dumps({"encoding": encoding, "sizes": sizes, "prompts": None if prompts is None else list(prompts)})
     raw = header.encode()
@@ -53,26 +72,25 @@ def encode_request(parts: Sequence[bytes], prompts: Sequence[str] | None, encodi
 
 
 def decode_request(body: bytes, max_pixels: int) -> tuple[Tensor, list[str] | None]:
-    """Samples (M, ...) and their prompts; RewardError naming what is malformed.
+    """The samples and prompts of a request.
 
-    max_pixels: numbers that all samples may have together. It is checked on the headers of the PNG files before one is
-    decoded, so that a small file which stands for a huge image costs nothing.
+    Args:
+        body: of the request.
+        max_pixels: numbers that all samples may have together. It is checked on the headers of the PNG files before one
+            is decoded, so that a small file which stands for a huge image costs nothing.
+
+    Returns:
+        Samples `[M, ...]`, and M prompts or None.
+
+    Raises:
+        RewardError: saying what is malformed.
     """
     length = int.from_bytes(body[:4], "big")
     if len(body) < 4 or length > min(HEADER_LIMIT, len(body) - 4):
         raise RewardError(f"expected a request with a header, got {len(body)} bytes that announce one of {length}")
-    header = _object(body[4 : 4 + length], "a request's header")
-    encoding, sizes, prompts = (header.get(key) for key in ("encoding", "sizes", "prompts"))
-    if encoding not in ("png", "tensor"):
-        raise RewardError(f'expected the encoding "png" or "tensor", got {encoding!r}')
-    if not isinstance(sizes, list) or not all(type(size) is int and size >= 0 for size in sizes) or not sizes:
-        raise RewardError("expected sizes, the bytes of each of at least one sample")
+    encoding, sizes, prompts = _header(body[4 : 4 + length])
     if sum(sizes) != len(body) - 4 - length:
         raise RewardError(f"expected {sum(sizes)} bytes after the header, got {len(body) - 4 - length}")
-    if prompts is not None and not (
-        isinstance(prompts, list) and len(prompts) == len(sizes) and all(isinstance(text, str) for text in prompts)
-    ):
-        raise RewardError(f"expected {len(sizes)} prompts, one text per sample, or null")
     parts, start = [], 4 + length
     for size in sizes:
         parts.append(body[start : start + size])
@@ -81,22 +99,39 @@ def decode_request(body: bytes, max_pixels: int) -> tuple[Tensor, list[str] | No
         _check_size(sum(math.prod(png_shape(part)) for part in parts), max_pixels)
         samples = [from_png(part) for part in parts]
     else:
-        samples = [_tensor(part) for part in parts]
+        samples = [_decoded_tensor(part) for part in parts]
         _check_size(sum(sample.numel() for sample in samples), max_pixels)
-    if len({(sample.shape, sample.dtype) for sample in samples}) != 1:
-        raise RewardError("expected samples of one shape, got several")
+    kinds = {(tuple(sample.shape), sample.dtype) for sample in samples}
+    if len(kinds) != 1:
+        raise RewardError(
+            f"expected samples of one shape and dtype, got {sorted(map(str, kinds))}; send each kind in a request of "
+            "its own"
+        )
     return torch.stack(samples), prompts
 
 
 def encode_scores(scores: Tensor, name: str, version: str) -> bytes:
-    """A reply with scores (M,)."""
-    spelled = [_spell(float(score)) for score in scores.detach().to("cpu", torch.float64)]
-    return json.dumps({"name": name, "version": version, "scores": spelled}).encode()
+    """A reply with scores [M]. name, version: of the reward."""
+    as_json = [_json_number(float(score)) for score in scores.detach().to("cpu", torch.float64)]
+    return json.dumps({"name": name, "version": version, "scores": as_json}).encode()
 
 
 def decode_scores(body: bytes, rows: int, expected: tuple[str, str], name: str) -> Tensor:
-    """The scores (rows,), float64, of a reply; RewardError where count, reward or version are others, or for NaN."""
-    reply = _object(body, f"the reward {name}'s reply")
+    """The scores of a reply.
+
+    Args:
+        body: of the reply.
+        rows: M, the samples that were sent.
+        expected: name and version of the reward at the start of the run.
+        name: of the reward, for messages.
+
+    Returns:
+        `[M]`, float64.
+
+    Raises:
+        RewardError: where the count, the reward or its version differ, and for NaN.
+    """
+    reply = _json_object(body, f"the reward {name}'s reply")
     came = (reply.get("name"), reply.get("version"))
     if came != expected:
         raise RewardError(
@@ -106,7 +141,9 @@ def decode_scores(body: bytes, rows: int, expected: tuple[str, str], name: str) 
     scores = reply.get("scores")
     if not isinstance(scores, list) or len(scores) != rows:
         got = f"{len(scores)}" if isinstance(scores, list) else type(scores).__name__
-        raise RewardError(f"the reward {name} must return {rows} scores, one per sample, got {got}")
+        raise RewardError(
+            f"the reward {name} must return {rows} scores, one per sample, got {got}; check the server's reward"
+        )
     missing = [row for row, score in enumerate(scores) if score is None]
     if missing:
         raise RewardError(
@@ -117,66 +154,103 @@ def decode_scores(body: bytes, rows: int, expected: tuple[str, str], name: str) 
 
 
 def encode_spec(spec: RewardSpec, name: str, limits: Limits) -> bytes:
-    """What a server says of its reward, and what it takes at once."""
-    said = asdict(spec) | {"bounds": [_spell(bound) for bound in spec.bounds]}
-    return json.dumps({"protocol": PROTOCOL, "name": name, "spec": said, "limits": limits}).encode()
+    """A server's description of its reward, and of the most it takes in one request."""
+    as_json = asdict(spec) | {"bounds": [_json_number(bound) for bound in spec.bounds]}
+    return json.dumps({"protocol": PROTOCOL, "name": name, "spec": as_json, "limits": limits}).encode()
 
 
 def decode_spec(body: bytes, name: str) -> tuple[str, RewardSpec, Limits]:
-    """The reward's name, its spec without a gradient (none passes a network), and what the server takes at once."""
-    reply = _object(body, f"the reward {name}'s description")
+    """The description that a server gives of its reward.
+
+    Args:
+        body: of the reply.
+        name: of the reward, for messages.
+
+    Returns:
+        The reward's name, its spec without a gradient (none passes a network), and the most the server takes in one
+        request.
+
+    Raises:
+        RewardError: for another protocol, and a description that cannot be read.
+    """
+    reply = _json_object(body, f"the reward {name}'s description")
     if reply.get("protocol") != PROTOCOL:
         raise RewardError(
-            f"the reward {name} speaks protocol {reply.get('protocol')!r}, and this is {PROTOCOL}; see that the "
+            f"the reward {name} speaks protocol {reply.get('protocol')!r}, and this is {PROTOCOL}; check that the "
             "address is of a steer reward server, and install the same version of steer on both sides"
         )
     try:
         known = {field.name for field in fields(RewardSpec)}
-        said = {key: value for key, value in reply["spec"].items() if key in known}
-        low, high = (_number(bound, name) for bound in said["bounds"])
-        spec = RewardSpec(**said | {"bounds": (low, high), "gradient": "none"})
+        values = {key: value for key, value in reply["spec"].items() if key in known}
+        low, high = (_number(bound, name) for bound in values["bounds"])
+        spec = RewardSpec(**values | {"bounds": (low, high), "gradient": "none"})
         return str(reply["name"]), spec, Limits(*map(int, reply["limits"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise RewardError(f"the reward {name} sent a description that cannot be read: {error!r}") from error
+        raise RewardError(
+            f"the reward {name} sent a description that cannot be read: {error!r}; install the same version of steer "
+            "on both sides"
+        ) from error
 
 
-def _object(raw: bytes, what: str) -> dict[str, Any]:
+def _header(raw: bytes) -> tuple[Encoding, list[int], list[str] | None]:
+    """Encoding, sizes and prompts of a request's header; RewardError saying which is malformed."""
+    header = _json_object(raw, "a request's header")
+    encoding, sizes, prompts = (header.get(key) for key in ("encoding", "sizes", "prompts"))
+    if encoding not in ("png", "tensor"):
+        raise RewardError(f'expected the encoding "png" or "tensor", got {encoding!r}')
+    if not isinstance(sizes, list) or not all(type(size) is int and size >= 0 for size in sizes) or not sizes:
+        raise RewardError(f"expected sizes, the bytes of each of at least one sample, got {sizes!r:.200}")
+    if prompts is not None and not (
+        isinstance(prompts, list) and len(prompts) == len(sizes) and all(isinstance(text, str) for text in prompts)
+    ):
+        raise RewardError(f"expected {len(sizes)} prompts, one text per sample, or null, got {prompts!r:.200}")
+    return encoding, sizes, prompts
+
+
+def _json_object(raw: bytes, what: str) -> dict[str, Any]:
+    """The JSON object in bytes; RewardError, naming `what` it is, for anything else."""
     try:
-        value = json.loads(raw, parse_constant=_refuse)
+        value = json.loads(raw, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise RewardError(f"expected {what} to be JSON, got {raw[:80]!r}") from error
+        raise RewardError(f"expected {what} to be JSON, got {raw[:80]!r}; check the address") from error
     if not isinstance(value, dict):
-        raise RewardError(f"expected {what} to be a JSON object, got {type(value).__name__}")
+        raise RewardError(f"expected {what} to be a JSON object, got {type(value).__name__}; check the address")
     return value
 
 
-def _refuse(constant: str) -> None:
+def _refuse_constant(constant: str) -> None:
+    """NaN and Infinity, which Python reads and JSON does not have."""
     raise ValueError(f"{constant} is not JSON")
 
 
-def _tensor(part: bytes) -> Tensor:
+def _decoded_tensor(part: bytes) -> Tensor:
     from safetensors.torch import load
 
     try:
         return load(part)["sample"]
     except Exception as error:  # safetensors raises its own
-        raise RewardError(f"expected a safetensors file with one tensor, sample: {error}") from error
+        raise RewardError(f"expected a safetensors file with one tensor, called sample, got {error!r}") from error
 
 
-def _check_size(came: int, most: int) -> None:
-    if came > most:
-        raise RewardError(f"expected at most {most} numbers in a request, got {came}; send fewer or smaller samples")
+def _check_size(numbers: int, most: int) -> None:
+    if numbers > most:
+        raise RewardError(f"expected at most {most} numbers in a request, got {numbers}; send fewer or smaller samples")
 
 
-def _spell(score: float) -> float | str | None:
-    return None if math.isnan(score) else str(score) if math.isinf(score) else score
+def _json_number(score: float) -> float | str | None:
+    """A score as JSON has it: None for NaN, a text for an infinity."""
+    if math.isnan(score):
+        return None
+    return str(score) if math.isinf(score) else score
 
 
 def _number(score: Any, name: str) -> float:
+    """A score from JSON; RewardError for what is none."""
     if type(score) is float or (type(score) is int and abs(score) < 2**53) or score in ("inf", "-inf"):
         return float(score)
-    raise RewardError(f"the reward {name} must return numbers, got {score!r}")
+    raise RewardError(f"the reward {name} must return numbers, got {score!r}; check the server's reward")
 
 
 def _title(name: Any, version: Any) -> str:
-    return f"{name} ({f'version {version}' if version else 'of no stated version'})"
+    """Name and version of a reward in a message."""
+    return f"{name} (version {version})" if version else f"{name} (of no stated version)"

@@ -71,7 +71,7 @@ def test_what_is_wrong_is_named(classifier):
         TextLogProb("no-such/model", 0, to_text)
     with pytest.raises(RewardError, match="non-empty list of words, got 'bee'"):
         InWords("bee", to_text)
-    with pytest.raises(RewardError, match="is a regular expression, got '\\(': "):
+    with pytest.raises(RewardError, match="must be a regular expression, got '\\(': "):
         Matches("(", to_text)
     with pytest.raises(RewardError, match="must decode 5 samples to a list of as many strings, got 1"):
         Matches("a", lambda x: ["a"])(WORDS)

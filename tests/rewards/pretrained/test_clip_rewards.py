@@ -14,7 +14,7 @@ from PIL import Image
 from steer.errors import RewardError, ShapeError
 from steer.rewards import HPS, Aesthetic, CLIPScore, PickScore, chunked, weighted
 from steer.rewards.pretrained.clip_network import PROMPTS_KEPT
-from steer.rewards.pretrained.weights import affine
+from steer.rewards.pretrained.weights import linear_layers_as_one
 
 open_clip = pytest.importorskip("open_clip")
 transformers = pytest.importorskip("transformers")
@@ -188,7 +188,7 @@ def test_a_prompt_is_encoded_once(name):
     for seed in range(3):
         reward(pictures(seed=seed), prompts=PROMPTS)
     assert sorted(calls) == sorted(set(PROMPTS))
-    assert reward.network._embedding.cache_info().maxsize == PROMPTS_KEPT
+    assert reward.network._cached_embedding.cache_info().maxsize == PROMPTS_KEPT
 
 
 def test_the_prefix_belongs_to_the_published_score():
@@ -236,7 +236,10 @@ def test_long_prompts_keep_the_end_token():
 def test_prompts_must_match_the_images(name):
     assert made(name).spec.prompts
     for prompts in (["a cat"], "four"):
-        with pytest.raises(RewardError, match=f"{name} needs a list of one prompt per image, 4"):
+        with pytest.raises(
+            RewardError,
+            match=rf"{name} needs (4 prompts, one per sample, got|a list of 4 prompts, one per sample, got the single)",
+        ):
             made(name)(pictures(), prompts=prompts)
 
 
@@ -258,11 +261,11 @@ def test_units_keep_them_apart():
 
 
 def test_the_head_is_one_affine_map():
-    weight, _ = affine({key.removeprefix("layers."): value for key, value in head().items()})
+    weight, _ = linear_layers_as_one({key.removeprefix("layers."): value for key, value in head().items()})
     assert weight.dtype == torch.float64
     assert weight.shape == (DIM,)
     with pytest.raises(RewardError, match=r"no weights of a stack of linear layers: 0\.weight"):
-        affine({"0.weight": torch.ones(2, 3)})
+        linear_layers_as_one({"0.weight": torch.ones(2, 3)})
     with pytest.raises(RewardError, match="no weights of a stack"):
         Aesthetic({"classifier": torch.ones(1)}, model=network())(pictures())
 

@@ -209,7 +209,9 @@ def test_absent_weights_and_prompts_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(RewardError, match=r"ImageReward.pt of the hub .* THUDM/ImageReward; pass download=True"):
         ImageReward()(pictures(), prompts=PROMPTS)
-    with pytest.raises(RewardError, match="ImageReward needs a list of one prompt per image, 4, got 'four'"):
+    with pytest.raises(
+        RewardError, match="ImageReward needs a list of 4 prompts, one per sample, got the single string 'four'"
+    ):
         ImageReward(state(), tokenizer=tokens)(pictures(), prompts="four")
 
 

@@ -122,7 +122,7 @@ def test_what_is_wrong_is_named(reward):
     model, processor = llava()
     with pytest.raises(RewardError, match="no chat template"):
         VQAScore(model, processor)
-    with pytest.raises(RewardError, match="without its processor"):
+    with pytest.raises(RewardError, match="got no processor; pass both"):
         VQAScore(model)
     with pytest.raises(RewardError, match="one token, and 'Yes sir' has 2"):
         VQAScore(model, processor, template=TEMPLATE, answer="Yes sir")

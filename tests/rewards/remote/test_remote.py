@@ -148,14 +148,14 @@ def test_two_hundred_at_once_lose_and_swap_nothing():
     """More clients than places: the rest hear 503 and come again."""
     refused = []
     with serve(Tagged(), queue=16) as server:
-        slots = server.slots.acquire
+        slots = server.queue_places.acquire
 
         def acquire(blocking=True):
             got = slots(blocking=blocking)
             refused.append(not got)
             return got
 
-        server.slots.acquire = acquire
+        server.queue_places.acquire = acquire
         remote = Remote(server.url, retries=200, parallel=1)
 
         def ask(first: int) -> bool:
