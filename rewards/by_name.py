@@ -77,7 +77,7 @@ def from_spec(spec: str, text: ToText | None = None) -> Scorer:
 
 def _unknown(spec: str, name: str) -> str:
     """The message for an unknown name: close names, and all choices one a line."""
-    close = get_close_matches(name.lower(), _BUILDERS, n=2)
+    close = [known for known in _BUILDERS if known in name.lower()] or get_close_matches(name.lower(), _BUILDERS, n=2)
     suggestion = f"; did you mean {' or '.join(close)}?" if close else "."
     choices = "\n".join(f"  {form}" for _, form in _BUILDERS.values())
     return f"unknown reward {spec!r}{suggestion} Choose one of\n{choices}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -20,7 +22,7 @@ from steer.rewards import (
     Sharpness,
     Symmetry,
     from_spec,
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize(
@@ -57,8 +59,38 @@ def test_ink_takes_a_weight():
 def test_an_unknown_name_lists_what_exists(spec: str):
     with pytest.raises(RewardError, match=f"unknown reward {spec!r}") as caught:
         from_spec(spec)
-    for form in ("digit:3", "digit:even", "ink:-1", "symmetry:vertical", "jpeg:+"):
-        assert form in str(caught.value)
+    listed = str(caught.value).splitlines()[1:]
+    assert "  digit:3 | digit:1,7 | digit:even | digit:odd" in listed
+    assert "  matches:.*ing" in listed
+    assert len(listed) == 15
+    assert len(set(listed)) == 15
+
+
+@pytest.mark.parametrize(
+    ("spec", "suggested"),
+    [
+        ("digits:3", "digit"),
+        ("Digit:3", "digit"),
+        ("CLIPScore", "clip"),
+        ("symetry", "symmetry"),
+        ("JPEGSize", "jpeg"),
+        ("lettercount:e", "letters"),
+    ],
+)
+def test_a_typo_is_answered_with_the_name_it_is_close_to(spec: str, suggested: str):
+    with pytest.raises(RewardError, match=f"unknown reward '{spec}'; did you mean {suggested}\\? Choose one of"):
+        from_spec(spec)
+
+
+def test_a_reward_instead_of_its_name_is_an_error_that_says_so():
+    with pytest.raises(RewardError, match=r"takes a text such as .*, got Ink\(\)"):
+        from_spec(Ink())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("spec", ["letters:e", "matches:.*ing"])
+def test_rewards_of_text_need_a_decoder(spec: str):
+    with pytest.raises(RewardError, match=rf"'{re.escape(spec)}' reads text.*pass text=\.\.\."):
+        from_spec(spec)
 
 
 @pytest.mark.parametrize(
@@ -84,10 +116,13 @@ def test_a_bad_argument_is_answered_with_the_form(spec: str, form: str):
 @pytest.mark.parametrize(
     ("name", "kind", "weights"),
     [
-        ("clip", CLIPScore, "weights"), ("hps", HPS, "weights"), ("imagereward", ImageReward, "weights"),
-        ("pickscore", PickScore, "model"), ("aesthetic", Aesthetic, "head"),
+        ("clip", CLIPScore, "weights"),
+        ("hps", HPS, "weights"),
+        ("imagereward", ImageReward, "weights"),
+        ("pickscore", PickScore, "model"),
+        ("aesthetic", Aesthetic, "head"),
     ],
-)  # fmt: skip
+)
 def test_pretrained_rewards_read_nothing_until_they_are_called(name, kind, weights, tmp_path):
     reward, fetched = from_spec(name), from_spec(f"{name}:download")
     assert type(reward) is type(fetched) is kind

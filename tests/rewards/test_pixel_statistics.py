@@ -121,8 +121,9 @@ def test_gradients_of_colour_rewards():
 def test_png_size_is_that_of_the_file_pillow_writes():
     levels = torch.randint(0, 256, (3, 20, 24), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     for image, picture in (
-        (levels, Image.fromarray(levels.permute(1, 2, 0).numpy())), (levels[:1], Image.fromarray(levels[0].numpy()))
-    ):  # fmt: skip
+        (levels, Image.fromarray(levels.permute(1, 2, 0).numpy())),
+        (levels[:1], Image.fromarray(levels[0].numpy())),
+    ):
         file = io.BytesIO()
         picture.save(file, format="PNG", compress_level=9)
         assert PNGSize()(image[None] / 255.0).item() == pytest.approx(-len(file.getvalue()) / 1000)

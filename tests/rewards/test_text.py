@@ -38,10 +38,17 @@ def test_samplers_follow_them():
 def classifier():
     tokenizer = word_tokenizer("bee see being xyzzy tree")
     config = transformers.RobertaConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        num_labels=3, id2label={0: "bad", 1: "good", 2: "fine"}, label2id={"bad": 0, "good": 1, "fine": 2},
-        pad_token_id=0, max_position_embeddings=20,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_labels=3,
+        id2label={0: "bad", 1: "good", 2: "fine"},
+        label2id={"bad": 0, "good": 1, "fine": 2},
+        pad_token_id=0,
+        max_position_embeddings=20,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return transformers.RobertaForSequenceClassification(config).eval(), tokenizer

@@ -30,11 +30,20 @@ NAMES = {"id2label": {0: "cat", 1: "dog", 2: "N/A"}, "label2id": {"cat": 0, "dog
 
 def detr():
     config = transformers.DetrConfig(
-        use_timm_backbone=False, use_pretrained_backbone=False, backbone=None,
+        use_timm_backbone=False,
+        use_pretrained_backbone=False,
+        backbone=None,
         backbone_config=transformers.ResNetConfig(out_features=["stage4"], **RESNET),
-        d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
-        encoder_ffn_dim=16, decoder_ffn_dim=16, num_queries=5, **NAMES,
-    )  # fmt: skip
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        num_queries=5,
+        **NAMES,
+    )
     model = seeded(lambda: transformers.DetrForObjectDetection(config))
     processor = transformers.DetrImageProcessor(size={"shortest_edge": 32, "longest_edge": 64})
     return model, processor
@@ -67,12 +76,24 @@ def test_a_label_that_would_never_be_found_is_an_error():
 def test_mask2former_gives_masks_and_the_boxes_around_them():
     config = transformers.Mask2FormerConfig(
         backbone_config=transformers.SwinConfig(
-            image_size=32, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=2,
+            image_size=32,
+            embed_dim=8,
+            depths=[1, 1, 1, 1],
+            num_heads=[1, 1, 2, 2],
+            window_size=2,
             out_features=["stage1", "stage2", "stage3", "stage4"],
         ),
-        feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=16, dim_feedforward=16,
-        encoder_layers=1, decoder_layers=2, num_attention_heads=2, num_queries=6, **NAMES,
-    )  # fmt: skip
+        feature_size=32,
+        mask_feature_size=32,
+        hidden_dim=32,
+        encoder_feedforward_dim=16,
+        dim_feedforward=16,
+        encoder_layers=1,
+        decoder_layers=2,
+        num_attention_heads=2,
+        num_queries=6,
+        **NAMES,
+    )
     model = seeded(lambda: transformers.Mask2FormerForUniversalSegmentation(config))
     processor = transformers.Mask2FormerImageProcessor(size={"height": 96, "width": 96})
     (found,) = TransformersDetector(model, processor, least=0.01)([picture()], [["cat"]])
@@ -98,12 +119,24 @@ def test_grounding_dino_looks_for_what_it_is_asked():
     config = transformers.GroundingDinoConfig(
         text_config=text,
         backbone_config=transformers.SwinConfig(
-            image_size=32, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=2,
+            image_size=32,
+            embed_dim=8,
+            depths=[1, 1, 1, 1],
+            num_heads=[1, 1, 2, 2],
+            window_size=2,
             out_features=["stage2", "stage3", "stage4"],
         ),
-        d_model=32, encoder_layers=1, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2,
-        encoder_ffn_dim=16, decoder_ffn_dim=16, num_queries=8, max_text_len=32, num_feature_levels=4,
-    )  # fmt: skip
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        num_queries=8,
+        max_text_len=32,
+        num_feature_levels=4,
+    )
     model = seeded(lambda: transformers.GroundingDinoForObjectDetection(config))
     images = transformers.GroundingDinoImageProcessor(size={"shortest_edge": 96, "longest_edge": 160})
     processor = transformers.GroundingDinoProcessor(images, tokenizer)

@@ -141,9 +141,10 @@ def test_positions_need_their_target_and_all_pairs():
 def test_share_is_one_exactly_where_correct_is_and_never_leaves_its_bounds():
     draw = random.Random(0)
     task = row(
-        {"class": "dog", "count": 2, "color": "red"}, {"class": "cat", "count": 1, "position": ["left of", 0]},
+        {"class": "dog", "count": 2, "color": "red"},
+        {"class": "cat", "count": 1, "position": ["left of", 0]},
         exclude=[{"class": "dog", "count": 4}, {"class": "cat", "count": 3}],
-    )  # fmt: skip
+    )
     seen = {0.0: 0, 1.0: 0}
     for _ in range(600):
         objects = [

@@ -164,9 +164,11 @@ def test_networks_are_frozen_and_images_get_the_gradient(name):
     net = (hugging if name == "PickScore" else network)()
     net.train()
     reward = {
-        "CLIPScore": lambda: CLIPScore(net, tokenizer=ids), "HPS": lambda: HPS(model=net, tokenizer=ids),
-        "PickScore": lambda: PickScore(net, tokens), "Aesthetic": lambda: Aesthetic(head(), model=net),
-    }[name]()  # fmt: skip
+        "CLIPScore": lambda: CLIPScore(net, tokenizer=ids),
+        "HPS": lambda: HPS(model=net, tokenizer=ids),
+        "PickScore": lambda: PickScore(net, tokens),
+        "Aesthetic": lambda: Aesthetic(head(), model=net),
+    }[name]()
     scored(name, pictures().requires_grad_(), reward=reward).sum().backward()
     assert not net.training
     assert all(not p.requires_grad and p.grad is None for p in net.parameters())
@@ -183,8 +185,9 @@ def test_a_prompt_is_encoded_once(name):
 
     reward = {
         "CLIPScore": lambda: CLIPScore(network(), tokenizer=tokenizer, prefix=""),
-        "HPS": lambda: HPS(model=network(), tokenizer=tokenizer), "PickScore": lambda: PickScore(hugging(), tokenizer),
-    }[name]()  # fmt: skip
+        "HPS": lambda: HPS(model=network(), tokenizer=tokenizer),
+        "PickScore": lambda: PickScore(hugging(), tokenizer),
+    }[name]()
     for seed in range(3):
         reward(pictures(seed=seed), prompts=PROMPTS)
     assert sorted(calls) == sorted(set(PROMPTS))

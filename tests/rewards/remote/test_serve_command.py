@@ -23,9 +23,12 @@ def run(*words: str, env: dict[str, str] | None = None):
 def test_it_serves_until_it_is_interrupted(monkeypatch):
     command = [sys.executable, "-c", "from steer.cli.app import main; main()", "serve-reward", "ink", "--port", "0"]
     process = subprocess.Popen(
-        [*command, "--token-env", "TOKEN"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [*command, "--token-env", "TOKEN"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "TOKEN": "secret"},
-    )  # fmt: skip
+    )
     assert process.stdout is not None
     try:
         url = process.stdout.readline().strip()
