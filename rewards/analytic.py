@@ -155,12 +155,15 @@ class LogDensity:
 
 
 def flatten_samples(samples: Tensor, size: int | None = None, name: str = "") -> Tensor:
-    """Samples [M, *event] as [M, D] in at least float32.
+    """Samples as rows of numbers.
 
     Args:
         samples: `[M, *event]`.
         size: the D that is required, if any.
         name: of what has that size, for the message.
+
+    Returns:
+        `[M, D]`, in at least float32.
 
     Raises:
         ShapeError: where D is not `size`.

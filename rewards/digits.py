@@ -35,11 +35,25 @@ class DigitNet(nn.Module):
         self.head = nn.Linear(num_features, NUM_CLASSES)
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
-        """Penultimate features `[M, num_features]` of images `[M, 1, 8, 8]` in [0, 1]."""
+        """Features before the last layer.
+
+        Args:
+            images: `[M, 1, 8, 8]` in [0, 1].
+
+        Returns:
+            `[M, num_features]`.
+        """
         return self.body(2 * images - 1)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Class logits `[M, 10]` of images `[M, 1, 8, 8]` in [0, 1]."""
+        """Class logits.
+
+        Args:
+            images: `[M, 1, 8, 8]` in [0, 1].
+
+        Returns:
+            `[M, 10]`.
+        """
         return self.head(self.features(images))
 
 

@@ -72,7 +72,11 @@ class NeighbourDistance:
 
     @cached_property
     def scale(self) -> tuple[float, float]:
-        """Median and `ceiling` quantile of the reference's distances among themselves."""
+        """Median and `ceiling` quantile of the reference's distances among themselves.
+
+        Raises:
+            RewardError: where all distances are equal.
+        """
         distances = _own_neighbours(self.points, self.k).mean(1).double()
         median, top = distances.quantile(0.5).item(), distances.quantile(self.ceiling).item()
         if not top > median:

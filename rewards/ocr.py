@@ -117,7 +117,17 @@ class TransformersReader:
 
 
 def quoted(prompt: str) -> str:
-    """The text between the first two double quotes of a prompt; RewardError where it has none."""
+    """The text between the first two double quotes of a prompt.
+
+    Args:
+        prompt: with straight or typographic quotes.
+
+    Returns:
+        The text, as it is written.
+
+    Raises:
+        RewardError: where the prompt quotes no text.
+    """
     pieces = prompt.replace("\u201c", '"').replace("\u201d", '"').split('"')
     if len(pieces) < 3 or not _without_case_and_spaces(pieces[1]):
         raise RewardError(f'OCR needs the wanted text in double quotes, as in: a sign that says "Open"; got {prompt!r}')
@@ -125,13 +135,29 @@ def quoted(prompt: str) -> str:
 
 
 def likeness(read: str, wanted: str) -> float:
-    """1 - min(d, L) / L for d edits between two texts without case and spaces; 1 where wanted occurs in read."""
+    """1 - min(d, L) / L for d edits between two texts, ignoring case and spaces.
+
+    Args:
+        read: the text that was read.
+        wanted: the text of L characters that should be there.
+
+    Returns:
+        A number in [0, 1]; 1 where wanted occurs anywhere in read.
+    """
     read, wanted = _without_case_and_spaces(read), _without_case_and_spaces(wanted)
     return 1.0 if wanted in read else 1.0 - min(edits(read, wanted), len(wanted)) / len(wanted)
 
 
 def edits(a: str, b: str) -> int:
-    """The Levenshtein distance: insertions, deletions and replacements from a to b."""
+    """The Levenshtein distance between two texts.
+
+    Args:
+        a: a text.
+        b: another.
+
+    Returns:
+        The least number of insertions, deletions and replacements from a to b.
+    """
     row = list(range(len(b) + 1))
     for i, letter in enumerate(a, 1):
         diagonal, row[0] = row[0], i

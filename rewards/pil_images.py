@@ -40,12 +40,30 @@ def to_pictures(samples: Tensor, name: str) -> list[Image]:
 
 
 def to_rgb(samples: Tensor, name: str) -> list[Image]:
-    """As `to_pictures`, always RGB."""
+    """As `to_pictures`, always RGB.
+
+    Args:
+        samples: images `[M, 1 or 3, H, W]` in [0, 1].
+        name: of the reward, for messages.
+
+    Returns:
+        M PIL images, RGB.
+
+    Raises:
+        ShapeError, RewardError, NotDifferentiableError: as `to_pictures`.
+    """
     return [picture.convert("RGB") for picture in to_pictures(samples, name)]
 
 
 def eight_bit_pictures(images: Tensor) -> list[Image]:
-    """PIL images of images [M, 1 or 3, H, W] in [0, 1] that were checked, rounded to 8 bits."""
+    """PIL images of images that were checked before, rounded to 8 bits.
+
+    Args:
+        images: `[M, 1 or 3, H, W]` in [0, 1].
+
+    Returns:
+        M PIL images, grey or RGB.
+    """
     from PIL import Image
 
     levels = images.mul(255).round().clamp(0, 255).to("cpu", torch.uint8).permute(0, 2, 3, 1)
@@ -53,7 +71,14 @@ def eight_bit_pictures(images: Tensor) -> list[Image]:
 
 
 def to_png(picture: Image) -> bytes:
-    """The picture as a PNG file, which is lossless. Lightly compressed: encoding time matters more than size here."""
+    """A picture as a PNG file, which is lossless.
+
+    Args:
+        picture: a PIL image.
+
+    Returns:
+        The file. It is lightly compressed: encoding time matters more than size here.
+    """
     file = io.BytesIO()
     picture.save(file, format="PNG", compress_level=1)
     return file.getvalue()

@@ -21,12 +21,26 @@ _FROM_WEAKEST: tuple[Gradient, ...] = ("none", "", "surrogate", "exact")
 
 
 def name_of(reward: Scorer) -> str:
-    """The name of a reward in messages: its `__name__`, or the name of its class."""
+    """The name of a reward in messages.
+
+    Args:
+        reward: any reward.
+
+    Returns:
+        Its `__name__`, or the name of its class.
+    """
     return getattr(reward, "__name__", None) or type(reward).__name__
 
 
 def spec_of(reward: Scorer) -> RewardSpec:
-    """The `spec` that a reward declares. Of a plain function we only know whether it takes prompts."""
+    """What a reward declares of its scores.
+
+    Args:
+        reward: any reward.
+
+    Returns:
+        Its attribute `spec`. Of a plain function, a spec that only says whether it takes prompts.
+    """
     spec = getattr(reward, "spec", None)
     return spec if isinstance(spec, RewardSpec) else RewardSpec(prompts=takes_prompts(reward))
 
@@ -63,7 +77,14 @@ def combined_spec(
 
 
 def takes_prompts(reward: Scorer) -> bool:
-    """Whether a reward has an argument named `prompts`."""
+    """Whether a reward has an argument named `prompts`.
+
+    Args:
+        reward: any reward.
+
+    Returns:
+        False also for a callable whose arguments cannot be read.
+    """
     try:
         return "prompts" in inspect.signature(reward).parameters
     except (TypeError, ValueError):  # a callable written in C
@@ -71,15 +92,29 @@ def takes_prompts(reward: Scorer) -> bool:
 
 
 def needs_prompts(reward: Scorer) -> bool:
-    """Whether a reward cannot be called without prompts."""
+    """Whether a reward cannot be called without prompts.
+
+    Args:
+        reward: any reward.
+
+    Returns:
+        True where its argument `prompts` has no default.
+    """
     return takes_prompts(reward) and inspect.signature(reward).parameters["prompts"].default is inspect.Parameter.empty
 
 
 def reward_signature(takes: bool, needs: bool) -> inspect.Signature:
-    """The signature of a reward that takes prompts or not, and needs them or not.
+    """The signature that a reward made of rewards shows to samplers.
 
     Samplers read it to decide whether to pass prompts, and refuse a process that has none where they are needed. A
     reward made of rewards must therefore take and need `prompts` exactly when one of its parts does.
+
+    Args:
+        takes: whether the reward takes prompts.
+        needs: whether it needs them.
+
+    Returns:
+        (samples, /), with a keyword argument prompts where it takes them.
     """
     samples = inspect.Parameter("samples", inspect.Parameter.POSITIONAL_ONLY)
     default = inspect.Parameter.empty if needs else None
@@ -88,7 +123,16 @@ def reward_signature(takes: bool, needs: bool) -> inspect.Signature:
 
 
 def check_prompts(prompts: Sequence[str], count: int, name: str) -> None:
-    """RewardError unless `prompts` is a list of `count` strings, one per sample. name: of the reward."""
+    """Checks that there is one prompt per sample.
+
+    Args:
+        prompts: should be a list of M strings. A single string is refused, also one of M letters.
+        count: M.
+        name: of the reward, for the message.
+
+    Raises:
+        RewardError: for another number of prompts, or a single string.
+    """
     if isinstance(prompts, str):
         raise RewardError(
             f"{name} needs a list of {count} prompts, one per sample, got the single string {prompts!r:.200}; put it "
@@ -101,18 +145,41 @@ def check_prompts(prompts: Sequence[str], count: int, name: str) -> None:
 
 
 def refuse_groupwise(reward: Scorer, why: str) -> None:
-    """RewardError for a reward whose scores depend on the other samples in its call. why: the problem and its cure."""
+    """Refuses a reward whose scores depend on the other samples in its call.
+
+    Args:
+        reward: any reward.
+        why: the problem and its cure, for the message.
+
+    Raises:
+        RewardError: for a groupwise reward.
+    """
     if spec_of(reward).scope == "groupwise":
         raise RewardError(f"{name_of(reward)} compares samples with the others in its call, {why}")
 
 
 def gradient_requested(samples: Tensor) -> bool:
-    """Whether the caller records a gradient through the samples."""
+    """Whether the caller records a gradient through the samples.
+
+    Args:
+        samples: `[M, ...]`.
+
+    Returns:
+        True where gradients are enabled and the samples require one.
+    """
     return torch.is_grad_enabled() and samples.requires_grad
 
 
 def refuse_gradient(samples: Tensor, name: str) -> None:
-    """NotDifferentiableError where a gradient is recorded through the samples of a reward that has none."""
+    """Refuses samples that a gradient is recorded through, for a reward that has none.
+
+    Args:
+        samples: `[M, ...]`.
+        name: of the reward, for the message.
+
+    Raises:
+        NotDifferentiableError: where a gradient is requested.
+    """
     if gradient_requested(samples):
         raise NotDifferentiableError(
             f"a gradient was requested, but the reward {name} has no gradient; use a sampler or a proposal without "

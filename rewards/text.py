@@ -224,5 +224,13 @@ def decode(text: ToText, samples: Tensor) -> list[str]:
 
 
 def score_tensor(scores: list[float], samples: Tensor) -> Tensor:
-    """Scores [M], float32, on the samples' device."""
+    """Scores as a tensor.
+
+    Args:
+        scores: M numbers.
+        samples: `[M, ...]`, for their device.
+
+    Returns:
+        `[M]`, float32, on the samples' device.
+    """
     return torch.tensor(scores, dtype=torch.float32, device=samples.device)

@@ -232,7 +232,15 @@ def _box_of(mask: Tensor) -> Tensor:
 
 
 def iou(a: Tensor, b: Tensor) -> float:
-    """Intersection over union of two boxes `[4]` (left, top, right, bottom); 0 where both are empty."""
+    """Intersection over union of two boxes.
+
+    Args:
+        a: `[4]`, left, top, right, bottom in pixels.
+        b: the same.
+
+    Returns:
+        A number in [0, 1]; 0 where both boxes are empty.
+    """
     low, high = torch.maximum(a[:2], b[:2]), torch.minimum(a[2:], b[2:])
     shared = float((high - low).clamp(min=0).prod())
     union = float((a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod()) - shared

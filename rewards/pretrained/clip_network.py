@@ -193,7 +193,14 @@ def from_transformers(
 
 
 def feature_tensor(features: Any) -> Tensor:
-    """Features as a tensor: transformers 5 returns an object that holds them, 4 the tensor itself."""
+    """Features as a tensor: transformers 5 returns an object that holds them, 4 the tensor itself.
+
+    Args:
+        features: what `get_image_features` or `get_text_features` returned.
+
+    Returns:
+        `[M, D]`.
+    """
     return features if isinstance(features, Tensor) else features.pooler_output
 
 

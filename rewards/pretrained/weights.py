@@ -76,13 +76,29 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def freeze(network: nn.Module) -> nn.Module:
-    """The network itself, in evaluation mode, without gradients to its weights, in at least float32."""
+    """A network for evaluation, without gradients to its weights, in at least float32.
+
+    Args:
+        network: changed in place.
+
+    Returns:
+        The network itself.
+    """
     dtype = next(network.parameters()).dtype
     return network.eval().requires_grad_(False).to(torch.promote_types(dtype, torch.float32))
 
 
 def load_into(network: nn.Module, weights: Mapping[str, Tensor], name: str) -> None:
-    """Loads a state dict whole. name: of the network. RewardError where a tensor's name or shape does not fit."""
+    """Loads a whole state dict into a network.
+
+    Args:
+        network: changed in place.
+        weights: tensors by name.
+        name: of the network, for the message.
+
+    Raises:
+        RewardError: where a tensor's name or shape does not fit.
+    """
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
@@ -117,6 +133,14 @@ def linear_layers_as_one(layers: Mapping[str, Tensor]) -> tuple[Tensor, float]:
 
 
 def move_to(network: nn.Module, device: torch.device) -> Any:
-    """The network on the device, moved only if it is elsewhere, and its dtype."""
+    """A network on a device, moved only if it is elsewhere.
+
+    Args:
+        network: changed in place.
+        device: where to run it.
+
+    Returns:
+        The network, and the dtype of its weights.
+    """
     first = next(network.parameters())
     return (network if first.device == device else network.to(device)), first.dtype

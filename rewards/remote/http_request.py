@@ -83,7 +83,15 @@ def request(
 
 
 def check_url(url: str, name: str) -> None:
-    """RewardError unless a URL is of HTTP. name: of the reward."""
+    """Checks that a URL is of HTTP.
+
+    Args:
+        url: http:// or https://.
+        name: of the reward, for the message.
+
+    Raises:
+        RewardError: for any other URL.
+    """
     if not url.startswith(("http://", "https://")):
         raise RewardError(f"{name}(url) needs http://... or https://..., got {url!r}")
 
@@ -91,7 +99,20 @@ def check_url(url: str, name: str) -> None:
 def in_parallel(
     call: Callable[[_Item], _Result], items: Iterable[_Item], *, threads: int, thread_name: str
 ) -> list[_Result]:
-    """Results of a call on each item, in order, with `threads` calls at once. The first error is raised at once."""
+    """A call on each of several items, with several calls at once.
+
+    Args:
+        call: from an item to a result.
+        items: what to call it on.
+        threads: calls at once.
+        thread_name: prefix of the threads' names.
+
+    Returns:
+        The results, in the order of the items.
+
+    Raises:
+        Exception: the first that a call raises, at once; calls under way are not waited for.
+    """
     pool = ThreadPoolExecutor(threads, thread_name_prefix=thread_name)
     try:
         return list(pool.map(call, items))
@@ -100,7 +121,14 @@ def in_parallel(
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host name is this machine, out of reach of any other."""
+    """Whether a host is this machine, out of reach of any other.
+
+    Args:
+        host: a name or an address.
+
+    Returns:
+        True for a loopback address and "localhost".
+    """
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

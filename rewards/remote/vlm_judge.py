@@ -188,7 +188,15 @@ class VLMJudge:
 
 
 def read_line(reply: str, scale: int) -> float | None:
-    """The k of the one line "Score: k/scale" in a reply, ignoring markup; None where there is none, or several."""
+    """The score in the one line "Score: k/scale" of a reply, ignoring markup.
+
+    Args:
+        reply: the judge's answer.
+        scale: the best score.
+
+    Returns:
+        k; None where there is no such line, several, another scale, or a k above it.
+    """
     found = _SCORE_LINE.findall(reply)
     if len(found) != 1 or int(found[0][1]) != scale:
         return None
@@ -197,7 +205,15 @@ def read_line(reply: str, scale: int) -> float | None:
 
 
 def read_json(reply: str, scale: int) -> float | None:
-    """The k of a reply that is nothing but {"score": k}; None for any other."""
+    """The score of a reply that is nothing but {"score": k}.
+
+    Args:
+        reply: the judge's answer.
+        scale: the best score.
+
+    Returns:
+        k; None for any other reply, and for a k outside [0, scale].
+    """
     try:
         value = json.loads(reply)
     except (ValueError, RecursionError):

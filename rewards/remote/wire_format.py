@@ -64,7 +64,16 @@ def encode_parts(samples: Tensor, encoding: Encoding, name: str) -> list[bytes]:
 
 
 def encode_request(parts: Sequence[bytes], prompts: Sequence[str] | None, encoding: Encoding) -> bytes:
-    """A request for the scores of the parts. prompts: one per part, or None."""
+    """A request for scores.
+
+    Args:
+        parts: encoded samples, of `encode_parts`.
+        prompts: one per part, or None.
+        encoding: of the parts.
+
+    Returns:
+        The body of the request.
+    """
     sizes = [len(part) for part in parts]
     header = json.dumps({"encoding": encoding, "sizes": sizes, "prompts": None if prompts is None else list(prompts)})
     raw = header.encode()
@@ -111,7 +120,16 @@ def decode_request(body: bytes, max_pixels: int) -> tuple[Tensor, list[str] | No
 
 
 def encode_scores(scores: Tensor, name: str, version: str) -> bytes:
-    """A reply with scores [M]. name, version: of the reward."""
+    """A reply with scores.
+
+    Args:
+        scores: `[M]`.
+        name: of the reward.
+        version: of the reward.
+
+    Returns:
+        The body of the reply.
+    """
     as_json = [_json_number(float(score)) for score in scores.detach().to("cpu", torch.float64)]
     return json.dumps({"name": name, "version": version, "scores": as_json}).encode()
 
@@ -154,7 +172,16 @@ def decode_scores(body: bytes, rows: int, expected: tuple[str, str], name: str) 
 
 
 def encode_spec(spec: RewardSpec, name: str, limits: Limits) -> bytes:
-    """A server's description of its reward, and of the most it takes in one request."""
+    """A server's description of its reward.
+
+    Args:
+        spec: of the reward.
+        name: of the reward.
+        limits: the most that the server takes in one request.
+
+    Returns:
+        The body of the reply.
+    """
     as_json = asdict(spec) | {"bounds": [_json_number(bound) for bound in spec.bounds]}
     return json.dumps({"protocol": PROTOCOL, "name": name, "spec": as_json, "limits": limits}).encode()
 
