@@ -200,7 +200,7 @@ def between_levels(row: Row, process: Any, x: Tensor) -> None:
         return
     grid = process.denoiser.grid
     output = process.denoiser.output(x, grid.indices[0])
-    other = noise_levels.x0_of(output, x, schedules.level(grid.schedule, second), grid.kind, grid.data_std)
+    other = noise_levels.x0_from_output(output, x, schedules.level(grid.schedule, second), grid.kind, grid.data_std)
     off, unit = float((near - there).abs().max()), float((other - there).abs().max())
     row.differences["between levels"] = off / float(there.abs().max())
     if not off <= 0.05 * unit + 1e-5 * float(there.abs().max()):
@@ -327,7 +327,7 @@ def unconditional(pipe: Any) -> bool:
     """Whether steer evaluates a bare UNet, which takes none of the pipeline's arguments."""
     from steer.pipelines import unet2d
 
-    return unet2d.serves(pipe)
+    return unet2d.is_bare_unet(pipe)
 
 
 def quiet(scheduler: str) -> str:

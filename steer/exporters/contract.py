@@ -16,22 +16,22 @@ from torch import Tensor
 from ..errors import ShapeError, StateSpaceError, SteerError
 from ..grpo.batch import Kind, RolloutBatch
 
-LEVELS = {"FlowSDE": "a", "DanceSDE": "eta", "CPS": "eta"}
+NOISE_LEVEL_PARAMETER = {"FlowSDE": "a", "DanceSDE": "eta", "CPS": "eta"}
 """Kernels that trainers know, and the parameter of each that they call its noise level."""
 
 
-TOLERANCE = 1e-5
+RATIO_TOLERANCE = 1e-5
 """How far ratios may begin from 1. A relative error e of a step's std moves a mean log-prob by e (1 + std), roughly."""
 
 
-class Dynamics(NamedTuple):
+class TrainerKernel(NamedTuple):
     """What a trainer is to be told: its own name of the kernel, and the noise level."""
 
     name: str
     level: float
 
 
-def dynamics(batch: RolloutBatch, trainer: str, names: Mapping[str, str]) -> Dynamics:
+def trainer_kernel(batch: RolloutBatch, trainer: str, names: Mapping[str, str]) -> TrainerKernel:
     """The kernel in the trainer's words; refuses a batch that the trainer's formula would not score as it was drawn.
 
     names: the trainer's name of each kernel it has. Raises NotStochasticError where there is no density, SteerError
@@ -55,22 +55,22 @@ def dynamics(batch: RolloutBatch, trainer: str, names: Mapping[str, str]) -> Dyn
             f"{trainer} takes the same number of steps, at least one, in every row; these have "
             f"{batch.mask.sum(1).min()} to {batch.mask.sum(1).max()}"
         )
-    level = float(batch.kernel["parameters"][LEVELS[rule]])
-    error = (_std(rule, level, batch) / batch.std.double() - 1.0).abs()
+    level = float(batch.kernel["parameters"][NOISE_LEVEL_PARAMETER[rule]])
+    error = (_trainer_std(rule, level, batch) / batch.std.double() - 1.0).abs()
     if bool((error > 1e-3).any()):
         raise StateSpaceError(
             f"{trainer}'s formula for {rule} gives steps another standard deviation than they were drawn with; its "
             f"states are x_t = (1 - sigma) x_0 + sigma noise, and this batch is of {batch.kernel['schedule']}"
         )
-    if bool((error > TOLERANCE / (1.0 + batch.std)).any()):
+    if bool((error > RATIO_TOLERANCE / (1.0 + batch.std)).any()):
         raise StateSpaceError(
             f"{trainer} keeps sigmas in float32, which moves the law of {rule} near sigma = 1 enough to show in "
             "ratios; collect on a grid of float32 numbers: process.with_times(torch.tensor(process.times).tolist())"
         )
-    return Dynamics(names[rule], level)
+    return TrainerKernel(names[rule], level)
 
 
-def _std(rule: str, level: float, batch: RolloutBatch) -> Tensor:
+def _trainer_std(rule: str, level: float, batch: RolloutBatch) -> Tensor:
     """Standard deviation (B, S) of each step on a rectified flow, as trainers have it."""
     sigmas = batch.sigmas.double()
     here, there = sigmas[batch.step_idx], sigmas[batch.step_idx + 1]
@@ -96,7 +96,7 @@ def timesteps(batch: RolloutBatch, scale: float) -> Tensor:
     return batch.sigmas.float()[batch.step_idx] * scale
 
 
-def line(batch: RolloutBatch, trainer: str) -> Tensor:
+def joined_states(batch: RolloutBatch, trainer: str) -> Tensor:
     """States (B, S + 1, *event) of a window that runs through; ShapeError where steps do not join."""
     gaps = bool((batch.step_idx[:, 1:] != batch.step_idx[:, :-1] + 1).any())
     if gaps or not torch.equal(batch.x_next[:, :-1], batch.x_t[:, 1:]):
@@ -107,7 +107,7 @@ def line(batch: RolloutBatch, trainer: str) -> Tensor:
     return torch.cat([batch.x_t[:, :1], batch.x_next], 1)
 
 
-def chosen(batch: RolloutBatch, reward: str | None) -> Tensor:
+def chosen_reward(batch: RolloutBatch, reward: str | None) -> Tensor:
     """The reward (B,) to train on, float32: the one by that name, or the only one."""
     name = next(iter(batch.rewards)) if reward is None and len(batch.rewards) == 1 else reward
     if name is None or name not in batch.rewards:
@@ -115,7 +115,7 @@ def chosen(batch: RolloutBatch, reward: str | None) -> Tensor:
     return batch.rewards[name].float()
 
 
-def importance(batch: RolloutBatch) -> Tensor | None:
+def importance_weights(batch: RolloutBatch) -> Tensor | None:
     """Weights (B, S) to the base policy, mean one in a group; None where rows were drawn from it.
 
     A row's own (`weights()`, which account for proposals and selections alike) where it has any, else a step's.
@@ -127,13 +127,13 @@ def importance(batch: RolloutBatch) -> Tensor | None:
     return None if same or batch.logp_kind != "gaussian" else batch.step_weights()
 
 
-def advantages(batch: RolloutBatch, given: Tensor | None, trainer: str) -> Tensor | None:
+def weighted_advantages(batch: RolloutBatch, given: Tensor | None, trainer: str) -> Tensor | None:
     """Advantages (B, S) float32 times `importance`, for a trainer without a field for weights; None: it computes them.
 
     A clipped loss is proportional to the advantage, so weighting one weights the other, up to the trainer's own
     clipping of advantages. Raises SteerError for weighted rows without advantages.
     """
-    weight = importance(batch)
+    weight = importance_weights(batch)
     if given is None:
         if weight is not None:
             raise SteerError(
@@ -161,7 +161,7 @@ def need_images(batch: RolloutBatch, images: Tensor, *, frames: bool = False) ->
     return images
 
 
-def conditions(batch: RolloutBatch, given: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+def conditioning_rows(batch: RolloutBatch, given: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """Conditioning by name for every row, (B, ...), from that of every problem, (P, ...)."""
     both = {**batch.cond, **(given or {})}
     for name, value in both.items():

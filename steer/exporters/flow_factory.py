@@ -16,11 +16,10 @@ from torch import Tensor
 
 from ..errors import ShapeError
 from ..grpo.batch import Kind, RolloutBatch
-from .contract import advantages as weighted
-from .contract import conditions, dynamics, mean_logp, need_images, prompt_groups
+from .contract import conditioning_rows, mean_logp, need_images, prompt_groups, trainer_kernel, weighted_advantages
 
-NAMES = {"FlowSDE": "Flow-SDE", "DanceSDE": "Dance-SDE", "CPS": "CPS"}
-KINDS: dict[str, Kind] = {"Flow-SDE": "gaussian", "Dance-SDE": "gaussian", "CPS": "neg_sq_err"}
+KERNEL_NAMES = {"FlowSDE": "Flow-SDE", "DanceSDE": "Dance-SDE", "CPS": "CPS"}
+LOGP_KINDS: dict[str, Kind] = {"Flow-SDE": "gaussian", "Dance-SDE": "gaussian", "CPS": "neg_sq_err"}
 
 
 def to_flow_factory(
@@ -52,23 +51,27 @@ def to_flow_factory(
     Both maps are read off the first sample of a micro-batch, so all rows must have the same window. It trains on
     scheduler.train_timesteps, which the settings fix to the steps stored here. cond: {name: (P, ...)}, over batch.cond.
     """
-    kernel = dynamics(batch, "Flow-Factory", NAMES)
-    steps = _window(batch)
-    given = weighted(batch, advantages, "Flow-Factory")
+    kernel = trainer_kernel(batch, "Flow-Factory", KERNEL_NAMES)
+    steps = _common_window(batch)
+    given = weighted_advantages(batch, advantages, "Flow-Factory")
     if given is not None and not bool((given == given[:, :1]).all()):
         raise ShapeError("Flow-Factory has one advantage a sample, not one a step; pass (B,), or export to verl-omni")
     texts = batch.prompts or tuple(f"problem {p}" for p in range(batch.problems))
     prompts = [texts[p] for p in batch.problem_id.tolist()]
     if given is None:
         prompt_groups(batch, prompts, "Flow-Factory")
-    states, places = _states(batch, steps)
+    states, places = _joined_states(batch, steps)
     count = len(batch.sigmas) - 1
     shared = {
         "timesteps": batch.sigmas[:count].float() * num_train_timesteps,
         "latent_index_map": _index_map(places, count),
         "log_prob_index_map": _index_map(steps, count),
     }
-    rows = {"all_latents": states, "log_probs": mean_logp(batch, KINDS[kernel.name]), **conditions(batch, cond)}
+    rows = {
+        "all_latents": states,
+        "log_probs": mean_logp(batch, LOGP_KINDS[kernel.name]),
+        **conditioning_rows(batch, cond),
+    }
     rows |= {} if images is None else {"image": need_images(batch, images)}
     extra = {"sample_id": batch.sample_id, "parent_id": batch.parent_id, "log_weight": batch.log_w_base}
     extra |= {} if given is None else {"advantage": given[:, 0]}
@@ -89,8 +92,8 @@ def _row(values: Mapping[str, Tensor], b: int) -> dict[str, Tensor]:
 
 def flow_factory_settings(batch: RolloutBatch) -> dict[str, Any]:
     """The entries of Flow-Factory's configuration that its formula must have to score this batch as it was drawn."""
-    kernel = dynamics(batch, "Flow-Factory", NAMES)
-    steps = _window(batch)
+    kernel = trainer_kernel(batch, "Flow-Factory", KERNEL_NAMES)
+    steps = _common_window(batch)
     return {
         "scheduler.dynamics_type": kernel.name,
         "scheduler.noise_level": kernel.level,
@@ -101,7 +104,7 @@ def flow_factory_settings(batch: RolloutBatch) -> dict[str, Any]:
     }
 
 
-def _window(batch: RolloutBatch) -> list[int]:
+def _common_window(batch: RolloutBatch) -> list[int]:
     """The steps that every row has."""
     if bool((batch.step_idx != batch.step_idx[0]).any()):
         raise ShapeError(
@@ -111,7 +114,7 @@ def _window(batch: RolloutBatch) -> list[int]:
     return batch.step_idx[0].tolist()
 
 
-def _states(batch: RolloutBatch, steps: list[int]) -> tuple[Tensor, list[int]]:
+def _joined_states(batch: RolloutBatch, steps: list[int]) -> tuple[Tensor, list[int]]:
     """States (B, M, *event) before and after each step, each position of the grid once, and the positions."""
     at: dict[int, Tensor] = {}
     for s, k in enumerate(steps):

@@ -15,11 +15,18 @@ from torch import Tensor
 
 from ..errors import SteerError
 from ..grpo.batch import Kind, RolloutBatch
-from .contract import advantages as weighted
-from .contract import chosen, conditions, dynamics, mean_logp, prompt_groups, timesteps
+from .contract import (
+    chosen_reward,
+    conditioning_rows,
+    mean_logp,
+    prompt_groups,
+    timesteps,
+    trainer_kernel,
+    weighted_advantages,
+)
 
-NAMES = {"FlowSDE": "sde", "CPS": "cps"}
-KINDS: dict[str, Kind] = {"sde": "gaussian", "cps": "neg_sq_err"}
+KERNEL_NAMES = {"FlowSDE": "sde", "CPS": "cps"}
+LOGP_KINDS: dict[str, Kind] = {"sde": "gaussian", "cps": "neg_sq_err"}
 
 
 def to_flow_grpo(
@@ -47,14 +54,14 @@ def to_flow_grpo(
 
     Steps j = 0..S-1 of a row are trained on independently, so windows may differ by row and have gaps. train_sd3.py
     asserts S = num_steps; train_sd3_fast.py takes any S = sde_window_size.
-    cond: {name: (P, ...)}, over batch.cond. Raises SteerError as `contract.dynamics` says.
+    cond: {name: (P, ...)}, over batch.cond. Raises SteerError as `contract.trainer_kernel` says.
     """
-    kernel = dynamics(batch, "flow_grpo", NAMES)
-    fields = conditions(batch, cond)
+    kernel = trainer_kernel(batch, "flow_grpo", KERNEL_NAMES)
+    fields = conditioning_rows(batch, cond)
     missing = {"prompt_ids", "prompt_embeds", "pooled_prompt_embeds"} - set(fields)
     if missing:
         raise SteerError(f"flow_grpo needs {', '.join(sorted(missing))} of every problem; pass cond={{name: (P, ...)}}")
-    given = weighted(batch, advantages, "flow_grpo")
+    given = weighted_advantages(batch, advantages, "flow_grpo")
     if given is None:
         prompt_groups(batch, [tuple(ids) for ids in fields["prompt_ids"].tolist()], "flow_grpo")
     rewards = {name: value.float() for name, value in batch.rewards.items()}
@@ -65,15 +72,15 @@ def to_flow_grpo(
         "timesteps": timesteps(batch, num_train_timesteps),
         "latents": batch.x_t.to(torch.float32),
         "next_latents": batch.x_next.to(torch.float32),
-        "log_probs": mean_logp(batch, KINDS[kernel.name]),
-        "rewards": {**rewards, "avg": chosen(batch, reward)},
+        "log_probs": mean_logp(batch, LOGP_KINDS[kernel.name]),
+        "rewards": {**rewards, "avg": chosen_reward(batch, reward)},
         **({} if given is None else {"advantages": given}),
     }
 
 
 def flow_grpo_settings(batch: RolloutBatch) -> dict[str, Any]:
     """The entries of flow_grpo's config that its formula must have to score this batch as it was drawn."""
-    kernel = dynamics(batch, "flow_grpo", NAMES)
+    kernel = trainer_kernel(batch, "flow_grpo", KERNEL_NAMES)
     return {
         "sample.num_steps": len(batch.sigmas) - 1,
         "sample.noise_level": kernel.level,

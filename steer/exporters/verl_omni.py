@@ -18,19 +18,19 @@ from torch import Tensor
 from ..errors import ShapeError
 from ..grpo.batch import Kind, RolloutBatch
 from .contract import (
-    chosen,
-    conditions,
-    dynamics,
-    importance,
-    line,
+    chosen_reward,
+    conditioning_rows,
+    importance_weights,
+    joined_states,
     mean_logp,
     need_images,
     per_step,
     timesteps,
+    trainer_kernel,
 )
 
-NAMES = {"FlowSDE": "sde", "DanceSDE": "dance_sde", "CPS": "cps"}
-KINDS: dict[str, Kind] = {"sde": "gaussian", "dance_sde": "gaussian", "cps": "neg_sq_err"}
+KERNEL_NAMES = {"FlowSDE": "sde", "DanceSDE": "dance_sde", "CPS": "cps"}
+LOGP_KINDS: dict[str, Kind] = {"sde": "gaussian", "dance_sde": "gaussian", "cps": "neg_sq_err"}
 
 
 def to_verl_omni(
@@ -55,7 +55,7 @@ def to_verl_omni(
                        -(x_next - mean)^2, no density (`neg_sq_err`). In bypass mode the trainer takes them for
                        old_log_probs, so ratios begin at 1. Of steered rows not the law that drew them: that is in
     rollout_is_weights: (B, W) float32, only if rows are weighted: policy over behaviour, by row or by step
-                       (`contract.importance`). Multiplies each element of the loss, detached. The trainer's own,
+                       (`contract.importance_weights`). Multiplies each element of the loss, detached. The trainer's own,
                        exp of a difference of *means*, is a D-th root of it: leave rollout_is off, as the settings do.
     rm_scores:         (B, 1) float32, the reward to train on; expanded to (B, W) and centred by uid.
     responses:         (B, C, H, W) uint8, if images (B, C, H, W) in [0, 1] are given. prompts: (B, L) int64, from
@@ -67,20 +67,20 @@ def to_verl_omni(
     pass the trainer's own where it assigned them), sample_id, parent_id, and all rewards by name. The trainer centres
     weighted rows by an unweighted mean: that costs variance, not bias; advantages= of steer.grpo's are weighted.
     """
-    kernel = dynamics(batch, "verl-omni", NAMES)
-    fields, log_probs = conditions(batch, cond), mean_logp(batch, KINDS[kernel.name])
+    kernel = trainer_kernel(batch, "verl-omni", KERNEL_NAMES)
+    fields, log_probs = conditioning_rows(batch, cond), mean_logp(batch, LOGP_KINDS[kernel.name])
     tensors: dict[str, Tensor] = {
-        "all_latents": line(batch, "verl-omni").to(torch.float32),
+        "all_latents": joined_states(batch, "verl-omni").to(torch.float32),
         "all_timesteps": timesteps(batch, num_train_timesteps),
         "rollout_log_probs": log_probs,
-        "rm_scores": chosen(batch, reward)[:, None],
+        "rm_scores": chosen_reward(batch, reward)[:, None],
     }
     if "prompt_ids" in fields:
         tensors["prompts"] = fields.pop("prompt_ids").long()
     if images is not None:
         pixels = need_images(batch, images, frames=True).detach().float()
         tensors["responses"] = pixels.clamp(0.0, 1.0).mul(255.0).round().to(torch.uint8)
-    if (weight := importance(batch)) is not None:
+    if (weight := importance_weights(batch)) is not None:
         tensors["rollout_is_weights"] = weight
     if advantages is not None:
         tensors |= {"old_log_probs": log_probs.clone(), "advantages": per_step(batch, advantages)}
@@ -105,7 +105,7 @@ def _objects(batch: RolloutBatch, uid: Sequence[str] | None) -> dict[str, Any]:
 
 def verl_omni_settings(batch: RolloutBatch) -> dict[str, Any]:
     """The entries of verl-omni's config that its formula must have to score this batch as it was drawn."""
-    kernel = dynamics(batch, "verl-omni", NAMES)
+    kernel = trainer_kernel(batch, "verl-omni", KERNEL_NAMES)
     rollout, correction = "actor_rollout_ref.rollout", "algorithm.rollout_correction"
     return {
         f"{rollout}.pipeline.num_inference_steps": len(batch.sigmas) - 1,

@@ -24,14 +24,14 @@ def chain_law(process: GaussianProcess) -> GaussianMixture:
     cov = process.levels[0].sigma ** 2 * torch.eye(size, dtype=torch.float64)
     for k in range(process.steps):
         step = process.transition(probe, process.denoise(probe, k), k)
-        offset, matrix = _affine(step.mean[0])
+        offset, matrix = _affine_parts(step.mean[0])
         mean = matrix @ mean + offset
         root = step.factors[0] if isinstance(step, MixtureTransition) else step.std * torch.eye(size).double()
         cov = matrix @ cov @ matrix.T + root @ root.T
     return GaussianMixture(mean[None], cov[None])
 
 
-def _affine(image: Tensor) -> tuple[Tensor, Tensor]:
+def _affine_parts(image: Tensor) -> tuple[Tensor, Tensor]:
     """Offset and matrix of an affine map from its values at 0, the unit vectors and three times their sum."""
     offset, columns, total = image[0], image[1:-1] - image[0], image[-1]
     if not torch.allclose(offset + 3.0 * columns.sum(0), total, rtol=1e-6, atol=1e-8):

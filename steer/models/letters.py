@@ -25,7 +25,7 @@ class LettersNet(nn.Module):
         super().__init__()
         self.letter = nn.Embedding(MASK + 1, width)
         self.place = nn.Parameter(torch.zeros(LENGTH, width))
-        self.blocks = nn.ModuleList(Block(width, heads, hidden) for _ in range(layers))
+        self.blocks = nn.ModuleList(TransformerBlock(width, heads, hidden) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, len(ALPHABET))
 
@@ -37,7 +37,7 @@ class LettersNet(nn.Module):
         return self.head(self.norm(state)).unflatten(0, x.shape[:-1])
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """Attention to all places, then a feed-forward layer, each added to its input (pre-norm)."""
 
     def __init__(self, width: int, heads: int, hidden: int) -> None:

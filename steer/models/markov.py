@@ -18,7 +18,7 @@ from ..errors import ModelError, ShapeError
 from ..processes.masked import MaskedProcess, masking_times
 from ..processes.unmasking import Ancestral, UnmaskRule
 
-MOST = 1 << 20
+MAX_STRINGS = 1 << 20
 """The largest number of strings that a table may have."""
 
 
@@ -114,11 +114,11 @@ class MarkovLanguage:
         seen = torch.cat([eye, torch.ones(1, self.vocabulary, dtype=torch.float64)])[x]
         forward, backward = [self.initial.expand_as(seen[:, 0])], [torch.ones_like(seen[:, 0])]
         for i in range(self.length - 1):
-            forward.append(_unit(forward[-1] * seen[:, i]) @ self.matrix)
-            backward.append(_unit(backward[-1] * seen[:, self.length - 1 - i]) @ self.matrix.T)
+            forward.append(_normalised(forward[-1] * seen[:, i]) @ self.matrix)
+            backward.append(_normalised(backward[-1] * seen[:, self.length - 1 - i]) @ self.matrix.T)
         marginal = torch.stack(forward, 1) * torch.stack(backward[::-1], 1) * seen
         possible = marginal.sum(2, keepdim=True) > 0.0
-        return torch.where(possible, _unit(marginal), 1.0 / self.vocabulary).log()
+        return torch.where(possible, _normalised(marginal), 1.0 / self.vocabulary).log()
 
     @cached_property
     def table(self) -> Table:
@@ -131,7 +131,7 @@ class MarkovLanguage:
         return self.table.tilted(reward, temperature=temperature)
 
 
-def _unit(message: Tensor) -> Tensor:
+def _normalised(message: Tensor) -> Tensor:
     """Non-negative numbers (..., V) that sum to one, or stay zero."""
     total = message.sum(-1, keepdim=True)
     return message / torch.where(total > 0.0, total, 1.0)
@@ -177,7 +177,7 @@ def masked_chain_law(process: MaskedProcess, *, chunk: int = 64) -> Table:
     base = process.vocabulary + 1
     if process.mask != process.vocabulary:
         raise ModelError(f"masked_chain_law counts states in base V + 1 and needs mask = V, got mask={process.mask}")
-    if base ** (2 * process.length) > MOST * 16:
+    if base ** (2 * process.length) > MAX_STRINGS * 16:
         raise ModelError(
             f"a table of steps between {base}^{process.length} states is too large; take fewer tokens or a shorter "
             "string, or reveal one token a step, where the chain has the law of its conditionals"
@@ -204,6 +204,6 @@ def masked_chain_law(process: MaskedProcess, *, chunk: int = 64) -> Table:
 
 def enumerate_strings(vocabulary: int, length: int) -> Tensor:
     """All strings (V^L, L), counted upwards in base V. ModelError where they are too many."""
-    if length * math.log(vocabulary) > math.log(MOST):
-        raise ModelError(f"{vocabulary}^{length} strings are too many to list, at most {MOST}")
+    if length * math.log(vocabulary) > math.log(MAX_STRINGS):
+        raise ModelError(f"{vocabulary}^{length} strings are too many to list, at most {MAX_STRINGS}")
     return torch.tensor(list(itertools.product(range(vocabulary), repeat=length)))

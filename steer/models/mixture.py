@@ -44,7 +44,7 @@ class Exact:
         )
 
 
-class Isotropic(NamedTuple):
+class IsotropicCoefficients(NamedTuple):
     """Isotropic modes at a level: log-densities are constant + [x^2, x] matrix, predictions gain x + offset by mode."""
 
     constant: Tensor  # (K,)
@@ -74,7 +74,7 @@ class GaussianMixture:
         self.weights = raw.double() / raw.double().sum()
         # Eigenbases make every noise level a diagonal problem; isotropic modes need none.
         self.variances, self.bases = (covs[:, None], None) if covs.ndim == 1 else torch.linalg.eigh(covs)
-        self._levels: dict[tuple[float, float], Isotropic] = {}
+        self._levels: dict[tuple[float, float], IsotropicCoefficients] = {}
         if not bool((self.variances >= 0).all()):
             raise ModelError(f"covs must be positive (semi)definite, got an eigenvalue of {self.variances.min():.3g}")
 
@@ -102,27 +102,29 @@ class GaussianMixture:
         """E[x_0 | x] for x = alpha x_0 + sigma eps, x of shape (..., D), in x's dtype."""
         flat = x.reshape(-1, x.shape[-1]).double()
         # Over the first axis, where it is a dozen times as fast as along a short last one.
-        share = torch.softmax(self.log_joint(flat, alpha, sigma).T, 0).T
+        responsibility = torch.softmax(self.log_joint(flat, alpha, sigma).T, 0).T
         if self.bases is None:
-            at = self._isotropic(alpha, sigma)
-            x0 = (share @ at.gain) * flat + share @ at.offset
+            at = self._isotropic_coefficients(alpha, sigma)
+            x0 = (responsibility @ at.gain) * flat + responsibility @ at.offset
         else:
             # How far each mode's prediction moves from its mean towards x / alpha, by eigendirection.
             gain = alpha * self.variances / (alpha**2 * self.variances + sigma**2)
             rotated = self._rotated(flat, alpha)
-            x0 = share @ self.means + torch.einsum("mk,mkd,ked->me", share, rotated * gain, self.bases)
+            x0 = responsibility @ self.means + torch.einsum(
+                "mk,mkd,ked->me", responsibility, rotated * gain, self.bases
+            )
         return x0.view(x.shape).to(x.dtype)
 
     def log_joint(self, flat: Tensor, alpha: float, sigma: float) -> Tensor:
         """log w_k N(x; alpha mu_k, alpha^2 C_k + sigma^2 I) of x (M, D): (M, K)."""
         if self.bases is None:
-            at = self._isotropic(alpha, sigma)
+            at = self._isotropic_coefficients(alpha, sigma)
             return torch.addmm(at.constant, torch.cat([flat.square(), flat], 1), at.matrix)
         total = alpha**2 * self.variances + sigma**2
         squared = (self._rotated(flat, alpha).square() / total).sum(2)
         return self.weights.log() - 0.5 * (total.log().sum(1) + total.shape[1] * math.log(2.0 * math.pi) + squared)
 
-    def _isotropic(self, alpha: float, sigma: float) -> Isotropic:
+    def _isotropic_coefficients(self, alpha: float, sigma: float) -> IsotropicCoefficients:
         """What isotropic modes need at a level, remembered: chains come back to the same levels."""
         known = self._levels.get((alpha, sigma))
         if known is None:
@@ -134,7 +136,7 @@ class GaussianMixture:
             squared = centres.square().sum(1) / total[:, 0]
             constant = self.weights.log() - 0.5 * (size * (total[:, 0].log() + math.log(2.0 * math.pi)) + squared)
             matrix = torch.cat([(-0.5 / total).expand(modes, size), centres / total], 1).T.contiguous()
-            known = Isotropic(constant, matrix, gain, self.means * (1.0 - alpha * gain))
+            known = IsotropicCoefficients(constant, matrix, gain, self.means * (1.0 - alpha * gain))
             if len(self._levels) >= 1024:
                 self._levels.clear()
             self._levels[alpha, sigma] = known

@@ -186,9 +186,14 @@ def resampled(process, resampler, potential="difference"):
     hundred times Z, for which 400 problems, or 10,000, are no normal limit.
     """
     return steer.smc(
-        process, count_of_ones, batch=400, particles=8, weight=POTENTIALS[potential], key=5,
+        process,
+        count_of_ones,
+        batch=400,
+        particles=8,
+        weight=POTENTIALS[potential],
+        key=5,
         selection=steer.resample(resampler, threshold=1.0),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("resampler", RESAMPLERS)

@@ -368,8 +368,13 @@ def test_exact_chains_sample_the_mixture(path):
     """z of moments of 20 000 chains of 3 exact steps against the mixture, from a prior that is nearly its marginal."""
     mixture = mixture_2d()
     process = gaussian_mixture(
-        mixture.means, mixture.covs, mixture.weights, schedule=PATHS[path], times=times(path, 3),
-        transition=ExactStep(mixture), dtype=torch.float64,
-    )  # fmt: skip
+        mixture.means,
+        mixture.covs,
+        mixture.weights,
+        schedule=PATHS[path],
+        times=times(path, 3),
+        transition=ExactStep(mixture),
+        dtype=torch.float64,
+    )
     x = steer.rollout(process, lambda x: x.sum(1), particles=20_000, keep_states=False, key=2).x[0]
     assert worst(moment_scores(x, as_exact(mixture)))[0] < LIMIT
