@@ -471,12 +471,12 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     share = counts[WORKS] / max(1, len(ran))
     lines = [
         "# Pipelines of diffusers, surveyed", "",
-        f"Written by `examples/benchmarks/pipelines_survey.py`, whose head says what is checked: diffusers "
-        f"{diffusers.__version__}, the tiny configurations of its own test-suite, CPU. Differences are relative to the "
-        "largest value; 0 is bitwise.", "",
-        f"Found {len(rows)} configurations of pipelines; {len(ran)} run here by themselves. Of these {counts[WORKS]} "
-        f"work ({share:.0%}), {counts[REFUSED]} are refused by a named error, {counts[WRONG]} are wrong in silence, "
-        f"{counts[CRASHED]} crash.", "",
+        f"Written by `examples/benchmarks/pipelines_survey.py`, whose docstring says what is checked: diffusers "
+        f"{diffusers.__version__}, the tiny configurations of its own test suite, on CPU. Differences are relative to "
+        "the largest value; 0 means bitwise equal.", "",
+        f"{len(rows)} configurations of pipelines were found, and {len(ran)} run here without steer. Of these, "
+        f"{counts[WORKS]} work with it ({share:.0%}), {counts[REFUSED]} are refused with an error that gives the reason, "
+        f"{counts[WRONG]} give wrong results without an error, and {counts[CRASHED]} crash.", "",
         "| pipeline | does | scheduler | outcome | whole run | rows, levels | gradient of | why |",
         "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
@@ -490,7 +490,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             row["gradient"], short(row["why"], 200),
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "Not counted, because the plain pipeline does not run here:", ""]
+    lines += ["", "Not counted, because the pipeline does not run here without steer:", ""]
     for row in rows:
         if row["outcome"] == NOT_RUN:
             name = row["module"] if row["pipeline"] == "(module)" else row["pipeline"]

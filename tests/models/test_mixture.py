@@ -171,7 +171,7 @@ def test_exact_through_the_process():
 def test_exact_refuses_what_has_no_normaliser_or_no_form():
     mixture = GaussianMixture([[0.0, 0.0]], [1.0])
     growing = Form([[-1.5, 0.0], [0.0, 0.0]], [0.0, 0.0])
-    with pytest.raises(steer.ModelError, match=r"no finite normaliser: .* raise the temperature"):
+    with pytest.raises(steer.ModelError, match=r"no finite normalizing constant: .* raise the temperature"):
         mixture.exact(growing)
     assert mixture.exact(growing, temperature=2.0).log_evidence == pytest.approx(-0.5 * math.log(0.25))
     with pytest.raises(steer.ModelError, match=r"quadratic_form\(dim\).*got function"):
