@@ -475,8 +475,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         f"{diffusers.__version__}, the tiny configurations of its own test suite, on CPU. Differences are relative to "
         "the largest value; 0 means bitwise equal.", "",
         f"{len(rows)} configurations of pipelines were found, and {len(ran)} run here without steer. Of these, "
-        f"{counts[WORKS]} work with it ({share:.0%}), {counts[REFUSED]} are refused with an error that gives the reason, "
-        f"{counts[WRONG]} give wrong results without an error, and {counts[CRASHED]} crash.", "",
+        f"{counts[WORKS]} work with it ({share:.0%}), {counts[REFUSED]} are refused with an error that gives the "
+        f"reason, {counts[WRONG]} give wrong results without an error, and {counts[CRASHED]} crash.", "",
         "| pipeline | does | scheduler | outcome | whole run | rows, levels | gradient of | why |",
         "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip

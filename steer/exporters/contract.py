@@ -20,7 +20,7 @@ NOISE_LEVEL_PARAMETER = {"FlowSDE": "a", "DanceSDE": "eta", "CPS": "eta"}
 """Kernels that trainers know, and the parameter of each that they call its noise level."""
 
 RATIO_TOLERANCE = 1e-5
-"""How far importance ratios may start from 1. A std off by a factor 1 + e moves a mean log-prob by about e (1 + std)."""
+"""How far importance ratios may start from 1. A std off by a factor 1 + e moves mean log-probs by about e (1 + std)."""
 
 
 class TrainerKernel(NamedTuple):

@@ -49,7 +49,8 @@ def from_latents(latents: Tensor) -> Start:
                 torch.cat([call.state_of_latents(latents[i : i + 1], b) for i in chosen])
                 for b, chosen in zip(named, rows, strict=True)
             ]
-            return Trajectory.begin(process, torch.stack(starts).float())
+            x = torch.stack(starts)
+            return Trajectory.begin(process, x.float())
         dtype, device = getattr(process, "dtype", latents.dtype), getattr(process, "device", latents.device)
         return Trajectory.begin(process, latents[torch.tensor(rows, device=latents.device)].to(device, dtype))
 

@@ -257,7 +257,7 @@ class PipelineCall:
     def _passed_on(self, problem: int) -> Tensor:
         """Coordinates [1, *event] at which a problem's second step starts from the result of its first.
 
-        Raises ModelError where others depend on that result too.
+        Elsewhere it must not depend on that result: raises ModelError where it mixes that with other latents.
         """
         returned = Key(0).normal((2, *self._start.shape)).to(self._start)
         # Cast back, as a change of dtype on the way is not a change of the latents.

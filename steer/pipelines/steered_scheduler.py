@@ -45,7 +45,7 @@ class CapturedStep(BaseException):
 
 
 class IgnoresInterrupt(BaseException):
-    """Raised when the pipeline runs a step that it was asked to skip, as it does not look at its `interrupt` flag."""
+    """Raised when the pipeline runs a step that it was asked to skip, as it ignores its `interrupt` flag."""
 
 
 class SchedulerOutput(tuple):

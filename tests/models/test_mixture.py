@@ -1,4 +1,4 @@
-"""Analytic models: denoiser by autograd, tilted laws by quadrature, the exact reverse kernel, and laws of chains."""
+"""Analytic models: denoiser by autograd, tilted answers by quadrature, the exact reverse kernel, and exact chains."""
 
 from __future__ import annotations
 
@@ -290,7 +290,7 @@ def test_exact_step_in_the_plane_keeps_the_marginal():
 
 
 def moment_scores(x: torch.Tensor, law) -> dict[str, float]:
-    """z of mean and of every second moment of independent draws (M, D) against a law."""
+    """z of mean and of every second moment of independent draws (M, D) against an exact answer."""
     centred = x.double() - law.mean
     size = x.shape[1]
     scores = {f"mean{i}": z(centred[:, i]) for i in range(size)}
@@ -325,7 +325,7 @@ def as_exact(law: GaussianMixture) -> Exact:
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 @pytest.mark.parametrize("path", ["vp", "flow"])
 def test_chain_law_is_what_the_chain_samples(rule, path):
-    """z of mean and covariance over 20 000 chains of 5 steps, whose law is far from the data's."""
+    """z of mean and covariance over 20 000 chains of 5 steps, whose distribution is far from the data's."""
     process = gaussian([0.5, -0.2], COV, schedule=PATHS[path], steps=5, transition=rule, dtype=torch.float64)
     result = steer.rollout(process, lambda x: x.sum(1), particles=20_000, keep_states=False, key=1)
     assert worst(moment_scores(result.x[0], as_exact(chain_law(process))))[0] < LIMIT

@@ -130,7 +130,7 @@ GRADIENT = {
 @pytest.mark.parametrize("method", [*steer.methods(), *GRADIENT])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_method_runs_with_a_clip_reward(processes, clip, name, method):
-    """And keeps its contract: the budget, a ledger that agrees with the networks, weights, the same again."""
+    """And keeps its contract: the budget, a cost that agrees with the networks, weights, the same again."""
     process = processes[name]
     reward = rewards.per_frame(clip, every=2) if name == "wan" else clip
     budget = BUDGETS.get(method, 10) * process.rows
