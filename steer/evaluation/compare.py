@@ -30,7 +30,7 @@ def compare(
     keys: int = 5,
     metrics: dict[str, Callable[[torch.Tensor], torch.Tensor]] | None = None,
     options: dict[str, dict[str, Any]] | None = None,
-) -> Comparison: ...
+) -> Comparison[Result]: ...
 
 
 @overload
@@ -46,7 +46,7 @@ def compare(
     keys: int = 5,
     metrics: dict[str, Callable[[torch.Tensor], torch.Tensor]] | None = None,
     options: dict[str, dict[str, Any]] | None = None,
-) -> Comparisons: ...
+) -> Comparisons[Result]: ...
 
 
 def compare(
@@ -61,7 +61,7 @@ def compare(
     keys: int = 5,
     metrics: dict[str, Callable[[torch.Tensor], torch.Tensor]] | None = None,
     options: dict[str, dict[str, Any]] | None = None,
-) -> Comparison | Comparisons:
+) -> Comparison[Result] | Comparisons[Result]:
     """Runs methods at equal budget over several keys; unsteered samples and best-of-N are always among them.
 
     budget:  denoiser rows per problem for every method and key; several budgets give the reward against their cost.
@@ -81,7 +81,7 @@ def compare(
         return _compare(process, reward, budget=budget, **common)
     if not budget:
         raise SteerError("a comparison needs a budget, or several; got an empty sequence")
-    done: list[Comparison] = []
+    done: list[Comparison[Result]] = []
     for rows in sorted(set(budget)):
         try:
             done.append(_compare(process, reward, budget=rows, **common))
@@ -106,7 +106,7 @@ def _compare(
     keys: int,
     metrics: dict[str, Callable[[torch.Tensor], torch.Tensor]] | None,
     options: dict[str, dict[str, Any]] | None,
-) -> Comparison:
+) -> Comparison[Result]:
     """The comparison at one budget."""
     chosen: dict[str, Method] = {}
     for method in ("rollout", "best_of_n", *methods):

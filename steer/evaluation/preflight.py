@@ -21,7 +21,7 @@ _SAME = 1e-3  # samples that differ by less than this share of their spread are 
 
 
 @dataclass(frozen=True)
-class Sight:
+class PredictionReliability:
     """How far the reward sees from level k: rank correlation of r(x0_hat) with the final reward of the same chain.
 
     rank_correlation: mean over problems; None where the scores at that level, or at the end, are all alike.
@@ -58,7 +58,7 @@ class Preflight:
                   (share of tokens that differ, for tokens); None where every chain starts at one state.
     noise_effect: the same of samples from one starting noise; None where no step draws.
     mean, std, best: of the final rewards. forbidden: how many of them are -inf.
-    sights:       how early the reward knows, see `Sight`.
+    sights:       how early the reward knows, see `PredictionReliability`.
     gradient:     see `Gradient`.
     network_seconds, reward_seconds, decode_seconds: per prediction (all its rows), per score, per decoded sample.
     cost:         what this preflight spent.
@@ -75,7 +75,7 @@ class Preflight:
     std: float
     best: float
     forbidden: int
-    sights: tuple[Sight, ...]
+    sights: tuple[PredictionReliability, ...]
     gradient: Gradient
     network_seconds: float
     reward_seconds: float
@@ -107,7 +107,7 @@ class Preflight:
         return first
 
     @property
-    def clearest(self) -> Sight | None:
+    def clearest(self) -> PredictionReliability | None:
         """The level, of those probed before the last prediction, that ranks samples best; None where none does."""
         usable = [sight for sight in self.sights if sight.k < self.steps - 1 and _usable(sight)]
         return max(usable, key=lambda sight: sight.rank_correlation or 0.0, default=None)
@@ -193,7 +193,7 @@ def preflight(
         samples=samples, problems=batch, steps=process.steps, stochastic_steps=len(drawing), seed_effect=seed_effect,
         noise_effect=noise_effect, mean=float(finite.mean()) if len(finite) else math.nan, std=_spread(final),
         best=float(final.max()), forbidden=int((final == -torch.inf).sum()),
-        sights=tuple(Sight(k, _rank_correlation(r, final), _error(r, final)) for k, r in seen.items()),
+        sights=tuple(PredictionReliability(k, _rank_correlation(r, final), _error(r, final)) for k, r in seen.items()),
         gradient=slope,
         network_seconds=spent.seconds["network"] * process.rows / max(1, spent.nfe),
         reward_seconds=spent.seconds["reward"] / max(1, spent.rewards),
@@ -327,7 +327,7 @@ def _difference(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).square().mean().div(2.0).sqrt()) / (spread or 1.0)
 
 
-def _usable(sight: Sight) -> bool:
+def _usable(sight: PredictionReliability) -> bool:
     return sight.rank_correlation is not None and sight.rank_correlation > _USABLE - 1e-9
 
 

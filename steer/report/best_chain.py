@@ -5,16 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..core.trajectory import Ancestors, Stepped, gather
+from .run_result import RunResult
 from .tree_layout import best_slots, clean_states, drawable
-
-if TYPE_CHECKING:
-    from ..results.result import Result
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +26,7 @@ class Waypoint:
     value: float | None
 
 
-def best_path(result: Result, problem: int = 0, most: int = 11) -> list[Waypoint]:
+def best_chain(result: RunResult, problem: int = 0, most: int = 11) -> list[Waypoint]:
     """The way to the sample of highest reward, at most `most` stops, the last one itself; empty where none was kept.
 
     Of a tree, its levels. Of a trajectory with states, the predictions there, made anew (`most` - 1 network rows per
@@ -41,7 +38,7 @@ def best_path(result: Result, problem: int = 0, most: int = 11) -> list[Waypoint
     return _in_trajectory(result, problem, most) if any(isinstance(event, Stepped) for event in past) else []
 
 
-def _in_tree(result: Result, problem: int, most: int) -> list[Waypoint]:
+def _in_tree(result: RunResult, problem: int, most: int) -> list[Waypoint]:
     tree, stops = result.tree, []
     path = best_slots(tree, problem)
     with torch.no_grad():
@@ -53,7 +50,7 @@ def _in_tree(result: Result, problem: int, most: int) -> list[Waypoint]:
     return stops
 
 
-def _in_trajectory(result: Result, problem: int, most: int) -> list[Waypoint]:
+def _in_trajectory(result: RunResult, problem: int, most: int) -> list[Waypoint]:
     state, process = result.trajectory, result.process
     assert state is not None
     best = result.reward.argmax(1, keepdim=True).to(state.x.device)

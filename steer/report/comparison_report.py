@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
-
-from PIL.Image import Image
+from typing import TYPE_CHECKING, Any
 
 from ..files import write_atomically
 from . import plots
 from .comparison import Comparison, Comparisons
 from .page import card, img, number, page, table, whole, with_error
 from .run_report import _head
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 def write_comparison(

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ..errors import ShapeError
+from .run_result import RunResult
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from ..results.result import Result
 
 SEPARATOR = 128  # a grey that shows on dark and on light pictures
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -81,7 +81,7 @@ def to_png(image: Image) -> bytes:
     return buffer.getvalue()
 
 
-def preview(result: Result, most: int = 16) -> bytes | None:
+def preview(result: RunResult, most: int = 16) -> bytes | None:
     """A PNG of the samples of largest weight, at most `most` per problem; None where samples are no images.
 
     Samples of weight zero (what a search did not choose) are left out.

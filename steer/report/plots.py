@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .run_result import RunResult
+
 if TYPE_CHECKING:
-    from ..results.result import Result
     from .comparison import Comparison
 
 STEERED, UNSTEERED, BEST = "#2b8cbe", "#9a9a9a", "#e6822e"
@@ -23,7 +24,7 @@ _WIDTH = 4.4
 _POINTS = 500  # of a line, or of a cloud: what a page of bearable size holds
 
 
-def effective_size(result: Result) -> str:
+def effective_size(result: RunResult) -> str:
     """ESS of the accumulated weights at each weighted level, one line per problem, as a share of N."""
     levels = [seen.k for seen in result.seen]
     shares = torch.stack([seen.ess / seen.score.shape[1] for seen in result.seen]).cpu()
@@ -33,7 +34,7 @@ def effective_size(result: Result) -> str:
     return _svg(figure, "Effective sample size, as a share of the particles, over levels")
 
 
-def unique_ancestors(result: Result) -> str:
+def unique_ancestors(result: RunResult) -> str:
     """How many starting particles still have descendants, level by level, one line per problem."""
     assert result.trajectory is not None
     particles = result.seen[0].score.shape[1]
@@ -48,7 +49,7 @@ def unique_ancestors(result: Result) -> str:
     return _svg(figure, "Number of starting particles that still have descendants, over levels")
 
 
-def reward_by_rows(result: Result, reference: Result | None) -> str:
+def reward_by_rows(result: RunResult, reference: RunResult | None) -> str:
     """Mean and best reward against network rows spent: of the predictions at each level, or, where the method looked
     at finished samples only, of the samples finished so far.
     """
@@ -75,7 +76,7 @@ def reward_by_rows(result: Result, reference: Result | None) -> str:
     return _svg(figure, "Reward against network rows")
 
 
-def reward_histogram(result: Result, reference: Result | None) -> str:
+def reward_histogram(result: RunResult, reference: RunResult | None) -> str:
     """Rewards of the weighted population, beside those of unsteered samples."""
     figure, axes = _figure()
     groups = [(result, STEERED, "steered")] + ([(reference, UNSTEERED, "unsteered")] if reference else [])
@@ -90,7 +91,7 @@ def reward_histogram(result: Result, reference: Result | None) -> str:
     return _svg(figure, "Histogram of rewards, steered and unsteered")
 
 
-def samples_scatter(result: Result, reference: Result | None) -> str:
+def samples_scatter(result: RunResult, reference: RunResult | None) -> str:
     """Two-dimensional samples, area proportional to weight; of many, those of largest weight."""
     figure, axes = _figure(height=3.6)
     for run, colour, label in [(reference, UNSTEERED, "unsteered"), (result, STEERED, "steered")]:
@@ -106,7 +107,7 @@ def samples_scatter(result: Result, reference: Result | None) -> str:
     return _svg(figure, "Samples, steered and unsteered")
 
 
-def coordinate_histograms(result: Result, reference: Result | None, most: int = 3) -> list[str]:
+def coordinate_histograms(result: RunResult, reference: RunResult | None, most: int = 3) -> list[str]:
     """Histograms of the first coordinates of samples that are no pictures."""
     svgs = []
     for i in range(min(most, math.prod(result.x.shape[2:]))):
@@ -213,7 +214,7 @@ def _svg(figure: Any, label: str) -> str:
     return f'<svg {box[0]} role="img" aria-label="{html.escape(label)}">' + svg[svg.index(">") + 1 :]
 
 
-def _rows_at(result: Result, k: int, particles: int) -> float:
+def _rows_at(result: RunResult, k: int, particles: int) -> float:
     """Network rows spent once the predictions at level k are there."""
     per_level = result.reward.shape[0] * particles * result.process.rows
     return min(float((k + 1) * per_level), float(result.cost.nfe))

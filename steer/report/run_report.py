@@ -16,11 +16,12 @@ from ..core.log_weights import weighted_mean
 from ..core.resampling import systematic
 from ..files import plain, write_atomically
 from ..key import as_key
-from ..processes.gaussian import decoded_alone
+from ..processes.gaussian import decode_problem
 from . import plots
-from .best_chain import best_path
+from .best_chain import best_chain
 from .images import enlarged, is_images, to_images
 from .page import card, img, number, page, table, whole, with_error
+from .run_result import RunResult
 from .tree_assets import SCRIPT, STYLE
 from .tree_figure import tree_figure
 from .tree_layout import LEAVES, NODES, drawable
@@ -29,20 +30,19 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from ..cost import Cost
-    from ..results.result import Result
 
 Metrics = Mapping[str, Callable[[Tensor], Tensor]]
 """Name -> function of decoded samples (M, ...) to (M,): measures the run was not steered by."""
 
 
-def shown(result: Result, count: int, key: Any = 0) -> Tensor:
+def shown(result: RunResult, count: int, key: Any = 0) -> Tensor:
     """Which particles to show, (B, count): drawn by weight, in order of falling reward."""
     index = systematic(result.log_weight, as_key(key).fold("draw"), count)
     order = result.reward.gather(1, index).argsort(dim=1, descending=True, stable=True)
     return index.gather(1, order)
 
 
-def summary(result: Result, reference: Result | None = None, metrics: Metrics | None = None) -> dict[str, Any]:
+def summary(result: RunResult, reference: RunResult | None = None, metrics: Metrics | None = None) -> dict[str, Any]:
     """The numbers of a run as plain JSON types: rewards and metrics, unsteered ones beside them, and the ledger.
 
     reward and metrics: weighted means over particles and problems. error: standard error of the unsteered mean.
@@ -69,10 +69,10 @@ def summary(result: Result, reference: Result | None = None, metrics: Metrics | 
 
 
 def write_report(
-    result: Result,
+    result: RunResult,
     directory: Path,
     *,
-    reference: Result | None = None,
+    reference: RunResult | None = None,
     metrics: Metrics | None = None,
     index: Tensor | None = None,
     count: int = 16,
@@ -108,8 +108,8 @@ def write_report(
     return write_atomically(directory / "report.html", page(title, body, facts, style=style, script=script))
 
 
-def _measured(result: Result, reference: Result | None, f: Callable[[Tensor], Tensor] | None) -> dict[str, Any]:
-    def values(run: Result) -> Tensor:
+def _measured(result: RunResult, reference: RunResult | None, f: Callable[[Tensor], Tensor] | None) -> dict[str, Any]:
+    def values(run: RunResult) -> Tensor:
         if f is None:
             return run.reward
         with torch.no_grad():
@@ -166,7 +166,7 @@ def _tile(name: str, measured: dict[str, Any], note: str = "") -> str:
     return f'<div class="tile"><span>{escape(name)}</span><b>{value}</b><small>{escape(note)}</small></div>'
 
 
-def _samples(result: Result, reference: Result | None, index: Tensor) -> str:
+def _samples(result: RunResult, reference: RunResult | None, index: Tensor) -> str:
     chosen = result.take(index)
     if getattr(result.process, "text", None) is not None:
         return _texts(chosen, reference)
@@ -194,7 +194,7 @@ def _samples(result: Result, reference: Result | None, index: Tensor) -> str:
     )
 
 
-def _texts(chosen: Result, reference: Result | None) -> str:
+def _texts(chosen: RunResult, reference: RunResult | None) -> str:
     """Samples of a process over tokens as text, best first."""
     runs = [("steered", chosen)]
     if reference is not None:
@@ -209,7 +209,7 @@ def _texts(chosen: Result, reference: Result | None) -> str:
     return f'<section><h2>Samples</h2><div class="plots">{"".join(cards)}</div></section>'
 
 
-def _panel(name: str, run: Result, notes: list[str] | None) -> str:
+def _panel(name: str, run: RunResult, notes: list[str] | None) -> str:
     scores = run.reward.flatten().tolist()
     cells = [
         f'<figure title="{escape(note)}">{img(_thumbnail(image), f"{name} sample, reward {score:.3g}")}'
@@ -229,7 +229,7 @@ def _thumbnail(image: Image, most: int = 256) -> Image:
     return enlarged(image, 64)
 
 
-def _figures(result: Result, reference: Result | None) -> str:
+def _figures(result: RunResult, reference: RunResult | None) -> str:
     cards = [
         ("Reward against cost", plots.reward_by_rows(result, reference)),
         ("Rewards of the samples", plots.reward_histogram(result, reference)),
@@ -252,7 +252,7 @@ def _ledger(cost: Cost, reference: Cost | None) -> str:
     return card("what was spent", table(heads, rows))
 
 
-def _known(result: Result, numbers: dict[str, Any]) -> str:
+def _known(result: RunResult, numbers: dict[str, Any]) -> str:
     """What the run knows of itself: the estimate of the normaliser, and how far its weights can be trusted."""
     problems, particles = result.reward.shape
     rows = [["temperature T", number(result.temperature)]]
@@ -287,20 +287,20 @@ def _known(result: Result, numbers: dict[str, Any]) -> str:
 _DIAGNOSTICS = {"split_rhat": "split R̂ of the start", "acceptance": "acceptance of the start"}
 
 
-def _searched(result: Result) -> bool:
+def _searched(result: RunResult) -> bool:
     """Whether the method chose samples and claims no law: it has no evidence, and no population carried weights."""
     return result.trajectory is None and bool(result.log_evidence.isnan().all())
 
 
-def _unique_roots(result: Result) -> float:
+def _unique_roots(result: RunResult) -> float:
     """Distinct starting noises among the samples of positive weight, a mean over problems."""
     counts = [len(root[w > -torch.inf].unique()) for root, w in zip(result.root, result.log_weight, strict=True)]
     return sum(counts) / len(counts)
 
 
-def _way(result: Result) -> str:
+def _way(result: RunResult) -> str:
     """The way to the best sample of the first problem: pictures or texts of its predictions."""
-    stops = best_path(result)
+    stops = best_chain(result)
     if len(stops) < 2:
         return ""
     read = getattr(result.process, "text", None)
@@ -309,7 +309,7 @@ def _way(result: Result) -> str:
         shown_as = [f"<span>{escape(word)}</span>" for word in read(clean)]
     else:
         with torch.no_grad():
-            decoded = decoded_alone(result.process, clean[None], 0)
+            decoded = decode_problem(result.process, clean[None], 0)
         if is_images(decoded):
             shown_as = [img(_thumbnail(image, 128), "prediction") for image in to_images(decoded)]
         elif clean[0].numel() <= 4:
@@ -331,7 +331,7 @@ def _way(result: Result) -> str:
     )
 
 
-def _trees(result: Result) -> str:
+def _trees(result: RunResult) -> str:
     """The search tree of every problem, four at most; all but the first are folded."""
     if result.tree is None or not drawable(result.tree):
         return ""

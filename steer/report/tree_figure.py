@@ -12,23 +12,23 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..processes.gaussian import decoded_alone
+from ..processes.gaussian import decode_problem
 from .images import is_images, to_images
 from .page import img, number
+from .run_result import RunResult
 from .tree_assets import SHADES
-from .tree_layout import LEAVES, NODES, Shown, _ranked, chosen, clean_states, leaf_weights
+from .tree_layout import LEAVES, NODES, VisibleTree, chosen, clean_states, leaf_weights, ranked_nodes
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from ..results.result import Result
 
 PIXELS = 200_000
 """At most this many in the sheet of thumbnails of one tree."""
 _WIDTH, _LEFT, _TOP = 1000.0, 72.0, 22.0
 
 
-def tree_figure(result: Result, problem: int = 0, *, leaves: int = LEAVES, nodes: int = NODES) -> str:
+def tree_figure(result: RunResult, problem: int = 0, *, leaves: int = LEAVES, nodes: int = NODES) -> str:
     """The tree of one problem as HTML: a figure, the sheet of thumbnails that its script reads, and what is shown."""
     tree = chosen(result.tree, problem, leaf_weights(result, problem), leaves, nodes)
     sheet, cells, words = _thumbnails(result, tree, problem)
@@ -48,7 +48,7 @@ def tree_figure(result: Result, problem: int = 0, *, leaves: int = LEAVES, nodes
     )
 
 
-def _svg(tree: Shown, height: float, words: dict[tuple[int, int], str], cells: dict[tuple[int, int], int]) -> str:
+def _svg(tree: VisibleTree, height: float, words: dict[tuple[int, int], str], cells: dict[tuple[int, int], int]) -> str:
     step = (height - _TOP - 16.0) / tree.depth
     span = _WIDTH - _LEFT - 12.0
     xs = [[_LEFT + span * x for x in row] for row in tree.place]
@@ -85,7 +85,7 @@ def _edge(x: float, y: float, u: float, v: float) -> str:
     return f"M{x:.1f} {y:.1f}C{x:.1f} {(y + v) / 2:.1f} {u:.1f} {(y + v) / 2:.1f} {u:.1f} {v:.1f}"
 
 
-def _facts(tree: Shown, d: int, i: int, word: str | None) -> str:
+def _facts(tree: VisibleTree, d: int, i: int, word: str | None) -> str:
     """A node in words, one "name: value" a line."""
     known = tree.columns[d]
     lines = [("level", "start" if d == 0 else f"{tree.levels[d - 1]} of {tree.levels[-1]}")]
@@ -102,7 +102,7 @@ def _facts(tree: Shown, d: int, i: int, word: str | None) -> str:
     return "\n".join(f"{name}: {text}" for name, text in lines)
 
 
-def _shades(tree: Shown) -> list[list[int]]:
+def _shades(tree: VisibleTree) -> list[list[int]]:
     """Values from low to high as 0 to 7, between the 2nd and 98th percentile of what is shown."""
     values = [known["value"] for known in tree.columns]
     finite = sorted(v for row in values for v in row if math.isfinite(v)) or [0.0]
@@ -117,7 +117,7 @@ def _shades(tree: Shown) -> list[list[int]]:
     return [[shade(v) for v in row] for row in values]
 
 
-def _sizes(tree: Shown, span: float) -> list[list[float]]:
+def _sizes(tree: VisibleTree, span: float) -> list[list[float]]:
     """Radii: area follows the share of visits, or of weight; neighbours overlap by little."""
     sizes = []
     for d, known in enumerate(tree.columns):
@@ -129,7 +129,7 @@ def _sizes(tree: Shown, span: float) -> list[list[float]]:
 
 
 def _thumbnails(
-    result: Result, tree: Shown, problem: int
+    result: RunResult, tree: VisibleTree, problem: int
 ) -> tuple[tuple[Image, int] | None, dict[tuple[int, int], int], dict[tuple[int, int], str]]:
     """A sheet of thumbnails with its columns, which node has which cell, and the texts of nodes that are text.
 
@@ -140,12 +140,12 @@ def _thumbnails(
     read = getattr(result.process, "text", None)
     with torch.no_grad():
         probe = clean_states(result, tree.depth, tree.slots[-1][tree.best[-1] :][:1], problem)
-        decoded = None if read else decoded_alone(result.process, probe, problem)
+        decoded = None if read else decode_problem(result.process, probe, problem)
     if decoded is not None and not is_images(decoded):
         return None, {}, {}
     side = 0 if decoded is None else min(48, max(decoded.shape[-2:]))
     room = NODES if decoded is None else max(1, min(NODES, PIXELS // side**2))
-    index = _ranked(tree, room)
+    index = ranked_nodes(tree, room)
     pictures: dict[tuple[int, int], Image] = {}
     words: dict[tuple[int, int], str] = {}
     with torch.no_grad():
@@ -156,7 +156,7 @@ def _thumbnails(
                 if read:
                     words |= {(d, i): word for i, word in zip(part, read(clean.flatten(0, 1)), strict=True)}
                 else:
-                    made = to_images(decoded_alone(result.process, clean, problem))
+                    made = to_images(decode_problem(result.process, clean, problem))
                     pictures |= {(d, i): image for i, image in zip(part, made, strict=True)}
     if not pictures:
         return None, {}, words

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..results.result import Result
+from .run_result import RunResult
 
 LEAVES, NODES = 400, 1500
 """At most this many are drawn of one tree."""
@@ -35,7 +35,7 @@ class Drawable(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Shown:
+class VisibleTree:
     """The part of a tree that is drawn. slots, columns: by depth, in the order from left to right.
 
     above: index of each node's parent among those shown of the depth above. place: across, 0 to 1.
@@ -75,7 +75,7 @@ def drawable(tree: Any) -> bool:
     return offers and len(tree.nodes_at(len(tree.levels)).get("parent", ())) > 0
 
 
-def leaf_weights(result: Result, problem: int) -> Tensor | None:
+def leaf_weights(result: RunResult, problem: int) -> Tensor | None:
     """Weights (n,) of a tree's leaves; None where the result does not hold them one by one (after `take`, or where the
     tree was grown further)."""
     reward = result.tree.nodes_at(len(result.tree.levels), problem)["reward"]
@@ -92,7 +92,9 @@ def best_slots(tree: Drawable, problem: int) -> list[int]:
     return path[::-1]
 
 
-def chosen(tree: Drawable, problem: int, weight: Tensor | None, leaves: int = LEAVES, nodes: int = NODES) -> Shown:
+def chosen(
+    tree: Drawable, problem: int, weight: Tensor | None, leaves: int = LEAVES, nodes: int = NODES
+) -> VisibleTree:
     """The leaves of largest weight (of highest reward, where weights do not tell them apart), and the way to them."""
     depth = len(tree.levels)
     columns = [tree.nodes_at(d, problem) for d in range(depth + 1)]
@@ -114,7 +116,7 @@ def chosen(tree: Drawable, problem: int, weight: Tensor | None, leaves: int = LE
 
 def _laid_out(
     tree: Drawable, problem: int, columns: list[Mapping[str, Tensor]], kept: list[Tensor], weight: Tensor | None
-) -> Shown:
+) -> VisibleTree:
     """Siblings in order of the best reward below them, leaves equally spaced, parents amid their children."""
     depth = len(tree.levels)
     below = [columns[-1]["reward"].double().cpu()[kept[-1]]]
@@ -137,7 +139,7 @@ def _laid_out(
             ends.setdefault(owner, []).append(x)
         place.append([(ends[i][0] + ends[i][-1]) / 2.0 for i in range(len(slots[d - 1]))])
     path = best_slots(tree, problem)
-    return Shown(
+    return VisibleTree(
         levels=tuple(tree.levels),
         slots=slots,
         columns=[{name: c[name].cpu()[s].tolist() for name in c} for c, s in zip(columns, slots, strict=True)],
@@ -150,7 +152,7 @@ def _laid_out(
     )
 
 
-def clean_states(result: Result, depth: int, slots: Tensor, problem: int) -> Tensor:
+def clean_states(result: RunResult, depth: int, slots: Tensor, problem: int) -> Tensor:
     """What nodes (W,) stand for, decoded, (W, ...): their predictions; leaves, themselves."""
     process = result.process
     index = slots.expand(result.reward.shape[0], -1)
@@ -159,7 +161,7 @@ def clean_states(result: Result, depth: int, slots: Tensor, problem: int) -> Ten
     return clean[problem : problem + 1]
 
 
-def _ranked(tree: Shown, room: int) -> list[tuple[int, int]]:
+def ranked_nodes(tree: VisibleTree, room: int) -> list[tuple[int, int]]:
     """At most `room` nodes on the ways to the best leaves, the best leaf's first."""
     reward, found = tree.columns[-1]["reward"], dict[tuple[int, int], None]()
     for leaf in sorted(range(len(reward)), key=lambda i: -reward[i]):

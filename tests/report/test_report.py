@@ -8,7 +8,7 @@ import torch
 
 import steer
 from steer import search
-from steer.report.best_chain import best_path
+from steer.report.best_chain import best_chain
 from steer.report.comparison_report import write_comparison
 from steer.report.page import number, with_error
 from steer.report.run_report import shown, summary, write_report
@@ -323,7 +323,7 @@ def test_the_way_of_a_trajectory_follows_its_lineage(process):
     result = steer.smc(
         process(), reward, particles=12, keep_states=True, key=4, selection=steer.resample(threshold=1.0)
     )
-    stops, best = best_path(result), int(result.reward[0].argmax())
+    stops, best = best_chain(result), int(result.reward[0].argmax())
     assert result.trajectory is not None
     assert [stop.level for stop in stops] == [*range(result.process.steps), result.process.steps]
     assert torch.equal(stops[-1].clean, result.x[0, best])
@@ -336,12 +336,12 @@ def test_the_way_of_a_trajectory_follows_its_lineage(process):
             assert stop.value == pytest.approx(float(reward(clean[0])), rel=1e-4, abs=1e-5)
     assert [stop.value for stop in stops].count(None) <= 1
     assert stops[-1].value == pytest.approx(float(result.reward.max()))
-    assert len(best_path(result, most=3)) == 3
+    assert len(best_chain(result, most=3)) == 3
 
 
 def test_the_way_through_a_tree_is_its_path():
     result = search.dts(plane(), score, particles=30, levels=3, batch=2, key=3)
-    stops = best_path(result, problem=1)
+    stops = best_chain(result, problem=1)
     assert [stop.level for stop in stops] == list(result.tree.levels)
     for stop in stops:
         assert stop.value == pytest.approx(float(score(stop.clean[None])), rel=1e-4)
@@ -349,8 +349,8 @@ def test_the_way_through_a_tree_is_its_path():
 
 
 def test_no_way_where_nothing_was_kept():
-    assert best_path(steer.smc(plane(), score, particles=4)) == []
-    assert best_path(search.best_of_n(plane(), score, particles=4)) == []
+    assert best_chain(steer.smc(plane(), score, particles=4)) == []
+    assert best_chain(search.best_of_n(plane(), score, particles=4)) == []
 
 
 def test_numbers_as_text():
