@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import io
 import math
 import re
@@ -12,9 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .page import trusted
 from .run_result import RunResult
 
 if TYPE_CHECKING:
+    from markupsafe import Markup
+
     from .comparison import Comparison
 
 STEERED, UNSTEERED, BEST = "#2b8cbe", "#9a9a9a", "#e6822e"
@@ -30,11 +32,11 @@ def effective_size(result: RunResult) -> str:
     shares = torch.stack([seen.ess / seen.score.shape[1] for seen in result.seen]).cpu()
     figure, axes = _figure()
     axes.plot(levels, shares, color=STEERED, lw=1.6, alpha=_faint(shares.shape[1]))
-    axes.set(ylim=(0, 1.05), xlabel="level (0 = noise)", ylabel="ESS / N")
-    return _svg(figure, "Effective sample size, as a share of the particles, over levels")
+    axes.set(ylim=(0, 1.05), xlabel="step (0 = noise)", ylabel="ESS / N")
+    return _svg(figure, "Effective sample size, as a share of the particles, over steps")
 
 
-def unique_ancestors(result: RunResult) -> str:
+def surviving_ancestors(result: RunResult) -> str:
     """How many starting particles still have descendants, level by level, one line per problem."""
     assert result.trajectory is not None
     particles = result.seen[0].score.shape[1]
@@ -45,8 +47,8 @@ def unique_ancestors(result: RunResult) -> str:
     figure, axes = _figure()
     axes.step(levels, lines, where="post", color=STEERED, lw=1.6, alpha=_faint(lines.shape[1]))
     axes.plot(levels[1:-1], lines[1:-1], "o", color=STEERED, ms=3, alpha=_faint(lines.shape[1]))
-    axes.set(ylim=(0, particles * 1.05), xlabel="level (0 = noise)", ylabel="unique ancestors")
-    return _svg(figure, "Number of starting particles that still have descendants, over levels")
+    axes.set(ylim=(0, particles * 1.05), xlabel="step (0 = noise)", ylabel="surviving ancestors")
+    return _svg(figure, "Number of starting particles that still have descendants, over steps")
 
 
 def reward_by_rows(result: RunResult, reference: RunResult | None) -> str:
@@ -71,9 +73,9 @@ def reward_by_rows(result: RunResult, reference: RunResult | None) -> str:
     if reference is not None:
         level = _finite(reference.reward).mean().item()
         axes.axhline(level, color=UNSTEERED, lw=1.2, ls=(0, (4, 3)), label="unsteered mean")
-    axes.set(xlabel="network rows", ylabel="reward", xlim=(0, None))
+    axes.set(xlabel="NFE (network rows)", ylabel="reward", xlim=(0, None))
     axes.legend(**_LEGEND)
-    return _svg(figure, "Reward against network rows")
+    return _svg(figure, "Reward against NFE")
 
 
 def reward_histogram(result: RunResult, reference: RunResult | None) -> str:
@@ -170,9 +172,9 @@ def by_budget(stages: Sequence[Comparison], measures: Sequence[tuple[str, Any]])
         ticks = [max(stage.rows[0].nfe, 1.0) for stage in stages]
         axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
         axes.minorticks_off()
-        axes.set(xlabel="network rows", ylabel=name)
+        axes.set(xlabel="NFE (network rows)", ylabel=name)
         figure.legend(loc="outside lower center", ncols=4, **_LEGEND)
-        svgs.append((name, _svg(figure, f"{name} against network rows by method, with standard errors")))
+        svgs.append((name, _svg(figure, f"{name} against NFE by method, with standard errors")))
     return svgs
 
 
@@ -197,7 +199,7 @@ def _figure(height: float = 2.3) -> tuple[Any, Any]:
 _LEGEND = {"frameon": False, "fontsize": 8, "labelcolor": _INK}
 
 
-def _svg(figure: Any, label: str) -> str:
+def _svg(figure: Any, label: str) -> Markup:
     """The figure as an inline SVG element: text as text, no metadata, no ids that two figures could share."""
     from matplotlib import rc_context
 
@@ -211,7 +213,8 @@ def _svg(figure: Any, label: str) -> str:
     svg = svg.replace(_INK, "currentColor").replace(_RULE, "var(--rule)")
     box = re.search(r'viewBox="[^"]*"', svg)
     assert box is not None
-    return f'<svg {box[0]} role="img" aria-label="{html.escape(label)}">' + svg[svg.index(">") + 1 :]
+    opening = trusted('<svg {} role="img" aria-label="{}">').format(trusted(box[0]), label)
+    return opening + trusted(svg[svg.index(">") + 1 :])
 
 
 def _rows_at(result: RunResult, k: int, particles: int) -> float:

@@ -5,6 +5,8 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
+from markupsafe import escape
+from PIL import Image
 
 import steer
 from steer import search
@@ -146,8 +148,32 @@ def test_no_string_of_the_user_becomes_markup(tmp_path):
     page = write_report(result, tmp_path, metrics={evil: lambda x: x[:, 0]}, title=evil, about=about).read_text()
     check(page)
     assert "<script>alert" not in page
-    assert "&lt;script&gt;alert(&quot;&amp;&quot;)" in page
+    assert page.count("&lt;script&gt;alert(&#34;&amp;&#34;)") >= 6  # title twice, three facts, tile; labels of plots
     assert numbers_in(page)["about"]["reward"] == evil
+
+
+EVIL = "</title></script><script>alert('&')</script><img src=x onerror=alert(1)>"
+
+
+def test_no_sample_that_is_text_becomes_markup(tmp_path):
+    """Texts of samples stand in tables, in the strip of predictions, in tooltips of the tree, on cards."""
+    process = steer.from_logits(
+        lambda x, t: torch.zeros(*x.shape, 5), 3, length=4, vocabulary=5, text=lambda x: [EVIL] * len(x)
+    )
+    result = search.dts(process, many_e, budget=24, levels=2, key=1)
+    page = result.report(tmp_path / "run", reference=steer.rollout(process, many_e, particles=3)).read_text()
+    check(page, scripts=("application/json", None))
+    assert page.count(str(escape(EVIL))) > len(result.reward[0])
+
+    def evil(process, reward, **options):
+        return steer.smc(process, reward, **options)
+
+    evil.__name__ = name = "<script>1</script>"
+    comparison = steer.compare(plane(), score, methods=[evil], budget=24, keys=2)
+    page = write_comparison(comparison, tmp_path, texts={name: [EVIL]}, pictures={name: Image.new("L", (2, 2))})
+    check(page.read_text())
+    assert str(escape(EVIL)) in page.read_text()
+    assert page.read_text().count(str(escape(name))) >= 4  # table, two cards, alt text; a plot has its own escapes
 
 
 def test_forbidden_and_constant_rewards_do_not_break_the_figures(tmp_path):
@@ -222,12 +248,12 @@ def test_what_a_run_knows_of_itself(tmp_path):
     numbers = numbers_in(page)
     assert 0 < numbers["forbidden"] < 64
     assert f"{numbers['forbidden']} of 64" in page
-    assert "log evidence" in page
+    assert "log normalizing constant" in page
     page = steer.psi(plane(), score, particles=8).report(tmp_path).read_text()
     assert "split R̂ of the start" in page
-    assert "the start&#x27;s normaliser" in page
+    assert "the start has no known normalizing constant" in page
     page = search.beam(plane(), score, particles=4, candidates=2).report(tmp_path).read_text()
-    assert "A search: it weighs" in page
+    assert "selects samples; no importance weights" in page
     assert "effective sample size" not in page
     assert "best reward" in page
     assert "NaN" not in page
@@ -282,7 +308,7 @@ def test_a_large_tree_is_cut_to_its_heaviest_leaves_and_says_so():
             assert min(below) <= tree.place[d - 1][i] <= max(below)
         assert tree.place[d] == sorted(tree.place[d])
     assert sum(map(len, chosen(result.tree, 0, weight, leaves=300, nodes=60).slots)) <= 60
-    assert "20 leaves, of " in tree_figure(result, leaves=20)
+    assert "20 of 300 leaves, those of largest weight" in tree_figure(result, leaves=20)
 
 
 def test_leaves_without_weights_are_ranked_by_reward():
