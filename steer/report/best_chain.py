@@ -16,9 +16,12 @@ from .tree_layout import best_slots, clean_states, drawable
 
 @dataclass(frozen=True, eq=False)
 class Waypoint:
-    """One stop on the way: the clean state (*event) predicted at a level, and what it was worth.
+    """One prediction on the way to a sample.
 
-    value: the reward of the prediction; of a tree that scores none, the value of the node; None where neither is known.
+    Args:
+        level: Step at which it was made; the number of steps for the sample itself.
+        clean: The predicted clean state, [*event].
+        value: Its reward; in a tree that scores no predictions, the value of its node; None where neither is known.
     """
 
     level: int
@@ -27,10 +30,18 @@ class Waypoint:
 
 
 def best_chain(result: RunResult, problem: int = 0, most: int = 11) -> list[Waypoint]:
-    """The way to the sample of highest reward, at most `most` stops, the last one itself; empty where none was kept.
+    """The predictions that led to the sample of highest reward.
 
-    Of a tree, its levels. Of a trajectory with states, the predictions there, made anew (`most` - 1 network rows per
-    problem, on nobody's ledger: the states were kept, not the predictions).
+    Args:
+        result: A run with a tree, or with a trajectory that kept its states.
+        problem: Of which of its problems.
+        most: How many to return at most, evenly spaced.
+
+    Returns:
+        From noise to data, the sample itself last; empty where the run kept no tree and no states.
+
+    Cost: of a trajectory, `most` - 1 network rows per problem, not counted in the run's cost: it keeps states, so
+    the predictions are made again. Of a tree, none.
     """
     if result.tree is not None:
         return _in_tree(result, problem, most) if drawable(result.tree) else []
@@ -39,6 +50,7 @@ def best_chain(result: RunResult, problem: int = 0, most: int = 11) -> list[Wayp
 
 
 def _in_tree(result: RunResult, problem: int, most: int) -> list[Waypoint]:
+    """The nodes on the path to the best leaf."""
     tree, stops = result.tree, []
     path = best_slots(tree, problem)
     with torch.no_grad():
@@ -51,6 +63,7 @@ def _in_tree(result: RunResult, problem: int, most: int) -> list[Waypoint]:
 
 
 def _in_trajectory(result: RunResult, problem: int, most: int) -> list[Waypoint]:
+    """Predictions along the lineage of the best particle."""
     state, process = result.trajectory, result.process
     assert state is not None
     best = result.reward.argmax(1, keepdim=True).to(state.x.device)

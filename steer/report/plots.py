@@ -23,11 +23,11 @@ STEERED, UNSTEERED, BEST = "#2b8cbe", "#9a9a9a", "#e6822e"
 # Stand-ins while drawing: the page's text and rule colours, which differ between light and dark.
 _INK, _RULE = "#010203", "#040506"
 _WIDTH = 4.4
-_POINTS = 500  # of a line, or of a cloud: what a page of bearable size holds
+_POINTS = 500  # of a line or a scatter plot, at most: more would only make the page larger
 
 
 def effective_size(result: RunResult) -> str:
-    """ESS of the accumulated weights at each weighted level, one line per problem, as a share of N."""
+    """ESS of the accumulated weights at each weighted step, one line per problem, as a share of N."""
     levels = [seen.k for seen in result.seen]
     shares = torch.stack([seen.ess / seen.score.shape[1] for seen in result.seen]).cpu()
     figure, axes = _figure()
@@ -37,7 +37,7 @@ def effective_size(result: RunResult) -> str:
 
 
 def surviving_ancestors(result: RunResult) -> str:
-    """How many starting particles still have descendants, level by level, one line per problem."""
+    """How many starting particles still have descendants, step by step, one line per problem."""
     assert result.trajectory is not None
     particles = result.seen[0].score.shape[1]
     counts = result.trajectory.unique_roots()
@@ -52,8 +52,8 @@ def surviving_ancestors(result: RunResult) -> str:
 
 
 def reward_by_rows(result: RunResult, reference: RunResult | None) -> str:
-    """Mean and best reward against network rows spent: of the predictions at each level, or, where the method looked
-    at finished samples only, of the samples finished so far.
+    """Mean and best reward against NFE: of the predictions at each step, or, where the method scored finished samples
+    only, of the samples finished so far.
     """
     figure, axes = _figure()
     particles = result.reward.shape[1]
@@ -126,7 +126,7 @@ def coordinate_histograms(result: RunResult, reference: RunResult | None, most: 
 
 
 def by_method(comparison: Comparison, measures: Sequence[tuple[str, Any]]) -> list[tuple[str, str]]:
-    """(name, SVG) for each measure (name, Row -> (mean, standard error)): every key's run and the mean over them."""
+    """(name, SVG) for each measure (name, Row -> (mean, standard error)): means over seeds, with their errors."""
     names = [row.method for row in comparison.rows]
     places = list(range(len(names)))[::-1]
     svgs = []
@@ -145,7 +145,7 @@ def by_method(comparison: Comparison, measures: Sequence[tuple[str, Any]]) -> li
 
 
 def by_budget(stages: Sequence[Comparison], measures: Sequence[tuple[str, Any]]) -> list[tuple[str, str]]:
-    """(name, SVG) for each measure (name, Row -> (mean, standard error)): a line per method against network rows."""
+    """(name, SVG) for each measure (name, Row -> (mean, standard error)): a line per method against NFE."""
     svgs = []
     names = [row.method for row in stages[0].rows]
     steered = [name for name in names if name not in ("rollout", "best_of_n")]
@@ -163,9 +163,17 @@ def by_budget(stages: Sequence[Comparison], measures: Sequence[tuple[str, Any]])
             elif method == "best_of_n":
                 colour = BEST
             axes.errorbar(
-                spent, mean, yerr=error.nan_to_num(0.0), fmt="o", ls=style, color=colour, ms=3.5, lw=1.5, capsize=2,
+                spent,
+                mean,
+                yerr=error.nan_to_num(0.0),
+                fmt="o",
+                ls=style,
+                color=colour,
+                ms=3.5,
+                lw=1.5,
+                capsize=2,
                 elinewidth=1.0,
-            )  # fmt: skip
+            )
             axes.plot([], [], "o", ls=style, color=colour, ms=3.5, lw=1.5, label=method)
         if stages[-1].budget >= 3 * stages[0].budget:
             axes.set_xscale("log")
@@ -182,6 +190,7 @@ _COLOURS = (STEERED, "#2ca25f", "#8856a7", "#c51b8a", "#8c6d31", "#1d4f91")
 
 
 def _figure(height: float = 2.3) -> tuple[Any, Any]:
+    """A matplotlib figure and its axes, in the page's colours."""
     from matplotlib.figure import Figure  # not pyplot: no window system, no global list of figures
 
     figure = Figure(figsize=(_WIDTH, height), layout="constrained")
@@ -218,7 +227,7 @@ def _svg(figure: Any, label: str) -> Markup:
 
 
 def _rows_at(result: RunResult, k: int, particles: int) -> float:
-    """Network rows spent once the predictions at level k are there."""
+    """NFE spent once the predictions of step k are made, in network rows."""
     per_level = result.reward.shape[0] * particles * result.process.rows
     return min(float((k + 1) * per_level), float(result.cost.nfe))
 
@@ -230,4 +239,5 @@ def _finite(scores: Tensor) -> Tensor:
 
 
 def _faint(lines: int) -> float:
+    """Opacity of lines that lie over one another."""
     return 1.0 if lines == 1 else max(0.15, 1.0 / math.sqrt(lines))
