@@ -256,7 +256,7 @@ def test_progress_without_a_terminal_is_a_line_every_tenth(tmp_path):
     done = generate(tmp_path, "--particles", 8, "--n", 2, "--reference", 0)
     lines = [line for line in done.stderr.splitlines() if "network rows" in line]
     assert len(lines) == 4
-    assert "smc: 32 of 32 network rows, step 4 of 4, ess" in lines[-1]
+    assert "smc: 32 of 32 network rows, step 4 of 4, ESS" in lines[-1]
     assert "best" in lines[0]
 
 
