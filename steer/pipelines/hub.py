@@ -9,7 +9,7 @@ import torch
 
 from ..errors import ModelError
 from ..processes.gaussian import GaussianProcess
-from . import from_pipeline
+from .from_pipeline import from_pipeline
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 
