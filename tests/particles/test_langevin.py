@@ -156,7 +156,7 @@ def test_stationary_law_of_a_rank_ten_tilt(start):
         # over coordinates of a problem first: replicates are problems
         assert abs(z(values.mean(1))) < LIMIT
     assert abs(float(state.diagnostics["acceptance"].mean()) - 0.57) < 0.1
-    torch.testing.assert_close(state.memory["spent"][:, 0], RankTen()(x))
+    torch.testing.assert_close(state.path.log_potential[:, 0], RankTen()(x))
 
 
 def test_stationary_law_of_a_prior_with_moments_of_its_own():
@@ -266,7 +266,7 @@ def test_particles_are_thinned_evenly(particles):
     for n in range(particles):
         step = math.ceil((n // chains + 1) * kept / rounds) - 1
         assert torch.equal(some.x[:, n], every.x[:, chains * step + n % chains])
-        assert torch.equal(some.memory["spent"][:, n], every.memory["spent"][:, chains * step + n % chains])
+        assert torch.equal(some.path.log_potential[:, n], every.path.log_potential[:, chains * step + n % chains])
 
 
 def test_split_rhat():
@@ -335,7 +335,7 @@ def test_bf16_states_run_their_chains_in_float32(monkeypatch):
     assert seen == {torch.bfloat16}  # the network has the model's dtype
     assert decided == {torch.float32}
     assert state.x.dtype == torch.bfloat16
-    torch.testing.assert_close(state.memory["spent"][:, 0], RankTen()(state.x[:, 0]))
+    torch.testing.assert_close(state.path.log_potential[:, 0], RankTen()(state.x[:, 0]))
     assert abs(z((state.x[:, 0, :10].double() - 1.0).mean(1))) < LIMIT
 
 
@@ -412,6 +412,6 @@ def test_top_k_takes_the_best_draws():
     state, cost = run(steer.top_k_of_n(50), process, reward, batch=3, particles=10)
     draws = process.prior(Key(0).fold("prior"), 3, 50)
     scores = reward(draws.flatten(0, 1)).view(3, 50)
-    torch.testing.assert_close(state.memory["spent"], scores.topk(10, dim=1).values)
-    torch.testing.assert_close(reward(state.x.flatten(0, 1)).view(3, 10), state.memory["spent"])
+    torch.testing.assert_close(state.path.log_potential, scores.topk(10, dim=1).values)
+    torch.testing.assert_close(reward(state.x.flatten(0, 1)).view(3, 10), state.path.log_potential)
     assert (cost.nfe, cost.rewards, cost.grads) == (150, 150, 0)
