@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -22,6 +22,7 @@ class Event:
     scores:   rewards of those predictions, [B, N]; None at levels where nothing was scored.
     problems: index of the prompt of every row of `state`, as long as its axis 0.
     chunk:    index of its first particle among those of the run, where a run goes in chunks.
+    earlier:  what earlier passes of the method have spent.
     """
 
     run: str
@@ -31,6 +32,7 @@ class Event:
     problems: range
     chunk: int
     meter: Meter
+    earlier: Cost = field(default_factory=Cost)
 
     @property
     def level(self) -> int:
@@ -44,9 +46,16 @@ class Event:
 
     @property
     def cost(self) -> Cost:
-        """What the run has spent so far."""
-        return self.meter.cost()
+        """What the method has spent so far, in all its passes."""
+        return self.earlier + self.meter.cost()
 
 
 OnStep = Callable[[Event], None]
 """Called after every step: progress bars, checkpoints. Raise `Stop` to end the run early."""
+
+
+def of_pass(on_step: OnStep | None, name: str, earlier: Cost) -> OnStep | None:
+    """`on_step` for one of several passes of a method: its events are called `name`, and count what came before."""
+    if on_step is None:
+        return None
+    return lambda event: on_step(replace(event, run=name, earlier=earlier))
