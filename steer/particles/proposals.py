@@ -105,8 +105,15 @@ bootstrap = Bootstrap()
 def guided(scale: float = 1.0) -> Guided:
     """A proposal that follows the gradient of the reward; needs a differentiable reward and network.
 
+    The shift of TDS (Wu et al. 2023) and DAS (Kim et al. 2025) in transition form; weights correct for it.
+
     Args:
         scale: multiple of std^2 times the gradient of r(x0_hat) / temperature; 0 is `bootstrap`.
+
+    Returns:
+        What `steer.smc(proposal=...)` takes.
+
+    Cost: one backward pass per network row, at every step that draws noise.
     """
     return Guided(scale)
 
@@ -144,12 +151,12 @@ def propose(proposal: Proposal, state: Trajectory, model: Transition) -> Transit
 class Twisted:
     """Proposes the model's step as if it had predicted x0 + scale (sigma^2 / alpha) G, G = gradient of r(x0_hat) / T.
 
-    That is Tweedie's formula with the score of the tilted law. The step's mean is affine in x0, with coefficient
-    c = alpha' - alpha sqrt(sigma'^2 - std^2) / sigma in a rule that keeps marginals, so the mean moves by
-    scale c (sigma^2 / alpha) G. `guided` moves it by scale std^2 G instead. For ancestral sampling the ratio of the
-    two is (alpha' sigma^2) / (alpha sigma'^2) > 1: the same in the limit of small steps, but stronger in a long
-    one and unbounded in the last (which adds no noise, and so is never shifted). At alpha = 0, where the formula
-    divides by zero, the step is the model's own.
+    That is Tweedie's formula with the score of the tilted distribution. The step's mean is affine in x0, with
+    coefficient c = alpha' - alpha sqrt(sigma'^2 - std^2) / sigma in a rule that keeps marginals, so the mean moves by
+    scale c (sigma^2 / alpha) G. `guided` moves it by scale std^2 G instead. For ancestral sampling the ratio of the two
+    is (alpha' sigma^2) / (alpha sigma'^2) > 1: the same in the limit of small steps, but stronger in a long one and
+    unbounded in the last (which adds no noise, and so is never shifted). At alpha = 0, where the formula divides by
+    zero, the step is the model's own.
     """
 
     scale: float = 1.0
@@ -168,7 +175,16 @@ class Twisted:
 
 
 def twisted(scale: float = 1.0) -> Twisted:
-    """A proposal that follows the gradient of the reward through x_0, as TDS does; see `Twisted` for the formula."""
+    """A proposal that follows the gradient of the reward through x_0, as TDS does; see `Twisted` for the formula.
+
+    Args:
+        scale: strength of the twist; weights correct for any. 0 is `bootstrap`.
+
+    Returns:
+        What `steer.smc(proposal=...)` takes; the process must be on a Gaussian path.
+
+    Cost: one backward pass per network row, at every step that draws noise.
+    """
     return Twisted(scale)
 
 

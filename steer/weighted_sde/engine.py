@@ -50,16 +50,19 @@ class KernelRatio:
 
     Every model's reverse kernel is F_i = N((x + Gamma s_i) / ratio, fade Gamma / ratio^2), whose mean is exact;
     particles are drawn from their composite, prod_i F_i^a_i B^(1 - A) with B the noising kernel, moved along grad rho.
+
     Source: TDS (Wu et al. 2023) for one model; RNE (2506.05668) for composites.
     """
 
 
 @dataclass(frozen=True)
 class FeynmanKac:
-    """Weights by (2), for any noise and drift. Its d_t rho costs one more prediction per state where rho needs one.
+    """Weights by (2) of this module, for any noise and drift.
 
-    probes: Rademacher probes (Hutchinson) for divergences where they are needed, one backward pass each; None sums
-    over all coordinates, which is exact. The noise of probes enters the exponent of the weights.
+    Its d_t rho costs one more prediction per state where rho needs one.
+
+    probes: Rademacher probes (Hutchinson) for divergences where they are needed, one backward pass each; None sums over
+    all coordinates, which is exact. The noise of probes enters the exponent of the weights.
     """
 
     probes: int | None = None
@@ -70,7 +73,7 @@ Noise = float | Callable[[Level, Level], float]
 
 
 class Terms(NamedTuple):
-    """The parts of (2) with b = 0, each integrated over a step: a number, and (B, N)."""
+    """The parts of (2) with b = 0, each integrated over a step: a number, and [B, N]."""
 
     normaliser: float  # (A - 1) div f
     models: Tensor  # g^2 / 2 (|S_q|^2 - sum a |s|^2)
@@ -81,7 +84,7 @@ class Terms(NamedTuple):
     exponents: Tensor  # sum a' log q
 
     def total(self) -> Tensor:
-        """What a step adds to the log-weight, (B, N)."""
+        """What a step adds to the log-weight, [B, N]."""
         first, *rest = self
         return sum(rest, torch.zeros_like(self.models)) + first
 
@@ -109,7 +112,7 @@ class WeightedSDE:
         return self.target.varying or self.transport.potentials
 
     def v(self, k: int) -> float:
-        """Noise share of the step from level k; 0 in the last."""
+        """Injected noise over the models' own, in the step from level k; 0 in the last."""
         if self.last(k):
             return 0.0
         return self.noise(self.target.levels[k], self.target.levels[k + 1]) if callable(self.noise) else self.noise
@@ -123,11 +126,11 @@ class WeightedSDE:
         return k == self.target.steps - 1
 
     def theta(self, k: int, like: Tensor) -> Tensor:
-        """Coefficients (B, 3) of the transport at level k before control, for log-weights like (B, N)."""
+        """Coefficients [B, 3] of the transport at level k before control, for log-weights like [B, N]."""
         return self.transport.start(k, self.target.total(k), self.v(k), like)
 
     def needs(self, state: Trajectory) -> RequiredDerivatives:
-        """What this run has to know of a population."""
+        """What this run has to know of a population at the state's level."""
         k, free = state.k, self.transport.control is not None or self.transport.memory is not None
         along_reward, along_score, _ = self.transport.theta(self.target.total(k), self.v(k))
         if isinstance(self.weight, KernelRatio):
@@ -146,7 +149,7 @@ class WeightedSDE:
         return 1.0 + 0.5 * self.transport.theta(self.target.total(k), 1.0)[REWARD]
 
     def evaluate(self, state: Trajectory) -> tuple[Trajectory, Tensor, Tensor]:
-        """The state weighted by its value and ready to move; its scores (B, N); theta (B, 3), zero without a drift."""
+        """The state weighted by its value and ready to move; its scores [B, N]; theta [B, 3], zero without a drift."""
         k, needs = state.k, self.needs(state)
         point = self.look(state.x, k, needs)
         if state.path.exponent_counted is not None:  # Feynman-Kac steps count rho up to the state they lead to
@@ -196,7 +199,7 @@ class WeightedSDE:
         )
 
     def fields(self, state: Trajectory, point: Evaluation, gain: Tensor) -> ControlBasis:
-        """Bases and their costs for a control; gain is (2) with b = 0 over a step, (B, N)."""
+        """Bases and their costs for a control; gain is (2) with b = 0 over a step, [B, N]."""
         x = state.x.double().flatten(2)
         bases = torch.stack([point.gradient, point.score, x], 2)
         size = torch.full_like(point.divergence, float(x.shape[2]))
@@ -242,7 +245,7 @@ class WeightedSDE:
         return Normal(((x + y) / step.ratio).to(x.dtype), math.sqrt(variance) / step.ratio)
 
     def step(self, state: Trajectory) -> Trajectory:
-        """The state one level on, with what its weights and memory owe to the step."""
+        """The state one level on, with the weight and the log q that the step adds."""
         noise = self.key.fold("step")
         if self.last(state.k):
             return state.step(Normal(required(state.cache.x0), 0.0), noise)
@@ -258,7 +261,7 @@ class WeightedSDE:
         return replace(self.weighted(replace(after, k=state.k), gain), k=after.k)
 
     def followed(self, before: Trajectory, after: Trajectory) -> tuple[Trajectory, Tensor, Tensor]:
-        """A step made: the state with log q_i moved on, log F_i (B, N, I) and log B (B, N) of it.
+        """A step made: the state with log q_i moved on, log F_i [B, N, I] and log B [B, N] of it.
 
         log q_i(x') - log q_i(x) = log F_i(x' | x) - log B(x | x') where F_i is the exact reverse kernel: the Ito
         estimator of SuperDiff (Skreta et al. 2025, 2412.17762), for noise v = 1.

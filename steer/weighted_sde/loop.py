@@ -56,9 +56,9 @@ def weighted_loop(
     on_step: OnStep | None,
     name: str,
 ) -> tuple[Result, dict[int, Tensor]]:
-    """A weighted population of the composite's target, and the transport's coefficients (B, 3) by level.
+    """A weighted population of the composite's target, and the transport's coefficients [B, 3] by level.
 
-    Arguments as `steer.fkc`, all required.
+    Args: as `steer.fkc`, all required. name: of the method, for events.
     """
     run, objective = _opened(
         name, target, reward, batch=batch, temperature=temperature, key=key, seed=seed, on_step=on_step
@@ -128,7 +128,7 @@ def check_choices(
     noise: Noise,
     active: tuple[float, float] | None,
 ) -> None:
-    """Raises where parts do not go together, and warns where the law is not the one asked for."""
+    """Raises where parts do not go together, and warns where the result is not what was asked for."""
     own = not callable(noise) and noise == 1.0
     if not callable(noise) and not noise >= 0.0:
         raise SteerError(f"noise is the share v >= 0 of the models' own, got {noise}")
@@ -162,7 +162,7 @@ def check_choices(
 
 
 def _warn(message: str) -> None:
-    """A UserWarning to the caller of the public function: for choices whose law is biased or may not exist."""
+    """A UserWarning to the caller of the public function: for choices whose target is biased or may not exist."""
     warnings.warn(message, UserWarning, stacklevel=4)
 
 
@@ -173,13 +173,14 @@ def _opened(name: str, target: Composite, reward: Reward | None, **options: Any)
 
 
 def _nothing(samples: Tensor) -> Tensor:
+    """The reward where there is none."""
     return torch.zeros(len(samples), dtype=torch.float64, device=samples.device)
 
 
 def _started(
     engine: WeightedSDE, start: Start | Trajectory, batch: int, particles: int | None, budget: int | None, rows: int
 ) -> Trajectory:
-    """The population at its first level, with the path's normaliser there in its evidence."""
+    """The population at its first level, with the path's normalizing constant there in log_evidence."""
     target = engine.target
     if isinstance(start, Trajectory):
         each = -(-rows // (target.steps * target.rows))
@@ -215,6 +216,7 @@ def _started(
 def _selected(
     state: Trajectory, scores: Tensor, selection: Resample | BirthDeath, key: Key, seen: list[LevelRecord]
 ) -> Trajectory:
+    """The state after its selection: resampled by ESS, or by birth-death clocks."""
     if isinstance(selection, BirthDeath):
         seen.append(LevelRecord(state.k, state.ess, scores))
         return selection(state, key.fold("clock"))
