@@ -23,6 +23,7 @@ class Event:
     problems: index of the prompt of every row of `state`, as long as its axis 0.
     chunk:    index of its first particle among those of the run, where a run goes in chunks.
     earlier:  what earlier passes of the method have spent.
+    cost:     what the method had spent when it took the step, in all its passes.
     """
 
     run: str
@@ -33,6 +34,11 @@ class Event:
     chunk: int
     meter: Meter
     earlier: Cost = field(default_factory=Cost)
+    cost: Cost = field(init=False)
+
+    def __post_init__(self) -> None:
+        # At once: the meter runs on, and events are kept.
+        object.__setattr__(self, "cost", self.earlier + self.meter.cost())
 
     @property
     def level(self) -> int:
@@ -43,11 +49,6 @@ class Event:
     def ess(self) -> Tensor:
         """Effective sample size of the weights carried, [B]."""
         return self.state.ess
-
-    @property
-    def cost(self) -> Cost:
-        """What the method has spent so far, in all its passes."""
-        return self.earlier + self.meter.cost()
 
 
 OnStep = Callable[[Event], None]

@@ -65,7 +65,7 @@ class PathMoves:
         """Where the chains of particles with log-weights [B, N] begin, repeated in turn, [B, N]."""
         particles = log_weight.shape[1]
         first = resampler(log_weight, key, self.chains(particles))
-        # In random order: where chains differ in length, which ancestor gets a short one must not depend on its slot.
+        # In random order: where chains differ in length, which ancestor gets a short one must not depend on its index.
         order = key.fold("order").uniform(first.shape, device=first.device).argsort(1)
         return first.gather(1, order).repeat(1, self.chain)[:, :particles]
 
@@ -76,6 +76,8 @@ class PathMoves:
                 "moves replay paths from a Gaussian prior, so a run with moves begins at level 0 of a process that has "
                 f"one, got level {state.k} of {type(state.process).__name__}; run without moves"
             )
+        # Moved states have a log-potential of their own; those that stay where they are must have one to keep.
+        state = state.with_path_state(log_potential=state.path.log_potential_or_zero(state.log_weight))
         mean, std = _prior(state)
         return _with_noise(state, _START, (state.x - mean) / std) if std > 0.0 else state
 
@@ -119,7 +121,7 @@ class PathMoves:
     def _proposed(self, state: Trajectory, judge: Judge, key: Key) -> Chains:
         """Chains driven by moved noise, replayed to the level of the state."""
         process, noises = cast(GaussianProcess, state.process), {}
-        path_key = key.fold("path")  # a new path draws anew what hooks draw in it
+        path_key = key.fold("path")  # a new path draws again what hooks draw in it
         log_size = key.fold("size").uniform(state.x.shape[:2], device=state.x.device) * math.log(self.smallest)
         size = broadcast_like(log_size.exp(), state.x).to(state.x)
         for name, noise in state.path.driving_noise.items():

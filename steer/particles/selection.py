@@ -103,7 +103,7 @@ def check(state: Trajectory, seen: Sequence[LevelRecord]) -> None:
         if bool((scores.isnan() | (scores == torch.inf)).any()):
             for k, _, scores in seen:
                 check_finite(scores, f"at level {k} of {state.process.steps}")
-    # The weights carried, not the evidence: that is NaN by right where the start's normaliser is unknown, and what was
+    # The weights carried, not log_evidence: that is NaN by right where the start's is unknown, and what was
     # collected was finite, or nothing would have been resampled.
     dead = state.log_total == -torch.inf
     if bool(dead.any()):

@@ -90,7 +90,7 @@ def driftlite(
     if passes < 1:
         raise SteerError(f"passes must be at least 1, got {passes}")
     if passes > 1 and isinstance(start, Trajectory):
-        raise SteerError("refinement begins every pass anew: give a start, not a Trajectory, or passes=1")
+        raise SteerError("every pass of a refinement begins at the noise: give a start, not a Trajectory, or passes=1")
     target = compose(process, exponent=exponent, unconditional=unconditional, guidance=guidance)
     transport, look_ahead, key = vcg() if control == "vcg" else ecg(), look_ahead or x0_hat(), as_key(key, seed)
     weight = FeynmanKac(probes)

@@ -54,8 +54,8 @@ class Composite:
                 )
         if not min(self.total(k) for k in range(self.steps + 1)) > 0.0:
             raise SteerError(
-                "exponents of a composite must sum to more than 0 at every level, or the product has no normaliser; "
-                f"at the data they are {tuple(self.at(self.steps))}"
+                "exponents of a composite must sum to more than 0 at every level, or the product has no finite "
+                f"integral; at the data they are {tuple(self.at(self.steps))}"
             )
 
     def __repr__(self) -> str:
@@ -113,9 +113,9 @@ class Composite:
             component.check_batch(batch)
         if self.components[0].initial is not None and self.total(0) != 1.0:
             raise ModelError(
-                "this process starts from a law of its own, and powers of it are not known: only exponents that sum to "
-                f"1 can start there, got {self.total(0):.4g}; dataclasses.replace(process, initial=None) starts from "
-                "its path's own N(0, sigma^2) instead"
+                "this process starts from a distribution of its own, and powers of it are not known: only exponents "
+                f"that sum to 1 can start there, got {self.total(0):.4g}; dataclasses.replace(process, initial=None) "
+                "starts from its path's own N(0, sigma^2) instead"
             )
         return self.components[0].prior(key, batch, particles) / math.sqrt(self.total(0))
 
@@ -241,8 +241,8 @@ def compose(
     for part in process if isinstance(process, Sequence) else (process,):
         if not isinstance(part, GaussianProcess):
             raise StateSpaceError(
-                "powers and products are taken of the noised laws of a GaussianProcess, which are not known of a "
-                f"{type(part).__name__}; steer.smc runs on any process, and proposal=steer.follow(hooks) guides it"
+                "powers and products are taken of the noised distributions of a GaussianProcess, which are not known "
+                f"of a {type(part).__name__}; steer.smc runs on any process, and proposal=steer.follow(hooks) guides it"
             )
     components = tuple(map(_below_pure_noise, (process,) if isinstance(process, GaussianProcess) else process))
     if (unconditional is None) != (guidance is None):

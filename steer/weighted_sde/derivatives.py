@@ -103,7 +103,14 @@ class ValueDerivatives:
             here, size = target.levels[k], score.shape[2]
             divergence = (self._trace(x0, x, k, True) * here.alpha - size) * (target.total(k) / here.sigma**2)
         return Evaluation(
-            x0.detach(), components, score, divergence, reward.detach(), value.detach(), gradient, laplacian
+            x0=x0.detach(),
+            components=components,
+            score=score,
+            divergence=divergence,
+            reward=reward.detach(),
+            value=value.detach(),
+            gradient=gradient,
+            laplacian=laplacian,
         )
 
     def _value_derivatives(self, value: Tensor, x: Tensor, k: int, second: bool) -> tuple[Tensor, Tensor]:

@@ -94,7 +94,7 @@ class WeightedSDE:
     """A run's choices, and its steps as methods on a Trajectory. Run by `weighted_loop`."""
 
     target: Composite
-    look: ValueDerivatives
+    derivatives: ValueDerivatives
     transport: Transport
     weight: KernelRatio | FeynmanKac
     noise: Noise
@@ -105,7 +105,7 @@ class WeightedSDE:
 
     @property
     def valued(self) -> bool:
-        return self.look.objective is not None
+        return self.derivatives.objective is not None
 
     @property
     def tracks_log_q(self) -> bool:
@@ -136,12 +136,15 @@ class WeightedSDE:
         if isinstance(self.weight, KernelRatio):
             pushed = self.valued and not self.last(k) and self.push(k) != 0.0
             valued = pushed or (self.valued and self.potential.active(k, self.target.steps))
-            return RequiredDerivatives(valued, pushed, False, False)
+            return RequiredDerivatives(value=valued, gradient=pushed, laplacian=False, divergence=False)
         if self.last(k):
-            return RequiredDerivatives(self.valued, False, False, False)
+            return RequiredDerivatives(value=self.valued, gradient=False, laplacian=False, divergence=False)
         # b = -g^2 grad rho / 2 takes the Laplacian out of (2); a drift without S_q needs no divergence of it.
         return RequiredDerivatives(
-            self.valued, self.valued, self.valued and (free or along_reward != -1.0), free or along_score != 0.0
+            value=self.valued,
+            gradient=self.valued,
+            laplacian=self.valued and (free or along_reward != -1.0),
+            divergence=free or along_score != 0.0,
         )
 
     def push(self, k: int) -> float:
@@ -151,7 +154,7 @@ class WeightedSDE:
     def evaluate(self, state: Trajectory) -> tuple[Trajectory, Tensor, Tensor]:
         """The state weighted by its value and ready to move; its scores [B, N]; theta [B, 3], zero without a drift."""
         k, needs = state.k, self.needs(state)
-        point = self.look(state.x, k, needs)
+        point = self.derivatives(state.x, k, needs)
         if state.path.exponent_counted is not None:  # Feynman-Kac steps count rho up to the state they lead to
             state = state.with_path_state(log_potential=state.path.exponent_counted * point.value)
         if needs.value and (isinstance(self.weight, FeynmanKac) or self.potential.active(k, self.target.steps)):
@@ -166,7 +169,7 @@ class WeightedSDE:
         if isinstance(self.weight, KernelRatio):
             push = self.push(k) * exponent[..., None] * point.gradient
             return state.with_step_cache(push=push), point.reward, nowhere
-        later = self.look.later_value(state.x, point.x0, k) if self.valued else point.value
+        later = self.derivatives.later_value(state.x, point.x0, k) if self.valued else point.value
         partial = exponent * (later - point.value)
         point = point.tempered(exponent)
         state, theta = self.drift(state, point, self.terms(state, point, partial))
@@ -174,7 +177,7 @@ class WeightedSDE:
         return state, point.reward, theta
 
     def model_terms(self, state: Trajectory, point: Evaluation) -> Terms:
-        """The parts of (2) that the models owe, for the step from a state."""
+        """The parts of (2) that come from the models, for the step from a state."""
         target, k, step = self.target, state.k, self.span(state.k)
         power, total = point.components.new_tensor(target.at(k)), target.total(k)
         # |S|^2 - sum a |s|^2 through the average score: differences of models are not lost among large numbers.
@@ -186,7 +189,15 @@ class WeightedSDE:
         if target.varying:
             change = required(state.path.log_q) @ (power.new_tensor(target.at(k + 1)) - power)
         normaliser = (total - 1.0) * point.score.shape[2] * step.log_ratio
-        return Terms(normaliser, models, nothing, nothing, nothing, nothing, change)
+        return Terms(
+            normaliser=normaliser,
+            models=models,
+            cross=nothing,
+            laplacian=nothing,
+            advection=nothing,
+            partial=nothing,
+            exponents=change,
+        )
 
     def terms(self, state: Trajectory, point: Evaluation, partial: Tensor) -> Terms:
         """The parts of (2) with b = 0 for the step from a state; partial is d_t rho over the step."""
@@ -209,7 +220,8 @@ class WeightedSDE:
         if self.transport.potentials:
             log_q = required(state.path.log_q) @ point.components.new_tensor(self.target.at(state.k))
             potentials = torch.stack([point.value, log_q, 0.5 * x.square().sum(2)], 2)
-        return ControlBasis(bases, cost, gain / (0.5 * self.span(state.k).rate), potentials)
+        rate = gain / (0.5 * self.span(state.k).rate)
+        return ControlBasis(bases=bases, cost=cost, rate=rate, potentials=potentials)
 
     def drift(self, state: Trajectory, point: Evaluation, terms: Terms) -> tuple[Trajectory, Tensor]:
         """The state with its Feynman-Kac weight, carrying the direction u of the drift g^2 u / 2; and theta."""
@@ -252,9 +264,9 @@ class WeightedSDE:
         if isinstance(self.weight, FeynmanKac):
             after = state.step(self.euler(state), noise)
             return self.followed(state, after)[0] if self.tracks_log_q else after
-        law, powers = self.composite_kernel(state), self.target.at(state.k)
-        after, forward, backward = self.followed(state, state.step(law, noise))
-        gain = forward @ forward.new_tensor(powers) + (1.0 - math.fsum(powers)) * backward - law.log_prob(after.x)
+        kernel, powers = self.composite_kernel(state), self.target.at(state.k)
+        after, forward, backward = self.followed(state, state.step(kernel, noise))
+        gain = forward @ forward.new_tensor(powers) + (1.0 - math.fsum(powers)) * backward - kernel.log_prob(after.x)
         if self.target.varying:
             change = forward.new_tensor(self.target.at(after.k)) - forward.new_tensor(powers)
             gain = gain + required(after.path.log_q) @ change

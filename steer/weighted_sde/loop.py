@@ -64,7 +64,7 @@ def weighted_loop(
         name, target, reward, batch=batch, temperature=temperature, key=key, seed=seed, on_step=on_step
     )
     target = cast(Composite, run.process)
-    look = ValueDerivatives(
+    derivatives = ValueDerivatives(
         target=target,
         objective=objective,
         temperature=run.temperature,
@@ -74,7 +74,7 @@ def weighted_loop(
     )
     engine = WeightedSDE(
         target=target,
-        look=look,
+        derivatives=derivatives,
         transport=transport,
         weight=weight,
         noise=noise,
@@ -143,8 +143,8 @@ def check_choices(
         )
     if active is not None:
         _warn(
-            f"weights outside t in {active} are dropped: what is sampled is then no known law, and neither samples nor "
-            "evidence converge to the target as steps and particles grow"
+            f"weights outside t in {active} are dropped: what is sampled is then no known distribution, and neither "
+            "samples nor log_evidence converge to the target as steps and particles grow"
         )
     total = target.total(target.steps)
     if total > 1.0 and not transport.flow and not callable(noise) and noise < 1.0 - 1.0 / total:
@@ -155,9 +155,9 @@ def check_choices(
         )
     if target.normalisable() is False:
         _warn(
-            "the target has no finite normaliser, as far as its components' tails tell: one with a negative exponent "
-            "is narrower than the rest (guidance by a conditional model wider than the unconditional one); samples run "
-            "away however many particles there are"
+            "the target has no finite normalizing constant, as far as its components' tails tell: one with a negative "
+            "exponent is narrower than the rest (guidance by a conditional model wider than the unconditional one); "
+            "samples run away however many particles there are"
         )
 
 
@@ -193,9 +193,9 @@ def _started(
                     "starts that know the reward draw from the models' own prior N(0, sigma^2), and that of exponents "
                     f"that sum to {target.total(0):.4g} is another; leave start out, or use exponents that sum to 1"
                 )
-            start, before = start.prepare(target, engine.look.temperature)
+            start, before = start.prepare(target, engine.derivatives.temperature)
         count = affordable(rows, particles=particles, budget=budget, before=before)
-        objective = engine.look.objective
+        objective = engine.derivatives.objective
         if objective is None:
             if start is not prior:
                 raise SteerError("a start other than steer.prior needs a reward")

@@ -129,11 +129,11 @@ def test_parts_that_do_not_go_together_are_refused():
 
 
 def test_laws_that_are_biased_or_may_not_exist_are_warned_of():
-    with pytest.warns(UserWarning, match="no known law"):
+    with pytest.warns(UserWarning, match="no known distribution"):
         steer.fkc(process(), exponent=2.0, particles=2, active=(0.3, 0.7))
     with pytest.warns(UserWarning, match="finite variance"):
         steer.fkc(process(), exponent=3.0, particles=2, transport=steer.score_transport, noise=1.0 / 3.0)
-    with pytest.warns(UserWarning, match="no finite normaliser") as caught:
+    with pytest.warns(UserWarning, match="no finite normalizing constant") as caught:
         steer.fkc(gaussian(0, 2.0), unconditional=gaussian(0, 1.0), guidance=3.0, particles=2)
     assert caught[0].filename == __file__
 
@@ -156,7 +156,7 @@ def test_an_active_interval_biases():
     options = {"exponent": 2.0, "batch": 8, "particles": 32, "sigma_data": 2.0}
     exact = -2.0 * (math.log(2.0 * math.pi * 4.0) + math.log(2.0))
     assert float((steer.fkc(model, **options).log_evidence - exact).abs().max()) < 0.1
-    with pytest.warns(UserWarning, match="no known law"):
+    with pytest.warns(UserWarning, match="no known distribution"):
         biased = steer.fkc(model, active=(0.3, 1.0), **options)
     assert float((biased.log_evidence - exact).abs().min()) > 0.5
 
