@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, cast, runtime_checkable
 
@@ -47,6 +48,10 @@ class EvaluatingProposal(Proposal, Protocol):
         key: names what is drawn on the way.
         """
         ...
+
+
+ProposalFunction = Callable[[Trajectory, GaussianTransition], Transition]
+"""A proposal that needs no gradient, as a plain function: lambda state, model: model.shift(...)."""
 
 
 @dataclass(frozen=True)
@@ -119,14 +124,19 @@ def guided(scale: float = 1.0) -> Guided:
 
 
 def predict_and_score(
-    state: Trajectory, objective: Objective, temperature: float, proposal: Proposal, weighted: bool, key: Key
+    state: Trajectory,
+    objective: Objective,
+    temperature: float,
+    proposal: Proposal | ProposalFunction,
+    weighted: bool,
+    key: Key,
 ) -> tuple[Trajectory, Tensor | None]:
     """The state caching its prediction (and gradient, where it is needed), and its scores where it is weighted."""
     process, k = state.process, state.k
     if process.stochastic(k):
         if isinstance(proposal, EvaluatingProposal):
             return proposal.evaluate(state, objective, weighted, key)
-        if getattr(proposal, "needs_gradient", False):  # a plain function is a proposal too
+        if getattr(proposal, "needs_gradient", False):  # a plain function has no such property
             need_gaussian(process, "a proposal that follows a gradient", cure="use proposal=steer.bootstrap")
             x0, scores, gradient = objective.value_and_grad(state.x, k, 1.0 / temperature, key)
             state = state.with_step_cache(x0=x0, score=scores, gradient=gradient)
@@ -140,7 +150,7 @@ def predict_and_score(
         return state.with_step_cache(score=scores), scores
 
 
-def propose(proposal: Proposal, state: Trajectory, model: Transition) -> Transition:
+def propose(proposal: Proposal | ProposalFunction, state: Trajectory, model: Transition) -> Transition:
     """What a state that caches its prediction moves by: the proposal, wherever the step draws noise."""
     if isinstance(proposal, Bootstrap) or not model.stochastic:
         return model

@@ -26,7 +26,7 @@ from ..cost import Cost, affordable, check_counts
 from ..errors import ShapeError, StateSpaceError
 from ..key import Key, as_key
 from ..particles.potentials import Potential
-from ..particles.proposals import Proposal, bootstrap
+from ..particles.proposals import Proposal, ProposalFunction, bootstrap
 from ..particles.selection import resample
 from ..processes.gaussian import GaussianProcess, need_gaussian
 from ..processes.transitions import Redrawn
@@ -104,7 +104,7 @@ def particle_gibbs(
     seed: int | None = None,
     sweeps: int = 4,
     path: Tensor | None = None,
-    proposal: Proposal = bootstrap,
+    proposal: Proposal | ProposalFunction = bootstrap,
     weight: Potential | None = None,
     threshold: float = 0.5,
     keep_states: bool = False,

@@ -10,7 +10,7 @@ from ..errors import BudgetError, SteerError
 from ..key import Key
 from ..particles.langevin import Langevin, pcnl
 from ..particles.potentials import Potential
-from ..particles.proposals import Proposal, guided
+from ..particles.proposals import Proposal, ProposalFunction, guided
 from ..particles.selection import Resample
 from ..results.result import Result
 from ..types import ReverseProcess, Reward
@@ -29,7 +29,7 @@ def psi(
     seed: int | None = None,
     start: Langevin | None = None,
     share: float = 0.5,
-    proposal: Proposal | None = None,
+    proposal: Proposal | ProposalFunction | None = None,
     weight: Potential | None = None,
     selection: Resample | None = None,
     keep_states: bool = False,

@@ -28,7 +28,7 @@ from ..errors import NotStochasticError, SteerError
 from ..key import Key
 from ..particles.path_mcmc import forget
 from ..particles.potentials import Potential, difference
-from ..particles.proposals import Proposal, bootstrap, predict_and_score, propose
+from ..particles.proposals import Proposal, ProposalFunction, bootstrap, predict_and_score, propose
 from ..particles.selection import Resample, check, resample, select
 from ..results.result import Result
 from ..types import ReverseProcess, Reward
@@ -45,7 +45,7 @@ def smc(
     key: Key | int = 0,
     seed: int | None = None,
     start: Start | Trajectory = prior,
-    proposal: Proposal = bootstrap,
+    proposal: Proposal | ProposalFunction = bootstrap,
     weight: Potential | None = None,
     selection: Resample | None = None,
     keep_states: bool = False,
@@ -66,7 +66,8 @@ def smc(
         start: where particles begin: `prior`, another start (`pcnl`, `mala`, `ula`, `top_k_of_n`), whose cost comes out
             of the budget, or a Trajectory to resume (`event.state` of `on_step`, `.partial` of an error).
         proposal: what particles move by: `bootstrap`, the model's own transition; `guided(scale)`, along the gradient
-            of r(x0_hat); or one of yours, which is called at every step that draws noise.
+            of r(x0_hat); or one of yours, an object or a plain function (state, model) -> transition, which is
+            called at every step that draws noise.
         weight: potential at intermediate levels: `difference()` by default, `maximum()`, `total()`, `final_only()`.
         selection: `resample(resampler, threshold, at)`; systematic below half of N by default.
         keep_states: keep every state and log-density, for `Trajectory.states` and `.transitions`; B N states per step.
@@ -114,7 +115,7 @@ class _ParticleFilter:
     """The four parts of a run, and what they do to a population at a level."""
 
     run: Run
-    proposal: Proposal
+    proposal: Proposal | ProposalFunction
     weight: Potential
     selection: Resample
     history: list[LevelRecord] = field(default_factory=list)

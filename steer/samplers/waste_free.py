@@ -9,7 +9,7 @@ from ..core.resampling import Resampler, systematic
 from ..core.start import Start, prior
 from ..key import Key
 from ..particles.path_mcmc import path_moves
-from ..particles.proposals import Proposal, bootstrap
+from ..particles.proposals import Proposal, ProposalFunction, bootstrap
 from ..particles.selection import resample
 from ..results.result import Result
 from ..types import ReverseProcess, Reward
@@ -27,7 +27,7 @@ def waste_free(
     key: Key | int = 0,
     seed: int | None = None,
     start: Start = prior,
-    proposal: Proposal = bootstrap,
+    proposal: Proposal | ProposalFunction = bootstrap,
     chain: int = 2,
     smallest: float = 0.05,
     levels: Collection[int] | None = None,
