@@ -1,4 +1,12 @@
-"""Feynman-Kac correctors: annealed, multiplied, guided and reward-tilted models, with weights that make them exact."""
+"""Feynman-Kac correctors: annealed, multiplied, guided and reward-tilted models, with weights that make them exact.
+
+x ~ N(0, sigma^2 / A), A the sum of the exponents
+for every level:
+    predict with every model; score what the look-ahead asks about, and take the derivatives that are needed
+    weight for what the drift of the transport does not follow, and resample where the ESS is low
+    x' ~ a step of the weighted SDE (`weighted_sde.engine` has its equations)
+weight by what exp(r(x_0) / T) is still owed
+"""
 
 from __future__ import annotations
 
