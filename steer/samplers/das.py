@@ -1,11 +1,13 @@
 """DAS: tempered SMC whose guidance looks one tempering step ahead.
 
-x ~ the prior, K particles of each of B problems
-for every level i:
-    predict x0_hat and the gradient G of r(x0_hat) / T
-    weight by exp(lambda_i r(x0_hat) / T) over what was multiplied in before, and resample where the ESS is low
-    x' ~ the model's step moved by scale std^2 lambda_{i+1} G; weight by model(x') / proposal(x')
-weight by exp(r(x_0) / T) over what was multiplied in before
+    x ~ the prior, K particles of each of B problems
+    for every level i:
+        predict x0_hat and the gradient G of r(x0_hat) / T
+        weight by exp(lambda_i r(x0_hat) / T) over what was multiplied in before, and resample where the ESS is low
+        x' ~ the model's step moved by scale std^2 lambda_{i+1} G; weight by model(x') / proposal(x')
+    weight by exp(r(x_0) / T) over what was multiplied in before
+
+Kim et al. 2025, Algorithm 1.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
 """DriftLite: a drift, solved for at every step, that keeps the weights of a weighted SDE equal.
 
-as `fkc`, but at every level, in every problem:
-    bases = grad rho, S_q and x at every particle; rate = what the log-weights gain without a drift
-    theta = least weighted variance of rate + theta . cost (VCG), or the Galerkin solution (ECG): 3 x 3
-    move along g^2 / 2 theta . bases, and weight for it
+    as `fkc`, but at every level, in every problem:
+        bases = grad rho, S_q and x at every particle; rate = what the log-weights gain without a drift
+        theta = least weighted variance of rate + theta . cost (VCG), or the Galerkin solution (ECG): 3 x 3
+        move along g^2 / 2 theta . bases, and weight for it
+
+Ren et al. 2025, Secs. 3 and 4.
 """
 
 from __future__ import annotations

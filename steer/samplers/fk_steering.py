@@ -1,10 +1,12 @@
 """Feynman-Kac steering: SMC with the model's own steps and potentials at a few levels; no gradients.
 
-x ~ the prior, k particles of each of B problems
-for every level:
-    predict x0_hat; at the chosen levels weight by the potential of r(x0_hat) / T, and resample where the ESS is low
-    x' ~ the model's own transition
-weight by what exp(r(x_0) / T) is still owed
+    x ~ the prior, k particles of each of B problems
+    for every level:
+        predict x0_hat; at the chosen levels weight by the potential of r(x0_hat) / T, and resample where the ESS is low
+        x' ~ the model's own transition
+    weight by what exp(r(x_0) / T) is still owed
+
+Singhal et al. 2025, Algorithm 1.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """Ψ-Sampler: MCMC on the tilted prior, then guided SMC from what it found.
 
-C chains of pCNL on N(x; 0, sigma^2 I) exp(r(x0_predictor(x)) / T_m), N particles from the states that they keep
-guided SMC from there, whose first weights count only what the start has not: r / T - r / T_m
+    C chains of pCNL on N(x; 0, sigma^2 I) exp(r(x0_predictor(x)) / T_m), N particles from the states that they keep
+    guided SMC from there, whose first weights count only what the start has not: r / T - r / T_m
+
+Yoon et al. 2025, Secs. 4-5.
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
 """The twisted diffusion sampler: the reward's gradient enters through the predicted x_0.
 
-x ~ the prior, K particles of each of B problems
-for every level:
-    predict x0_hat and the gradient G of r(x0_hat) / T
-    weight by the twist exp(r(x0_hat) / T) over the twist before it, and resample where weights differ
-    x' ~ the model's step for the prediction x0_hat + scale (sigma^2 / alpha) G; weight by model(x') / proposal(x')
-weight by exp(r(x_0) / T) over the last twist
+    x ~ the prior, K particles of each of B problems
+    for every level:
+        predict x0_hat and the gradient G of r(x0_hat) / T
+        weight by the twist exp(r(x0_hat) / T) over the twist before it, and resample where weights differ
+        x' ~ the model's step for the prediction x0_hat + scale (sigma^2 / alpha) G; weight by model(x') / proposal(x')
+    weight by exp(r(x_0) / T) over the last twist
+
+Wu et al. 2023, Algorithm 1.
 """
 
 from __future__ import annotations

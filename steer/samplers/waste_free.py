@@ -1,10 +1,12 @@
 """Waste-free SMC: few ancestors, and chains of MCMC moves on the paths of each.
 
-SMC on N particles; at the chosen levels, in place of its resampling:
-    draw N / chain ancestors by their weights
-    from each, chain - 1 times: path' = a pCN move of the noise that drove the path, replayed to this level;
-        accept it with probability min(1, exp(S' - S)), S the log-potential
-    keep every state of every chain
+    SMC on N particles; at the chosen levels, in place of its resampling:
+        draw N / chain ancestors by their weights
+        from each, chain - 1 times: path' = a pCN move of the noise that drove the path, replayed to this level;
+            accept it with probability min(1, exp(S' - S)), S the log-potential
+        keep every state of every chain
+
+Dau & Chopin 2022, Algorithm 2.
 """
 
 from __future__ import annotations

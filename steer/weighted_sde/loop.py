@@ -1,11 +1,13 @@
 """The loop of the weighted SDE: what `steer.fkc` and `steer.driftlite` run.
 
-started     x ~ N(0, sigma^2 / A), or another start, N particles of each of B problems
-for every level k = 0, ..., K - 1:
-    evaluate    predictions, values and their derivatives; the weight of the step to come, as far as it is known
-    selected    resampled where the ESS is low, or by birth-death clocks
-    step        x' by Euler-Maruyama with integrated coefficients, or the composite of reverse kernels
-close       score x_0; multiply weights by what exp(r(x_0) / T) is still owed
+    started     x ~ N(0, sigma^2 / A), or another start, N particles of each of B problems
+    for every level k = 0, ..., K - 1:
+        evaluate    predictions, values and their derivatives; the weight of the step to come, as far as it is known
+        selected    resampled where the ESS is low, or by birth-death clocks
+        step        x' by Euler-Maruyama with integrated coefficients, or the composite of reverse kernels
+    close       score x_0; multiply weights by what exp(r(x_0) / T) is still owed
+
+`engine` has the equations.
 """
 
 from __future__ import annotations
