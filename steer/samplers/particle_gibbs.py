@@ -1,12 +1,14 @@
 """Particle Gibbs: repeated SMC with one path pinned, which leaves the distribution of that path as it is, at any N.
 
+    path ~ plain SMC, unless one is given
+    for every further sweep:
+        run SMC with particle 0 on the path; multinomial resampling keeps particle 0's ancestor
+        path ~ the paths of that run, by its final weights
+
 One run of SMC with few particles has a bias that falls like 1 / N. A run in which particle 0 is forced along a given
 path, and from which a new path is then drawn, is a Markov kernel that leaves p(path) exp(r(x_0) / T) as it is at every
 N >= 2 (Andrieu, Doucet & Holenstein 2010). Repeating it repairs what one run got wrong, and new particles come from the
 prior each time, which repairs diversity.
-
-    path  ~ plain SMC, unless one is given for every further sweep: run SMC with particle 0 on the path; multinomial
-    resampling keeps particle 0's ancestor path ~ the paths of that run, by its final weights
 """
 
 from __future__ import annotations

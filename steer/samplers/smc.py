@@ -1,9 +1,10 @@
 """Sequential Monte Carlo on a reverse process: the one particle loop.
 
-    start       x ~ the prior, or another start, N particles of each of B problems for every level k = 0, ..., K - 1:
-    weigh   predict x0_hat and score it; multiply weights by the potential; resample where the ESS is low move    draw
-    x' from the proposal; multiply weights by model(x') / proposal(x') close       score x_0; multiply weights by what
-    exp(r(x_0) / T) is still owed
+    start       x ~ the prior, or another start, N particles of each of B problems
+    for every level k = 0, ..., K - 1:
+        weigh       predict x0_hat and score it; weight by the potential; resample where the ESS is low
+        move        x' ~ the proposal; weight by model(x') / proposal(x')
+    close       score x_0; weight by what exp(r(x_0) / T) is still owed
 
 A run is a choice of four parts that compose: a start, a proposal, a potential and a selection.
 """

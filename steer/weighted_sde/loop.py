@@ -5,7 +5,7 @@
         evaluate    predictions, values and their derivatives; the weight of the step to come, as far as it is known
         selected    resampled where the ESS is low, or by birth-death clocks
         step        x' by Euler-Maruyama with integrated coefficients, or the composite of reverse kernels
-    close       score x_0; multiply weights by what exp(r(x_0) / T) is still owed
+    close       score x_0; weight by what exp(r(x_0) / T) is still owed
 
 `engine` has the equations.
 """
