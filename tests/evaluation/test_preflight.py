@@ -53,6 +53,25 @@ def test_on_digits():
     assert (again.mean, again.sights, again.gradient) == (found.mean, found.sights, found.gradient)
 
 
+def test_hooks_draw_by_the_key_of_the_call():
+    """Noise of hooks, in the chain and in the gradient's prediction: another key, other noise; the same, the same."""
+
+    def drawn(key):
+        seen = []
+
+        def drawing(at):
+            seen.append(at.key.normal(at.x.shape))
+            return at.x0
+
+        steer.preflight(steer.guide(gaussian(6), steer.Hooks(x0=(drawing,))), first, samples=4, key=key)
+        return seen
+
+    one, same, other = drawn(1), drawn(1), drawn(2)
+    assert len(one) == len(other) == 7
+    assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
 def test_the_recommendation_runs():
     process, reward = digits(6), rewards.DigitLogProb(3)
     for found_on in (process, process.with_rule(steer.ode())):
