@@ -214,7 +214,7 @@ class Tree:
             line.append(layer["parent"].gather(1, line[-1]))
         return tuple(line[::-1])
 
-    def leaf_paths(self, device: torch.device | None = None) -> LeafPaths:
+    def leaf_paths(self, device: torch.device | str | None = None) -> LeafPaths:
         """How the leaves came about: the nodes on their lines, and the steps between, where they are kept.
 
         Args:
@@ -229,7 +229,7 @@ class Tree:
                 steps += _edge_steps(layer, level, slots, device)
         return LeafPaths(tuple(slots.to(device) for slots in ancestors), tuple(steps))
 
-    def states(self, depth: int, slots: Tensor, device: torch.device | None = None) -> dict[str, Tensor]:
+    def states(self, depth: int, slots: Tensor, device: torch.device | str | None = None) -> dict[str, Tensor]:
         """States of some nodes, with what is cached at them.
 
         Args:
@@ -286,7 +286,7 @@ class Tree:
         return graph
 
 
-def _edge_steps(layer: NodeTable, level: int, slots: Tensor, device: torch.device | None) -> Iterator[PathStep]:
+def _edge_steps(layer: NodeTable, level: int, slots: Tensor, device: torch.device | str | None) -> Iterator[PathStep]:
     """The steps on the edges that lead to nodes [B, N] of a level, oldest first."""
     x, log_prob, log_behaviour = (layer[name] for name in EDGE_COLUMNS)
     at = slots.to(x.device)
