@@ -203,14 +203,15 @@ def test_clipping_keeps_the_law():
 def test_clipping_looks_at_one_state_only():
     """A gradient clipped by its neighbours' norms would not be a function of the state, and the chain not exact."""
     _, objective, _ = open_objective(flat_process(30), RankTen())
-    tilt = TiltedPrior(objective, None, 1.0, torch.float64, 1.0, clip=5.0)
+    options = {"objective": objective, "mean": None, "sigma": 1.0, "dtype": torch.float64, "temperature": 1.0}
+    tilt = TiltedPrior(**options, clip=5.0)
     x = 3.0 * torch.arange(4.0)[:, None] * Key(10).normal((1, 4, 30))
     together, _ = tilt(x)
     norms = together.gradient.norm(dim=2)
     assert float(norms.max()) == pytest.approx(5.0)
     for n in range(4):
         torch.testing.assert_close(together.gradient[:, n : n + 1], tilt(x[:, n : n + 1])[0].gradient)
-    free, _ = TiltedPrior(objective, None, 1.0, torch.float64, 1.0)(x)
+    free, _ = TiltedPrior(**options)(x)
     assert float(free.gradient.norm(dim=2).min()) > 5.0  # all of them are clipped
 
 

@@ -10,7 +10,7 @@ from exact import LIMIT, Linear, exact_chain, mixture_2d, worst, z_scores
 
 import steer
 from steer.core.event import Event
-from steer.core.trajectory import Trajectory
+from steer.core.trajectory import StepRecord, Trajectory
 from steer.results.result import Result
 
 MIXTURE, REWARD, STEPS = mixture_2d(), Linear([0.7, -0.5]), 5
@@ -256,26 +256,40 @@ def test_event_costs_count_up(sampler, name):
         assert network[-1] == result.cost.nfe
 
 
-def test_event_scores_are_those_of_its_predictions_also_after_a_resampling():
-    """Both move with their particles: the reward of event.x0 is event.scores, and steps start from where x0 stands."""
-    resampled = 0
-    for sampler in (
-        functools.partial(steer.smc, temperature=0.2, selection=steer.resample(threshold=1.0)),
-        functools.partial(steer.fkc, temperature=0.2, selection=steer.resample(threshold=1.0)),
-        functools.partial(steer.driftlite, temperature=0.2, selection=steer.resample(threshold=1.0)),
-        functools.partial(steer.fkc, selection=steer.birth_death(), transport=steer.base_transport),
-        functools.partial(steer.waste_free, levels=[1, 3]),
-        functools.partial(steer.das, temperature=0.2),
-    ):
-        events, _ = events_of(sampler)
-        for event in events:
-            resampled += int(event.state.resamplings().sum())
-            if event.scores is not None:
-                again = REWARD(event.x0.flatten(0, 1)).view(event.scores.shape)
-                torch.testing.assert_close(event.scores, again, rtol=1e-9, atol=1e-9)
-        last = events[-1]
-        torch.testing.assert_close(last.state.x, last.x0)  # the last step of ancestral sampling is its prediction
-    assert resampled > 0
+SHARP = {"temperature": 0.2, "selection": steer.resample(threshold=1.0)}
+RESAMPLING = {
+    "smc": functools.partial(steer.smc, **SHARP),
+    "smc_guided": functools.partial(steer.smc, proposal=steer.guided(0.5), **SHARP),
+    "das": functools.partial(steer.das, **SHARP),
+    "fkc": functools.partial(steer.fkc, **SHARP),
+    "fkc_birth_death": functools.partial(steer.fkc, selection=steer.birth_death(), transport=steer.base_transport),
+    "driftlite": functools.partial(steer.driftlite, **SHARP),
+    "particle_gibbs": functools.partial(steer.particle_gibbs, sweeps=2, threshold=1.0, temperature=0.2),
+}
+
+
+@pytest.mark.parametrize("method", RESAMPLING)
+def test_predictions_and_scores_of_events_belong_to_their_particles(method):
+    """x0 is the prediction of the state that was stepped from, after its resampling, and scores are its rewards."""
+    events, _ = events_of(RESAMPLING[method], keep_states=True)
+    moved = 0
+    for event in events:
+        last = event.state.past[-1]
+        assert isinstance(last, StepRecord)
+        x0 = event.state.process.denoise(last.x, last.k)
+        torch.testing.assert_close(event.x0, x0, rtol=1e-9, atol=1e-9)
+        if event.scores is not None:
+            again = REWARD(event.x0.flatten(0, 1)).view(event.scores.shape)
+            torch.testing.assert_close(event.scores, again, rtol=1e-9, atol=1e-9)
+        moved += int((event.state.root != torch.arange(12)).sum())
+    assert moved > 0
+
+
+def test_scores_of_events_are_those_of_moved_paths():
+    events, _ = events_of(functools.partial(steer.waste_free, levels=[1, 3]))
+    for event in events[:-1]:
+        again = REWARD(event.x0.flatten(0, 1)).view(event.scores.shape)
+        torch.testing.assert_close(event.scores, again, rtol=1e-9, atol=1e-9)
 
 
 # --- seeds ------------------------------------------------------------------------------------------------------------
