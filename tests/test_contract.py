@@ -303,8 +303,8 @@ def test_lists_and_arrays_are_rewards(method, name):
 def test_every_step_is_reported_and_stop_keeps_what_was_paid_for(method, name):
     seen = []
 
-    def watch(state):
-        seen.append(state.k)
+    def watch(event):
+        seen.append(event.level)
         if len(seen) == 3:
             raise steer.Stop
 

@@ -65,7 +65,6 @@ def run_in_lockstep(run: Run, particles: int, start: Callable[[Run, Name], Chain
         with torch.no_grad():
             requests = {name: next(chain) for name, chain in chains.items()}
             while requests:
-                evaluated = dict(requests)
                 population = _population(runs, requests)
                 answers = _answers(run, runs, particles, requests)
                 for name, answer in answers.items():
@@ -75,8 +74,7 @@ def run_in_lockstep(run: Run, particles: int, start: Callable[[Run, Name], Chain
                     except StopIteration as end:
                         held[name] = end.value
                         del requests[name]
-                if requests:
-                    _report(runs, evaluated, answers)
+                _report(runs, requests, {problem for problem, _ in answers})
     except (Stop, KeyboardInterrupt):
         if any(found is None for found in held.values()):
             raise
@@ -169,13 +167,28 @@ def _population(runs: list[Run], requests: dict[Name, EvaluationRequest]) -> Tra
     return Trajectory.begin(runs[first].process, torch.cat(x, 1), k=k)
 
 
-def _report(runs: list[Run], requests: dict[Name, EvaluationRequest], answers: dict[Name, Answer]) -> None:
-    """Tells `on_step` what was just valued, problem by problem."""
-    for problem, run in enumerate(runs):
-        names = [name for name in answers if name[0] == problem]
-        if run.on_step is None or not names:
+def _report(runs: list[Run], requests: dict[Name, EvaluationRequest], moved: set[int]) -> None:
+    """Tells `on_step`, for every problem whose chains have moved, what they will have valued next, at its noisiest
+    level; as x0 and scores, what each chain would return now."""
+    for problem in sorted(moved):
+        run, own = runs[problem], [request for name, request in requests.items() if name[0] == problem]
+        if run.on_step is None or not own:
             continue
-        x, x0 = (torch.cat(parts, 1) for parts in zip(*((requests[n].x, answers[n][0]) for n in names), strict=True))
-        scores = torch.tensor([[score for name in names for score in answers[name][1]]], dtype=torch.float64)
-        state = Trajectory.begin(run.process, x, k=requests[names[0]].k)
-        run.on_step(Event(run.name, state, x0, scores.to(x.device), range(problem, problem + 1), 0, run.meter))
+        k = min(request.k for request in own)
+        held = [(request.x, request.held) for request in own if request.k == k and request.held is not None]
+        if not held:
+            continue
+        x = torch.cat([states for states, _ in held], 1)
+        x0 = torch.cat([best.clean.expand_as(states) for states, best in held], 1)
+        scores = torch.tensor([[best.score for states, best in held for _ in range(states.shape[1])]])
+        state = Trajectory.begin(run.process, x, k=k)
+        event = Event(
+            run=run.name,
+            state=state,
+            x0=x0,
+            scores=scores.to(x.device, torch.float64),
+            problems=range(problem, problem + 1),
+            chunk=0,
+            meter=run.meter,
+        )
+        run.on_step(event)

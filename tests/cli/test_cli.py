@@ -323,10 +323,10 @@ def test_help_shows_an_example(command):
 def test_ctrl_c_keeps_the_particles_of_every_method(tmp_path, monkeypatch, method):
     call = progress.Watch.__call__
 
-    def interrupted(self, state):
-        if state.k == 2:
+    def interrupted(self, event):
+        if event.level == 2:
             signal.raise_signal(signal.SIGINT)
-        call(self, state)
+        call(self, event)
 
     monkeypatch.setattr(progress.Watch, "__call__", interrupted)
     before = signal.getsignal(signal.SIGINT)
@@ -346,9 +346,9 @@ def test_ctrl_c_keeps_the_particles_of_every_method(tmp_path, monkeypatch, metho
 def test_ctrl_c_in_a_comparison_writes_nothing(tmp_path, monkeypatch):
     call = progress.Watch.__call__
 
-    def interrupted(self, state):
+    def interrupted(self, event):
         signal.raise_signal(signal.SIGINT)
-        call(self, state)
+        call(self, event)
 
     monkeypatch.setattr(progress.Watch, "__call__", interrupted)
     done = run("compare", *QUICK, "--budget", 24, "--keys", 2, "--out", tmp_path / "out")

@@ -167,7 +167,7 @@ def test_bare_networks_say_who_owns_what():
     x = torch.randn(2, *process.event, generator=torch.Generator().manual_seed(0))
     seen = []
     steer.rollout(process, mean, particles=2, start=steer.from_latents(x), on_step=seen.append)
-    assert torch.equal(seen[0].past[0].x[0], x)
+    assert torch.equal(seen[0].state.past[0].x[0], x)
 
 
 def test_the_cures_are_what_works():
@@ -176,7 +176,7 @@ def test_the_cures_are_what_works():
     seen = []
     result = steer.smc(process, mean, particles=3, start=steer.from_latents(noise(3)), on_step=seen.append)
     assert result.reward.shape == (1, 3)
-    assert [state.k for state in seen] == [1, 2]
+    assert [event.level for event in seen] == [1, 2]
 
 
 def mean(samples):

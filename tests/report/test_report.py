@@ -157,8 +157,8 @@ def test_forbidden_and_constant_rewards_do_not_break_the_figures(tmp_path):
 
 
 def test_interrupted_runs_say_so(tmp_path):
-    def stop(state):
-        if state.k == 3:
+    def stop(event):
+        if event.level == 3:
             raise steer.Stop
 
     result = steer.smc(pictures(), score, particles=4, on_step=stop)

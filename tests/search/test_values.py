@@ -143,8 +143,8 @@ def test_a_learned_value_of_wrong_shape_is_named():
 
 
 def test_an_interrupted_search_with_learned_values_scores_its_predictions():
-    def watch(state):
-        if state.k == 3:
+    def watch(event):
+        if event.level == 3:
             raise steer.Stop
 
     learned = values.learned(lambda x, k: x @ REWARD.vector)

@@ -16,7 +16,7 @@ import steer
 from steer.models import GaussianMixture
 from steer.weighted_sde.composite import compose
 from steer.weighted_sde.derivatives import ValueDerivatives
-from steer.weighted_sde.engine import WeightedSDE, Terms
+from steer.weighted_sde.engine import Terms, WeightedSDE
 from steer.weighted_sde.step_integrals import span
 
 BATCH, PARTICLES, STEPS = 256, 16, 40

@@ -112,8 +112,8 @@ def test_stopped_early_it_returns_its_best_sample_or_else_a_prediction():
     def stopping(at):
         calls = []
 
-        def watch(state):
-            calls.append(state.k)
+        def watch(event):
+            calls.append(event.level)
             if len(calls) == at:
                 raise steer.Stop
 

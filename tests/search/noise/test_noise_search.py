@@ -8,7 +8,11 @@ from exact import Linear, exact_chain, mixture_2d
 
 import steer
 from steer import search
+from steer.core.chain import run_chain
+from steer.core.loop import Loop
+from steer.core.run import Run
 from steer.key import Key
+from steer.search.noise.paths import PathSearch
 
 REWARD = Linear([0.7, -0.5])
 STRATEGIES = [search.zero_order(), search.random_search(), search.paths(), search.epsilon_greedy()]
@@ -38,7 +42,7 @@ def test_without_a_budget_to_search_with_it_is_the_rollout(strategy):
 @pytest.mark.parametrize("budget", [10, 57, 203])
 def test_the_budget_is_used_up_to_a_move(strategy, budget):
     result = found(process(), strategy, particles=2, budget=budget, batch=3)
-    move = 2 if isinstance(strategy, search.paths.__globals__["Paths"]) or "Epsilon" in str(strategy) else 2 * 5
+    move = 2 if isinstance(strategy, PathSearch) or "Epsilon" in str(strategy) else 2 * 5
     assert budget - move < result.cost.nfe / 3 <= budget
     with pytest.raises(steer.BudgetError, match="raise the budget to 10"):
         found(process(), strategy, particles=2, budget=9)
@@ -96,7 +100,8 @@ def test_zero_order_moves_to_the_best_and_never_back():
 
     def score(z):
         state = steer.Trajectory.begin(ode, z)
-        x = steer.rollout.__globals__["advance"](state, key)[0].x
+        run = Run.open("test", ode, REWARD, batch=1, temperature=1.0, key=key)
+        x = run_chain(Loop(run), state).x
         return x, REWARD(x.flatten(0, 1)).view(x.shape[:2])
 
     pivot = ode.prior(key.fold("prior"), 1, 1)
@@ -182,7 +187,7 @@ def test_epsilon_greedy_counts_as_the_paper_less_one():
 
 def test_epsilon_greedy_keeps_to_the_radius_unless_fresh():
     pivot = Key(0).normal((2, 3, 8))
-    run = search.noise_search.__globals__["Run"].open(process(), REWARD, 2, 1.0, 1)
+    run = Run.open("test", process(), REWARD, batch=2, temperature=1.0, key=1)
     centre = torch.cat([pivot] * 4, 1)
     for epsilon, radius in ((0.0, 0.15), (0.0, 2.0), (1.0, 0.15)):
         noise = search.epsilon_greedy(epsilon=epsilon, radius=radius)._near(run, pivot, 1, 0, 4)

@@ -10,6 +10,7 @@ from exact import Linear, exact_chain, mixture_2d
 
 import steer
 from steer import search
+from steer.core.trajectory import PathState
 from steer.search import selection, values
 from steer.search.selection import Choice
 
@@ -28,8 +29,15 @@ def chain(request):
 
 def choice(values, key=0, **changes):
     values = torch.as_tensor(values, dtype=torch.float64)
-    fields = {"memory": {}, "particles": values.shape[1], "temperature": 1.0, "k": 5, "steps": 5, "separable": True}
-    return Choice(values, **{**fields, "key": steer.Key(key), **changes})
+    fields = {
+        "path": PathState(),
+        "particles": values.shape[1],
+        "temperature": 1.0,
+        "k": 5,
+        "steps": 5,
+        "separable": True,
+    }
+    return Choice(values, **{**fields, "separable": True, "key": steer.Key(key), **changes})
 
 
 @pytest.mark.parametrize("block", [5, 6, 99])
@@ -102,13 +110,13 @@ def test_ssp_children_are_floor_or_ceiling_and_right_on_average():
 
 def test_scores():
     values = torch.tensor([[1.0, -math.inf, 2.0]], dtype=torch.float64)
-    memory = {
-        "value": torch.tensor([[3.0, 0.0, -math.inf]], dtype=torch.float64),
-        "highest": torch.tensor([[3.0, 0.5, 1.5]], dtype=torch.float64),
-    }
-    assert selection.current(values, memory).tolist() == [[1.0, -math.inf, 2.0]]
-    assert selection.difference(values, memory).tolist() == [[-2.0, -math.inf, 2.0]]
-    assert selection.highest(values, memory).tolist() == [[3.0, 0.5, 2.0]]
+    path = PathState(
+        value=torch.tensor([[3.0, 0.0, -math.inf]], dtype=torch.float64),
+        highest=torch.tensor([[3.0, 0.5, 1.5]], dtype=torch.float64),
+    )
+    assert selection.current(values, path).tolist() == [[1.0, -math.inf, 2.0]]
+    assert selection.difference(values, path).tolist() == [[-2.0, -math.inf, 2.0]]
+    assert selection.highest(values, path).tolist() == [[3.0, 0.5, 2.0]]
     assert torch.equal(selection.difference(values, {}), values)
     assert torch.equal(selection.highest(values, {}), values)
 
@@ -133,16 +141,16 @@ def test_no_strength_keeps_everyone_and_infinite_strength_the_best():
 
 def test_memory_follows_the_lineage():
     """The highest value on each survivor's own path, recomputed from the lineage."""
-    states = []
-    result = search.beam(process(6, dtype=torch.float64), REWARD, particles=8, key=2, on_step=states.append)
-    last = states[-1]
-    best = last.memory["highest"].new_full((1, 8), -torch.inf)
+    events = []
+    result = search.beam(process(6, dtype=torch.float64), REWARD, particles=8, key=2, on_step=events.append)
+    last = events[-1].state
+    best = last.path.highest.new_full((1, 8), -torch.inf)
     moves = [event.parent for event in last.past]
     index = torch.arange(8)[None]
     for k in range(5, -1, -1):  # newest first; the scores at level k belong to the particles before its move
         index = moves[k].gather(1, index)
         best = torch.maximum(best, result.seen[k].score.gather(1, index))
-    torch.testing.assert_close(last.memory["highest"], best)
+    torch.testing.assert_close(last.path.highest, best)
 
 
 @pytest.mark.parametrize("score", [selection.current, selection.difference, selection.highest])

@@ -8,6 +8,7 @@ from exact import Linear, exact_chain, mixture_2d, z
 
 import steer
 from steer import search
+from steer.core.trajectory import PathState
 from steer.search import selection
 from steer.search.selection import Choice
 
@@ -124,8 +125,15 @@ def test_results_do_not_depend_on_chunks():
 
 def choice(values, key=0, **changes):
     values = torch.as_tensor(values, dtype=torch.float64)
-    fields = {"memory": {}, "particles": values.shape[1], "temperature": 1.0, "k": 1, "steps": 4, "separable": True}
-    return Choice(values, **{**fields, "key": steer.Key(key), **changes})
+    fields = {
+        "path": PathState(),
+        "particles": values.shape[1],
+        "temperature": 1.0,
+        "k": 1,
+        "steps": 4,
+        "separable": True,
+    }
+    return Choice(values, **{**fields, "separable": True, "key": steer.Key(key), **changes})
 
 
 def test_replacement_takes_the_worst_and_draws_in_proportion():
