@@ -1,55 +1,60 @@
-"""Rewards: plain callables from samples (M, *event), or images (M, C, H, W) in [0, 1], to scores (M,).
+"""Rewards: callables from samples [M, *event], or images [M, C, H, W] in [0, 1], to scores [M].
 
-Higher is better and -inf forbids a sample. A plain function of yours is as good as any of these; one that wants the
-prompts of its samples names an argument `prompts`.
+Higher is better, and -inf forbids a sample. A plain function of yours works as well as any of these; one that needs the
+prompts of its samples has an argument named `prompts`.
 
-    Linear, Quadratic, LogDensity       in closed form; the first two make analytic models' answers exact
+    Linear, Quadratic, LogDensity       in closed form; with the first two, analytic models have exact answers
     Ink, Symmetry, Sharpness, Saturation, JPEGSize, PNGSize     of an image alone
-    DigitLogProb, DigitProb, judge      embedded digit classifiers: one to steer by, one held out to report with
-    CLIPScore, PickScore, HPS, ImageReward, Aesthetic   pretrained: of an image and its prompt; of an image
-    VQAScore, VLMJudge                  what a vision-language model thinks, run here or behind an API
-    GenEval, Count, Layout              of objects that a detector finds; TransformersDetector is one
+    DigitLogProb, DigitProb, judge      embedded digit classifiers: one to steer by, and a held-out one to report with
+    CLIPScore, PickScore, HPS, ImageReward      pretrained networks: of an image and its prompt
+    Aesthetic                           a pretrained network: of an image alone
+    VQAScore, VLMJudge                  a vision-language model's opinion: VQAScore runs it here, VLMJudge calls an API
+    GenEval, Count, Layout              of the objects that a detector finds; TransformersDetector is a detector
+    CLIPColors, Detection               colors of objects for GenEval; what a detector returns
     OCR                                 of the text in an image; TransformersReader reads it
     InWords, LetterCount, Matches, TextLogProb, QED     of texts and molecules that tokens are decoded to
     NeighbourDistance, OnManifold       how rare a sample is among data, and whether it is like them at all
     Remote, serve                       any reward in another process or on another machine
     weighted, Weighted                  sums with units
-    zscore, clip, target, log, minimum, softmin, product, gate  functions of rewards, with units
-    rank, group_zscore                  a sample against the others of its problem: for search, not for tilting
-    chunked, per_frame, timeout, full_precision     around any reward
+    zscore, clip, target, log, minimum, softmin, product, gate, Composed    functions of rewards, with units
+    rank, group_zscore                  a sample compared with the others in its call: for search, not for tilting
+    chunked, per_frame, timeout, full_precision     wrappers around any reward
     from_flow_grpo, from_trl            trainers' reward functions, as rewards here
     as_flow_grpo, as_flow_grpo_scores, as_trl, as_verl_omni     rewards from here, as trainers call them
     from_spec                           rewards by name: "digit:3", "jpeg:+"
 
-Built-in rewards say their unit, bounds and gradient in an attribute `spec` and give scores of at least float32.
+Built-in rewards declare their unit, bounds and gradient in an attribute `spec`, and give scores of at least float32.
+
+Where things are: detection/ holds what is made of a detector, pretrained/ the networks that rate an image, remote/ what
+goes over HTTP. Rewards are called through `scoring`, which checks names, prompts, gradients and shapes for all of them.
 """
 
-from .aesthetic import Aesthetic
 from .algebra import Composed, clip, gate, group_zscore, log, minimum, product, rank, softmin, target, zscore
 from .analytic import Linear, LogDensity, Quadratic
-from .classifier import DigitLogProb, DigitProb, judge
-from .clip_score import CLIPScore
-from .colors import CLIPColors
-from .compose import Weighted, weighted
-from .detect import Detection, TransformersDetector
+from .by_name import from_spec
+from .detection.colors import CLIPColors
+from .detection.count_and_layout import Count, Layout
+from .detection.detector import Detection, TransformersDetector
+from .detection.geneval import GenEval
+from .digit_probability import DigitLogProb, DigitProb, judge
 from .file_size import JPEGSize, PNGSize
-from .geneval import GenEval
-from .hps import HPS
-from .image import Ink, Saturation, Sharpness, Symmetry
-from .image_reward import ImageReward
-from .layout import Count, Layout
-from .minority import NeighbourDistance, OnManifold
 from .molecule import QED
+from .nearest_neighbours import NeighbourDistance, OnManifold
 from .ocr import OCR, TransformersReader
-from .parse import from_spec
-from .pick_score import PickScore
-from .remote import Remote
-from .server import serve
+from .pixel_statistics import Ink, Saturation, Sharpness, Symmetry
+from .pretrained.aesthetic import Aesthetic
+from .pretrained.clip_score import CLIPScore
+from .pretrained.hps import HPS
+from .pretrained.image_reward import ImageReward
+from .pretrained.pick_score import PickScore
+from .pretrained.vqa_score import VQAScore
+from .remote.client import Remote
+from .remote.server import serve
+from .remote.vlm_judge import VLMJudge
 from .text import InWords, LetterCount, Matches, TextLogProb
 from .trainers import as_flow_grpo, as_flow_grpo_scores, as_trl, as_verl_omni, from_flow_grpo, from_trl
-from .vlm_judge import VLMJudge
-from .vqa_score import VQAScore
-from .wrap import chunked, full_precision, per_frame, timeout
+from .weighted_sum import Weighted, weighted
+from .wrappers import chunked, full_precision, per_frame, timeout
 
 __all__ = [
     "HPS",

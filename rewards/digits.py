@@ -1,11 +1,8 @@
 """Small digit classifiers whose trained weights ship with the package.
 
-Two networks are stored, built differently and trained on disjoint data, so that one can steer while the other
-checks the outcome:
-
-- ``digits-classifier`` (convolutional, trained on half A): meant to be used *as a reward*.
-- ``digits-judge`` (fully connected, trained on half B): meant to be *held out*, so that a sample which only
-  fools the classifier is noticed.
+Two networks are stored, built differently and trained on disjoint data, so that one can steer while the other checks
+the outcome: "digits-classifier" (convolutional, trained on half A) is the one to use as a reward, and "digits-judge"
+(fully connected, trained on half B) is held out, so that a sample which only fools the classifier is noticed.
 """
 
 import json
@@ -24,6 +21,9 @@ class DigitNet(nn.Module):
         architecture: "conv" (3x3 convolutions, SiLU, max pooling) or "mlp" (fully connected, GELU).
         width: channels of the first convolution, or units of each hidden layer.
         num_features: size of the penultimate layer.
+
+    Raises:
+        ValueError: for another architecture.
     """
 
     def __init__(self, architecture: str, width: int, num_features: int) -> None:
@@ -35,11 +35,25 @@ class DigitNet(nn.Module):
         self.head = nn.Linear(num_features, NUM_CLASSES)
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
-        """Penultimate features, shape (M, num_features), of `images` (M, 1, 8, 8) in [0, 1]."""
+        """Features before the last layer.
+
+        Args:
+            images: `[M, 1, 8, 8]` in [0, 1].
+
+        Returns:
+            `[M, num_features]`.
+        """
         return self.body(2 * images - 1)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Class logits, shape (M, 10), of `images` (M, 1, 8, 8) in [0, 1]."""
+        """Class logits.
+
+        Args:
+            images: `[M, 1, 8, 8]` in [0, 1].
+
+        Returns:
+            `[M, 10]`.
+        """
         return self.head(self.features(images))
 
 
@@ -74,10 +88,13 @@ def _mlp_body(width: int, num_features: int) -> nn.Sequential:
 
 
 def load_digit_net(name: str) -> DigitNet:
-    """Load a stored network, frozen and in evaluation mode.
+    """A stored network, frozen and in evaluation mode.
 
     Args:
         name: "digits-classifier" or "digits-judge".
+
+    Returns:
+        The network, float32, on the CPU.
 
     Raises:
         ValueError: if no network of that name is stored; the message lists the names.

@@ -6,22 +6,31 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from steer.types import RewardSpec
 
-from .loading import optional
-from .text import ToText, decode
+from .hub import optional_package
+from .text import ToText, decode, score_tensor
 
 
 @dataclass(frozen=True, eq=False)
 class QED:
-    """The quantitative estimate of drug-likeness, in [0, 1], of samples that `text` decodes to SMILES.
+    """The quantitative estimate of drug-likeness of samples that decode to SMILES.
 
-    text: tokens (M, L) to M strings, as in `rewards.text`. invalid: the score of what is no molecule (text that does
-    not parse, impossible valences, nothing at all); -inf forbids it. RDKit writes its reasons to its own log.
-    Scores float32, no gradient. Raises RewardError where rdkit is missing (pip install 'steer-diffusion[molecules]').
+    Called with tokens `[M, L]`. RDKit writes its reasons for invalid molecules to its own log.
+
+    Args:
+        text: from tokens `[M, L]` to M strings, as in `rewards.text`.
+        invalid: the score of what is no molecule (text that does not parse, impossible valences, nothing at all);
+            -inf forbids it.
+
+    Returns:
+        Scores `[M]` in [0, 1] or `invalid`, float32, without a gradient.
+
+    Raises:
+        RewardError: where rdkit is missing (pip install 'steer-diffusion[molecules]').
+
     Source: Bickerton et al. 2012, "Quantifying the chemical beauty of drugs"; RDKit's `Chem.QED.qed`, BSD-3-Clause.
     """
 
@@ -30,13 +39,13 @@ class QED:
     spec: ClassVar[RewardSpec] = RewardSpec("1", (-inf, 1.0), "none")
 
     def __post_init__(self) -> None:
-        optional("rdkit", "molecules")
+        optional_package("rdkit", "molecules")
 
     def __call__(self, samples: Tensor) -> Tensor:
-        scores = [self._score(smiles) for smiles in decode(self.text, samples)]
-        return torch.tensor(scores, dtype=torch.float32, device=samples.device)
+        return score_tensor([self._score(smiles) for smiles in decode(self.text, samples)], samples)
 
     def _score(self, smiles: str) -> float:
-        chem, qed = optional("rdkit.Chem", "molecules"), optional("rdkit.Chem.QED", "molecules")
+        chem = optional_package("rdkit.Chem", "molecules")
+        qed = optional_package("rdkit.Chem.QED", "molecules")
         molecule = chem.MolFromSmiles(smiles)
         return self.invalid if molecule is None or not molecule.GetNumAtoms() else float(qed.qed(molecule))

@@ -12,8 +12,9 @@ from torch import Tensor
 from steer.errors import RewardError
 from steer.types import RewardSpec
 
-from .loading import from_hub, optional
-from .pictures import to_rgb
+from .hub import model_and_processor
+from .pil_images import to_rgb
+from .scoring import check_prompts
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -21,42 +22,72 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class OCR:
-    """1 - min(d, L) / L in [0, 1]: d edits from the text read to the L characters wanted, case and spaces aside.
+    """1 - min(d, L) / L: d edits from the text read to the L characters wanted, ignoring case and spaces.
 
-    The text wanted is what the prompt has between its first two double quotes: A sign that says "Open". d is 0 where
-    it occurs anywhere in what was read, so that other text in the image costs nothing once the wanted one is there.
-    reader: any function of a picture (PIL, RGB) to the text in it. With PaddleOCR 2, as the source has it:
-        lambda picture: "".join(text for _, (text, sure) in (ocr.ocr(np.array(picture), cls=False)[0] or []) if sure)
-        `rewards.TransformersReader` is one for models of transformers.
-    Images are (M, 1 or 3, H, W) in [0, 1]; scores float32; no gradient. Cost: one call of the reader per sample.
-    Raises RewardError for a prompt without quoted text, and where the reader fails: a failure is no score.
+    Called with images `[M, 1 or 3, H, W]` in [0, 1] and M prompts. The text wanted is what the prompt has between its
+    first two double quotes: A sign that says "Open". d is 0 where it occurs anywhere in what was read, so that other
+    text in the image costs nothing once the wanted one is there.
+
+    Args:
+        reader: from a picture (PIL, RGB) to the text in it. `rewards.TransformersReader` is one for models of
+            transformers. With PaddleOCR 2, as the source has it:
+
+            lambda picture: "".join(
+                text for _, (text, sure) in (ocr.ocr(np.array(picture), cls=False)[0] or []) if sure
+            )
+
+    Returns:
+        Scores `[M]` in [0, 1], float32, without a gradient.
+
+    Raises:
+        RewardError: for a prompt without quoted text, and where the reader fails: a failure is not scored 0.
+        ShapeError: for samples of another shape.
+
+    Cost: one call of the reader per sample.
     Source: the text-rendering reward of Flow-GRPO (Liu et al. 2025, arXiv 2505.05470; github.com/yifan123/flow_grpo,
-    MIT). Typographic quotes count as quotes here.
+        MIT).
+    Differs: typographic quotes count as quotes here.
     """
 
     reader: Callable[[Image], str] = field(repr=False)
     spec: ClassVar[RewardSpec] = RewardSpec("1", (0.0, 1.0), "none", prompts=True)
 
     def __call__(self, samples: Tensor, *, prompts: Sequence[str]) -> Tensor:
-        pictures, wanted = to_rgb(samples, "OCR"), [quoted(prompt) for prompt in prompts]
-        if len(wanted) != len(pictures):
-            raise RewardError(f"OCR needs {len(pictures)} prompts, one per sample, got {len(wanted)}")
+        pictures = to_rgb(samples, "OCR")
+        check_prompts(prompts, len(pictures), "OCR")
+        wanted = [quoted(prompt) for prompt in prompts]
         scores = [likeness(self._read(picture), text) for picture, text in zip(pictures, wanted, strict=True)]
         return torch.tensor(scores, dtype=torch.float32, device=samples.device)
 
     def _read(self, picture: Image) -> str:
         text = self.reader(picture)
         if not isinstance(text, str):
-            raise RewardError(f"OCR's reader must return the text of a picture, got {type(text).__name__}")
+            raise RewardError(
+                f"OCR's reader must return the text of a picture, got {type(text).__name__}; return one string, empty "
+                "where there is no text"
+            )
         return text
 
 
 @dataclass(frozen=True, eq=False)
 class TransformersReader:
-    """A reader from a model of transformers that writes what it sees: TrOCR and its like. Greedy, so it repeats itself.
+    """A reader for `OCR` from a model of transformers that writes what it sees, such as TrOCR.
 
-    model, processor: a ready pair, or a hub id or folder ("microsoft/trocr-base-printed", MIT) and no processor. TrOCR
-    reads one line: give it pictures of one line, or a reader that finds lines first. most: tokens to write.
+    Called with one PIL picture. TrOCR reads one line: give it pictures of one line, or a reader that finds lines
+    first. Decoding is greedy, so the same picture gives the same text.
+
+    Args:
+        model: a model, or a hub id or folder ("microsoft/trocr-base-printed", MIT).
+        processor: the model's processor; None with an id.
+        most: tokens to write at most.
+        download: whether to fetch a model given by id that is not in the hub's cache.
+        device: for a model given by id.
+
+    Returns:
+        The text of the picture.
+
+    Raises:
+        RewardError: for missing packages (pip install 'steer-diffusion[vlm]') or weights.
     """
 
     model: Any = field(repr=False)
@@ -66,48 +97,74 @@ class TransformersReader:
     device: torch.device | str = "cpu"
 
     def __post_init__(self) -> None:
-        model, processor = self.model, self.processor
-        if isinstance(model, str):
-            transformers = optional("transformers", "vlm")
-            processor = processor or from_hub(transformers.AutoProcessor, model, download=self.download)
-            loader = transformers.AutoModelForImageTextToText
-            model = from_hub(loader, model, download=self.download, use_safetensors=True).to(self.device)
-        if processor is None:
-            raise RewardError("TransformersReader(model) was given no processor; pass both, or a hub id")
-        object.__setattr__(self, "model", model.eval().requires_grad_(False))
+        model, processor = model_and_processor(
+            "TransformersReader",
+            self.model,
+            self.processor,
+            model_class=lambda transformers: transformers.AutoModelForImageTextToText,
+            processor_class=lambda transformers: transformers.AutoProcessor,
+            download=self.download,
+            device=self.device,
+        )
+        object.__setattr__(self, "model", model)
         object.__setattr__(self, "processor", processor)
 
     @torch.no_grad()
     def __call__(self, picture: Image) -> str:
-        """The text of a picture."""
         pixel_values = self.processor(images=picture, return_tensors="pt")["pixel_values"].to(self.model.device)
-        written = self.model.generate(pixel_values=pixel_values, max_new_tokens=self.most, do_sample=False, num_beams=1)
-        return self.processor.batch_decode(written, skip_special_tokens=True)[0]
+        tokens = self.model.generate(pixel_values=pixel_values, max_new_tokens=self.most, do_sample=False, num_beams=1)
+        return self.processor.batch_decode(tokens, skip_special_tokens=True)[0]
 
 
 def quoted(prompt: str) -> str:
-    """The text between the first two double quotes of a prompt; RewardError where it has none."""
+    """The text between the first two double quotes of a prompt.
+
+    Args:
+        prompt: with straight or typographic quotes.
+
+    Returns:
+        The text, as it is written.
+
+    Raises:
+        RewardError: where the prompt quotes no text.
+    """
     pieces = prompt.replace("\u201c", '"').replace("\u201d", '"').split('"')
-    if len(pieces) < 3 or not _bare(pieces[1]):
+    if len(pieces) < 3 or not _without_case_and_spaces(pieces[1]):
         raise RewardError(f'OCR needs the wanted text in double quotes, as in: a sign that says "Open"; got {prompt!r}')
     return pieces[1]
 
 
 def likeness(read: str, wanted: str) -> float:
-    """1 - min(d, L) / L for the edits d between two texts without case and spaces, 0 where wanted occurs in read."""
-    read, wanted = _bare(read), _bare(wanted)
+    """1 - min(d, L) / L for d edits between two texts, ignoring case and spaces.
+
+    Args:
+        read: the text that was read.
+        wanted: the text of L characters that should be there.
+
+    Returns:
+        A number in [0, 1]; 1 where wanted occurs anywhere in read.
+    """
+    read, wanted = _without_case_and_spaces(read), _without_case_and_spaces(wanted)
     return 1.0 if wanted in read else 1.0 - min(edits(read, wanted), len(wanted)) / len(wanted)
 
 
 def edits(a: str, b: str) -> int:
-    """The Levenshtein distance: insertions, deletions and replacements from a to b."""
+    """The Levenshtein distance between two texts.
+
+    Args:
+        a: a text.
+        b: another.
+
+    Returns:
+        The least number of insertions, deletions and replacements from a to b.
+    """
     row = list(range(len(b) + 1))
     for i, letter in enumerate(a, 1):
-        last, row[0] = row[0], i
+        diagonal, row[0] = row[0], i
         for j, other in enumerate(b, 1):
-            last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (letter != other))
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (letter != other))
     return row[-1]
 
 
-def _bare(text: str) -> str:
+def _without_case_and_spaces(text: str) -> str:
     return "".join(text.lower().split())

@@ -45,7 +45,7 @@ from steer.minority_sampling import (
 )
 from steer.minority_sampling.metrics import in_balls, knn_distance
 from steer.rewards.digits import load_digit_net
-from steer.rewards.minority import NeighbourDistance, OnManifold
+from steer.rewards.nearest_neighbours import NeighbourDistance, OnManifold
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
 import minority_digits as trained

@@ -10,7 +10,7 @@ import steer
 from steer.minority_sampling import minority_metrics
 from steer.minority_sampling.metrics import in_balls, knn_distance, local_outlier_factor, rarity
 from steer.models import GaussianMixture
-from steer.rewards.minority import NeighbourDistance, OnManifold
+from steer.rewards.nearest_neighbours import NeighbourDistance, OnManifold
 
 
 def points(count, size, seed):

@@ -32,7 +32,7 @@ from steer.rewards import (
     target,
     weighted,
     zscore,
-)  # fmt: skip
+)
 from steer.search import best_of_n
 from steer.types import RewardSpec
 
@@ -221,11 +221,18 @@ def test_bounds_are_those_of_the_function():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: zscore(first, 0.0, 0.0), lambda: zscore(first, NAN, 1.0), lambda: clip(first, 1.0, 1.0),
-        lambda: target(first, INF), lambda: minimum(), lambda: softmin(first, second, width=-1.0), lambda: product(),
-        lambda: gate(first, second, NAN), lambda: group_zscore(first, 0.0), lambda: minimum(first, 3),
+        lambda: zscore(first, 0.0, 0.0),
+        lambda: zscore(first, NAN, 1.0),
+        lambda: clip(first, 1.0, 1.0),
+        lambda: target(first, INF),
+        lambda: minimum(),
+        lambda: softmin(first, second, width=-1.0),
+        lambda: product(),
+        lambda: gate(first, second, NAN),
+        lambda: group_zscore(first, 0.0),
+        lambda: minimum(first, 3),
     ],
-)  # fmt: skip
+)
 def test_settings_that_mean_nothing_are_refused(make):
     with pytest.raises(RewardError, match=r"must be|needs low < high|takes one or more rewards"):
         make()

@@ -14,12 +14,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from steer.errors import RewardError
-from steer.rewards.clip_score import CLIPScore
-from steer.rewards.detect import TransformersDetector
-from steer.rewards.geneval import NAMES, GenEval
-from steer.rewards.image_reward import ImageReward
+from steer.rewards.detection.detector import TransformersDetector
+from steer.rewards.detection.geneval import NAMES, GenEval
 from steer.rewards.ocr import OCR, TransformersReader
-from steer.rewards.vqa_score import VQAScore
+from steer.rewards.pretrained.clip_score import CLIPScore
+from steer.rewards.pretrained.image_reward import ImageReward
+from steer.rewards.pretrained.vqa_score import VQAScore
 
 
 def picture(name):

@@ -97,9 +97,13 @@ def test_forbidding_everything_is_an_error():
 
 def test_guidance_by_a_reward_without_gradient_is_refused():
     squares = steer.GaussianProcess(
-        PROCESS.denoiser, PROCESS.schedule, PROCESS.times, (2,), PROCESS.rule,
+        PROCESS.denoiser,
+        PROCESS.schedule,
+        PROCESS.times,
+        (2,),
+        PROCESS.rule,
         decoder=lambda x: x.sigmoid()[:, :1, None, None].expand(-1, 1, 8, 8),
-    )  # fmt: skip
+    )
     guided = {"particles": 2, "key": 0, "proposal": steer.guided()}
     jpeg = JPEGSize(size=8)
     with pytest.raises(NotDifferentiableError, match=r"gradient of the reward JPEGSize.* proposal=steer.bootstrap"):
@@ -133,10 +137,14 @@ def aligned(samples, *, prompts):
 @pytest.mark.parametrize(
     "reward",
     [
-        aligned, chunked(aligned, 3), timeout(aligned, 9.0), weighted((1.0, aligned), (1.0, lambda x: x.sum(1))),
-        rewards.clip(aligned, -1.0, 1.0), rewards.product(aligned, aligned),
+        aligned,
+        chunked(aligned, 3),
+        timeout(aligned, 9.0),
+        weighted((1.0, aligned), (1.0, lambda x: x.sum(1))),
+        rewards.clip(aligned, -1.0, 1.0),
+        rewards.product(aligned, aligned),
     ],
-)  # fmt: skip
+)
 def test_a_process_without_prompts_is_refused_by_what_needs_them(reward):
     with pytest.raises(RewardError, match="asks for prompts, and this process has none"):
         run(reward)

@@ -30,6 +30,6 @@ def test_a_missing_package_says_how_to_install_it(monkeypatch):
     def missing(name):
         raise ImportError(f"No module named {name!r}")
 
-    monkeypatch.setattr(rewards.loading.importlib, "import_module", missing)
+    monkeypatch.setattr(rewards.hub.importlib, "import_module", missing)
     with pytest.raises(RewardError, match=r"needs the package rdkit.*pip install 'steer-diffusion\[molecules\]'"):
         QED(to_text)

@@ -62,6 +62,8 @@ def test_a_reader_that_fails_has_not_read_nothing():
         OCR(lambda picture: None)(GREY[:1], prompts=['"a"'])  # type: ignore[arg-type, return-value]
     with pytest.raises(RewardError, match="needs 2 prompts"):
         OCR(lambda picture: "")(GREY[:2], prompts=['"a"'])
+    with pytest.raises(RewardError, match=r"needs a list of 3 prompts, .* got the single string '\"a\"'; put"):
+        OCR(lambda picture: "a")(GREY[:3], prompts='"a"')  # as many letters as images: it would pass for a list
 
 
 def test_a_model_of_transformers_reads():
@@ -71,11 +73,20 @@ def test_a_model_of_transformers_reads():
     config = transformers.VisionEncoderDecoderConfig(
         encoder=transformers.ViTConfig(image_size=16, patch_size=8, **encoder).to_dict(),
         decoder=transformers.TrOCRConfig(
-            vocab_size=len(tokenizer), d_model=16, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=16,
-            pad_token_id=0, bos_token_id=2, eos_token_id=3, decoder_start_token_id=2, cross_attention_hidden_size=16,
+            vocab_size=len(tokenizer),
+            d_model=16,
+            decoder_layers=1,
+            decoder_attention_heads=2,
+            decoder_ffn_dim=16,
+            pad_token_id=0,
+            bos_token_id=2,
+            eos_token_id=3,
+            decoder_start_token_id=2,
+            cross_attention_hidden_size=16,
         ).to_dict(),
-        decoder_start_token_id=2, pad_token_id=0,
-    )  # fmt: skip
+        decoder_start_token_id=2,
+        pad_token_id=0,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = transformers.VisionEncoderDecoderModel(config)

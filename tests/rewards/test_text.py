@@ -38,10 +38,17 @@ def test_samplers_follow_them():
 def classifier():
     tokenizer = word_tokenizer("bee see being xyzzy tree")
     config = transformers.RobertaConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        num_labels=3, id2label={0: "bad", 1: "good", 2: "fine"}, label2id={"bad": 0, "good": 1, "fine": 2},
-        pad_token_id=0, max_position_embeddings=20,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_labels=3,
+        id2label={0: "bad", 1: "good", 2: "fine"},
+        label2id={"bad": 0, "good": 1, "fine": 2},
+        pad_token_id=0,
+        max_position_embeddings=20,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return transformers.RobertaForSequenceClassification(config).eval(), tokenizer
@@ -71,7 +78,7 @@ def test_what_is_wrong_is_named(classifier):
         TextLogProb("no-such/model", 0, to_text)
     with pytest.raises(RewardError, match="non-empty list of words, got 'bee'"):
         InWords("bee", to_text)
-    with pytest.raises(RewardError, match="is a regular expression, got '\\(': "):
+    with pytest.raises(RewardError, match="must be a regular expression, got '\\(': "):
         Matches("(", to_text)
     with pytest.raises(RewardError, match="must decode 5 samples to a list of as many strings, got 1"):
         Matches("a", lambda x: ["a"])(WORDS)

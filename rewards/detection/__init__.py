@@ -1,0 +1,1 @@
+"""Rewards of the objects in an image: detectors, GenEval, counts, layouts and colors."""
