@@ -171,7 +171,7 @@ class Tree:
                 worth = value[child] if greedy else value[child] + correction[child]
                 above.flat("value")[node] = _pool(worth, first, length, greedy)
 
-    def states(self, depth: int, slots: Tensor, device: torch.device | None = None) -> dict[str, Tensor]:
+    def states(self, depth: int, slots: Tensor, device: torch.device | str | None = None) -> dict[str, Tensor]:
         """States of nodes (B, W), predictions and what proposals need there, on a device."""
         held = {name: column for name, column in self.layers[depth].states.items() if not name.startswith("edge")}
         return {name: gather(column, slots.to(column.device)).to(device) for name, column in held.items()}

@@ -178,7 +178,7 @@ class Growth:
 
     def _entered(self, depth: int, slots: Slots) -> Trajectory:
         """Walks at nodes (B, W) of a depth, with what is remembered there."""
-        kept = self.tree.states(depth, torch.from_numpy(slots), getattr(self.process, "device", None))
+        kept = self.tree.states(depth, torch.from_numpy(slots), self.process.device)
         level, x = self.tree.levels[depth - 1], kept.pop("x")
         return Trajectory.begin(self.process, x, k=level, keep_states=self.keep_states).with_step_cache(**kept)
 
@@ -317,7 +317,7 @@ class Growth:
         reward, ancestor = reward.gather(1, slots), slots
         for layer in tree.layers[:1:-1]:
             ancestor = layer["parent"].gather(1, ancestor)
-        x = tree.states(tree.depth, slots, getattr(self.process, "device", None))["x"]
+        x = tree.states(tree.depth, slots, self.process.device)["x"]
         if self.keep is not None:
             log_weight = population.weights_of_top_k(reward.masked_fill(~filled, -torch.inf), self.keep)
             evidence = torch.full_like(root_value, math.nan)

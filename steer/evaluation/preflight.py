@@ -13,6 +13,7 @@ from ..core.objective import Objective, check_finite, check_temperature, num_pro
 from ..cost import Cost
 from ..errors import BudgetError, NotDifferentiableError
 from ..key import Key, as_key
+from ..processes.gaussian import has_levels, is_gaussian
 from ..types import ReverseProcess, Reward
 
 _PROBED = 8  # levels at which predictions are scored, at most
@@ -208,7 +209,7 @@ def preflight(
 
 def _recommended(found: Preflight, process: ReverseProcess, groupwise: bool) -> tuple[str, tuple[str, ...]]:
     """A method and the reasons for it, the decisive one first."""
-    gaussian, advice = hasattr(process, "levels"), []
+    gaussian, advice = is_gaussian(process), []
     if found.forbidden == found.samples * found.problems:
         method = "best_of_n"
         advice.append(
@@ -291,7 +292,7 @@ def _gradient(
     process: ReverseProcess, objective: Objective, x: Tensor, k: int, temperature: float, key: Key
 ) -> Gradient:
     """The gradient for the first particle of every problem, or why there is none."""
-    if not hasattr(process, "levels"):
+    if not has_levels(process):
         return Gradient(False, f"states of {type(process).__name__} lie on no Gaussian path", k)
     if objective.groupwise:
         return Gradient(False, "the reward scores samples against their group", k)

@@ -16,7 +16,7 @@ from ..processes.gaussian import GaussianProcess
 from ..types import ReverseProcess
 from .assembly import Rewards, ancestors, metered, named, record, scores, walked
 from .batch import RolloutBatch
-from .kernels import Siblings, need_gaussian, ode_of, stored_as
+from .kernels import Siblings, need_policy, ode_of, stored_as
 
 
 def branch(
@@ -45,7 +45,7 @@ def branch(
     its children.
     Source: Li et al. 2025 (BranchGRPO); splits and ways as there. Differs: branch noise has unit variance.
     """
-    model, key, rewards, splits = need_gaussian(process), as_key(key, seed), named(reward), sorted(set(splits))
+    model, key, rewards, splits = need_policy(process), as_key(key, seed), named(reward), sorted(set(splits))
     _check(model, splits, ways)
     policy, meter = metered(model)
     chain, still = (stored_as(p, storage) for p in (policy, policy.with_rule(ode_of(policy.rule))))

@@ -7,7 +7,7 @@ from .hooks import AfterHook, Hook, Hooks, Log, StartHook, Step
 from .langevin_corrector import corrector
 from .object_presence import MissingObjects, missing_objects
 from .proposal import Follow, follow
-from .restart_sampling import Span, Unrolled, recur, restart
+from .restart_sampling import RestartInterval, RestartProcess, recur, restart
 from .training_free import constant, decrease, dps, freedom, increase, lgd, mpgd, native, tfg, ugd
 from .tuning import Trial, Tuned, tune
 
@@ -19,12 +19,12 @@ __all__ = [
     "Hooks",
     "Log",
     "MissingObjects",
-    "Span",
+    "RestartInterval",
+    "RestartProcess",
     "StartHook",
     "Step",
     "Trial",
     "Tuned",
-    "Unrolled",
     "adaptive",
     "classifier_free",
     "constant",

@@ -10,17 +10,18 @@ from torch import Tensor
 from ..cost import Cost, Meter
 from ..errors import ShapeError, SteerError
 from ..key import Key, as_key
-from ..processes.gaussian import GaussianProcess
+from ..processes.gaussian import need_gaussian
 from ..processes.parameterization import eps
-from .guided_process import GuidedProcess, guide
+from ..types import GaussianPath
+from .guided_process import CURE, GuidedProcess, guide
 from .hooks import Hooks, Log, Step
 
 
 @dataclass(frozen=True, eq=False)
-class Mixed:
+class CFGHook:
     """The x0 hook of `classifier_free`."""
 
-    unconditional: GaussianProcess
+    unconditional: GaussianPath
     weight: float
     damped: bool
     until: int
@@ -37,11 +38,11 @@ class Mixed:
             other = (x - at.here.sigma * noise) / at.here.alpha
         return other + self.weight * (at.x0 - other)
 
-    def rows(self, process: GaussianProcess) -> int:
+    def rows(self, process: GaussianPath) -> int:
         """Rows of the unconditional network that one chain costs a particle."""
         return min(self.until, process.steps) * self.unconditional.rows
 
-    def only(self, problem: int) -> Mixed:
+    def only(self, problem: int) -> CFGHook:
         return replace(self, unconditional=self.unconditional.only(problem))
 
 
@@ -64,8 +65,8 @@ def shared_part(conditional: Tensor, unconditional: Tensor) -> Tensor:
 
 
 def classifier_free(
-    conditional: GaussianProcess,
-    unconditional: GaussianProcess,
+    conditional: GaussianPath,
+    unconditional: GaussianPath,
     weight: float,
     *,
     damped: bool = False,
@@ -80,6 +81,8 @@ def classifier_free(
     Cost per step: a row of both, from `until` on one of the conditional alone; `.rows` is the average rounded up.
     The log has the "similarity" of the two noises at the guided levels.
     """
+    for process in (conditional, unconditional):
+        need_gaussian(process, "classifier-free guidance", cure=CURE)
     if conditional.times != unconditional.times or conditional.event != unconditional.event:
         raise ShapeError(
             f"guidance mixes predictions at the same levels, got grids of {conditional.steps} and {unconditional.steps}"
@@ -88,13 +91,13 @@ def classifier_free(
     last = conditional.steps if until is None else until
     if not 0 <= last <= conditional.steps:
         raise SteerError(f"until is a level in [0, {conditional.steps}], got {until}")
-    mixed = Mixed(unconditional, weight, damped, last)
+    mixed = CFGHook(unconditional, weight, damped, last)
     return guide(conditional, Hooks(x0=(mixed,), extra=(mixed.rows,)))
 
 
 def adaptive(
-    conditional: GaussianProcess,
-    unconditional: GaussianProcess,
+    conditional: GaussianPath,
+    unconditional: GaussianPath,
     weight: float,
     *,
     similar: float = 0.991,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,12 +12,14 @@ from torch import Tensor
 from ..cost import Meter
 from ..errors import NotStochasticError, StateSpaceError
 from ..key import Key, as_key
-from ..processes.gaussian import GaussianProcess
+from ..processes.gaussian import need_gaussian
 from ..processes.parameterization import only as only_of
-from ..types import GaussianTransition, Rule
+from ..types import GaussianPath, GaussianTransition, Rule
 from .delegation import of_base
 from .hooks import Hooks, Log, extra_rows, look
-from .restart_sampling import Unrolled
+
+WHAT = "guidance by hooks"
+CURE = "guide the models of a composition, or the process without own_solver; a masked process is steered by its reward"
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +35,7 @@ class GuidedProcess:
     belongs to the same state and moves with it. `exact` and `reference` are the unguided model's.
     """
 
-    base: GaussianProcess
+    base: GaussianPath
     hooks: Hooks
     key: Key | None = None
     log: Log = field(default_factory=Log)
@@ -52,9 +54,10 @@ class GuidedProcess:
     dtype = of_base("dtype")
     decoder = of_base("decoder")
     visits = of_base("visits")
+    text = of_base("text")
 
     def __post_init__(self) -> None:
-        check_gaussian(self.base)
+        need_gaussian(self.base, WHAT, cure=CURE)
 
     def __repr__(self) -> str:
         used = [name for name in ("start", "score", "x0", "mean", "after") if getattr(self.hooks, name)]
@@ -142,9 +145,7 @@ class GuidedProcess:
         return self.base.exact(reward, temperature)
 
 
-def guide(
-    process: GaussianProcess | Unrolled | GuidedProcess, hooks: Hooks, *, key: Key | int | None = None
-) -> GuidedProcess:
+def guide(process: GaussianPath, hooks: Hooks, *, key: Key | int | None = None) -> GuidedProcess:
     """The process with hooks in it, after those that it has already.
 
     key: names what hooks draw in every run; None: the run's key does (or the one that the process has).
@@ -152,7 +153,7 @@ def guide(
     own = None if key is None else as_key(key)
     if isinstance(process, GuidedProcess):
         process, hooks, own = process.base, process.hooks + hooks, own or process.key
-    return GuidedProcess(cast(GaussianProcess, process), hooks, own)
+    return GuidedProcess(need_gaussian(process, WHAT, cure=CURE), hooks, own)
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,12 +193,3 @@ class After:
             "a proposal that shifts steps is weighted by their densities, and a step followed by an after hook "
             "(a corrector) has none; use proposal=steer.bootstrap on this process"
         )
-
-
-def check_gaussian(process: Any) -> GaussianProcess:
-    """The process; StateSpaceError where it has no Gaussian path."""
-    if not hasattr(process, "levels") or not hasattr(process, "rule"):
-        raise StateSpaceError(
-            f"guidance hooks need states on a Gaussian path, got {type(process).__name__}; use a GaussianProcess"
-        )
-    return cast(GaussianProcess, process)

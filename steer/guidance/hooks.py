@@ -36,9 +36,8 @@ from ..core.objective import Objective, open_objective
 from ..cost import Meter
 from ..errors import NotDifferentiableError, ShapeError, StateSpaceError, SteerError
 from ..key import Key
-from ..processes.gaussian import GaussianProcess
 from ..processes.parameterization import score as score_of
-from ..types import Level, Reward
+from ..types import GaussianPath, Level, Reward
 
 
 class Log:
@@ -85,7 +84,7 @@ class Step:
     opened:  potentials asked so far in this step.
     """
 
-    process: GaussianProcess
+    process: GaussianPath
     x: Tensor
     k: int
     raw: Tensor
@@ -188,13 +187,13 @@ def norms(x: Tensor) -> Tensor:
 
 
 Hook = Callable[[Step], Tensor]
-StartHook = Callable[[GaussianProcess, Tensor, Key], Tensor]
+StartHook = Callable[[GaussianPath, Tensor, Key], Tensor]
 
 
 class AfterHook(Protocol):
     """Works on the state that a step has reached, for instance by Langevin steps (`corrector`)."""
 
-    def acts(self, process: GaussianProcess, k: int) -> bool:
+    def acts(self, process: GaussianPath, k: int) -> bool:
         """Whether it does anything, and draws, at level k."""
         ...
 
@@ -218,7 +217,7 @@ class Hooks:
     mean: tuple[Hook, ...] = ()
     after: tuple[AfterHook, ...] = ()
     through: bool = False
-    extra: tuple[Callable[[GaussianProcess], int], ...] = ()
+    extra: tuple[Callable[[GaussianPath], int], ...] = ()
 
     def __add__(self, other: Hooks) -> Hooks:
         return Hooks(
@@ -232,7 +231,7 @@ class Hooks:
         )
 
 
-class Looked(NamedTuple):
+class HookedPrediction(NamedTuple):
     """One evaluation of the network and of the hooks: prediction without and with them, and the mean's own shift."""
 
     raw: Tensor
@@ -256,7 +255,7 @@ def hook_key(key: Key | None) -> Key:
     return (key or Key(0)).fold("guidance")
 
 
-def look(process: GaussianProcess, hooks: Hooks, x: Tensor, k: int, key: Key | None, log: Log) -> Looked:
+def look(process: GaussianPath, hooks: Hooks, x: Tensor, k: int, key: Key | None, log: Log) -> HookedPrediction:
     """The prediction at level k and what the score, x0 and mean hooks make of it. One network row per particle."""
     base = hook_key(key).at(k)
     if process.meter is None:
@@ -283,9 +282,13 @@ def look(process: GaussianProcess, hooks: Hooks, x: Tensor, k: int, key: Key | N
         for i, hook in enumerate(hooks.mean):
             at = replace(at, key=base.fold("mean", i))
             at = replace(at, shift=at.shift + (checked(hook(at), x, "mean") - at.mean))
-    looked = Looked(raw if followed else raw.detach(), at.x0, at.shift)
+    looked = HookedPrediction(raw if followed else raw.detach(), at.x0, at.shift)
     if at.unit > 0.0:
-        log.add("displacement", k, norms(Looked(raw.detach(), at.x0, at.shift).displacement(at.coefficient)) / at.unit)
+        log.add(
+            "displacement",
+            k,
+            norms(HookedPrediction(raw.detach(), at.x0, at.shift).displacement(at.coefficient)) / at.unit,
+        )
     return looked
 
 
@@ -296,7 +299,7 @@ def checked(found: Tensor, x: Tensor, name: str) -> Tensor:
     return found.detach().to(x.dtype)
 
 
-def extra_rows(process: GaussianProcess, hooks: Hooks) -> int:
+def extra_rows(process: GaussianPath, hooks: Hooks) -> int:
     """Network rows per particle and step that the hooks add, averaged over a chain and rounded up."""
     added = sum(count(process) for count in hooks.extra)
     if added < 0:

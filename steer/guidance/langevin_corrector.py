@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..errors import SteerError
 from ..key import Key
-from ..processes.gaussian import GaussianProcess
 from ..processes.parameterization import score
+from ..types import GaussianPath
 from .hooks import Hooks
 
 
@@ -23,7 +23,7 @@ class Corrector:
     rounds: int
     size: float
 
-    def acts(self, process: GaussianProcess, k: int) -> bool:
+    def acts(self, process: GaussianPath, k: int) -> bool:
         return process.levels[k].sigma > 0.0
 
     def __call__(self, process: Any, x: Tensor, k: int, key: Key) -> Tensor:
@@ -35,7 +35,7 @@ class Corrector:
             x = torch.add(x + step * score(x, predicted, at), noise, alpha=math.sqrt(2.0 * step))
         return x
 
-    def rows(self, process: GaussianProcess) -> int:
+    def rows(self, process: GaussianPath) -> int:
         """Network rows that the corrections of one chain cost a particle."""
         return self.rounds * process.rows * sum(self.acts(process, k) for k in range(1, process.steps + 1))
 

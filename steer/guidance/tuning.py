@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from ..cost import Cost
 from ..errors import NonFiniteError, SteerError
 from ..key import Key, as_key
-from ..processes.gaussian import GaussianProcess
 from ..results.result import Result
 from ..samplers.rollout import rollout
-from ..types import Reward
+from ..types import GaussianPath, Reward
 from .guided_process import guide
 from .hooks import Hooks
 
@@ -44,7 +43,7 @@ def mean_reward(result: Result) -> float:
 
 def tune(
     build: Callable[..., Hooks],
-    process: GaussianProcess,
+    process: GaussianPath,
     reward: Reward,
     *,
     start: Sequence[float] = (0.25, 0.25, 0.001),

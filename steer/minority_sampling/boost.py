@@ -9,7 +9,8 @@ import torch
 
 from ..errors import SteerError
 from ..guidance import GuidedProcess
-from ..processes.gaussian import GaussianProcess
+from ..processes.gaussian import GaussianProcess, need_gaussian_process, need_levels
+from ..types import GaussianPath, NoiseLevels
 from .signal_level import share, size
 
 
@@ -30,9 +31,10 @@ class BoostAndSkip:
     gamma: float
     skip: int | None
 
-    def plan(self, process: GaussianProcess | GuidedProcess) -> Boost:
+    def plan(self, process: NoiseLevels) -> Boost:
         """gamma, skipped steps and kappa on the grid of a process. kappa below .01 does next to nothing."""
-        shares = [share(level) for level in process.levels[:-1]]
+        levels = need_levels(process, "a boosted start").levels
+        shares = [share(level) for level in levels[:-1]]
         if self.skip is not None:
             if not 0 <= self.skip < len(shares):
                 raise SteerError(f"skip leaves at least one of the {len(shares)} steps, got {self.skip}")
@@ -44,19 +46,22 @@ class BoostAndSkip:
         skip = min(held, key=lambda k: abs(math.log(shares[k] / wanted))) if self.kappa > 0.0 else 0
         return Boost(math.sqrt(1.0 + self.kappa / shares[skip]) if self.kappa > 0.0 else 1.0, skip, self.kappa)
 
-    def __call__(self, process: GaussianProcess | GuidedProcess) -> GaussianProcess | GuidedProcess:
+    def __call__(self, process: GaussianPath) -> GaussianProcess | GuidedProcess:
         """The process from its boosted start."""
         if isinstance(process, GuidedProcess):
             return replace(process, base=self(process.base))
-        if process.initial is not None and bool((process.initial[0] != 0.0).any()):
+        model = need_gaussian_process(
+            process, "a boosted start", cure="boost the model first: restart(minority(process, boost), spans)"
+        )
+        if model.initial is not None and bool((model.initial[0] != 0.0).any()):
             raise SteerError(
                 "boost_and_skip scales noise around zero, and this process starts from an image; boost the process "
                 "of a plain prompt or label"
             )
-        boost = self.plan(process)
-        mean = torch.zeros((1, 1, *process.event), dtype=process.dtype, device=process.device)
-        std = boost.gamma * size(process.levels[boost.skip])
-        return replace(process, times=process.times[boost.skip :], initial=(mean, std))
+        boost = self.plan(model)
+        mean = torch.zeros((1, 1, *model.event), dtype=model.dtype, device=model.device)
+        std = boost.gamma * size(model.levels[boost.skip])
+        return replace(model, times=model.times[boost.skip :], initial=(mean, std))
 
 
 def boost_and_skip(kappa: float | None = None, *, gamma: float = 4.0, skip: int | None = None) -> BoostAndSkip:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..core.population import per_particle
 from ..errors import SteerError
 from ..guidance import Hooks, Step
-from ..processes.gaussian import GaussianProcess
+from ..types import GaussianPath
 from .score import Distance, euclidean
 from .signal_level import level_near, log_snr, share, size
 
@@ -71,13 +71,13 @@ class AwayFromReconstruction:
     interval: tuple[float, float]
     distance: Distance
 
-    def acts(self, process: GaussianProcess, k: int) -> bool:
+    def acts(self, process: GaussianPath, k: int) -> bool:
         """Whether the step from level k is guided: counted from the data, inside the interval, and not the last."""
         inside = self.interval[0] <= share(process.levels[k]) <= self.interval[1]
         noisy = process.levels[k + 1].sigma > 0.0
         return noisy and inside and (process.steps - 1 - k) % self.every == self.phase
 
-    def rows(self, process: GaussianProcess) -> int:
+    def rows(self, process: GaussianPath) -> int:
         """Network rows per particle and chain, beside the model's own."""
         return process.rows * sum(self.acts(process, k) for k in range(process.steps))
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..errors import ShapeError, SteerError
 from ..key import Key, as_key
-from ..processes.gaussian import GaussianProcess
+from ..processes.gaussian import need_levels
+from ..types import NoiseLevels
 from .signal_level import level_near
 
 Distance = Callable[[Tensor, Tensor], Tensor]
@@ -23,7 +24,7 @@ def euclidean(a: Tensor, b: Tensor) -> Tensor:
 
 
 def minority_score(
-    process: GaussianProcess,
+    process: NoiseLevels,
     x: Tensor,
     *,
     signal: float = 0.5,
@@ -46,6 +47,7 @@ def minority_score(
     Source: Um et al. 2023 (Minority Guidance, 2301.12334), the minority score. Differs: the level is a share of
     signal, not an index; the paper's, .6 T of a linear schedule, is a share of about .03.
     """
+    process = need_levels(process, "the minority score", cure="rank tokens by their log-probability instead")
     if draws < 1:
         raise SteerError(f"draws must be at least 1, got {draws}")
     if tuple(x.shape[2:]) != tuple(process.event) or x.ndim < 3:
@@ -55,7 +57,7 @@ def minority_score(
     with torch.no_grad():
         for i in range(draws):
             noisy = process.noise(x, process.steps, level, key.fold(i))
-            restored = process.denoise(noisy, level, key.fold(i))
+            restored = process.complete(noisy, process.denoise(noisy, level, key.fold(i)))
             total = total + distance(flat, restored.flatten(0, 1)).double()
     return (total / draws).view(x.shape[:2])
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import ModelError, SteerError
 from ..guidance import Hooks, Step
-from ..processes.gaussian import GaussianProcess
+from ..types import GaussianPath
 from .score import Distance, euclidean
 from .signal_level import level_near, share
 
@@ -87,11 +87,11 @@ class LearnedToken:
     highest: float
     distance: Distance
 
-    def acts(self, process: GaussianProcess, k: int) -> bool:
+    def acts(self, process: GaussianPath, k: int) -> bool:
         """Whether a token is learned at level k: at first, where there is little signal."""
         return share(process.levels[k]) <= self.highest
 
-    def rows(self, process: GaussianProcess) -> int:
+    def rows(self, process: GaussianPath) -> int:
         """Network rows per particle and chain, beside the model's own."""
         return (2 * self.iterations + 1) * sum(self.acts(process, k) for k in range(process.steps))
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..cost import Meter
 from ..errors import ModelError, StateSpaceError
 from ..key import Key
-from ..processes.gaussian import GaussianProcess
+from ..processes.gaussian import GaussianProcess, need_gaussian_process
 from ..processes.schedules import level
 from ..processes.transitions import Normal
 from . import noise_levels
@@ -40,6 +40,9 @@ def own_solver(process: GaussianProcess) -> SolverProcess:
     methods that need noise raise NotStochasticError, those that need gradients or go back StateSpaceError.
     Raises ModelError where no pipeline is behind the process, and for schedulers whose steps draw noise.
     """
+    process = need_gaussian_process(
+        process, "own_solver, which steps with a pipeline's scheduler,", cure="give it what from_pipeline returned"
+    )
     denoiser = process.denoiser
     if not isinstance(denoiser, PipelineDenoiser):
         raise ModelError("own_solver steps with a pipeline's scheduler; this process has none: use steer.ddim(eta=0.0)")
@@ -110,6 +113,29 @@ class SolverProcess:
         """Mean of the starting latents, None for zero, and their standard deviation: the first step has no memory."""
         mean, std = self.process.prior_moments
         return None if mean is None else mean[:, :, None], std
+
+    @property
+    def device(self) -> torch.device | str:
+        return self.process.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.process.dtype
+
+    @property
+    def text(self) -> None:
+        """None: states are not text."""
+        return None
+
+    @property
+    def visits(self) -> range:
+        """Every level once, in order."""
+        return range(self.steps + 1)
+
+    @property
+    def hooks(self) -> None:
+        """None: nothing intervenes in the chain."""
+        return None
 
     def denoise(self, x: Tensor, k: int, key: Key | None = None) -> Tensor:
         """What the network predicts, in its own terms, and the clean latents that stands for: (B, N, 2, *event)."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError, SteerError
-from ..processes.gaussian import GaussianProcess
+from ..processes.gaussian import GaussianProcess, need_gaussian_process
 from .from_pipeline import Decoder, PipelineDenoiser
 from .preparation import copied
 from .steered_scheduler import steered_grid
@@ -51,6 +51,9 @@ def verify(process: GaussianProcess, *, steps: int = 3, tolerance: float = 1e-5)
 
     Raises ModelError where they differ by more than `tolerance`, and for processes that no pipeline is behind.
     """
+    process = need_gaussian_process(
+        process, "verify, which compares a process with its pipeline,", cure="give it what steer.from_pipeline returned"
+    )
     denoiser = process.denoiser
     if not isinstance(denoiser, PipelineDenoiser):
         raise ModelError("verify compares a process with its pipeline; this one calls a network directly")

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..cost import Meter
 from ..errors import ModelError, ShapeError, StateSpaceError, SteerError
 from ..key import Key
-from ..types import Denoiser, GaussianPath, GaussianTransition, Level, ReverseProcess, Rule, Schedule
+from ..types import Denoiser, GaussianPath, GaussianTransition, Level, NoiseLevels, ReverseProcess, Rule, Schedule
 from . import parameterization, schedules
 from .transitions import DDIM
 
@@ -67,9 +67,13 @@ class GaussianProcess:
             f"prior N(0, {first.sigma:.4g}^2) at t={first.t:.4g} where alpha={first.alpha:.3g})"
         )
 
-    @cached_property
+    @property
     def levels(self) -> tuple[Level, ...]:
         """The path at every time of the grid."""
+        return self._levels  # a cached_property itself is no attribute of a protocol's type to a type checker
+
+    @cached_property
+    def _levels(self) -> tuple[Level, ...]:
         return tuple(schedules.level(self.schedule, t) for t in self.times)
 
     @property
@@ -86,8 +90,23 @@ class GaussianProcess:
 
     @property
     def prior_moments(self) -> tuple[Tensor | None, float]:
-        """Mean of the prior, (B or 1, 1, *event) or None for zero, and its standard deviation."""
+        """Mean of the prior, [B or 1, 1, *event] or None for zero, and its standard deviation."""
         return (None, self.levels[0].sigma) if self.initial is None else self.initial
+
+    @property
+    def text(self) -> None:
+        """None: states are not text."""
+        return None
+
+    @property
+    def visits(self) -> Sequence[int]:
+        """Every level once, in order."""
+        return range(self.steps + 1)
+
+    @property
+    def hooks(self) -> None:
+        """None: nothing intervenes in the chain."""
+        return None
 
     def denoise(self, x: Tensor, k: int, key: Key | None = None) -> Tensor:
         """The prediction E[x_0 | x] at level k, same shape and dtype as x. Counted by the meter.
@@ -185,11 +204,44 @@ class GaussianProcess:
         check_batch(self.problems, batch)
 
 
+def has_levels(process: ReverseProcess) -> TypeGuard[NoiseLevels]:
+    """Whether the states of a process are alpha x_0 + sigma eps at known levels."""
+    return getattr_static(process, "levels", None) is not None
+
+
 def is_gaussian(process: ReverseProcess) -> TypeGuard[GaussianPath]:
     """Whether a process is on a Gaussian path with a transition rule."""
     # Statically: properties are not evaluated, some of which raise where hooks have changed what they are about.
     members = ("levels", "times", "schedule", "rule", "with_rule", "prior_moments")
     return all(getattr_static(process, name, None) is not None for name in members)
+
+
+def need_levels(process: ReverseProcess, what: str, *, cure: str = "use a GaussianProcess") -> NoiseLevels:
+    """The process, as one whose states are alpha x_0 + sigma eps; StateSpaceError where they are not.
+
+    Args:
+        process: any reverse process.
+        what: what needs it, as the subject of the message: "a look-ahead by the ODE".
+        cure: what to do instead.
+    """
+    if has_levels(process):
+        return process
+    raise StateSpaceError(
+        f"{what} needs states on a Gaussian path, alpha x_0 + sigma eps, got {type(process).__name__}; {cure}"
+    )
+
+
+def need_gaussian_process(process: ReverseProcess, what: str, *, cure: str) -> GaussianProcess:
+    """The process, as a model's own GaussianProcess with nothing around it; StateSpaceError where it is another kind.
+
+    Args:
+        process: any reverse process.
+        what: what needs it, as the subject of the message: "restarting".
+        cure: what to do instead.
+    """
+    if isinstance(process, GaussianProcess):
+        return process
+    raise StateSpaceError(f"{what} needs a GaussianProcess, got {type(process).__name__}; {cure}")
 
 
 def need_gaussian(process: ReverseProcess, what: str, *, cure: str = "use a GaussianProcess") -> GaussianPath:
@@ -223,7 +275,7 @@ def check_batch(problems: int | None, batch: int) -> None:
 
 def sampling_uses_network(process: ReverseProcess) -> bool:
     """Whether drawing a state may itself evaluate the network, as hooks on the prior and after steps do."""
-    hooks = getattr(process, "hooks", None)
+    hooks = process.hooks
     return hooks is not None and bool(hooks.start or hooks.after)
 
 
@@ -279,6 +331,12 @@ def from_score(network: parameterization.Network, schedule: Schedule, times: Seq
     return from_denoiser(parameterization.from_score(network, schedule), schedule, times, **options)
 
 
+_CONVERT_FIRST = (
+    "convert the model itself before it is guided, restarted or composed; a masked process takes another masking "
+    "schedule by with_times"
+)
+
+
 def convert(
     process: GaussianProcess, schedule: Schedule, times: Sequence[float] | int | None = None
 ) -> GaussianProcess:
@@ -292,11 +350,7 @@ def convert(
     times: grid on the new path; default, as many steps, uniform in its time, from the noisiest level at which the
     old grid starts (or the new schedule starts, if that is less noisy).
     """
-    if not hasattr(process, "levels"):
-        raise StateSpaceError(
-            f"only Gaussian paths can be exchanged, and {type(process).__name__} has none; a masked process takes "
-            "another masking schedule by with_times"
-        )
+    process = need_gaussian_process(process, "exchanging Gaussian paths", cure=_CONVERT_FIRST)
     old = process.schedule
     ceiling = min(schedules.angle(old, process.times[0]), schedules.angle(schedule, schedule.start))
     if times is None or isinstance(times, int):
@@ -310,11 +364,13 @@ def convert(
                 f"start it at or below {schedules.time_at(schedule, ceiling):.6g}"
             )
 
-    return replace(process, denoiser=_Moved(process.denoiser, old, schedule), schedule=schedule, times=grid)
+    return replace(
+        process, denoiser=ReparameterizedDenoiser(process.denoiser, old, schedule), schedule=schedule, times=grid
+    )
 
 
 @dataclass(frozen=True, eq=False)
-class _Moved:
+class ReparameterizedDenoiser:
     """A denoiser of one path, asked about states of another."""
 
     denoiser: Denoiser
@@ -325,5 +381,5 @@ class _Moved:
         t = schedules.time_at(self.old, schedules.angle(self.new, s))
         return self.denoiser(x * (self.old(t).sigma / self.new(s).sigma), t)
 
-    def only(self, problem: int) -> _Moved:
+    def only(self, problem: int) -> ReparameterizedDenoiser:
         return replace(self, denoiser=parameterization.only(self.denoiser, problem))

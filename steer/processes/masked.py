@@ -94,6 +94,26 @@ class MaskedProcess:
         """Shape of one state, (L,)."""
         return (self.length,)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Tokens are int64."""
+        return torch.int64
+
+    @property
+    def visits(self) -> Sequence[int]:
+        """Every level once, in order."""
+        return range(self.steps + 1)
+
+    @property
+    def hooks(self) -> None:
+        """None: nothing intervenes in the chain."""
+        return None
+
+    @property
+    def prior_moments(self) -> None:
+        """None: the prior is all masks."""
+        return None
+
     def level(self, k: int) -> MaskLevel:
         """Level k as rules see it."""
         return MaskLevel(self.times[k], self.length, self.mask)

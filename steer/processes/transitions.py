@@ -64,7 +64,7 @@ class Normal:
 
 
 @dataclass(frozen=True, eq=False)
-class Redrawn:
+class TransformedTransition:
     """A law whose draws (B, N, *event) go through a function before anyone sees them; all else is the law's."""
 
     law: GaussianTransition
@@ -88,8 +88,8 @@ class Redrawn:
     def log_prob(self, x: Tensor) -> Tensor:
         return self.law.log_prob(x)
 
-    def shift(self, delta: Tensor) -> Redrawn:
-        return Redrawn(self.law.shift(delta), self.change)
+    def shift(self, delta: Tensor) -> TransformedTransition:
+        return TransformedTransition(self.law.shift(delta), self.change)
 
 
 def _keep_marginal(x: Tensor, x0: Tensor, here: Level, there: Level, std: float) -> Normal:

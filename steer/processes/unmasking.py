@@ -64,7 +64,7 @@ class UnmaskRule(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Each:
+class BernoulliPositions:
     """Every masked position with the same chance, independently. masked: (B, N, L) bool."""
 
     masked: Tensor
@@ -82,7 +82,7 @@ class Each:
 
 
 @dataclass(frozen=True, eq=False)
-class Subset:
+class UniformSubset:
     """A uniformly drawn set of masked positions. masked: (B, N, L) bool. count: how many, (B, N), at most all."""
 
     masked: Tensor
@@ -101,7 +101,7 @@ class Subset:
 
 
 @dataclass(frozen=True, eq=False)
-class Given:
+class FixedPositions:
     """One set and no other, (B, N, L) bool."""
 
     chosen: Tensor
@@ -115,7 +115,7 @@ class Given:
         return torch.where((chosen == self.chosen).all(2), 0.0, -math.inf).double()
 
 
-def highest(score: Tensor, among: Subset) -> Tensor:
+def highest(score: Tensor, among: UniformSubset) -> Tensor:
     """The `count` positions of highest score, (B, N, L) bool; of equal ones the first."""
     ranked = torch.where(among.masked, score, -math.inf).argsort(dim=2, descending=True, stable=True)
     rank = torch.arange(score.shape[2], device=score.device).expand_as(ranked)
@@ -174,18 +174,18 @@ class Ancestral:
     (Sahoo et al. 2024, MDLM; Shi et al. 2024, MD4).
     """
 
-    def __call__(self, x: Tensor, log_prob: Tensor, here: MaskLevel, there: MaskLevel) -> Each:
-        return Each(x == here.mask, (here.t - there.t) / here.t)
+    def __call__(self, x: Tensor, log_prob: Tensor, here: MaskLevel, there: MaskLevel) -> BernoulliPositions:
+        return BernoulliPositions(x == here.mask, (here.t - there.t) / here.t)
 
     def reveals(self, here: MaskLevel, there: MaskLevel) -> bool:
         return there.t < here.t
 
     def hides(self, x: Tensor, here: MaskLevel, there: MaskLevel, key: Key) -> Tensor:
-        return Each(x != here.mask, (there.t - here.t) / (1.0 - here.t)).sample(key)
+        return BernoulliPositions(x != here.mask, (there.t - here.t) / (1.0 - here.t)).sample(key)
 
 
 @dataclass(frozen=True)
-class InOrder:
+class FixedCountUnmasking:
     """Reveals a fixed number of positions a step, down to t L masks (rounded). By `steer.unmask(order=...)`.
 
     order: scores of positions, highest first; None for a uniformly drawn set. Any order that is chosen by what is
@@ -198,7 +198,7 @@ class InOrder:
     def __call__(self, x: Tensor, log_prob: Tensor, here: MaskLevel, there: MaskLevel) -> Positions:
         masked = x == here.mask
         many = (masked.sum(2) - there.masks).clamp(min=0)
-        subset = Subset(masked, many if self.reveals(here, there) else torch.zeros_like(many))
+        subset = UniformSubset(masked, many if self.reveals(here, there) else torch.zeros_like(many))
         if self.order is None:
             return subset
         scores = self.order(x, log_prob)
@@ -206,17 +206,17 @@ class InOrder:
             raise ShapeError(
                 f"an order must return one score per position, (B, N, L) = {tuple(x.shape)}, got {tuple(scores.shape)}"
             )
-        return Given(highest(scores, subset))
+        return FixedPositions(highest(scores, subset))
 
     def reveals(self, here: MaskLevel, there: MaskLevel) -> bool:
         return there.masks < here.masks
 
     def hides(self, x: Tensor, here: MaskLevel, there: MaskLevel, key: Key) -> Tensor:
         shown = x != here.mask
-        return Subset(shown, (there.masks - (~shown).sum(2)).clamp(min=0)).sample(key)
+        return UniformSubset(shown, (there.masks - (~shown).sum(2)).clamp(min=0)).sample(key)
 
 
-def unmask(order: str | Order | None = None) -> Ancestral | InOrder:
+def unmask(order: str | Order | None = None) -> Ancestral | FixedCountUnmasking:
     """How a masked process reveals its tokens.
 
     order: None, each position independently with the schedule's probability, as trained (MDLM, MD4);
@@ -231,10 +231,10 @@ def unmask(order: str | Order | None = None) -> Ancestral | InOrder:
     if order is None:
         return Ancestral()
     if callable(order):
-        return InOrder(order)
+        return FixedCountUnmasking(order)
     if order not in ("random", "confidence"):
         raise SteerError(f"order is None, 'random', 'confidence' or a function of tokens and log-probs, got {order!r}")
-    return InOrder(confidence if order == "confidence" else None)
+    return FixedCountUnmasking(confidence if order == "confidence" else None)
 
 
 def confidence(x: Tensor, log_prob: Tensor) -> Tensor:

@@ -168,7 +168,7 @@ def _tile(name: str, measured: dict[str, Any], note: str = "") -> str:
 
 def _samples(result: Result, reference: Result | None, index: Tensor) -> str:
     chosen = result.take(index)
-    if getattr(result.process, "text", None) is not None:
+    if result.process.text is not None:
         return _texts(chosen, reference)
     if not is_images(chosen.decoded):
         if math.prod(result.x.shape[2:]) == 2:
@@ -303,7 +303,7 @@ def _way(result: Result) -> str:
     stops = best_path(result)
     if len(stops) < 2:
         return ""
-    read = getattr(result.process, "text", None)
+    read = result.process.text
     clean = torch.stack([stop.clean for stop in stops])
     if read is not None:
         shown_as = [f"<span>{escape(word)}</span>" for word in read(clean)]

@@ -25,11 +25,13 @@ from ..key import Key, as_key
 from ..particles.potentials import Potential
 from ..particles.proposals import Proposal, bootstrap
 from ..particles.selection import resample
-from ..processes.gaussian import GaussianProcess, need_gaussian
-from ..processes.transitions import Redrawn
+from ..processes.gaussian import need_gaussian
+from ..processes.transitions import TransformedTransition
 from ..results.result import Result
-from ..types import GaussianTransition, Level, ReverseProcess, Reward, Rule
+from ..types import GaussianPath, GaussianTransition, Level, ReverseProcess, Reward, Rule
 from .smc import smc
+
+_WHAT = "particle Gibbs, which pins steps,"
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +44,7 @@ class PinnedRule:
 
     def __call__(self, x: Tensor, x0: Tensor, here: Level, there: Level) -> GaussianTransition:
         state = self.path[:, self.levels.index(here) + 1]
-        return Redrawn(self.rule(x, x0, here, there), lambda drawn: pinned(drawn, state))
+        return TransformedTransition(self.rule(x, x0, here, there), lambda drawn: pinned(drawn, state))
 
     def std(self, here: Level, there: Level) -> float:
         return self.rule.std(here, there)
@@ -117,8 +119,8 @@ def particle_gibbs(
     Ancestor sampling is left out: its weights are densities of one pinned state given every particle, and in the
     dimensions of an image they always choose the particle it came from.
     """
-    key, free = as_key(key, seed), cast(GaussianProcess, need_gaussian(process, "particle Gibbs, which pins steps,"))
-    if len(set(free.levels)) < len(free.levels) or getattr(getattr(process, "hooks", None), "after", ()):
+    key, free = as_key(key, seed), need_gaussian(process, _WHAT, cure="use steer.smc")
+    if len(set(free.levels)) < len(free.levels) or (free.hooks is not None and free.hooks.after):
         raise StateSpaceError(
             "particle Gibbs pins the one step that leads to a level, and this process comes back to levels (restart, "
             "recur) or works on what a step has drawn (a corrector); leave those out, or use steer.smc"
@@ -159,7 +161,7 @@ def particle_gibbs(
     share = torch.stack(renewed).mean(0) if renewed else nowhere
     # Pinned runs overestimate the evidence, so it is the first run's, with its variance, unless that was pinned too.
     evidence = (nowhere, nowhere) if pinned_first else (first.log_evidence, first.log_evidence_variance)
-    process = cast(GaussianProcess, result.process).with_rule(free.rule)
+    process = need_gaussian(result.process, _WHAT).with_rule(free.rule)
     state = replace(state, process=process, diagnostics={**state.diagnostics, "renewed": share})
     return replace(
         result,
@@ -178,7 +180,7 @@ def _named(on_step: OnStep | None, sweep: int) -> OnStep | None:
     return lambda event: on_step(replace(event, run=f"particle_gibbs, sweep {sweep + 1}"))
 
 
-def _tied(process: GaussianProcess, path: Tensor | None) -> tuple[GaussianProcess, Start, Resampler]:
+def _tied(process: GaussianPath, path: Tensor | None) -> tuple[GaussianPath, Start, Resampler]:
     """The process, start and resampler of a run whose slot 0 goes along a path; of a free run without one."""
     if path is None:
         return process, prior, multinomial
