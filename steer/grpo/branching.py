@@ -91,5 +91,6 @@ def _check(process: GaussianProcess, splits: list[int], ways: int) -> None:
     if not splits or not set(splits) <= set(usable) or ways < 2:
         raise SteerError(
             f"branches differ by the noise of the step they split at, so that splits must be among the stochastic "
-            f"levels {usable} and ways at least 2, got splits {splits} and ways {ways}"
+            f"levels {usable} and ways at least 2, got splits {splits} and ways {ways}; where no level is stochastic, "
+            "use a stochastic rule, for instance process.with_rule(steer.flow_sde(0.7))"
         )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..cost import Cost, Meter
-from ..errors import ShapeError, SteerError
+from ..errors import ShapeError, StateSpaceError, SteerError
 from ..key import Key, as_key
 from ..processes.gaussian import need_gaussian
 from ..processes.parameterization import eps
@@ -87,6 +87,11 @@ def classifier_free(
         raise ShapeError(
             f"guidance mixes predictions at the same levels, got grids of {conditional.steps} and {unconditional.steps}"
             f" steps and events {conditional.event} and {unconditional.event}; give both processes the same times"
+        )
+    if unconditional.hooks is not None and unconditional.hooks.mean:
+        raise StateSpaceError(
+            f"guidance mixes predictions, and this unconditional {type(unconditional).__name__} has mean hooks, which "
+            "move steps; guide the mixture instead: guide(classifier_free(conditional, unconditional, weight), hooks)"
         )
     last = conditional.steps if until is None else until
     if not 0 <= last <= conditional.steps:

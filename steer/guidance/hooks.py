@@ -266,8 +266,9 @@ def look(process: GaussianPath, hooks: Hooks, x: Tensor, k: int, key: Key | None
         raw = process.denoise(state, k, key)
     if raw.shape != x.shape:
         raise StateSpaceError(
-            f"hooks work on predictions of the shape of the states, {tuple(x.shape)}, got {tuple(raw.shape)}; where "
-            "the process is guided by mean hooks already, put all hooks into the proposal, or into the process (guide)"
+            f"hooks work on predictions of the shape of the states, {tuple(x.shape)}, got {tuple(raw.shape)} from "
+            f"{type(process).__name__}; where it is guided by mean hooks already, put all hooks into the "
+            "proposal, or into the process (guide)"
         )
     at = Step(process, state, k, raw, raw.detach(), torch.zeros_like(x), base, log)
     with torch.set_grad_enabled(hooks.through):

@@ -13,6 +13,7 @@ from ..processes.gaussian import need_levels
 from ..types import NoiseLevels
 from .signal_level import level_near
 
+_CURE = "score by the process without own_solver; of tokens, take the log-probability"
 Distance = Callable[[Tensor, Tensor], Tensor]
 """(M, *event), (M, *event) -> (M,): how different two clean states are; differentiable in both for guidance."""
 
@@ -47,7 +48,7 @@ def minority_score(
     Source: Um et al. 2023 (Minority Guidance, 2301.12334), the minority score. Differs: the level is a share of
     signal, not an index; the paper's, .6 T of a linear schedule, is a share of about .03.
     """
-    process = need_levels(process, "the minority score", cure="rank tokens by their log-probability instead")
+    process = need_levels(process, "the minority score", cure=_CURE)
     if draws < 1:
         raise SteerError(f"draws must be at least 1, got {draws}")
     if tuple(x.shape[2:]) != tuple(process.event) or x.ndim < 3:

@@ -56,7 +56,10 @@ def verify(process: GaussianProcess, *, steps: int = 3, tolerance: float = 1e-5)
     )
     denoiser = process.denoiser
     if not isinstance(denoiser, PipelineDenoiser):
-        raise ModelError("verify compares a process with its pipeline; this one calls a network directly")
+        raise ModelError(
+            "verify compares a process with its pipeline; this one calls a network directly; "
+            "open the pipeline by steer.from_pipeline"
+        )
     steps = len(denoiser.grid.indices) if denoiser.call.free is not None else min(steps, len(denoiser.grid.indices))
     with torch.no_grad():
         try:

@@ -122,8 +122,8 @@ def particle_gibbs(
     key, free = as_key(key, seed), need_gaussian(process, _WHAT, cure="use steer.smc")
     if len(set(free.levels)) < len(free.levels) or (free.hooks is not None and free.hooks.after):
         raise StateSpaceError(
-            "particle Gibbs pins the one step that leads to a level, and this process comes back to levels (restart, "
-            "recur) or works on what a step has drawn (a corrector); leave those out, or use steer.smc"
+            f"particle Gibbs pins the one step that leads to a level, and this {type(process).__name__} comes "
+            "back to levels (restart, recur) or works on what a step has drawn (a corrector); leave those out, or use steer.smc"
         )
     check_counts(sweeps=sweeps)
     count = affordable(sweeps * process.steps * process.rows, particles=particles, budget=budget)
