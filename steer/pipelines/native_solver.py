@@ -176,8 +176,8 @@ class SolverProcess:
         if k_from == k_to:
             return x
         raise StateSpaceError(
-            f"a SolverProcess keeps the memory of {type(self.scheduler).__name__}, which has no value at a state that was "
-            "noised back; search with the process itself, without own_solver"
+            f"a SolverProcess keeps the memory of {type(self.scheduler).__name__}, which has no value at a state that "
+            "was noised back; search with the process itself, without own_solver"
         )
 
     def decode(self, x: Tensor) -> Tensor:

@@ -123,7 +123,8 @@ def particle_gibbs(
     if len(set(free.levels)) < len(free.levels) or (free.hooks is not None and free.hooks.after):
         raise StateSpaceError(
             f"particle Gibbs pins the one step that leads to a level, and this {type(process).__name__} comes "
-            "back to levels (restart, recur) or works on what a step has drawn (a corrector); leave those out, or use steer.smc"
+            "back to levels (restart, recur) or works on what a step has drawn (a corrector); leave those out, "
+            "or use steer.smc"
         )
     check_counts(sweeps=sweeps)
     count = affordable(sweeps * process.steps * process.rows, particles=particles, budget=budget)
