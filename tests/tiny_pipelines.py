@@ -6,12 +6,17 @@ timestep and the prompt. Text encoders are tiny; tokenizers map characters to nu
 
 import contextlib
 import functools
+import json
+import tempfile
+from pathlib import Path
 
 import diffusers
 import torch
 import transformers
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as token_models
+
+import steer
 
 WIDTH = 32  # of every text encoder
 
@@ -21,7 +26,10 @@ def clip_tokenizer():
     vocab = {"<|startoftext|>": 0, "<pad>": 1, "<|endoftext|>": 2}
     for text in (*letters, *(letter + "</w>" for letter in letters)):
         vocab.setdefault(text, len(vocab))
-    tokenizer = transformers.CLIPTokenizer(vocab=vocab, merges=[])
+    with tempfile.TemporaryDirectory() as folder:  # files, which transformers 4 and 5 both read
+        Path(folder, "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
+        Path(folder, "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(folder)
     tokenizer.model_max_length = 77
     return tokenizer
 
@@ -342,6 +350,22 @@ def build(name):
     torch.manual_seed(0)
     pipe = make()
     return prepared(pipe), dict(call)
+
+
+def process_of(name, steps=4, pipe=None, **options):
+    """The process of a family's pipeline, or of another pipeline with that family's call arguments."""
+    fresh, call = build(name)
+    return steer.from_pipeline(pipe or fresh, steps=steps, **{**call, **options})
+
+
+def states(process, problems=1, particles=3, key=0):
+    """Starting states (B, N, *event)."""
+    return process.prior(steer.Key(key), problems, particles)
+
+
+def near(actual, expected, tolerance=1e-5):
+    """Equal up to `tolerance` of the largest value."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
 
 
 def prepared(pipe):
