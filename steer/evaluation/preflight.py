@@ -14,7 +14,7 @@ from ..cost import Cost
 from ..errors import BudgetError, NotDifferentiableError
 from ..key import Key, as_key
 from ..processes.gaussian import has_levels, is_gaussian
-from ..types import ReverseProcess, Reward
+from ..types import GaussianTransition, ReverseProcess, Reward
 
 _PROBED = 8  # steps at which predictions are scored, at most
 _USABLE = 0.4  # rank correlation from which a prediction is worth selecting by
@@ -343,7 +343,8 @@ def _gradient(
         return Gradient(False, "it is not finite", k)
     if norm == 0.0:
         return Gradient(False, "it is zero", k)
-    std = getattr(process.transition(x[:, :1], x[:, :1], k), "std", 0.0)
+    step = process.transition(x[:, :1], x[:, :1], k)
+    std = step.std if isinstance(step, GaussianTransition) else 0.0
     return Gradient(True, "", k, norm, norm * std if std > 0.0 else math.nan)
 
 

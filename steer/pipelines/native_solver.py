@@ -197,7 +197,8 @@ class SolverProcess:
             return x
         raise StateSpaceError(
             f"{type(self.scheduler).__name__} needs predictions of earlier steps, which a state of a "
-            f"SolverProcess noised back to level {k_to} does not have; use this method on the process itself, without own_solver"
+            f"SolverProcess noised back to level {k_to} does not have; use this method on the "
+            "process itself, without own_solver"
         )
 
     def decode(self, x: Tensor) -> Tensor:
