@@ -47,7 +47,7 @@ class CFGHook:
 
 
 def similarity(at: Step, other: Tensor) -> Tensor:
-    """Cosine (B, N) between the noises that two predictions stand for."""
+    """Cosine [B, N] between the noises that two predictions stand for."""
     pair = (eps(at.x.detach(), x0, at.here).double().flatten(2) for x0 in (at.x0, other))
     return torch.nn.functional.cosine_similarity(*pair, dim=2)
 
@@ -74,12 +74,19 @@ def classifier_free(
 ) -> GuidedProcess:
     """Guidance u + weight (c - u) of two processes on one grid (Ho & Salimans 2022, weight = 1 + their w).
 
-    damped: tangential damping (TCFG, 2503.18137): u's noise keeps only what it shares with c's, its projection on the
-            first right singular vector of the two.
-    until:  the level from which on the conditional model runs alone, all levels by default; see `adaptive`.
+    Args:
+        conditional, unconditional: processes on the same time grid and event.
+        weight: w; 1 is the conditional model, 0 the unconditional one.
+        damped: tangential damping (TCFG, 2503.18137): u's noise keeps only what it shares with c's, its projection on
+            the first right singular vector of the two.
+        until: the level from which on the conditional model runs alone, all levels by default; see `adaptive`.
 
-    Cost per step: a row of both, from `until` on one of the conditional alone; `.rows` is the average rounded up.
-    The log has the "similarity" of the two noises at the guided levels.
+    Raises:
+        ShapeError: where grids or events differ.
+        StateSpaceError: where one of the two is on no Gaussian path, or the unconditional one has mean hooks.
+
+    Cost per step: a row of both, from `until` on one of the conditional alone; `.rows` is the average rounded up. The
+    log has the "similarity" of the two noises at the guided levels.
     """
     for process in (conditional, unconditional):
         need_gaussian(process, "classifier-free guidance", cure=CURE)
@@ -119,10 +126,18 @@ def adaptive(
 
         classifier_free(c, u, weight, until=settled(result.process.log))
 
-    Source: Castillo et al. 2023 (Adaptive Guidance, 2312.12487); their threshold is similar's default. Differs: they
-    decide for every sample, by its cosine at the step before. That is a function of the path: from the state alone the
-    cosine is not known without the very pass that is to be saved, and weights, trees and replays need steps that are
-    functions of their state. One level for all is, and the ledger shows a saving known in advance.
+    Args:
+        similar: cosine of the two noises above which the unconditional pass is dropped.
+        particles: of the pilot population, per problem.
+        others: as `classifier_free`.
+
+    Returns:
+        The guided process, and the cost of the pilot run.
+
+    Source: Castillo et al. 2023 (Adaptive Guidance, 2312.12487); their threshold is similar's default.
+    Differs: they decide for every sample, by its cosine at the step before. That is a function of the path: from the
+    state alone the cosine is not known without the very pass that is to be saved, and weights, trees and replays need
+    steps that are functions of their state. One level for all is, and the ledger shows a saving known in advance.
     """
     if not -1.0 <= similar <= 1.0:
         raise SteerError(f"similar is a cosine in [-1, 1], got {similar}")

@@ -90,7 +90,7 @@ class Across:
 
 
 def across(vector: Tensor, along: Tensor, size: Tensor) -> Tensor:
-    """The part of a vector orthogonal to another of squared norm `size` (B, N), at every particle."""
+    """The part of a vector orthogonal to another of squared norm `size` [B, N], at every particle."""
     share = (vector * along).double().flatten(2).sum(2) / size.clamp(min=torch.finfo(torch.float64).tiny)
     return vector - along * per_particle(share, along)
 
@@ -106,21 +106,28 @@ def density_guidance(
 ) -> Hooks:
     """Follow the probability-flow ODE with the score times eta = 1 + sqrt(2 D) Phi^-1(q) / |sigma_t s(x)|^2.
 
-    delta_logp: change of log p_0 asked for, in nats, from which q is solved (`quantile_of`); or q itself. Above 0 (q
-                above 1/2) samples become more likely: smoother, with less detail; below, less.
-    process:    what the hooks are for: its event and grid enter the closed form. Its rule is to be `steer.ode()`.
-    noise:      phi of the stochastic variant, noise of phi times the ancestral std orthogonal to the score, its
-                second-order effect taken off the numerator: one backward row per network row more. Their .2 to .3.
-    limit:      what guidance adds to a step is at most `limit` times as long as the noise of an ancestral step, which
-                matters next to modes, where the score vanishes and eta has a pole; the log has "eta" and the share
-                "clamped". A bound on eta itself would not do: where data is smooth on the scale of sigma, |sigma s|^2
-                goes to 0 with sigma, and eta rightly to infinity.
-    headroom:   the most that log p_0 can rise from a typical sample: D / 2 by default, exact for a Gaussian and for
-                modes far apart. SteerError where more is asked for: no point of that density exists.
+    The last step, to sigma = 0, is the model's.
 
-    Per step no network row more. The last step, to sigma = 0, is the model's.
-    Source: Karczewski et al. 2025 (2502.05807), density guidance and its stochastic variant, as in their code. Differs:
-    the target in nats and its check; the probe of the Laplacian is orthogonal to the score, as the noise is.
+    Args:
+        process: what the hooks are for: its event and grid enter the closed form. Its rule is to be `steer.ode()`.
+        delta_logp: change of log p_0 asked for, in nats, from which q is solved (`quantile_of`); or q itself. Above 0
+            (q above 1/2) samples become more likely: smoother, with less detail; below, less.
+        noise: phi of the stochastic variant, noise of phi times the ancestral std orthogonal to the score, its
+            second-order effect taken off the numerator: one backward row per network row more. Their .2 to .3.
+        limit: what guidance adds to a step is at most `limit` times as long as the noise of an ancestral step, which
+            matters next to modes, where the score vanishes and eta has a pole; the log has "eta" and the share
+            "clamped". A bound on eta itself would not do: where data is smooth on the scale of sigma, |sigma s|^2 goes
+            to 0 with sigma, and eta rightly to infinity.
+        headroom: the most that log p_0 can rise from a typical sample: D / 2 by default, exact for a Gaussian and for
+            modes far apart. SteerError where more is asked for: no point of that density exists.
+
+    Raises:
+        SteerError: where more nats are asked for than there are, and for settings out of range.
+        StateSpaceError: where the process is on no Gaussian path.
+
+    Cost: per step no network row more; with noise one backward row per network row.
+    Source: Karczewski et al. 2025 (2502.05807), density guidance and its stochastic variant, as in their code.
+    Differs: the target in nats and its check; the probe of the Laplacian is orthogonal to the score, as the noise is.
     """
     need_gaussian(process, "density guidance", cure=CURE)
     if (delta_logp is None) == (q is None):
@@ -172,8 +179,19 @@ def prior_guidance(process: GaussianPath, delta_logp: float = 0.0) -> Hooks:
 
     0 is the median: samples without the spread that the norm's chance gives. Under the probability-flow ODE the change
     carries over to log p_0 exactly where the data is Gaussian. Needs `steer.ode()`: stochastic steps forget the norm.
-    Raises SteerError where the prior's maximum is lower than asked for. Costs nothing.
-    Source: Karczewski et al. 2025 (2502.05807), prior guidance. Differs: the norm is given in nats.
+
+    Args:
+        process: what the hook is for.
+        delta_logp: in nats; above 0 is denser.
+
+    Raises:
+        SteerError: where the prior's maximum is lower than asked for.
+        StateSpaceError: where the process is on no Gaussian path.
+
+    Cost: none.
+
+    Source: Karczewski et al. 2025 (2502.05807), prior guidance.
+    Differs: the norm is given in nats.
     """
     need_gaussian(process, "prior guidance", cure=CURE)
     radius(process.event, delta_logp)

@@ -24,14 +24,14 @@ CURE = "guide the models of a composition, or the process without own_solver; a 
 
 @dataclass(frozen=True, eq=False)
 class GuidedProcess:
-    """A process whose steps are worked on by hooks. Its law is that of the guided chain, whatever that is.
+    """A process with hooks in its steps. What samplers target on it is the distribution of the guided chain.
 
     base:  the model, or a chain of it that goes back and forth (`restart`, `recur`).
     hooks: see `steer.guidance.hooks`.
     key:   names what hooks draw; None, the default: the key of the run, see `steer.guidance.hooks.hook_key`.
     log:   strength by level; every run begins its own, in `result.process.log`.
 
-    Where mean hooks are, a prediction is (B, N, 2, *event): what rewards see, and the displacement of the mean, which
+    Where mean hooks are, a prediction is [B, N, 2, *event]: what rewards see, and the displacement of the mean, which
     belongs to the same state and moves with it. `exact` and `reference` are the unguided model's.
     """
 
@@ -141,14 +141,22 @@ class GuidedProcess:
         return replace(self, base=self.base.with_times(times))
 
     def exact(self, reward: Any, temperature: float = 1.0) -> Any:
-        """The tilted law of the unguided model."""
+        """The tilted distribution of the unguided model."""
         return self.base.exact(reward, temperature)
 
 
 def guide(process: GaussianPath, hooks: Hooks, *, key: Key | int | None = None) -> GuidedProcess:
     """The process with hooks in it, after those that it has already.
 
-    key: names what hooks draw in every run; None: the run's key does (or the one that the process has).
+    What a sampler targets or searches on it is the distribution of the guided chain.
+
+    Args:
+        process: on a Gaussian path, also one that restarts or is guided already.
+        hooks: of any method, or several added up: `a + b`.
+        key: names what hooks draw in every run; None: the run's key does (or the one that the process has).
+
+    Raises:
+        StateSpaceError: where the process is on no Gaussian path with a transition rule.
     """
     own = None if key is None else as_key(key)
     if isinstance(process, GuidedProcess):

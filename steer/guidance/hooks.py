@@ -73,7 +73,7 @@ class Log:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """A population about to step from level k, as hooks see it. Shapes (B, N, *event).
+    """A population about to step from level k, as hooks see it. Shapes [B, N, *event].
 
     process: the model, unguided and metered: whatever a hook evaluates on it is in the ledger.
     x:       the states; they require a gradient where `Hooks.through` asks for it.
@@ -133,13 +133,13 @@ class Step:
         return self.process.transition(self.x.detach(), self.x0, self.k).mean + self.shift
 
     def value(self, reward: Reward | Callable[..., Any], clean: Tensor) -> Tensor:
-        """Scores (B, N) of clean states, through the decoder, checked and counted like every reward's."""
+        """Scores [B, N] of clean states, through the decoder, checked and counted like every reward's."""
         if id(reward) not in self.opened:  # alive while a hook holds it, which is longer than a step
             self.opened[id(reward)] = replace(open_objective(self.process, reward)[1], process=self.process)
         return self.opened[id(reward)](clean)
 
     def gradient(self, value: Tensor) -> Tensor:
-        """Gradient of a sum of values (B, N) with respect to the states, through the network. Counted."""
+        """Gradient of a sum of values [B, N] with respect to the states, through the network. Counted."""
         check_attached(value)
         if not self.x.requires_grad:
             raise NotDifferentiableError("a hook that differentiates through the network is in Hooks(through=True)")
@@ -149,7 +149,7 @@ class Step:
             return torch.autograd.grad(value.sum(), self.x, retain_graph=True)[0]
 
     def climb(self, potential: Callable[[Tensor], Tensor], clean: Tensor) -> tuple[Tensor, Tensor]:
-        """A function of clean states (B, N, *event) and its gradient there; the network is not involved."""
+        """A function of clean states [B, N, *event] and its gradient there; the network is not involved."""
         with torch.enable_grad():
             clean = clean.detach().requires_grad_()
             value = potential(clean)
@@ -182,7 +182,7 @@ def coefficient(here: Level, there: Level, std: float) -> float:
 
 
 def norms(x: Tensor) -> Tensor:
-    """Euclidean norm of every particle's event, (B, N), float64."""
+    """Euclidean norm of every particle's event, [B, N], float64."""
     return x.detach().double().flatten(2).norm(dim=2)
 
 

@@ -44,9 +44,10 @@ def corrector(rounds: int = 1, size: float = 0.05) -> Hooks:
     """After every step, `rounds` unadjusted Langevin steps of size * sigma^2 along the guided prediction's score.
 
     Cost: `rounds` network rows per step.
-    Source: Song et al. 2021 (score SDE, 2011.13456), the corrector of predictor-corrector sampling. Differs: the step
-    is a share of sigma^2 and not set by the ratio of norms of the moment, so that each particle's step depends on
-    itself alone.
+
+    Source: Song et al. 2021 (score SDE, 2011.13456), the corrector of predictor-corrector sampling.
+    Differs: the step is a share of sigma^2 and not set by the ratio of norms of the moment, so that each particle's
+    step depends on itself alone.
     """
     if rounds < 1 or not 0.0 < size < 1.0:
         raise SteerError(f"a corrector takes rounds >= 1 steps of size in (0, 1) sigma^2, got {rounds} and {size}")

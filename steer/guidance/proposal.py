@@ -68,9 +68,16 @@ class Follow:
 def follow(hooks: Hooks, *, limit: float | None = None, key: Key | int | None = None) -> Follow:
     """A proposal for `steer.smc` (and what is made of it) and `search.dts` that moves by hooks.
 
-    hooks: score, x0 and mean hooks. Start hooks and after hooks have no density to correct by: SteerError.
-    key:   names what hooks draw; None: the run's key does.
-    limit: see `Follow`; None for no limit. What was done is in `proposal.log`, over all runs of this proposal.
+    Args:
+        hooks: score, x0 and mean hooks. Start hooks and after hooks have no density to correct by: SteerError.
+        key: names what hooks draw; None: the run's key does.
+        limit: see `Follow`; None for no limit. What was done is in `proposal.log`, over all runs of this proposal.
+
+    Raises:
+        SteerError: for start and after hooks, and a limit that is not positive.
+        StateSpaceError: in a run on a process without a Gaussian path and a transition rule.
+
+    Cost: of the hooks. Steps without noise are the model's own.
     """
     if hooks.after or hooks.start:
         raise SteerError(

@@ -1,4 +1,4 @@
-"""Going back and forth: restarts and recurrence, as a process on a grid whose levels also rise.
+"""Restarts and recurrence: a process whose chain also goes back to noisier levels.
 
 A reverse step to N(m, s^2), followed by the forward process from the level k it reached back up to level j, is one
 Gaussian step: x = a m + noise of variance (a s)^2 + sigma_j^2 - (a sigma_k)^2, a = alpha_j / alpha_k. So a chain that
@@ -68,7 +68,7 @@ class RestartRule:
 
 
 def renoised(step: GaussianTransition, scale: float, noise: float) -> GaussianTransition:
-    """The law of scale * x + noise * z for x drawn from a step."""
+    """The distribution of scale * x + noise * z for x drawn from a step."""
     if isinstance(step, RenoisableTransition):
         return step.renoised(scale, noise)
     return Normal(scale * step.mean, math.hypot(scale * step.std, noise))
@@ -171,7 +171,7 @@ class RestartProcess:
         raise SteerError("levels are visited on one grid: give the process its times first, then restart or recur")
 
     def exact(self, reward: Any, temperature: float = 1.0) -> Any:
-        """The tilted law of the model."""
+        """The tilted distribution of the model."""
         return self.base.exact(reward, temperature)
 
     @property
@@ -183,8 +183,6 @@ class RestartProcess:
 def restart(process: GaussianProcess, spans: Sequence[RestartInterval | tuple[float, float, int]]) -> RestartProcess:
     """Restart sampling: at the lower end of a span go back by the forward process to its upper end, and come down.
 
-    spans: (low, high, times) in noise-to-signal ratio sigma / alpha, EDM's sigma; the nearest levels are taken.
-
     Errors that the chain has made contract in every pass, and with deterministic steps the noise is all added at once.
     With exact steps the law at every level stays what it was. The copies that a resampling leaves are separated by the
     noise that follows, also where steps are deterministic:
@@ -192,9 +190,22 @@ def restart(process: GaussianProcess, spans: Sequence[RestartInterval | tuple[fl
         process = steer.restart(process.with_rule(steer.ode()), [(0.5, 2.0, 1)])
         steer.smc(process, reward, selection=steer.resample(at=process.returns), weight=steer.difference(at=...))
 
+    Args:
+        process: a model's own GaussianProcess; guide what comes of it, not what goes in.
+        spans: (low, high, times) in noise-to-signal ratio sigma / alpha, EDM's sigma; the nearest levels are taken.
+
+    Returns:
+        A process of more steps. Its `returns` are the steps that end by going back.
+
+    Raises:
+        SteerError: where a span falls on one level of the grid, or overlaps another's start.
+        StateSpaceError: for another kind of process.
+
     Cost: as many network rows as the span has steps, each time.
-    Source: Xu et al. 2023 (Restart, 2306.14878) with the process's own rule for the ODE solver. Differs: a span is run
-    on the grid's own levels, not N_r new ones; the noise has the forward kernel's std, not 1.003 times it.
+
+    Source: Xu et al. 2023 (Restart, 2306.14878) with the process's own rule for the ODE solver.
+    Differs: a span is run on the grid's own levels, not N_r new ones; the noise has the forward kernel's std, not 1.003
+    times it.
     """
     process, found = need_gaussian_process(process, "going back and forth", cure=_CURE), {}
     ratios = [level.sigma / level.alpha if level.alpha else math.inf for level in process.levels]
@@ -219,7 +230,16 @@ def restart(process: GaussianProcess, spans: Sequence[RestartInterval | tuple[fl
 def recur(process: GaussianProcess, times: int) -> RestartProcess:
     """Every step taken `times` times, with the forward process's noise back up in between.
 
-    The time travel of FreeDoM (Yu et al. 2023), the recurrence of UGD and TFG. Cost: `times` as many rows.
+    Args:
+        process: a model's own GaussianProcess.
+        times: how often each step is taken; 1 changes nothing.
+
+    Raises:
+        SteerError: where `times` is below 1.
+        StateSpaceError: for another kind of process.
+
+    Cost: `times` as many network rows.
+    Source: the time travel of FreeDoM (Yu et al. 2023), the recurrence of UGD and TFG.
     """
     process = need_gaussian_process(process, "going back and forth", cure=_CURE)
     if times < 1:

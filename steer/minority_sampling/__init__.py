@@ -42,14 +42,21 @@ _CURE = (
 def minority(process: GaussianPath, method: BoostAndSkip | Hooks) -> Any:
     """The process whose samples are rarer: every sampler and search runs on it as on any other.
 
-    method: `boost_and_skip(kappa)`          a start of too much variance: no gradients, no training;
-            `self_guided(scale)`             the gradient of the model's own reconstruction loss: no training;
-            `minority_guidance(classifier)`  a noisy classifier of rarity, trained on quantiles of the minority score.
     Methods compose: minority(minority(process, a), b).
 
-    It is the law that changes: a sampler with a reward r, run on the result, aims at rare(x) exp(r(x) / T). To stay on
-    p(x) exp(r(x) / T), give hooks as a proposal instead: steer.smc(process, reward, proposal=steer.follow(hooks)).
+    The distribution itself changes: a sampler with a reward r, run on the result, aims at rare(x) exp(r(x) / T). To
+    stay on p(x) exp(r(x) / T), give hooks as a proposal instead: steer.smc(process, reward, proposal=steer.follow(hooks)).
     Rarity that pays is judged by `minority_metrics`, never by a distance alone.
+
+    Args:
+        process: on a Gaussian path.
+        method: `boost_and_skip(kappa)`, a start of too much variance: no gradients, no training;
+            `self_guided(scale)`, the gradient of the model's own reconstruction loss: no training;
+            `minority_guidance(classifier)`, a noisy classifier of rarity, trained on quantiles of the minority score.
+
+    Raises:
+        StateSpaceError: where the process is on no Gaussian path with a transition rule.
+        SteerError: for a method of another type.
     """
     process = need_gaussian(process, "minority sampling", cure=_CURE)
     if isinstance(method, Hooks):

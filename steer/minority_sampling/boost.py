@@ -67,18 +67,21 @@ class BoostAndSkip:
 def boost_and_skip(kappa: float | None = None, *, gamma: float = 4.0, skip: int | None = None) -> BoostAndSkip:
     """Boost-and-Skip for `steer.minority`: x ~ N(0, gamma^2) at a later level, then the unchanged sampler.
 
-    kappa: strength, (gamma^2 - 1) alpha-bar of the level that is started from: the excess variance that is left in the
-           data, in units of their own. About .05 shows, .5 is strong, below .01 nothing happens. The level is the one
-           of the grid at which gamma is nearest to what was asked, and gamma is then set so that kappa is exact.
-    gamma: standard deviation of the start in units of sqrt(alpha^2 + sigma^2), above 1.
-    skip:  the paper's number of dropped steps, instead of kappa; kappa follows, see `.plan(process)`.
-
     Why kappa: given its start x_s, the data's law is p(x_0) N(x_s; alpha x_0, sigma^2), which depends on the start by
     alpha x_s alone, and that has variance gamma^2 alpha-bar. Two starts of one kappa give the same law up to
     O(alpha-bar), on any schedule; the paper's gamma = 4, 3 of 250 steps are kappa = .005 on a cosine schedule and .0008
     on a linear one. With a deterministic rule this is Prior Guidance (Karczewski et al. 2025, 2502.05807).
     It is a change of law, without weights that would undo it: samplers given the process target boosted(x) exp(r / T).
-    Source: Um et al. 2025 (Boost-and-Skip, 2502.06516). Differs: a strength that carries over between schedules.
+
+    Args:
+        kappa: strength, (gamma^2 - 1) alpha-bar of the level that is started from: the excess variance that is left in
+            the data, in units of their own. About .05 shows, .5 is strong, below .01 nothing happens. The level is the
+            one of the grid at which gamma is nearest to what was asked, and gamma is then set so that kappa is exact.
+        gamma: standard deviation of the start in units of sqrt(alpha^2 + sigma^2), above 1.
+        skip: the paper's number of dropped steps, instead of kappa; kappa follows, see `.plan(process)`.
+
+    Source: Um et al. 2025 (Boost-and-Skip, 2502.06516).
+    Differs: a strength that carries over between schedules.
     """
     if (kappa is None) == (skip is None):
         raise SteerError("boost_and_skip takes a strength kappa or a number of steps to skip, one of the two")

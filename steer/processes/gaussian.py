@@ -25,17 +25,17 @@ from .transitions import DDIM
 class GaussianProcess:
     """A denoiser on a Gaussian path with a time grid: levels k = 0 (noise) to k = steps (data).
 
-    denoiser:  E[x_0 | x_t] for x of shape (B, N, *event).
+    denoiser:  E[x_0 | x_t] for x of shape [B, N, *event].
     schedule:  the path (alpha, sigma).
     times:     steps + 1 times falling to 0. The prior sits at times[0], which `repr` shows.
     event:     shape of one state.
     rule:      how steps are drawn; ancestral sampling by default.
-    decoder:   states (M, *event) to what rewards see, for instance images (M, 3, H, W) in [0, 1]; None: the state.
+    decoder:   states [M, *event] to what rewards see, for instance images [M, 3, H, W] in [0, 1]; None: the state.
     problems:  number of conditionings the denoiser is closed over (axis 0), None where any batch runs.
     prompts:   their texts, handed to rewards that ask for them.
     rows:      network rows per prediction, for the ledger (2 under classifier-free guidance).
-    initial:   mean (broadcast to (B, N, *event)) and standard deviation of the prior, where a pipeline starts from
-               another law than N(0, sigma^2): image-to-image, or a scheduler with a scale of its own.
+    initial:   mean (broadcast to [B, N, *event]) and standard deviation of the prior, where a pipeline starts from
+               another distribution than N(0, sigma^2): image-to-image, or a scheduler with a scale of its own.
     reference: what knows exact answers about this model (analytic models), else None.
     meter:     the ledger of the run in progress; samplers set it.
     """
@@ -82,7 +82,7 @@ class GaussianProcess:
         return len(self.times) - 1
 
     def prior(self, key: Key, batch: int, particles: int) -> Tensor:
-        """Starting states at level 0, shape (B, N, *event): N(0, sigma^2) unless `initial` says otherwise."""
+        """Starting states at level 0, shape [B, N, *event]: N(0, sigma^2) unless `initial` says otherwise."""
         self.check_batch(batch)
         noise = key.normal((batch, particles, *self.event), dtype=self.dtype, device=self.device)
         mean, std = self.prior_moments
@@ -111,7 +111,8 @@ class GaussianProcess:
     def denoise(self, x: Tensor, k: int, key: Key | None = None) -> Tensor:
         """The prediction E[x_0 | x] at level k, same shape and dtype as x. Counted by the meter.
 
-        key: names draws of hooks (`GuidedProcess`); a network alone draws nothing.
+        Args:
+            key: names draws of hooks (`GuidedProcess`); a network alone draws nothing.
         """
         del key
         if self.meter is None:
@@ -133,7 +134,7 @@ class GaussianProcess:
         return x0
 
     def transition(self, x: Tensor, x0: Tensor, k: int) -> GaussianTransition:
-        """The law of the step from level k to k + 1."""
+        """The distribution of the step from level k to k + 1."""
         return self.rule(x, x0, self.levels[k], self.levels[k + 1])
 
     def stochastic(self, k: int) -> bool:
@@ -152,7 +153,7 @@ class GaussianProcess:
         return torch.add(x * scale, key.at(k_to).normal(x.shape, dtype=x.dtype, device=x.device), alpha=std)
 
     def decode(self, x: Tensor) -> Tensor:
-        """Clean states (B, N, *event) as rewards see them, (B * N, ...). Counted by the meter where it costs."""
+        """Clean states [B, N, *event] as rewards see them, (B * N, ...). Counted by the meter where it costs."""
         flat = x.flatten(0, 1)
         if self.decoder is None:
             return flat
@@ -192,7 +193,7 @@ class GaussianProcess:
         return replace(self, times=schedules.check_times(times))
 
     def exact(self, reward: Any, temperature: float = 1.0) -> Any:
-        """The tilted law p(x) exp(r(x) / temperature) in closed form; only for analytic models and rewards."""
+        """The tilted distribution p(x) exp(r(x) / temperature) in closed form; only for analytic models and rewards."""
         if self.reference is None:
             raise ModelError(
                 "exact answers exist for steer.models' analytic processes only; this one has a learned denoiser"
@@ -302,12 +303,21 @@ def from_denoiser(
 ) -> GaussianProcess:
     """A process from a function of (x, t) that predicts E[x_0 | x_t].
 
-    times: a grid falling to 0, or a number of steps, equally spaced in t from the schedule's start.
-    event: shape of one state; the function gets (B, N, *event) and a Python float t, and returns the same shape.
+    Args:
+        times: a grid falling to 0, or a number of steps, equally spaced in t from the schedule's start.
+        event: shape of one state; the function gets [B, N, *event] and a Python float t, and returns the same shape.
     """
     grid = schedules.uniform_times(schedule, times) if isinstance(times, int) else schedules.check_times(times)
     return GaussianProcess(
-        denoiser, schedule, grid, tuple(event), transition or DDIM(), decoder, problems, device=device, dtype=dtype
+        denoiser=denoiser,
+        schedule=schedule,
+        times=grid,
+        event=tuple(event),
+        rule=transition or DDIM(),
+        decoder=decoder,
+        problems=problems,
+        device=device,
+        dtype=dtype,
     )
 
 
@@ -344,11 +354,19 @@ def convert(
 
     Two paths differ only by the clock and a scale: with rho = alpha / sigma equal at times t and s, the state on the
     new path is c x_t with c = sigma_new(s) / sigma_old(t), and both have the same E[x_0]. The denoiser is therefore
-    the old one at x / c; transition rule, decoder and conditioning carry over. Source: Kim et al. 2025 (RBF,
-    2503.19385), in x_0 form, where no derivative of the clock is needed.
+    the old one at x / c; transition rule, decoder and conditioning carry over.
 
-    times: grid on the new path; default, as many steps, uniform in its time, from the noisiest level at which the
-    old grid starts (or the new schedule starts, if that is less noisy).
+    Args:
+        process: a model's own GaussianProcess.
+        schedule: of the new path.
+        times: grid on the new path; default, as many steps, uniform in its time, from the noisiest level at which the
+            old grid starts (or the new schedule starts, if that is less noisy).
+
+    Raises:
+        StateSpaceError: for another kind of process.
+        SteerError: where the new grid starts noisier than the model's own path ever gets.
+
+    Source: Kim et al. 2025 (RBF, 2503.19385), in x_0 form, where no derivative of the clock is needed.
     """
     process = need_gaussian_process(process, "exchanging Gaussian paths", cure=_CONVERT_FIRST)
     old = process.schedule
