@@ -26,14 +26,14 @@ def constant(here: Level, there: Level) -> float:
     return 1.0
 
 
-def increase(here: Level, there: Level) -> float:
+def increasing(here: Level, there: Level) -> float:
     """abar / abar' (their alpha_t), abar = alpha^2 / (alpha^2 + sigma^2): weak in the noise, nearly 1 soon after."""
     return min(1.0, _signal(here) / _signal(there))
 
 
-def decrease(here: Level, there: Level) -> float:
+def decreasing(here: Level, there: Level) -> float:
     """1 - abar / abar': strong in the noise, nearly 0 at the data."""
-    return 1.0 - increase(here, there)
+    return 1.0 - increasing(here, there)
 
 
 def _signal(at: Level) -> float:
@@ -159,8 +159,8 @@ def tfg(
     sigma: float = 0.1,
     samples: int = 1,
     iterations: int = 4,
-    rho_profile: Profile = increase,
-    mu_profile: Profile = increase,
+    rho_profile: Profile = increasing,
+    mu_profile: Profile = increasing,
     sigma_profile: Callable[[Level], float] = lambda at: at.sigma,
     halvings: int = 6,
     limit: float | None = None,
@@ -186,7 +186,7 @@ def tfg(
             factor of the gradient; most divide by a norm of the residual, which a number does exactly.
         sigma: width of the smoothing, times sigma_profile(level); samples: draws of it. 0 turns it off.
         iterations: gradient steps on x0. Recurrence (N_recur) belongs to the process: guide(recur(process, n), hooks).
-        rho_profile, mu_profile: `increase`, `decrease`, `constant`, or any function of two levels.
+        rho_profile, mu_profile: `increasing`, `decreasing`, `constant`, or any function of two levels.
         halvings: the most often that backtracking cuts a particle's step, to half or less, while f rises less than a
             quarter of what its slope promises: where curvature times step is below 3/2 nothing happens, and iterations
             diverge at 2. 0: none, as published; a step of fixed length then oscillates about an optimum, by at most
@@ -244,12 +244,12 @@ def lgd(potential: Reward | Callable[..., Any], rho: Strength = 0.2, samples: in
 def freedom(potential: Reward | Callable[..., Any], rho: Strength = 0.2, **options: Any) -> Hooks:
     """FreeDoM (Yu et al. 2023, 2303.09833): DPS with a profile; on recur(process, n), with its time travel."""
     fixed = {"rho": rho, "mu": 0.0, "sigma": 0.0, "iterations": 0}
-    return tfg(potential, **{"rho_profile": increase, **options, **fixed})
+    return tfg(potential, **{"rho_profile": increasing, **options, **fixed})
 
 
 def mpgd(potential: Reward | Callable[..., Any], mu: Strength = 0.2, **options: Any) -> Hooks:
     """Manifold-preserving guidance (He et al. 2024, MPGD without its autoencoder): x0 alone, no network backward."""
-    return tfg(potential, **{"mu_profile": increase, "iterations": 1, **options, "rho": 0.0, "mu": mu, "sigma": 0.0})
+    return tfg(potential, **{"mu_profile": increasing, "iterations": 1, **options, "rho": 0.0, "mu": mu, "sigma": 0.0})
 
 
 def ugd(

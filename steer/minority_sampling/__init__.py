@@ -45,8 +45,9 @@ def minority(process: GaussianPath, method: BoostAndSkip | Hooks) -> Any:
     Methods compose: minority(minority(process, a), b).
 
     The distribution itself changes: a sampler with a reward r, run on the result, aims at rare(x) exp(r(x) / T). To
-    stay on p(x) exp(r(x) / T), give hooks as a proposal instead: steer.smc(process, reward, proposal=steer.follow(hooks)).
-    Rarity that pays is judged by `minority_metrics`, never by a distance alone.
+    keep the target p(x) exp(r(x) / T), give hooks as a proposal instead:
+    steer.smc(process, reward, proposal=steer.follow(hooks)). Judge rarity by `minority_metrics`, never by a distance
+    alone.
 
     Args:
         process: on a Gaussian path.
