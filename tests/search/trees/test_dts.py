@@ -104,7 +104,7 @@ class Table:
     def prior(self, key, batch, particles):
         return self._draw(self.first.log().expand(batch, particles, 3), key)
 
-    def denoise(self, x, k):
+    def denoise(self, x, k, key=None):
         with self.meter.network(x.numel()):
             return self.kernel[k][x[..., 0]]
 
