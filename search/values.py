@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,9 @@ from steer.core.objective import Objective, check_finite, num_problems
 from steer.core.run import Run
 from steer.errors import ShapeError, SteerError
 from steer.key import Key, as_key
-from steer.processes.gaussian import need_gaussian
+from steer.processes.gaussian import need_levels
 from steer.samplers.rollout import rollout
-from steer.types import GaussianPath, ReverseProcess, Reward
+from steer.types import ReverseProcess, Reward
 from steer.weighted_sde.look_ahead import ode_steps, stops
 
 
@@ -68,9 +68,8 @@ class RewardAhead:
 
     def __call__(self, objective: Objective, x: Tensor, k: int, x0: Tensor | None, key: Key | None = None) -> Tensor:
         assert x0 is not None
-        if not hasattr(objective.process, "levels"):
-            need_gaussian(objective.process, "a look-ahead by the ODE", cure="use value=values.x0_hat()")
-        return objective(ode_steps(self.count + 1).predict(cast(GaussianPath, objective.process), x, x0, k, key))
+        process = need_levels(objective.process, "a look-ahead by the ODE", cure="use value=values.x0_hat()")
+        return objective(ode_steps(self.count + 1).predict(process, x, x0, k, key))
 
 
 @dataclass(frozen=True)

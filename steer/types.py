@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
@@ -113,6 +113,22 @@ class GaussianTransition(Transition, Protocol):
         ...
 
 
+@runtime_checkable
+class RenoisableTransition(GaussianTransition, Protocol):
+    """A step that knows the distribution of scale x' + noise eps for its draws x', where it is not a plain normal."""
+
+    def renoised(self, scale: float, noise: float) -> GaussianTransition: ...
+
+
+@runtime_checkable
+class KnownTails(Protocol):
+    """An analytic model that knows how fast its density falls off."""
+
+    def mode_precisions(self) -> Tensor | None:
+        """Inverse covariances [K, D, D] of its modes; None where one of them has no density."""
+        ...
+
+
 class Rule(Protocol):
     """How a step is taken between two levels of a Gaussian path, given the prediction x0."""
 
@@ -148,6 +164,39 @@ class ReverseProcess(Protocol):
     @property
     def meter(self) -> Any: ...
 
+    @property
+    def device(self) -> torch.device | str:
+        """Where states are."""
+        return "cpu"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of states."""
+        return torch.float32
+
+    @property
+    def text(self) -> Callable[[Tensor], list[str]] | None:
+        """Reads states [M, *event] as M strings; None where they are not text."""
+        return None
+
+    @property
+    def visits(self) -> Sequence[int]:
+        """Level of the model's own grid that stands at each level k: k itself, except in chains that go back."""
+        return range(self.steps + 1)
+
+    @property
+    def hooks(self) -> Any:
+        """What intervenes in the chain (`steer.guidance.Hooks`); None where nothing does."""
+        return None
+
+    @property
+    def prior_moments(self) -> tuple[Tensor | None, float] | None:
+        """Mean of a Gaussian prior, [B or 1, 1, *event] or None for zero, and its standard deviation.
+
+        None where the prior is not Gaussian.
+        """
+        return None
+
     def prior(self, key: Key, batch: int, particles: int) -> Tensor: ...
 
     def denoise(self, x: Tensor, k: int, key: Key | None = None) -> Tensor:
@@ -176,16 +225,24 @@ class ReverseProcess(Protocol):
         ...
 
 
-class GaussianPath(ReverseProcess, Protocol):
-    """A reverse process on a Gaussian path x_t = alpha x_0 + sigma eps, whose steps a transition rule draws.
+class NoiseLevels(ReverseProcess, Protocol):
+    """A reverse process whose states at level k are alpha x_0 + sigma eps, however its steps are drawn.
 
-    What guided proposals, hooks, MCMC on the start, minority sampling and GRPO need; `need_gaussian` asks for it.
+    What scores, look-aheads and gradients in x need; `need_levels` asks for it. A `Composite` is one, and no
+    `GaussianPath`: its steps come from no transition rule.
     """
 
     @property
     def levels(self) -> tuple[Level, ...]:
         """The path at every level k."""
         ...
+
+
+class GaussianPath(NoiseLevels, Protocol):
+    """A reverse process on a Gaussian path x_t = alpha x_0 + sigma eps, whose steps a transition rule draws.
+
+    What guided proposals, hooks, MCMC on the start, minority sampling and GRPO need; `need_gaussian` asks for it.
+    """
 
     @property
     def times(self) -> tuple[float, ...]: ...
@@ -197,19 +254,23 @@ class GaussianPath(ReverseProcess, Protocol):
     def rule(self) -> Rule: ...
 
     @property
-    def dtype(self) -> torch.dtype: ...
-
-    @property
-    def device(self) -> torch.device | str: ...
-
-    @property
     def prior_moments(self) -> tuple[Tensor | None, float]:
         """Mean of the prior, [B or 1, 1, *event] or None for zero, and its standard deviation."""
         ...
 
     def transition(self, x: Tensor, x0: Tensor, k: int) -> GaussianTransition: ...
 
+    def metered(self, meter: Any) -> GaussianPath: ...
+
+    def only(self, problem: int) -> GaussianPath: ...
+
     def with_rule(self, rule: Rule) -> GaussianPath: ...
+
+    def with_times(self, times: Sequence[float]) -> GaussianPath: ...
+
+    def exact(self, reward: Any, temperature: float = 1.0) -> Any:
+        """The tilted distribution p(x) exp(r(x) / temperature) in closed form; of analytic models only."""
+        ...
 
 
 class QuadraticForm(NamedTuple):

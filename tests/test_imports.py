@@ -18,7 +18,7 @@ SOURCES = sorted(path for folder in FOLDERS.values() for path in folder.rglob("*
 # package's own __init__ stand on all of them.
 ROOMS = (
     "version", "errors", "key", "types", "cost", "files", "rewards", "processes", "core", "particles", "pipelines",
-    "models", "report", "results", "weighted_sde", "samplers", "search", "evaluation", "guidance", "minority_sampling",
+    "report", "results", "weighted_sde", "samplers", "search", "evaluation", "guidance", "models", "minority_sampling",
     "grpo", "exporters", "testing", "cli",
 )  # fmt: skip
 # A target that the user asked for and that is biased, or may not exist, is no numerical failure: it runs, with a

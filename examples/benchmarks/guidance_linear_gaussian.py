@@ -51,7 +51,7 @@ SETTINGS = {
     "DPS, .27 = sqrt(2 KL / steps)": g.dps(F, 0.27),
     "DPS, .5": g.dps(F, 0.5),
     "DPS, native .02, no backtracking": g.dps(F, g.native(0.02), **RAW),
-    "DPS, native .005, decrease, no backtracking": g.dps(F, g.native(0.005), rho_profile=g.decrease, **RAW),
+    "DPS, native .005, decrease, no backtracking": g.dps(F, g.native(0.005), rho_profile=g.decreasing, **RAW),
     "LGD, .2": g.lgd(F, 0.2),
     "FreeDoM, .2": g.freedom(F, 0.2),
     "FreeDoM, .2, 4 recurrences": g.freedom(F, 0.2),

@@ -122,7 +122,7 @@ def _chain(
 
 def _noisier(process: ReverseProcess, target: int, k: int) -> int:
     """The last level up to `target` that is no less noisy than level k: chains that restart do not only get cleaner."""
-    visits = getattr(process, "visits", range(process.steps + 1))
+    visits = process.visits
     while visits[target] > visits[k]:
         target -= 1
     return target

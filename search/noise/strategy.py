@@ -11,7 +11,7 @@ from steer.core.chain import run_chain
 from steer.core.loop import Loop
 from steer.core.run import Run
 from steer.core.trajectory import Trajectory
-from steer.processes.gaussian import need_gaussian
+from steer.errors import StateSpaceError
 from steer.processes.transitions import Normal
 from steer.types import ReverseProcess
 
@@ -42,9 +42,19 @@ class Strategy(Protocol):
         ...
 
 
+def gaussian_prior(process: ReverseProcess, cure: str) -> tuple[Tensor | None, float]:
+    """Mean (None for zero) and standard deviation of a process's prior; StateSpaceError where it is not Gaussian."""
+    if process.prior_moments is None:
+        raise StateSpaceError(
+            "a search that moves its starting noise a little needs a Gaussian prior, which "
+            f"{type(process).__name__} does not have; {cure}"
+        )
+    return process.prior_moments
+
+
 def prior_of(process: ReverseProcess, like: Tensor, cure: str) -> Normal:
-    """The prior N(mean, std^2) of a process on a Gaussian path, for states shaped like these."""
-    mean, std = need_gaussian(process, "a search that moves its starting noise a little", cure=cure).prior_moments
+    """The prior N(mean, std^2) of a process, for states shaped like these."""
+    mean, std = gaussian_prior(process, cure)
     return Normal(torch.zeros_like(like) + (0.0 if mean is None else mean), std)
 
 

@@ -10,10 +10,9 @@ import torch
 from steer.core.population import gather
 from steer.core.run import Run
 from steer.errors import SteerError
-from steer.processes.gaussian import need_gaussian
 from steer.types import ReverseProcess
 
-from .strategy import StrategyResult, concat, prior_of, sample_and_score
+from .strategy import StrategyResult, concat, gaussian_prior, prior_of, sample_and_score
 
 CURE = "use strategy=search.random_search() or search.paths()"
 
@@ -32,7 +31,7 @@ class ZeroOrder:
 
     def __call__(self, run: Run, particles: int, calls: int) -> StrategyResult:
         """Rounds of neighbours until the calls are spent; N pivots return."""
-        need_gaussian(run.process, "zero_order, which moves a Gaussian starting noise a little,", cure=CURE)
+        gaussian_prior(run.process, CURE)
         rollouts = calls // run.process.steps
         pivot = run.begin(particles).x
         best = sample_and_score(run, pivot, particles)

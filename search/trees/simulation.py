@@ -145,7 +145,7 @@ class Simulator:
 
     def restore_nodes(self, depth: int, slots: Slots) -> Trajectory:
         """Simulations at nodes [B, W] of a depth, with what is cached there."""
-        kept = self.tree.states(depth, torch.from_numpy(slots), getattr(self.process, "device", None))
+        kept = self.tree.states(depth, torch.from_numpy(slots), self.process.device)
         level, x = self.tree.levels[depth - 1], kept.pop("x")
         return Trajectory.begin(self.process, x, k=level, keep_states=self.keep_states).with_step_cache(**kept)
 

@@ -71,7 +71,7 @@ def open_reward(spec: str, process: Any = None) -> Callable[..., Any]:
     from ..errors import SteerError
 
     try:
-        return rewards.from_spec(spec, getattr(process, "text", None))
+        return rewards.from_spec(spec, process.text)
     except SteerError as error:
         raise typer.BadParameter(str(error), param_hint="--reward") from error
 

@@ -29,7 +29,7 @@ def write_run(
         write_atomically(out / "images.png", to_png(grid(chosen.decoded, least=96)))
     title = f"{about['reward']} on {about['model']}"
     write_report(result, out, reference=reference, metrics=metrics, index=index, title=title, about=about)
-    texts = {"texts": chosen.texts} if getattr(result.process, "text", None) is not None else {}
+    texts = {"texts": chosen.texts} if result.process.text is not None else {}
     return summary(result, reference, metrics) | texts
 
 
@@ -50,7 +50,7 @@ def write_comparison_files(
     pictures, texts = {}, {}
     for name, (first, *_) in comparison.at[-1].results.items():
         chosen = first.take(shown(first, min(n, first.reward.shape[1])))
-        if getattr(first.process, "text", None) is not None:
+        if first.process.text is not None:
             texts[name] = chosen.texts
         elif is_images(chosen.decoded):
             pictures[name] = grid(chosen.decoded, least=96)

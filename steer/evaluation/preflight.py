@@ -13,7 +13,8 @@ from ..core.objective import Objective, check_finite, check_temperature, num_pro
 from ..cost import Cost
 from ..errors import BudgetError, NotDifferentiableError
 from ..key import Key, as_key
-from ..types import ReverseProcess, Reward
+from ..processes.gaussian import has_levels, is_gaussian
+from ..types import GaussianTransition, ReverseProcess, Reward
 
 _PROBED = 8  # steps at which predictions are scored, at most
 _USABLE = 0.4  # rank correlation from which a prediction is worth selecting by
@@ -242,7 +243,7 @@ def preflight(
 
 def _recommended(found: Preflight, process: ReverseProcess, groupwise: bool) -> tuple[str, tuple[str, ...]]:
     """A method and the reasons for it, the decisive one first."""
-    gaussian, advice = hasattr(process, "levels"), []
+    gaussian, advice = is_gaussian(process), []
     if found.forbidden == found.samples * found.problems:
         method = "best_of_n"
         advice.append("every sample was forbidden (-inf): use a reward that says how far off a sample is")
@@ -325,7 +326,7 @@ def _gradient(
     process: ReverseProcess, objective: Objective, x: Tensor, k: int, temperature: float, key: Key
 ) -> Gradient:
     """The gradient for the first particle of every problem, or why there is none."""
-    if not hasattr(process, "levels"):
+    if not has_levels(process):
         return Gradient(False, f"states of {type(process).__name__} lie on no Gaussian path", k)
     if objective.groupwise:
         return Gradient(False, "the reward scores a sample against the others of its group", k)
@@ -342,7 +343,8 @@ def _gradient(
         return Gradient(False, "it is not finite", k)
     if norm == 0.0:
         return Gradient(False, "it is zero", k)
-    std = getattr(process.transition(x[:, :1], x[:, :1], k), "std", 0.0)
+    step = process.transition(x[:, :1], x[:, :1], k)
+    std = step.std if isinstance(step, GaussianTransition) else 0.0
     return Gradient(True, "", k, norm, norm * std if std > 0.0 else math.nan)
 
 

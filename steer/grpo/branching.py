@@ -16,7 +16,7 @@ from ..processes.gaussian import GaussianProcess
 from ..types import ReverseProcess
 from .assembly import Rewards, ancestors, metered, named, record, scores, walked
 from .batch import RolloutBatch
-from .kernels import Siblings, need_gaussian, ode_of, stored_as
+from .kernels import Siblings, need_policy, ode_of, stored_as
 
 
 def branch(
@@ -45,7 +45,7 @@ def branch(
     its children.
     Source: Li et al. 2025 (BranchGRPO); splits and ways as there. Differs: branch noise has unit variance.
     """
-    model, key, rewards, splits = need_gaussian(process), as_key(key, seed), named(reward), sorted(set(splits))
+    model, key, rewards, splits = need_policy(process), as_key(key, seed), named(reward), sorted(set(splits))
     _check(model, splits, ways)
     policy, meter = metered(model)
     chain, still = (stored_as(p, storage) for p in (policy, policy.with_rule(ode_of(policy.rule))))
@@ -91,5 +91,6 @@ def _check(process: GaussianProcess, splits: list[int], ways: int) -> None:
     if not splits or not set(splits) <= set(usable) or ways < 2:
         raise SteerError(
             f"branches differ by the noise of the step they split at, so that splits must be among the stochastic "
-            f"levels {usable} and ways at least 2, got splits {splits} and ways {ways}"
+            f"levels {usable} and ways at least 2, got splits {splits} and ways {ways}; where no level is stochastic, "
+            "use a stochastic rule, for instance process.with_rule(steer.flow_sde(0.7))"
         )

@@ -14,7 +14,7 @@ from ..processes.gaussian import GaussianProcess
 from ..types import ReverseProcess
 from .assembly import Rewards, Walked, metered, named, record, scores
 from .batch import RolloutBatch
-from .kernels import need_gaussian, ode_of, stored_as
+from .kernels import need_policy, ode_of, stored_as
 
 
 def granular(
@@ -40,7 +40,7 @@ def granular(
     Cost per group: level + 1 network rows for the shared part, and N ceil((K - level - 1) / stride) for each stride.
     Source: Zhou et al. 2025 (Granular-GRPO, G2RPO), strides 1 and 2, 16 steps, 12 rows.
     """
-    model, key, rewards = need_gaussian(process), as_key(key, seed), named(reward)
+    model, key, rewards = need_policy(process), as_key(key, seed), named(reward)
     strides = sorted(set(strides))
     if not 0 <= level < model.steps or not model.stochastic(level) or not strides or strides[0] < 1:
         raise SteerError(

@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import StateSpaceError
 from ..key import Key
 from ..processes import parameterization
-from ..processes.gaussian import GaussianProcess
-from ..processes.transitions import DDIM, ClippedPrediction, Redrawn
-from ..types import Denoiser, GaussianTransition, Level, Rule
+from ..processes.gaussian import GaussianProcess, need_gaussian_process
+from ..processes.transitions import DDIM, ClippedPrediction, TransformedTransition
+from ..types import Denoiser, GaussianTransition, Level, ReverseProcess, Rule
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,8 +130,10 @@ class _RoundedRule:
     rule: Rule
     storage: torch.dtype
 
-    def __call__(self, x: Tensor, x0: Tensor, here: Level, there: Level) -> Redrawn:
-        return Redrawn(self.rule(rounded(x, self.storage), x0, here, there), partial(rounded, storage=self.storage))
+    def __call__(self, x: Tensor, x0: Tensor, here: Level, there: Level) -> TransformedTransition:
+        return TransformedTransition(
+            self.rule(rounded(x, self.storage), x0, here, there), partial(rounded, storage=self.storage)
+        )
 
     def std(self, here: Level, there: Level) -> float:
         return self.rule.std(here, there)
@@ -156,11 +157,10 @@ def describe(process: GaussianProcess, *, window: Any = None, storage: torch.dty
     }
 
 
-def need_gaussian(process: Any) -> GaussianProcess:
-    """The process, where it is one on a Gaussian path that this package can wrap."""
-    if not isinstance(process, GaussianProcess):
-        raise StateSpaceError(
-            f"rollouts for GRPO need the Gaussian densities of a GaussianProcess, got {type(process).__name__}; open "
-            "the model by steer.from_pipeline, steer.from_velocity or another of the from_ functions"
-        )
-    return process
+def need_policy(process: ReverseProcess) -> GaussianProcess:
+    """The process, where it is one whose denoiser and rule this package can wrap; StateSpaceError otherwise."""
+    return need_gaussian_process(
+        process,
+        "a rollout for GRPO",
+        cure="open the model by steer.from_pipeline, steer.from_velocity or another of the from_ functions",
+    )

@@ -16,7 +16,7 @@ from ..results.result import Law
 from ..types import ReverseProcess
 from .assembly import Rewards, metered, named, record, scores, walked
 from .batch import RolloutBatch
-from .kernels import Mixed, need_gaussian, ode_of, stored_as
+from .kernels import Mixed, need_policy, ode_of, stored_as
 from .weighted_rollouts import collect_steered
 from .windows import Window, every, placed
 
@@ -61,7 +61,7 @@ def collect(
     Raises SteerError (ESS too low; `.partial` has the Result), StateSpaceError, NonFiniteError, RewardError.
     """
     check_counts(groups=groups, group_size=group_size)
-    model, key, rewards, window = need_gaussian(process), as_key(key, seed), named(reward), window or every()
+    model, key, rewards, window = need_policy(process), as_key(key, seed), named(reward), window or every()
     if method is not None:
         return collect_steered(
             model,

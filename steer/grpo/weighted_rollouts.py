@@ -26,7 +26,7 @@ from ..core.objective import num_problems
 from ..core.population import log_potential
 from ..errors import SteerError
 from ..key import Key
-from ..processes.gaussian import GaussianProcess
+from ..processes.gaussian import GaussianProcess, is_gaussian
 from ..results.result import Law, Result
 from .assembly import Walked, ancestors, metered, record, scores, walked
 from .batch import RolloutBatch
@@ -189,7 +189,7 @@ def _check_run(result: Result, chain: GaussianProcess, law: str, name: str) -> N
 
 def _by(chain: GaussianProcess, result: Result) -> bool:
     """Whether a run moved by a process's own rule."""
-    return getattr(result.process, "rule", None) == chain.rule
+    return is_gaussian(result.process) and result.process.rule == chain.rule
 
 
 def _check_steps(steps: list[Walked], mask: Tensor, result: Result, name: str) -> None:

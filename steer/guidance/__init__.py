@@ -7,8 +7,8 @@ from .hooks import AfterHook, Hook, Hooks, Log, StartHook, Step
 from .langevin_corrector import corrector
 from .object_presence import MissingObjects, missing_objects
 from .proposal import Follow, follow
-from .restart_sampling import Span, Unrolled, recur, restart
-from .training_free import constant, decrease, dps, freedom, increase, lgd, mpgd, native, tfg, ugd
+from .restart_sampling import RestartInterval, RestartProcess, recur, restart
+from .training_free import constant, decreasing, dps, freedom, increasing, lgd, mpgd, native, tfg, ugd
 from .tuning import Trial, Tuned, tune
 
 __all__ = [
@@ -19,24 +19,24 @@ __all__ = [
     "Hooks",
     "Log",
     "MissingObjects",
-    "Span",
+    "RestartInterval",
+    "RestartProcess",
     "StartHook",
     "Step",
     "Trial",
     "Tuned",
-    "Unrolled",
     "adaptive",
     "classifier_free",
     "constant",
     "corrector",
-    "decrease",
+    "decreasing",
     "delta_of",
     "density_guidance",
     "dps",
     "follow",
     "freedom",
     "guide",
-    "increase",
+    "increasing",
     "lgd",
     "missing_objects",
     "mpgd",

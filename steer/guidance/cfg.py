@@ -8,19 +8,20 @@ import torch
 from torch import Tensor
 
 from ..cost import Cost, Meter
-from ..errors import ShapeError, SteerError
+from ..errors import ShapeError, StateSpaceError, SteerError
 from ..key import Key, as_key
-from ..processes.gaussian import GaussianProcess
+from ..processes.gaussian import need_gaussian
 from ..processes.parameterization import eps
-from .guided_process import GuidedProcess, guide
+from ..types import GaussianPath
+from .guided_process import CURE, GuidedProcess, guide
 from .hooks import Hooks, Log, Step
 
 
 @dataclass(frozen=True, eq=False)
-class Mixed:
+class CFGHook:
     """The x0 hook of `classifier_free`."""
 
-    unconditional: GaussianProcess
+    unconditional: GaussianPath
     weight: float
     damped: bool
     until: int
@@ -37,16 +38,16 @@ class Mixed:
             other = (x - at.here.sigma * noise) / at.here.alpha
         return other + self.weight * (at.x0 - other)
 
-    def rows(self, process: GaussianProcess) -> int:
+    def rows(self, process: GaussianPath) -> int:
         """Rows of the unconditional network that one chain costs a particle."""
         return min(self.until, process.steps) * self.unconditional.rows
 
-    def only(self, problem: int) -> Mixed:
+    def only(self, problem: int) -> CFGHook:
         return replace(self, unconditional=self.unconditional.only(problem))
 
 
 def similarity(at: Step, other: Tensor) -> Tensor:
-    """Cosine (B, N) between the noises that two predictions stand for."""
+    """Cosine [B, N] between the noises that two predictions stand for."""
     pair = (eps(at.x.detach(), x0, at.here).double().flatten(2) for x0 in (at.x0, other))
     return torch.nn.functional.cosine_similarity(*pair, dim=2)
 
@@ -64,8 +65,8 @@ def shared_part(conditional: Tensor, unconditional: Tensor) -> Tensor:
 
 
 def classifier_free(
-    conditional: GaussianProcess,
-    unconditional: GaussianProcess,
+    conditional: GaussianPath,
+    unconditional: GaussianPath,
     weight: float,
     *,
     damped: bool = False,
@@ -73,28 +74,42 @@ def classifier_free(
 ) -> GuidedProcess:
     """Guidance u + weight (c - u) of two processes on one grid (Ho & Salimans 2022, weight = 1 + their w).
 
-    damped: tangential damping (TCFG, 2503.18137): u's noise keeps only what it shares with c's, its projection on the
-            first right singular vector of the two.
-    until:  the level from which on the conditional model runs alone, all levels by default; see `adaptive`.
+    Args:
+        conditional, unconditional: processes on the same time grid and event.
+        weight: w; 1 is the conditional model, 0 the unconditional one.
+        damped: tangential damping (TCFG, 2503.18137): u's noise keeps only what it shares with c's, its projection on
+            the first right singular vector of the two.
+        until: the level from which on the conditional model runs alone, all levels by default; see `adaptive`.
 
-    Cost per step: a row of both, from `until` on one of the conditional alone; `.rows` is the average rounded up.
-    The log has the "similarity" of the two noises at the guided levels.
+    Raises:
+        ShapeError: where grids or events differ.
+        StateSpaceError: where one of the two is on no Gaussian path, or the unconditional one has mean hooks.
+
+    Cost per step: a row of both, from `until` on one of the conditional alone; `.rows` is the average rounded up. The
+    log has the "similarity" of the two noises at the guided levels.
     """
+    for process in (conditional, unconditional):
+        need_gaussian(process, "classifier-free guidance", cure=CURE)
     if conditional.times != unconditional.times or conditional.event != unconditional.event:
         raise ShapeError(
             f"guidance mixes predictions at the same levels, got grids of {conditional.steps} and {unconditional.steps}"
             f" steps and events {conditional.event} and {unconditional.event}; give both processes the same times"
         )
+    if unconditional.hooks is not None and unconditional.hooks.mean:
+        raise StateSpaceError(
+            f"guidance mixes predictions, and this unconditional {type(unconditional).__name__} has mean hooks, which "
+            "move steps; guide the mixture instead: guide(classifier_free(conditional, unconditional, weight), hooks)"
+        )
     last = conditional.steps if until is None else until
     if not 0 <= last <= conditional.steps:
         raise SteerError(f"until is a level in [0, {conditional.steps}], got {until}")
-    mixed = Mixed(unconditional, weight, damped, last)
+    mixed = CFGHook(unconditional, weight, damped, last)
     return guide(conditional, Hooks(x0=(mixed,), extra=(mixed.rows,)))
 
 
 def adaptive(
-    conditional: GaussianProcess,
-    unconditional: GaussianProcess,
+    conditional: GaussianPath,
+    unconditional: GaussianPath,
     weight: float,
     *,
     similar: float = 0.991,
@@ -111,10 +126,18 @@ def adaptive(
 
         classifier_free(c, u, weight, until=settled(result.process.log))
 
-    Source: Castillo et al. 2023 (Adaptive Guidance, 2312.12487); their threshold is similar's default. Differs: they
-    decide for every sample, by its cosine at the step before. That is a function of the path: from the state alone the
-    cosine is not known without the very pass that is to be saved, and weights, trees and replays need steps that are
-    functions of their state. One level for all is, and the ledger shows a saving known in advance.
+    Args:
+        similar: cosine of the two noises above which the unconditional pass is dropped.
+        particles: of the pilot population, per problem.
+        others: as `classifier_free`.
+
+    Returns:
+        The guided process, and the cost of the pilot run.
+
+    Source: Castillo et al. 2023 (Adaptive Guidance, 2312.12487); their threshold is similar's default.
+    Differs: they decide for every sample, by its cosine at the step before. That is a function of the path: from the
+    state alone the cosine is not known without the very pass that is to be saved, and weights, trees and replays need
+    steps that are functions of their state. One level for all is, and the ledger shows a saving known in advance.
     """
     if not -1.0 <= similar <= 1.0:
         raise SteerError(f"similar is a cosine in [-1, 1], got {similar}")

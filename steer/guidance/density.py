@@ -13,9 +13,9 @@ from torch import Tensor
 from ..core.population import per_particle
 from ..errors import SteerError
 from ..key import Key
-from ..processes.gaussian import GaussianProcess
-from ..types import Level
-from .guided_process import check_gaussian
+from ..processes.gaussian import need_gaussian, need_levels
+from ..types import GaussianPath, Level, NoiseLevels
+from .guided_process import CURE
 from .hooks import Hooks, Step, ancestral_std, norms
 
 _NORMAL = NormalDist()
@@ -26,18 +26,19 @@ def log_snr(at: Level) -> float:
     return 2.0 * (math.log(at.alpha) - math.log(at.sigma)) if at.sigma > 0.0 else math.inf
 
 
-def snr_span(process: GaussianProcess) -> float:
+def snr_span(process: NoiseLevels) -> float:
     """How far log-SNR rises along the grid, from its first level with signal to its last with noise."""
-    known = [log_snr(at) for at in process.levels if at.alpha > 0.0 and at.sigma > 0.0]
+    levels = need_levels(process, "a range of signal-to-noise ratios").levels
+    known = [log_snr(at) for at in levels if at.alpha > 0.0 and at.sigma > 0.0]
     return known[-1] - known[0]
 
 
-def delta_of(process: GaussianProcess, q: float) -> float:
+def delta_of(process: NoiseLevels, q: float) -> float:
     """The closed form: density guidance at q changes log p_0 by sqrt(2 D) / 2 Phi^-1(q) (lambda_max - lambda_min)."""
     return 0.5 * math.sqrt(2.0 * math.prod(process.event)) * _NORMAL.inv_cdf(q) * snr_span(process)
 
 
-def quantile_of(process: GaussianProcess, delta_logp: float) -> float:
+def quantile_of(process: NoiseLevels, delta_logp: float) -> float:
     """The q that changes log p_0 by delta_logp nats on a process's grid: `delta_of` solved for q."""
     return _NORMAL.cdf(2.0 * delta_logp / (math.sqrt(2.0 * math.prod(process.event)) * snr_span(process)))
 
@@ -89,13 +90,13 @@ class Across:
 
 
 def across(vector: Tensor, along: Tensor, size: Tensor) -> Tensor:
-    """The part of a vector orthogonal to another of squared norm `size` (B, N), at every particle."""
+    """The part of a vector orthogonal to another of squared norm `size` [B, N], at every particle."""
     share = (vector * along).double().flatten(2).sum(2) / size.clamp(min=torch.finfo(torch.float64).tiny)
     return vector - along * per_particle(share, along)
 
 
 def density_guidance(
-    process: GaussianProcess,
+    process: GaussianPath,
     delta_logp: float | None = None,
     *,
     q: float | None = None,
@@ -105,23 +106,30 @@ def density_guidance(
 ) -> Hooks:
     """Follow the probability-flow ODE with the score times eta = 1 + sqrt(2 D) Phi^-1(q) / |sigma_t s(x)|^2.
 
-    delta_logp: change of log p_0 asked for, in nats, from which q is solved (`quantile_of`); or q itself. Above 0 (q
-                above 1/2) samples become more likely: smoother, with less detail; below, less.
-    process:    what the hooks are for: its event and grid enter the closed form. Its rule is to be `steer.ode()`.
-    noise:      phi of the stochastic variant, noise of phi times the ancestral std orthogonal to the score, its
-                second-order effect taken off the numerator: one backward row per network row more. Their .2 to .3.
-    limit:      what guidance adds to a step is at most `limit` times as long as the noise of an ancestral step, which
-                matters next to modes, where the score vanishes and eta has a pole; the log has "eta" and the share
-                "clamped". A bound on eta itself would not do: where data is smooth on the scale of sigma, |sigma s|^2
-                goes to 0 with sigma, and eta rightly to infinity.
-    headroom:   the most that log p_0 can rise from a typical sample: D / 2 by default, exact for a Gaussian and for
-                modes far apart. SteerError where more is asked for: no point of that density exists.
+    The last step, to sigma = 0, is the model's.
 
-    Per step no network row more. The last step, to sigma = 0, is the model's.
-    Source: Karczewski et al. 2025 (2502.05807), density guidance and its stochastic variant, as in their code. Differs:
-    the target in nats and its check; the probe of the Laplacian is orthogonal to the score, as the noise is.
+    Args:
+        process: what the hooks are for: its event and grid enter the closed form. Its rule is to be `steer.ode()`.
+        delta_logp: change of log p_0 asked for, in nats, from which q is solved (`quantile_of`); or q itself. Above 0
+            (q above 1/2) samples become more likely: smoother, with less detail; below, less.
+        noise: phi of the stochastic variant, noise of phi times the ancestral std orthogonal to the score, its
+            second-order effect taken off the numerator: one backward row per network row more. Their .2 to .3.
+        limit: what guidance adds to a step is at most `limit` times as long as the noise of an ancestral step, which
+            matters next to modes, where the score vanishes and eta has a pole; the log has "eta" and the share
+            "clamped". A bound on eta itself would not do: where data is smooth on the scale of sigma, |sigma s|^2 goes
+            to 0 with sigma, and eta rightly to infinity.
+        headroom: the most that log p_0 can rise from a typical sample: D / 2 by default, exact for a Gaussian and for
+            modes far apart. SteerError where more is asked for: no point of that density exists.
+
+    Raises:
+        SteerError: where more nats are asked for than there are, and for settings out of range.
+        StateSpaceError: where the process is on no Gaussian path.
+
+    Cost: per step no network row more; with noise one backward row per network row.
+    Source: Karczewski et al. 2025 (2502.05807), density guidance and its stochastic variant, as in their code.
+    Differs: the target in nats and its check; the probe of the Laplacian is orthogonal to the score, as the noise is.
     """
-    check_gaussian(process)
+    need_gaussian(process, "density guidance", cure=CURE)
     if (delta_logp is None) == (q is None):
         raise SteerError(f"density guidance takes delta_logp or q, one of them, got {delta_logp} and {q}")
     if q is not None and not 0.0 < q < 1.0:
@@ -147,7 +155,7 @@ class Norm:
 
     delta_logp: float
 
-    def __call__(self, process: GaussianProcess, x: Tensor, key: Key) -> Tensor:
+    def __call__(self, process: GaussianPath, x: Tensor, key: Key) -> Tensor:
         mean, std = process.prior_moments
         offset = torch.zeros_like(x) if mean is None else mean.to(x)
         centred = x - offset
@@ -166,14 +174,25 @@ def radius(event: Sequence[int], delta_logp: float) -> float:
     return math.sqrt(median - 2.0 * delta_logp)
 
 
-def prior_guidance(process: GaussianProcess, delta_logp: float = 0.0) -> Hooks:
+def prior_guidance(process: GaussianPath, delta_logp: float = 0.0) -> Hooks:
     """Start on the sphere where the prior is delta_logp nats denser than at its median norm; then any ODE.
 
     0 is the median: samples without the spread that the norm's chance gives. Under the probability-flow ODE the change
     carries over to log p_0 exactly where the data is Gaussian. Needs `steer.ode()`: stochastic steps forget the norm.
-    Raises SteerError where the prior's maximum is lower than asked for. Costs nothing.
-    Source: Karczewski et al. 2025 (2502.05807), prior guidance. Differs: the norm is given in nats.
+
+    Args:
+        process: what the hook is for.
+        delta_logp: in nats; above 0 is denser.
+
+    Raises:
+        SteerError: where the prior's maximum is lower than asked for.
+        StateSpaceError: where the process is on no Gaussian path.
+
+    Cost: none.
+
+    Source: Karczewski et al. 2025 (2502.05807), prior guidance.
+    Differs: the norm is given in nats.
     """
-    check_gaussian(process)
+    need_gaussian(process, "prior guidance", cure=CURE)
     radius(process.event, delta_logp)
     return Hooks(start=(Norm(delta_logp),))

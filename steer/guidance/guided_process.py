@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,28 +12,30 @@ from torch import Tensor
 from ..cost import Meter
 from ..errors import NotStochasticError, StateSpaceError
 from ..key import Key, as_key
-from ..processes.gaussian import GaussianProcess
+from ..processes.gaussian import need_gaussian
 from ..processes.parameterization import only as only_of
-from ..types import GaussianTransition, Rule
+from ..types import GaussianPath, GaussianTransition, Rule
 from .delegation import of_base
 from .hooks import Hooks, Log, extra_rows, look
-from .restart_sampling import Unrolled
+
+WHAT = "guidance by hooks"
+CURE = "guide the models of a composition, or the process without own_solver; a masked process is steered by its reward"
 
 
 @dataclass(frozen=True, eq=False)
 class GuidedProcess:
-    """A process whose steps are worked on by hooks. Its law is that of the guided chain, whatever that is.
+    """A process with hooks in its steps. What samplers target on it is the distribution of the guided chain.
 
     base:  the model, or a chain of it that goes back and forth (`restart`, `recur`).
     hooks: see `steer.guidance.hooks`.
     key:   names what hooks draw; None, the default: the key of the run, see `steer.guidance.hooks.hook_key`.
     log:   strength by level; every run begins its own, in `result.process.log`.
 
-    Where mean hooks are, a prediction is (B, N, 2, *event): what rewards see, and the displacement of the mean, which
+    Where mean hooks are, a prediction is [B, N, 2, *event]: what rewards see, and the displacement of the mean, which
     belongs to the same state and moves with it. `exact` and `reference` are the unguided model's.
     """
 
-    base: GaussianProcess
+    base: GaussianPath
     hooks: Hooks
     key: Key | None = None
     log: Log = field(default_factory=Log)
@@ -52,9 +54,10 @@ class GuidedProcess:
     dtype = of_base("dtype")
     decoder = of_base("decoder")
     visits = of_base("visits")
+    text = of_base("text")
 
     def __post_init__(self) -> None:
-        check_gaussian(self.base)
+        need_gaussian(self.base, WHAT, cure=CURE)
 
     def __repr__(self) -> str:
         used = [name for name in ("start", "score", "x0", "mean", "after") if getattr(self.hooks, name)]
@@ -138,21 +141,27 @@ class GuidedProcess:
         return replace(self, base=self.base.with_times(times))
 
     def exact(self, reward: Any, temperature: float = 1.0) -> Any:
-        """The tilted law of the unguided model."""
+        """The tilted distribution of the unguided model."""
         return self.base.exact(reward, temperature)
 
 
-def guide(
-    process: GaussianProcess | Unrolled | GuidedProcess, hooks: Hooks, *, key: Key | int | None = None
-) -> GuidedProcess:
+def guide(process: GaussianPath, hooks: Hooks, *, key: Key | int | None = None) -> GuidedProcess:
     """The process with hooks in it, after those that it has already.
 
-    key: names what hooks draw in every run; None: the run's key does (or the one that the process has).
+    What a sampler targets or searches on it is the distribution of the guided chain.
+
+    Args:
+        process: on a Gaussian path, also one that restarts or is guided already.
+        hooks: of any method, or several added up: `a + b`.
+        key: names what hooks draw in every run; None: the run's key does (or the one that the process has).
+
+    Raises:
+        StateSpaceError: where the process is on no Gaussian path with a transition rule.
     """
     own = None if key is None else as_key(key)
     if isinstance(process, GuidedProcess):
         process, hooks, own = process.base, process.hooks + hooks, own or process.key
-    return GuidedProcess(cast(GaussianProcess, process), hooks, own)
+    return GuidedProcess(need_gaussian(process, WHAT, cure=CURE), hooks, own)
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,12 +201,3 @@ class After:
             "a proposal that shifts steps is weighted by their densities, and a step followed by an after hook "
             "(a corrector) has none; use proposal=steer.bootstrap on this process"
         )
-
-
-def check_gaussian(process: Any) -> GaussianProcess:
-    """The process; StateSpaceError where it has no Gaussian path."""
-    if not hasattr(process, "levels") or not hasattr(process, "rule"):
-        raise StateSpaceError(
-            f"guidance hooks need states on a Gaussian path, got {type(process).__name__}; use a GaussianProcess"
-        )
-    return cast(GaussianProcess, process)

@@ -36,9 +36,8 @@ from ..core.objective import Objective, open_objective
 from ..cost import Meter
 from ..errors import NotDifferentiableError, ShapeError, StateSpaceError, SteerError
 from ..key import Key
-from ..processes.gaussian import GaussianProcess
 from ..processes.parameterization import score as score_of
-from ..types import Level, Reward
+from ..types import GaussianPath, Level, Reward
 
 
 class Log:
@@ -74,7 +73,7 @@ class Log:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """A population about to step from level k, as hooks see it. Shapes (B, N, *event).
+    """A population about to step from level k, as hooks see it. Shapes [B, N, *event].
 
     process: the model, unguided and metered: whatever a hook evaluates on it is in the ledger.
     x:       the states; they require a gradient where `Hooks.through` asks for it.
@@ -85,7 +84,7 @@ class Step:
     opened:  potentials asked so far in this step.
     """
 
-    process: GaussianProcess
+    process: GaussianPath
     x: Tensor
     k: int
     raw: Tensor
@@ -134,13 +133,13 @@ class Step:
         return self.process.transition(self.x.detach(), self.x0, self.k).mean + self.shift
 
     def value(self, reward: Reward | Callable[..., Any], clean: Tensor) -> Tensor:
-        """Scores (B, N) of clean states, through the decoder, checked and counted like every reward's."""
+        """Scores [B, N] of clean states, through the decoder, checked and counted like every reward's."""
         if id(reward) not in self.opened:  # alive while a hook holds it, which is longer than a step
             self.opened[id(reward)] = replace(open_objective(self.process, reward)[1], process=self.process)
         return self.opened[id(reward)](clean)
 
     def gradient(self, value: Tensor) -> Tensor:
-        """Gradient of a sum of values (B, N) with respect to the states, through the network. Counted."""
+        """Gradient of a sum of values [B, N] with respect to the states, through the network. Counted."""
         check_attached(value)
         if not self.x.requires_grad:
             raise NotDifferentiableError("a hook that differentiates through the network is in Hooks(through=True)")
@@ -150,7 +149,7 @@ class Step:
             return torch.autograd.grad(value.sum(), self.x, retain_graph=True)[0]
 
     def climb(self, potential: Callable[[Tensor], Tensor], clean: Tensor) -> tuple[Tensor, Tensor]:
-        """A function of clean states (B, N, *event) and its gradient there; the network is not involved."""
+        """A function of clean states [B, N, *event] and its gradient there; the network is not involved."""
         with torch.enable_grad():
             clean = clean.detach().requires_grad_()
             value = potential(clean)
@@ -183,18 +182,18 @@ def coefficient(here: Level, there: Level, std: float) -> float:
 
 
 def norms(x: Tensor) -> Tensor:
-    """Euclidean norm of every particle's event, (B, N), float64."""
+    """Euclidean norm of every particle's event, [B, N], float64."""
     return x.detach().double().flatten(2).norm(dim=2)
 
 
 Hook = Callable[[Step], Tensor]
-StartHook = Callable[[GaussianProcess, Tensor, Key], Tensor]
+StartHook = Callable[[GaussianPath, Tensor, Key], Tensor]
 
 
 class AfterHook(Protocol):
     """Works on the state that a step has reached, for instance by Langevin steps (`corrector`)."""
 
-    def acts(self, process: GaussianProcess, k: int) -> bool:
+    def acts(self, process: GaussianPath, k: int) -> bool:
         """Whether it does anything, and draws, at level k."""
         ...
 
@@ -218,7 +217,7 @@ class Hooks:
     mean: tuple[Hook, ...] = ()
     after: tuple[AfterHook, ...] = ()
     through: bool = False
-    extra: tuple[Callable[[GaussianProcess], int], ...] = ()
+    extra: tuple[Callable[[GaussianPath], int], ...] = ()
 
     def __add__(self, other: Hooks) -> Hooks:
         return Hooks(
@@ -232,7 +231,7 @@ class Hooks:
         )
 
 
-class Looked(NamedTuple):
+class HookedPrediction(NamedTuple):
     """One evaluation of the network and of the hooks: prediction without and with them, and the mean's own shift."""
 
     raw: Tensor
@@ -256,7 +255,7 @@ def hook_key(key: Key | None) -> Key:
     return (key or Key(0)).fold("guidance")
 
 
-def look(process: GaussianProcess, hooks: Hooks, x: Tensor, k: int, key: Key | None, log: Log) -> Looked:
+def look(process: GaussianPath, hooks: Hooks, x: Tensor, k: int, key: Key | None, log: Log) -> HookedPrediction:
     """The prediction at level k and what the score, x0 and mean hooks make of it. One network row per particle."""
     base = hook_key(key).at(k)
     if process.meter is None:
@@ -267,8 +266,9 @@ def look(process: GaussianProcess, hooks: Hooks, x: Tensor, k: int, key: Key | N
         raw = process.denoise(state, k, key)
     if raw.shape != x.shape:
         raise StateSpaceError(
-            f"hooks work on predictions of the shape of the states, {tuple(x.shape)}, got {tuple(raw.shape)}; where "
-            "the process is guided by mean hooks already, put all hooks into the proposal, or into the process (guide)"
+            f"hooks work on predictions of the shape of the states, {tuple(x.shape)}, got {tuple(raw.shape)} from "
+            f"{type(process).__name__}; where it is guided by mean hooks already, put all hooks into the "
+            "proposal, or into the process (guide)"
         )
     at = Step(process, state, k, raw, raw.detach(), torch.zeros_like(x), base, log)
     with torch.set_grad_enabled(hooks.through):
@@ -283,9 +283,13 @@ def look(process: GaussianProcess, hooks: Hooks, x: Tensor, k: int, key: Key | N
         for i, hook in enumerate(hooks.mean):
             at = replace(at, key=base.fold("mean", i))
             at = replace(at, shift=at.shift + (checked(hook(at), x, "mean") - at.mean))
-    looked = Looked(raw if followed else raw.detach(), at.x0, at.shift)
+    looked = HookedPrediction(raw if followed else raw.detach(), at.x0, at.shift)
     if at.unit > 0.0:
-        log.add("displacement", k, norms(Looked(raw.detach(), at.x0, at.shift).displacement(at.coefficient)) / at.unit)
+        log.add(
+            "displacement",
+            k,
+            norms(HookedPrediction(raw.detach(), at.x0, at.shift).displacement(at.coefficient)) / at.unit,
+        )
     return looked
 
 
@@ -296,7 +300,7 @@ def checked(found: Tensor, x: Tensor, name: str) -> Tensor:
     return found.detach().to(x.dtype)
 
 
-def extra_rows(process: GaussianProcess, hooks: Hooks) -> int:
+def extra_rows(process: GaussianPath, hooks: Hooks) -> int:
     """Network rows per particle and step that the hooks add, averaged over a chain and rounded up."""
     added = sum(count(process) for count in hooks.extra)
     if added < 0:

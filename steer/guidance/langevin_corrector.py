@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..errors import SteerError
 from ..key import Key
-from ..processes.gaussian import GaussianProcess
 from ..processes.parameterization import score
+from ..types import GaussianPath
 from .hooks import Hooks
 
 
@@ -23,7 +23,7 @@ class Corrector:
     rounds: int
     size: float
 
-    def acts(self, process: GaussianProcess, k: int) -> bool:
+    def acts(self, process: GaussianPath, k: int) -> bool:
         return process.levels[k].sigma > 0.0
 
     def __call__(self, process: Any, x: Tensor, k: int, key: Key) -> Tensor:
@@ -35,7 +35,7 @@ class Corrector:
             x = torch.add(x + step * score(x, predicted, at), noise, alpha=math.sqrt(2.0 * step))
         return x
 
-    def rows(self, process: GaussianProcess) -> int:
+    def rows(self, process: GaussianPath) -> int:
         """Network rows that the corrections of one chain cost a particle."""
         return self.rounds * process.rows * sum(self.acts(process, k) for k in range(1, process.steps + 1))
 
@@ -44,9 +44,10 @@ def corrector(rounds: int = 1, size: float = 0.05) -> Hooks:
     """After every step, `rounds` unadjusted Langevin steps of size * sigma^2 along the guided prediction's score.
 
     Cost: `rounds` network rows per step.
-    Source: Song et al. 2021 (score SDE, 2011.13456), the corrector of predictor-corrector sampling. Differs: the step
-    is a share of sigma^2 and not set by the ratio of norms of the moment, so that each particle's step depends on
-    itself alone.
+
+    Source: Song et al. 2021 (score SDE, 2011.13456), the corrector of predictor-corrector sampling.
+    Differs: the step is a share of sigma^2 and not set by the ratio of norms of the moment, so that each particle's
+    step depends on itself alone.
     """
     if rounds < 1 or not 0.0 < size < 1.0:
         raise SteerError(f"a corrector takes rounds >= 1 steps of size in (0, 1) sigma^2, got {rounds} and {size}")

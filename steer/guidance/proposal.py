@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -13,9 +12,11 @@ from ..core.population import per_particle
 from ..core.trajectory import Trajectory
 from ..errors import SteerError
 from ..key import Key, as_key
-from ..processes.gaussian import GaussianProcess, need_gaussian
+from ..processes.gaussian import need_gaussian
 from ..types import GaussianTransition
 from .hooks import Hooks, Log, coefficient, look, norms
+
+_CURE = "use proposal=steer.bootstrap, or guide the models of a composition; a masked process is steered by its reward"
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class Follow:
         self, state: Trajectory, objective: Objective, weighted: bool, key: Key
     ) -> tuple[Trajectory, Tensor | None]:
         """The state caching the model's prediction and the displacement, and its scores where it is weighted."""
-        process, k = need_gaussian(state.process, "a proposal by hooks"), state.k
-        looked = look(cast(GaussianProcess, process), self.hooks, state.x, k, self.key or key, self.log)
+        process, k = need_gaussian(state.process, "a proposal by hooks", cure=_CURE), state.k
+        looked = look(process, self.hooks, state.x, k, self.key or key, self.log)
         here, there = process.levels[k : k + 2]
         std = process.rule.std(here, there)
         move = looked.displacement(coefficient(here, there, std))
@@ -67,9 +68,16 @@ class Follow:
 def follow(hooks: Hooks, *, limit: float | None = None, key: Key | int | None = None) -> Follow:
     """A proposal for `steer.smc` (and what is made of it) and `search.dts` that moves by hooks.
 
-    hooks: score, x0 and mean hooks. Start hooks and after hooks have no density to correct by: SteerError.
-    key:   names what hooks draw; None: the run's key does.
-    limit: see `Follow`; None for no limit. What was done is in `proposal.log`, over all runs of this proposal.
+    Args:
+        hooks: score, x0 and mean hooks. Start hooks and after hooks have no density to correct by: SteerError.
+        key: names what hooks draw; None: the run's key does.
+        limit: see `Follow`; None for no limit. What was done is in `proposal.log`, over all runs of this proposal.
+
+    Raises:
+        SteerError: for start and after hooks, and a limit that is not positive.
+        StateSpaceError: in a run on a process without a Gaussian path and a transition rule.
+
+    Cost: of the hooks. Steps without noise are the model's own.
     """
     if hooks.after or hooks.start:
         raise SteerError(

@@ -1,4 +1,4 @@
-"""Going back and forth: restarts and recurrence, as a process on a grid whose levels also rise.
+"""Restarts and recurrence: a process whose chain also goes back to noisier levels.
 
 A reverse step to N(m, s^2), followed by the forward process from the level k it reached back up to level j, is one
 Gaussian step: x = a m + noise of variance (a s)^2 + sigma_j^2 - (a sigma_k)^2, a = alpha_j / alpha_k. So a chain that
@@ -13,22 +13,25 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..cost import Meter
-from ..errors import StateSpaceError, SteerError
+from ..errors import SteerError
 from ..key import Key
-from ..models.mixture import MixtureTransition
-from ..processes.gaussian import GaussianProcess
+from ..processes.gaussian import GaussianProcess, need_gaussian_process
 from ..processes.transitions import Normal
-from ..types import GaussianTransition, Level, Rule
+from ..types import GaussianTransition, Level, RenoisableTransition, Rule
 from .delegation import of_base
 
+_CURE = (
+    "restart or recur the model itself and guide that, the other way round: guide(restart(process, spans), hooks); a "
+    "composition and a masked process have no Gaussian step to repeat"
+)
 
-class Span(NamedTuple):
+
+class RestartInterval(NamedTuple):
     """From the level with noise-to-signal ratio nearest `low` back to that nearest `high`, `times` times."""
 
     low: float
@@ -37,7 +40,7 @@ class Span(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class BackAndForth:
+class RestartRule:
     """A rule that, asked to a level no less noisy, takes the step to the next level and the noise from there."""
 
     rule: Rule
@@ -65,17 +68,14 @@ class BackAndForth:
 
 
 def renoised(step: GaussianTransition, scale: float, noise: float) -> GaussianTransition:
-    """The law of scale * x + noise * z for x drawn from a step."""
-    if isinstance(step, MixtureTransition):
-        covs = scale**2 * step.factors @ step.factors.mT
-        covs = covs + noise**2 * torch.eye(covs.shape[1], dtype=covs.dtype, device=covs.device)
-        mixture = MixtureTransition(step.log_share, scale * step.means, torch.linalg.cholesky(covs), step.dtype)
-        return cast(GaussianTransition, mixture)
+    """The distribution of scale * x + noise * z for x drawn from a step."""
+    if isinstance(step, RenoisableTransition):
+        return step.renoised(scale, noise)
     return Normal(scale * step.mean, math.hypot(scale * step.std, noise))
 
 
 @dataclass(frozen=True, eq=False)
-class Unrolled:
+class RestartProcess:
     """A process that visits the levels of another in an order of its own. Built by `restart` and `recur`.
 
     base:   the model.
@@ -96,32 +96,38 @@ class Unrolled:
     dtype = of_base("dtype")
     decoder = of_base("decoder")
     prior_moments = of_base("prior_moments")
+    text = of_base("text")
+    hooks = of_base("hooks")
 
     def __post_init__(self) -> None:
-        if not isinstance(self.base, GaussianProcess):
-            raise StateSpaceError(
-                f"going back and forth needs a GaussianProcess, got {type(self.base).__name__}; a guided process is "
-                "made the other way round: guide(restart(process, spans), hooks)"
-            )
+        need_gaussian_process(self.base, "going back and forth", cure=_CURE)
 
     def __repr__(self) -> str:
-        return f"Unrolled({self.steps} steps on {self.base})"
+        return f"RestartProcess({self.steps} steps on {self.base})"
 
     @property
     def steps(self) -> int:
         return len(self.visits) - 1
 
-    @cached_property
+    @property
     def levels(self) -> tuple[Level, ...]:
+        return self._levels
+
+    @cached_property
+    def _levels(self) -> tuple[Level, ...]:
         return tuple(self.base.levels[k] for k in self.visits)
 
     @property
     def times(self) -> tuple[float, ...]:
         return tuple(self.base.times[k] for k in self.visits)
 
-    @cached_property
+    @property
     def rule(self) -> Rule:
-        return BackAndForth(self.base.rule, self.base.levels)
+        return self._rule
+
+    @cached_property
+    def _rule(self) -> Rule:
+        return RestartRule(self.base.rule, self.base.levels)
 
     def prior(self, key: Key, batch: int, particles: int) -> Tensor:
         return self.base.prior(key, batch, particles)
@@ -149,23 +155,23 @@ class Unrolled:
     def decode(self, x: Tensor) -> Tensor:
         return self.base.decode(x)
 
-    def metered(self, meter: Meter) -> Unrolled:
+    def metered(self, meter: Meter) -> RestartProcess:
         return replace(self, base=self.base.metered(meter))
 
-    def only(self, problem: int) -> Unrolled:
+    def only(self, problem: int) -> RestartProcess:
         """Conditioned on one problem alone."""
         return self if self.problems in (None, 1) else replace(self, base=self.base.only(problem))
 
-    def with_rule(self, rule: Rule) -> Unrolled:
+    def with_rule(self, rule: Rule) -> RestartProcess:
         """The same visits under another transition rule."""
         return replace(self, base=self.base.with_rule(rule))
 
-    def with_times(self, times: Sequence[float]) -> Unrolled:
+    def with_times(self, times: Sequence[float]) -> RestartProcess:
         """SteerError: visits belong to a grid."""
         raise SteerError("levels are visited on one grid: give the process its times first, then restart or recur")
 
     def exact(self, reward: Any, temperature: float = 1.0) -> Any:
-        """The tilted law of the model."""
+        """The tilted distribution of the model."""
         return self.base.exact(reward, temperature)
 
     @property
@@ -174,10 +180,8 @@ class Unrolled:
         return [k for k, (here, there) in enumerate(itertools.pairwise(self.visits)) if there <= here]
 
 
-def restart(process: GaussianProcess, spans: Sequence[Span | tuple[float, float, int]]) -> Unrolled:
+def restart(process: GaussianProcess, spans: Sequence[RestartInterval | tuple[float, float, int]]) -> RestartProcess:
     """Restart sampling: at the lower end of a span go back by the forward process to its upper end, and come down.
-
-    spans: (low, high, times) in noise-to-signal ratio sigma / alpha, EDM's sigma; the nearest levels are taken.
 
     Errors that the chain has made contract in every pass, and with deterministic steps the noise is all added at once.
     With exact steps the law at every level stays what it was. The copies that a resampling leaves are separated by the
@@ -186,13 +190,26 @@ def restart(process: GaussianProcess, spans: Sequence[Span | tuple[float, float,
         process = steer.restart(process.with_rule(steer.ode()), [(0.5, 2.0, 1)])
         steer.smc(process, reward, selection=steer.resample(at=process.returns), weight=steer.difference(at=...))
 
+    Args:
+        process: a model's own GaussianProcess; guide what comes of it, not what goes in.
+        spans: (low, high, times) in noise-to-signal ratio sigma / alpha, EDM's sigma; the nearest levels are taken.
+
+    Returns:
+        A process of more steps. Its `returns` are the steps that end by going back.
+
+    Raises:
+        SteerError: where a span falls on one level of the grid, or overlaps another's start.
+        StateSpaceError: for another kind of process.
+
     Cost: as many network rows as the span has steps, each time.
-    Source: Xu et al. 2023 (Restart, 2306.14878) with the process's own rule for the ODE solver. Differs: a span is run
-    on the grid's own levels, not N_r new ones; the noise has the forward kernel's std, not 1.003 times it.
+
+    Source: Xu et al. 2023 (Restart, 2306.14878) with the process's own rule for the ODE solver.
+    Differs: a span is run on the grid's own levels, not N_r new ones; the noise has the forward kernel's std, not 1.003
+    times it.
     """
-    found = {}
+    process, found = need_gaussian_process(process, "going back and forth", cure=_CURE), {}
     ratios = [level.sigma / level.alpha if level.alpha else math.inf for level in process.levels]
-    for span in (Span(*span) for span in spans):
+    for span in (RestartInterval(*span) for span in spans):
         if not 0.0 <= span.low < span.high or span.times < 1:
             raise SteerError(f"a restart span needs 0 <= low < high and times >= 1, got {span}")
         low, high = (min(range(len(ratios)), key=lambda k: abs(ratios[k] - r)) for r in (span.low, span.high))
@@ -207,15 +224,25 @@ def restart(process: GaussianProcess, spans: Sequence[Span | tuple[float, float,
     for k in range(process.steps + 1):
         high, times = found.get(k, (k, 0))
         visits += [*range(high, k)] * times + [k]
-    return Unrolled(process, tuple(visits))
+    return RestartProcess(process, tuple(visits))
 
 
-def recur(process: GaussianProcess, times: int) -> Unrolled:
+def recur(process: GaussianProcess, times: int) -> RestartProcess:
     """Every step taken `times` times, with the forward process's noise back up in between.
 
-    The time travel of FreeDoM (Yu et al. 2023), the recurrence of UGD and TFG. Cost: `times` as many rows.
+    Args:
+        process: a model's own GaussianProcess.
+        times: how often each step is taken; 1 changes nothing.
+
+    Raises:
+        SteerError: where `times` is below 1.
+        StateSpaceError: for another kind of process.
+
+    Cost: `times` as many network rows.
+    Source: the time travel of FreeDoM (Yu et al. 2023), the recurrence of UGD and TFG.
     """
+    process = need_gaussian_process(process, "going back and forth", cure=_CURE)
     if times < 1:
         raise SteerError(f"recurrence counts how often a step is taken and must be at least 1, got {times}")
     inner = [k for k in range(process.steps) for _ in range(times)]
-    return Unrolled(process, (*inner, process.steps))
+    return RestartProcess(process, (*inner, process.steps))

@@ -26,14 +26,14 @@ def constant(here: Level, there: Level) -> float:
     return 1.0
 
 
-def increase(here: Level, there: Level) -> float:
+def increasing(here: Level, there: Level) -> float:
     """abar / abar' (their alpha_t), abar = alpha^2 / (alpha^2 + sigma^2): weak in the noise, nearly 1 soon after."""
     return min(1.0, _signal(here) / _signal(there))
 
 
-def decrease(here: Level, there: Level) -> float:
+def decreasing(here: Level, there: Level) -> float:
     """1 - abar / abar': strong in the noise, nearly 0 at the data."""
-    return 1.0 - increase(here, there)
+    return 1.0 - increasing(here, there)
 
 
 def _signal(at: Level) -> float:
@@ -159,8 +159,8 @@ def tfg(
     sigma: float = 0.1,
     samples: int = 1,
     iterations: int = 4,
-    rho_profile: Profile = increase,
-    mu_profile: Profile = increase,
+    rho_profile: Profile = increasing,
+    mu_profile: Profile = increasing,
     sigma_profile: Callable[[Level], float] = lambda at: at.sigma,
     halvings: int = 6,
     limit: float | None = None,
@@ -173,27 +173,30 @@ def tfg(
         z <- x0; z <- z + mu_t g(z)             `iterations` times, without it;  D_0 = z - x0
         mean' = mean + (alpha' / alpha) D_t + alpha' D_0
 
-    rho, mu: a number is how far every particle's mean moves, in units of the step's noise (`Step.unit`), averaged over
-             the steps: the gradient says where to, backtracking where that would overshoot. It depends neither on the
-             scale of f nor on what else is evaluated. A displacement u is a KL divergence of u^2 / 2 nats, so a target
-             KL nats away from the model takes at least sqrt(2 KL / steps) a step. `native(value)` is the papers' factor
-             of the gradient; most divide by a norm of the residual, which a number does exactly.
-    sigma:   width of the smoothing, times sigma_profile(level); samples: draws of it. 0 turns it off.
-    iterations: gradient steps on x0. Recurrence (N_recur) belongs to the process: guide(recur(process, n), hooks).
-    rho_profile, mu_profile: `increase`, `decrease`, `constant`, or any function of two levels.
-    halvings: the most often that backtracking cuts a particle's step, to half or less, while f rises less than a
-             quarter of what its slope promises: where curvature times step is below 3/2 nothing happens, and iterations
-             diverge at 2. 0: none, as published; a step of fixed length then oscillates about an optimum, by at most
-             itself. The test is made in clean space, on f at x0 + displacement / alpha'.
-    limit:   largest displacement in units, or None. Steps without noise, the last, are then left alone, as they are
-             where strengths are numbers.
-
     Per step: one network row (and one backward row if rho), samples (1 or 0, + iterations) gradients of
     the potential, and as many evaluations as backtracking takes.
     The result is heuristic: it does not sample p(x) exp f(x), see docs/guidance.md for by how much. As a proposal,
     `follow(tfg(...))`, it is exact.
-    Source: Ye et al. 2024 (TFG, 2409.15761), as released. Differs: any path and transition rule; the unit;
-    backtracking; f is averaged before the logarithm is differentiated, as in the paper; x0 is not clipped.
+
+    Args:
+        rho, mu: a number is how far every particle's mean moves, in units of the step's noise (`Step.unit`), averaged
+            over the steps: the gradient says where to, backtracking where that would overshoot. It depends neither on
+            the scale of f nor on what else is evaluated. A displacement u is a KL divergence of u^2 / 2 nats, so a
+            target KL nats away from the model takes at least sqrt(2 KL / steps) a step. `native(value)` is the papers'
+            factor of the gradient; most divide by a norm of the residual, which a number does exactly.
+        sigma: width of the smoothing, times sigma_profile(level); samples: draws of it. 0 turns it off.
+        iterations: gradient steps on x0. Recurrence (N_recur) belongs to the process: guide(recur(process, n), hooks).
+        rho_profile, mu_profile: `increasing`, `decreasing`, `constant`, or any function of two levels.
+        halvings: the most often that backtracking cuts a particle's step, to half or less, while f rises less than a
+            quarter of what its slope promises: where curvature times step is below 3/2 nothing happens, and iterations
+            diverge at 2. 0: none, as published; a step of fixed length then oscillates about an optimum, by at most
+            itself. The test is made in clean space, on f at x0 + displacement / alpha'.
+        limit: largest displacement in units, or None. Steps without noise, the last, are then left alone, as they are
+            where strengths are numbers.
+
+    Source: Ye et al. 2024 (TFG, 2409.15761), as released.
+    Differs: any path and transition rule; the unit; backtracking; f is averaged before the logarithm is differentiated,
+    as in the paper; x0 is not clipped.
     """
     if samples < 1 or iterations < 0 or halvings < 0:
         raise SteerError(
@@ -205,7 +208,17 @@ def tfg(
             "give its negative"
         )
     hook = TrainingFree(
-        potential, rho, mu, sigma, samples, iterations, rho_profile, mu_profile, sigma_profile, halvings, limit
+        potential=potential,
+        rho=rho,
+        mu=mu,
+        sigma=sigma,
+        samples=samples,
+        iterations=iterations,
+        rho_profile=rho_profile,
+        mu_profile=mu_profile,
+        sigma_profile=sigma_profile,
+        halvings=halvings,
+        limit=limit,
     )
     return Hooks(mean=(hook,), through=_value(rho) > 0.0)
 
@@ -231,12 +244,12 @@ def lgd(potential: Reward | Callable[..., Any], rho: Strength = 0.2, samples: in
 def freedom(potential: Reward | Callable[..., Any], rho: Strength = 0.2, **options: Any) -> Hooks:
     """FreeDoM (Yu et al. 2023, 2303.09833): DPS with a profile; on recur(process, n), with its time travel."""
     fixed = {"rho": rho, "mu": 0.0, "sigma": 0.0, "iterations": 0}
-    return tfg(potential, **{"rho_profile": increase, **options, **fixed})
+    return tfg(potential, **{"rho_profile": increasing, **options, **fixed})
 
 
 def mpgd(potential: Reward | Callable[..., Any], mu: Strength = 0.2, **options: Any) -> Hooks:
     """Manifold-preserving guidance (He et al. 2024, MPGD without its autoencoder): x0 alone, no network backward."""
-    return tfg(potential, **{"mu_profile": increase, "iterations": 1, **options, "rho": 0.0, "mu": mu, "sigma": 0.0})
+    return tfg(potential, **{"mu_profile": increasing, "iterations": 1, **options, "rho": 0.0, "mu": mu, "sigma": 0.0})
 
 
 def ugd(

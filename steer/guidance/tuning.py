@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from ..cost import Cost
 from ..errors import NonFiniteError, SteerError
 from ..key import Key, as_key
-from ..processes.gaussian import GaussianProcess
 from ..results.result import Result
 from ..samplers.rollout import rollout
-from ..types import Reward
+from ..types import GaussianPath, Reward
 from .guided_process import guide
 from .hooks import Hooks
 
@@ -44,7 +43,7 @@ def mean_reward(result: Result) -> float:
 
 def tune(
     build: Callable[..., Hooks],
-    process: GaussianProcess,
+    process: GaussianPath,
     reward: Reward,
     *,
     start: Sequence[float] = (0.25, 0.25, 0.001),
@@ -59,13 +58,15 @@ def tune(
 ) -> Tuned:
     """Beam search for the strengths of guidance: from the best few, each strength grown by its factor in turn.
 
-    build:   strengths -> Hooks, for instance `lambda rho, mu, sigma: tfg(reward, rho=rho, mu=mu, sigma=sigma)`.
-    score:   Result -> number to maximise. All trials share their noises, so differences are paired. The mean reward
-             rewards leaving the data's law, as every search by reward alone does: subtract what that costs (the log's
-             displacement, a held-out reward) where it matters.
-    beam, rounds, particles: 2, 6 and 64 in the paper, whose start, factors and ceilings are the defaults.
+    Args:
+        build: strengths -> Hooks, for instance `lambda rho, mu, sigma: tfg(reward, rho=rho, mu=mu, sigma=sigma)`.
+        score: Result -> number to maximise. All trials share their noises, so differences are paired. The mean reward
+            rewards leaving the data's law, as every search by reward alone does: subtract what that costs (the log's
+            displacement, a held-out reward) where it matters.
+        beam, rounds, particles: 2, 6 and 64 in the paper, whose start, factors and ceilings are the defaults.
 
     Cost: at most (1 + beam rounds len(start)) rollouts.
+
     Source: Ye et al. 2024 (TFG, 2409.15761), their beam search as released.
     """
     if not len(start) == len(factors) == len(most) or beam < 1 or rounds < 0:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..errors import StateSpaceError, SteerError
-from ..guidance import GuidedProcess, Hooks, guide
-from ..processes.gaussian import GaussianProcess
+from ..errors import SteerError
+from ..guidance import Hooks, guide
+from ..processes.gaussian import need_gaussian
+from ..types import GaussianPath
 from .agreement import AgreedRarity, agreed_rarity
 from .boost import Boost, BoostAndSkip, boost_and_skip
 from .guidance import minority_guidance, self_guided
@@ -32,23 +33,33 @@ __all__ = [
 ]
 
 
-def minority(process: GaussianProcess | GuidedProcess, method: BoostAndSkip | Hooks) -> Any:
+_CURE = (
+    "make the models of a composition rarer, or the process without own_solver; a masked process is tilted by a reward "
+    "that is high for rare samples"
+)
+
+
+def minority(process: GaussianPath, method: BoostAndSkip | Hooks) -> Any:
     """The process whose samples are rarer: every sampler and search runs on it as on any other.
 
-    method: `boost_and_skip(kappa)`          a start of too much variance: no gradients, no training;
-            `self_guided(scale)`             the gradient of the model's own reconstruction loss: no training;
-            `minority_guidance(classifier)`  a noisy classifier of rarity, trained on quantiles of the minority score.
     Methods compose: minority(minority(process, a), b).
 
-    It is the law that changes: a sampler with a reward r, run on the result, aims at rare(x) exp(r(x) / T). To stay on
-    p(x) exp(r(x) / T), give hooks as a proposal instead: steer.smc(process, reward, proposal=steer.follow(hooks)).
-    Rarity that pays is judged by `minority_metrics`, never by a distance alone.
+    The distribution itself changes: a sampler with a reward r, run on the result, aims at rare(x) exp(r(x) / T). To
+    keep the target p(x) exp(r(x) / T), give hooks as a proposal instead:
+    steer.smc(process, reward, proposal=steer.follow(hooks)). Judge rarity by `minority_metrics`, never by a distance
+    alone.
+
+    Args:
+        process: on a Gaussian path.
+        method: `boost_and_skip(kappa)`, a start of too much variance: no gradients, no training;
+            `self_guided(scale)`, the gradient of the model's own reconstruction loss: no training;
+            `minority_guidance(classifier)`, a noisy classifier of rarity, trained on quantiles of the minority score.
+
+    Raises:
+        StateSpaceError: where the process is on no Gaussian path with a transition rule.
+        SteerError: for a method of another type.
     """
-    if not hasattr(process, "levels"):
-        raise StateSpaceError(
-            f"minority methods need states on a Gaussian path, got {type(process).__name__}; tilt a masked process by "
-            "a reward that is high for rare samples"
-        )
+    process = need_gaussian(process, "minority sampling", cure=_CURE)
     if isinstance(method, Hooks):
         return guide(process, method)
     if isinstance(method, BoostAndSkip):

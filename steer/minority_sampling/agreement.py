@@ -19,7 +19,7 @@ Features = Callable[[Tensor], Tensor]
 
 
 class Space(NamedTuple):
-    """Real points of one space (R, F), the radii of their balls (R,), and the distance of a rare one by group (G,)."""
+    """Real points of one space [R, F], the radii of their balls [R], and the distance of a rare one by group [G]."""
 
     points: Tensor
     radius: Tensor
@@ -50,7 +50,7 @@ class AgreedRarity:
         return torch.where(on >= self.least - 1e-9, rare, -torch.inf)
 
     def _votes(self, space: Space, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Whether samples are on the manifold in this space, (M,), and whether rare besides."""
+        """Whether samples are on the manifold in this space, [M], and whether rare besides."""
         distance = torch.cdist(x, space.points)
         near = distance.topk(self.k, largest=False).indices
         group, own = self.groups[near].mode(1).values, torch.zeros_like(distance[:, 0])
@@ -85,19 +85,24 @@ def agreed_rarity(
 ) -> AgreedRarity:
     """Share of feature spaces in which a sample is a rare one of its kind, -inf unless they agree that it is real.
 
-    reference: real samples (R, ...) as the reward sees them, with more than k in every group.
-    spaces:    features of samples, for instance of a few small classifiers of different seeds, and the samples
-               themselves (`lambda x: x.flatten(1)`). The votes of nine decide much better than any of them.
-    groups:    classes (R,), among whose members distances are taken: rare among its like, as in `quantile_labels`. A
-               sample is of the class of most of its k neighbours. None: one group, rare among all.
-    k, quantile: rare is farther (mean distance to k neighbours) than that quantile of the group's own.
-    ball_k:    real is within some reference point's ball, which reaches its ball_k-th neighbour.
-    least:     share of spaces that must find a sample real, 1 for all.
+    Args:
+        reference: real samples [R, ...] as the reward sees them, with more than k in every group.
+        spaces: features of samples, for instance of a few small classifiers of different seeds, and the samples
+            themselves (`lambda x: x.flatten(1)`). The votes of nine decide much better than any of them.
+        groups: classes [R], among whose members distances are taken: rare among its like, as in `quantile_labels`. A
+            sample is of the class of most of its k neighbours. None: one group, rare among all.
+        k, quantile: rare is farther (mean distance to k neighbours) than that quantile of the group's own.
+        ball_k: real is within some reference point's ball, which reaches its ball_k-th neighbour.
+        least: share of spaces that must find a sample real, 1 for all.
 
-    Scores (M,), float64. A reward for finished samples (`search.best_of_n`, `steer.importance_sampling`, or
-    weight=steer.final_only()): predictions at noisy levels are blurred, and off every manifold. Not differentiable.
+    Returns:
+        Scores [M], float64. A reward for finished samples (`search.best_of_n`, `steer.importance_sampling`, or
+        weight=steer.final_only()): predictions at noisy levels are blurred, and off every manifold. Not differentiable.
+
+    Raises:
+        ShapeError, SteerError: where groups do not fit the reference or are too small.
+
     Cost: features, and distances to R points, per space.
-    Raises ShapeError and SteerError where groups do not fit the reference or are too small.
     """
     labels = torch.zeros(len(reference), dtype=torch.long, device=reference.device) if groups is None else groups
     if labels.shape != reference.shape[:1] or not spaces:
@@ -110,4 +115,12 @@ def agreed_rarity(
         raise SteerError(f"every group needs at least {least_points} reference points; merge groups, or lower k")
     if not 0.0 < quantile < 1.0 or not 0.0 <= least <= 1.0:
         raise SteerError(f"quantile is in (0, 1) and least a share of spaces in [0, 1], got {quantile} and {least}")
-    return AgreedRarity(reference, tuple(spaces), labels, k, ball_k, quantile, least)
+    return AgreedRarity(
+        reference=reference,
+        spaces=tuple(spaces),
+        groups=labels,
+        k=k,
+        ball_k=ball_k,
+        quantile=quantile,
+        least=least,
+    )

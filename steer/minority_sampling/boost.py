@@ -9,7 +9,8 @@ import torch
 
 from ..errors import SteerError
 from ..guidance import GuidedProcess
-from ..processes.gaussian import GaussianProcess
+from ..processes.gaussian import GaussianProcess, need_gaussian_process, need_levels
+from ..types import GaussianPath, NoiseLevels
 from .signal_level import share, size
 
 
@@ -30,9 +31,10 @@ class BoostAndSkip:
     gamma: float
     skip: int | None
 
-    def plan(self, process: GaussianProcess | GuidedProcess) -> Boost:
+    def plan(self, process: NoiseLevels) -> Boost:
         """gamma, skipped steps and kappa on the grid of a process. kappa below .01 does next to nothing."""
-        shares = [share(level) for level in process.levels[:-1]]
+        levels = need_levels(process, "a boosted start").levels
+        shares = [share(level) for level in levels[:-1]]
         if self.skip is not None:
             if not 0 <= self.skip < len(shares):
                 raise SteerError(f"skip leaves at least one of the {len(shares)} steps, got {self.skip}")
@@ -44,36 +46,42 @@ class BoostAndSkip:
         skip = min(held, key=lambda k: abs(math.log(shares[k] / wanted))) if self.kappa > 0.0 else 0
         return Boost(math.sqrt(1.0 + self.kappa / shares[skip]) if self.kappa > 0.0 else 1.0, skip, self.kappa)
 
-    def __call__(self, process: GaussianProcess | GuidedProcess) -> GaussianProcess | GuidedProcess:
+    def __call__(self, process: GaussianPath) -> GaussianProcess | GuidedProcess:
         """The process from its boosted start."""
         if isinstance(process, GuidedProcess):
             return replace(process, base=self(process.base))
-        if process.initial is not None and bool((process.initial[0] != 0.0).any()):
+        model = need_gaussian_process(
+            process, "a boosted start", cure="boost the model first: restart(minority(process, boost), spans)"
+        )
+        if model.initial is not None and bool((model.initial[0] != 0.0).any()):
             raise SteerError(
                 "boost_and_skip scales noise around zero, and this process starts from an image; boost the process "
                 "of a plain prompt or label"
             )
-        boost = self.plan(process)
-        mean = torch.zeros((1, 1, *process.event), dtype=process.dtype, device=process.device)
-        std = boost.gamma * size(process.levels[boost.skip])
-        return replace(process, times=process.times[boost.skip :], initial=(mean, std))
+        boost = self.plan(model)
+        mean = torch.zeros((1, 1, *model.event), dtype=model.dtype, device=model.device)
+        std = boost.gamma * size(model.levels[boost.skip])
+        return replace(model, times=model.times[boost.skip :], initial=(mean, std))
 
 
 def boost_and_skip(kappa: float | None = None, *, gamma: float = 4.0, skip: int | None = None) -> BoostAndSkip:
     """Boost-and-Skip for `steer.minority`: x ~ N(0, gamma^2) at a later level, then the unchanged sampler.
-
-    kappa: strength, (gamma^2 - 1) alpha-bar of the level that is started from: the excess variance that is left in the
-           data, in units of their own. About .05 shows, .5 is strong, below .01 nothing happens. The level is the one
-           of the grid at which gamma is nearest to what was asked, and gamma is then set so that kappa is exact.
-    gamma: standard deviation of the start in units of sqrt(alpha^2 + sigma^2), above 1.
-    skip:  the paper's number of dropped steps, instead of kappa; kappa follows, see `.plan(process)`.
 
     Why kappa: given its start x_s, the data's law is p(x_0) N(x_s; alpha x_0, sigma^2), which depends on the start by
     alpha x_s alone, and that has variance gamma^2 alpha-bar. Two starts of one kappa give the same law up to
     O(alpha-bar), on any schedule; the paper's gamma = 4, 3 of 250 steps are kappa = .005 on a cosine schedule and .0008
     on a linear one. With a deterministic rule this is Prior Guidance (Karczewski et al. 2025, 2502.05807).
     It is a change of law, without weights that would undo it: samplers given the process target boosted(x) exp(r / T).
-    Source: Um et al. 2025 (Boost-and-Skip, 2502.06516). Differs: a strength that carries over between schedules.
+
+    Args:
+        kappa: strength, (gamma^2 - 1) alpha-bar of the level that is started from: the excess variance that is left in
+            the data, in units of their own. About .05 shows, .5 is strong, below .01 nothing happens. The level is the
+            one of the grid at which gamma is nearest to what was asked, and gamma is then set so that kappa is exact.
+        gamma: standard deviation of the start in units of sqrt(alpha^2 + sigma^2), above 1.
+        skip: the paper's number of dropped steps, instead of kappa; kappa follows, see `.plan(process)`.
+
+    Source: Um et al. 2025 (Boost-and-Skip, 2502.06516).
+    Differs: a strength that carries over between schedules.
     """
     if (kappa is None) == (skip is None):
         raise SteerError("boost_and_skip takes a strength kappa or a number of steps to skip, one of the two")

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..core.population import per_particle
 from ..errors import SteerError
 from ..guidance import Hooks, Step
-from ..processes.gaussian import GaussianProcess
+from ..types import GaussianPath
 from .score import Distance, euclidean
 from .signal_level import level_near, log_snr, share, size
 
@@ -46,16 +46,20 @@ class TowardsQuantile:
 def minority_guidance(classifier: Classifier, *, scale: float = 3.5, target: int = -1) -> Hooks:
     """Minority guidance: mean' = mean + scale std^2 grad_x log p(target | x_t), from a noisy classifier of rarity.
 
-    classifier: see `Classifier`; learns quantile labels of the minority score (`minority_score`, `quantile_labels`;
-                `examples/train/minority_digits.py` does so for the digits).
-    scale:      1 is Bayes' rule: with the exact classifier, the law of the target's own samples as steps shrink. 3.5 is
-                the paper's on LSUN bedrooms at 100 bins and 250 steps.
-    target:     the quantile to go to; -1 is the rarest, 0 the commonest.
-
     Hooks for `steer.minority` and `steer.guide`, or for `steer.follow`, whereupon SMC corrects them.
+
+    Args:
+        classifier: see `Classifier`; learns quantile labels of the minority score (`minority_score`, `quantile_labels`;
+            `examples/train/minority_digits.py` does so for the digits).
+        scale: 1 is Bayes' rule: with the exact classifier, the law of the target's own samples as steps shrink. 3.5 is
+            the paper's on LSUN bedrooms at 100 bins and 250 steps.
+        target: the quantile to go to; -1 is the rarest, 0 the commonest.
+
     Cost per step: one forward and backward pass of the classifier per particle, none of the network.
-    Source: Um et al. 2023 (2301.12334); classifier guidance of Dhariwal & Nichol 2021. Differs: the classifier reads a
-    signal-to-noise ratio and so serves any path; deterministic rules move by the ancestral step's variance.
+
+    Source: Um et al. 2023 (2301.12334); classifier guidance of Dhariwal & Nichol 2021.
+    Differs: the classifier reads a signal-to-noise ratio and so serves any path; deterministic rules move by the
+    ancestral step's variance.
     """
     return Hooks(mean=(TowardsQuantile(classifier, target, float(scale)),))
 
@@ -71,13 +75,13 @@ class AwayFromReconstruction:
     interval: tuple[float, float]
     distance: Distance
 
-    def acts(self, process: GaussianProcess, k: int) -> bool:
+    def acts(self, process: GaussianPath, k: int) -> bool:
         """Whether the step from level k is guided: counted from the data, inside the interval, and not the last."""
         inside = self.interval[0] <= share(process.levels[k]) <= self.interval[1]
         noisy = process.levels[k + 1].sigma > 0.0
         return noisy and inside and (process.steps - 1 - k) % self.every == self.phase
 
-    def rows(self, process: GaussianProcess) -> int:
+    def rows(self, process: GaussianPath) -> int:
         """Network rows per particle and chain, beside the model's own."""
         return process.rows * sum(self.acts(process, k) for k in range(process.steps))
 
@@ -95,7 +99,7 @@ class AwayFromReconstruction:
 
 
 def unit_max(gradient: Tensor) -> Tensor:
-    """Every particle's gradient (B, N, *event) over its largest absolute entry; zero stays zero."""
+    """Every particle's gradient [B, N, *event] over its largest absolute entry; zero stays zero."""
     most = gradient.abs().flatten(2).amax(2)
     return gradient / per_particle(torch.where(most > 0.0, most, 1.0), gradient)
 
@@ -113,20 +117,23 @@ def self_guided(
 
         mean' = mean + scale std^2 g / max|g|,  g = grad_x d(x0(x), stop(x0(x_s))),  x_s = alpha_s x0(x) + sigma_s eps.
 
-    scale:    w; on the digits 5, at signal .9. By the largest entry, so the norm of a displacement grows with the
-              dimension; `result.process.log` has it in units of the step's noise.
-    signal:   share of signal at s, to the nearest level of the grid. It decides what is followed: at little signal the
-              restored prediction is the mean of the data, and the loss the distance from it (see docs/minority.md).
-    every, phase: guides the steps whose number, counted from the data, is `phase` modulo `every`.
-    interval: shares of signal alpha^2 / (alpha^2 + sigma^2) of the levels that are guided.
-    distance: between (M, *event) tensors, differentiable: Euclidean here, LPIPS in the paper.
-
     Hooks for `steer.minority` and `steer.guide`, or for `steer.follow`, whereupon SMC corrects them.
+
+    Args:
+        scale: w; on the digits 5, at signal .9. By the largest entry, so the norm of a displacement grows with the
+            dimension; `result.process.log` has it in units of the step's noise.
+        signal: share of signal at s, to the nearest level of the grid. It decides what is followed: at little signal
+            the restored prediction is the mean of the data, and the loss the distance from it (see docs/minority.md).
+        every, phase: guides the steps whose number, counted from the data, is `phase` modulo `every`.
+        interval: shares of signal alpha^2 / (alpha^2 + sigma^2) of the levels that are guided.
+        distance: between [M, *event] tensors, differentiable: Euclidean here, LPIPS in the paper.
+
     Cost: at one step in `every`, one more network row and a backward pass per particle.
-    Source: Um & Ye 2024 (2407.11555) and the released code (every = 5, scale 1, always on). Differs: the
-    perturbation level is a share of signal, .5 by default, where the paper's .8 T of a linear schedule is .002; the
-    prediction of the step is not evaluated twice; a vanishing gradient moves nothing, where the code divides by it; the
-    last step, of no noise, is not guided.
+
+    Source: Um & Ye 2024 (2407.11555) and the released code (every = 5, scale 1, always on).
+    Differs: the perturbation level is a share of signal, .5 by default, where the paper's .8 T of a linear schedule is
+    .002; the prediction of the step is not evaluated twice; a vanishing gradient moves nothing, where the code divides
+    by it; the last step, of no noise, is not guided.
     """
     if every < 1 or not 0 <= phase < every:
         raise SteerError(f"every counts steps and phase is below it, 0 <= phase < every, got {phase} and {every}")
@@ -135,5 +142,7 @@ def self_guided(
             f"signal and interval are shares alpha^2 / (alpha^2 + sigma^2): 0 < signal < 1 and an interval that rises "
             f"within [0, 1], got {signal} and {interval}"
         )
-    hook = AwayFromReconstruction(float(scale), signal, every, phase, interval, distance)
+    hook = AwayFromReconstruction(
+        scale=float(scale), signal=signal, every=every, phase=phase, interval=interval, distance=distance
+    )
     return Hooks(mean=(hook,), through=True, extra=(hook.rows,))

@@ -1,7 +1,7 @@
 """What a minority sampler is judged by, always together: distance alone rewards garbage.
 
 A sample far from the data is a rare one or a broken one. Distances and outlier factors cannot tell which; precision
-can, and where the law is known its density does. So there is one function, and it reports all of them.
+can, and where the distribution is known its density does. So there is one function, and it reports all of them.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Minority:
     rarity:      mean over samples on the manifold of the smallest real ball around them; NaN if none is.
     precision:   share of samples in some real point's ball: for rarity, the on-manifold share.
     recall:      share of real points in some sample's ball. Grows with the number of samples.
-    log_density: mean exact log-density; None where the law is unknown.
-    occupancy:   mode masses, (K,) numbers; None where the law is unknown.
+    log_density: mean exact log-density; None where the distribution is unknown.
+    occupancy:   mode masses, [K] numbers; None where the distribution is unknown.
     """
 
     samples: int
@@ -54,12 +54,20 @@ def minority_metrics(
     ball_k: int = 3,
     law: GaussianMixture | None = None,
 ) -> Minority:
-    """All metrics of samples (M, ...) against real points (R, ...): features, or states of a known law.
+    """All metrics of samples [M, ...] against real points [R, ...]: features, or states of a known law.
 
-    k: neighbours of the distance. outlier_k: of the local outlier factor. ball_k: a point's ball reaches its ball_k-th
-    neighbour, for rarity, precision and recall (Kynkäänniemi et al. 2019; Han et al. 2023).
-    law: a mixture whose density and modes are reported of `samples` too.
-    Raises ShapeError where there are too few points for the neighbours asked for.
+    Rarity, precision and recall are by balls (Kynkäänniemi et al. 2019; Han et al. 2023).
+
+    Args:
+        samples: [M, ...]: features, or states of a known distribution.
+        real: real points [R, ...] in the same space.
+        k: neighbours of the distance.
+        outlier_k: neighbours of the local outlier factor.
+        ball_k: a point's ball reaches its ball_k-th neighbour, for rarity, precision and recall.
+        law: a mixture whose density and modes are reported of `samples` too.
+
+    Raises:
+        ShapeError: where there are too few points for the neighbours asked for.
     """
     samples, real = samples.flatten(1).double(), real.flatten(1).double()
     if samples.shape[1] != real.shape[1]:
@@ -96,12 +104,12 @@ def minority_metrics(
 
 
 def knn_distance(x: Tensor, real: Tensor, k: int = 5) -> Tensor:
-    """Mean distance to the k nearest real points, (M,) (AvgkNN)."""
+    """Mean distance to the k nearest real points, [M] (AvgkNN)."""
     return _nearest(x, real, k)[0].mean(1)
 
 
 def local_outlier_factor(x: Tensor, real: Tensor, k: int = 20) -> Tensor:
-    """Local outlier factor of new points against real ones, (M,) (Breunig et al. 2000; 1 is typical).
+    """Local outlier factor of new points against real ones, [M] (Breunig et al. 2000; 1 is typical).
 
     Neighbours are real points only, as in scikit-learn's LocalOutlierFactor(novelty=True), whose -score_samples it is.
     """
@@ -117,7 +125,7 @@ def local_outlier_factor(x: Tensor, real: Tensor, k: int = 20) -> Tensor:
 
 
 def rarity(x: Tensor, real: Tensor, k: int = 3) -> tuple[Tensor, Tensor]:
-    """Radius of the smallest real k-NN ball around each x, (M,), and whether there is one (Han et al. 2023).
+    """Radius of the smallest real k-NN ball around each x, [M], and whether there is one (Han et al. 2023).
 
     Undefined off the manifold: NaN there.
     """
@@ -128,7 +136,7 @@ def rarity(x: Tensor, real: Tensor, k: int = 3) -> tuple[Tensor, Tensor]:
 
 
 def in_balls(x: Tensor, points: Tensor, k: int = 3) -> Tensor:
-    """Whether x (M, D) lies in the k-NN ball of some point, (M,): precision is its mean for samples x among real
+    """Whether x [M, D] lies in the k-NN ball of some point, [M]: precision is its mean for samples x among real
     points, recall the other way round (Kynkäänniemi et al. 2019)."""
     return rarity(x, points, k)[1]
 

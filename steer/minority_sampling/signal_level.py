@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 
 from ..errors import SteerError
-from ..processes.gaussian import GaussianProcess
-from ..types import Level
+from ..types import Level, NoiseLevels
 
 
 def share(level: Level) -> float:
@@ -28,7 +27,7 @@ def log_snr(level: Level) -> float:
     return 2.0 * math.log(level.alpha / level.sigma)
 
 
-def level_near(process: GaussianProcess, signal: float) -> int:
+def level_near(process: NoiseLevels, signal: float) -> int:
     """The level of the grid, ahead of the data, whose share of signal is nearest in log-odds to `signal`."""
     if not 0.0 < signal < 1.0:
         raise SteerError(f"signal is a share alpha^2 / (alpha^2 + sigma^2) strictly between 0 and 1, got {signal}")

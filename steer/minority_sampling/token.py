@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import ModelError, SteerError
 from ..guidance import Hooks, Step
-from ..processes.gaussian import GaussianProcess
+from ..types import GaussianPath
 from .score import Distance, euclidean
 from .signal_level import level_near, share
 
@@ -38,8 +38,13 @@ class NewToken:
     def insert(cls, encoder: Any, ids: Tensor, *, before: int, init: int | Tensor) -> NewToken:
         """The prompt with a new token ahead of the first id `before` (the end-of-text token).
 
-        ids: (1, L), padded. init: the id of a word whose row to begin from, or a row. One padding token makes room.
-        Raises ModelError where there is no end or no room.
+        Args:
+            ids: of the prompt, [1, L], padded; one padding token makes room.
+            before: the end-of-text token.
+            init: the id of a word whose row to begin from, or a row [width].
+
+        Raises:
+            ModelError: where there is no end or no room.
         """
         places = (ids[0] == before).nonzero()[:, 0]
         if ids.ndim != 2 or len(ids) != 1 or len(places) == 0:
@@ -53,7 +58,7 @@ class NewToken:
         # finds where to pool.
         stand_in = init if isinstance(init, int) and init != before else int(next(i for i in range(3) if i != before))
         longer = torch.cat([ids[:, :slot], ids.new_full((1, 1), stand_in), ids[:, slot:-1]], 1)
-        return cls(encoder, ids, longer, slot, row.clone())
+        return cls(encoder=encoder, plain=ids, ids=longer, slot=slot, initial=row.clone())
 
     def encode(self, rows: Tensor) -> Tensor:
         """Hidden states (M, L, width) of the prompt with M different rows (M, width) for the token."""
@@ -87,11 +92,11 @@ class LearnedToken:
     highest: float
     distance: Distance
 
-    def acts(self, process: GaussianProcess, k: int) -> bool:
+    def acts(self, process: GaussianPath, k: int) -> bool:
         """Whether a token is learned at level k: at first, where there is little signal."""
         return share(process.levels[k]) <= self.highest
 
-    def rows(self, process: GaussianProcess) -> int:
+    def rows(self, process: GaussianPath) -> int:
         """Network rows per particle and chain, beside the model's own."""
         return (2 * self.iterations + 1) * sum(self.acts(process, k) for k in range(process.steps))
 
@@ -115,7 +120,7 @@ class LearnedToken:
             return self.conditional(x, t, self.token.encode(rows))
 
     def loss(self, step: Step, x: Tensor, rows: Tensor, i: int) -> Tensor:
-        """What the token raises, (B N,): the distance from the prediction under it to its plain reconstruction."""
+        """What the token raises, [B N]: the distance from the prediction under it to its plain reconstruction."""
         process, level = step.process, level_near(step.process, self.signal)
         here = process.levels[level]
         under = self.conditional(x, step.here.t, self.token.encode(rows))
@@ -144,19 +149,31 @@ def minority_prompt(
 
     x0(x_s) under the plain prompt, by `iterations` steps of Adam on one row of the embedding.
 
-    token:       `NewToken.insert(encoder, ids, before=end, init=word)`.
-    conditional: the model's prediction given text, see `Conditional`: its conditional branch, without guidance.
-    signal:      share of signal alpha^2 / (alpha^2 + sigma^2) at s. The paper's .75 T of Stable Diffusion is .06.
-    highest:     share up to which levels learn a token; the paper's last tenth of T is below .014.
-
     Every particle has a row of its own, and every guided level begins anew from `token.initial`.
+
+    Args:
+        token: `NewToken.insert(encoder, ids, before=end, init=word)`.
+        conditional: the model's prediction given text, see `Conditional`: its conditional branch, without guidance.
+        signal: share of signal alpha^2 / (alpha^2 + sigma^2) at s. The paper's .75 T of Stable Diffusion is .06.
+        highest: share up to which levels learn a token; the paper's last tenth of T is below .014.
+
     Cost per guided step: 2 iterations + 1 network rows per particle, and 2 iterations backward passes.
-    Source: Um & Ye 2025 (MinorityPrompt, 2410.07838) and the released code. Differs: one row is a
-    parameter, where the code optimises the table and restores the rest; rows do not carry over from step to step, so
-    that a prediction is a function of its state, as searches that go back to states require; later levels run under the
-    plain prompt.
+
+    Source: Um & Ye 2025 (MinorityPrompt, 2410.07838) and the released code.
+    Differs: one row is a parameter, where the code optimises the table and restores the rest; rows do not carry over
+    from step to step, so that a prediction is a function of its state, as searches that go back to states require;
+    later levels run under the plain prompt.
     """
     if iterations < 1 or not rate > 0.0:
         raise SteerError(f"iterations and rate are positive, got {iterations} and {rate}")
-    hook = LearnedToken(token, conditional, iterations, float(rate), float(balance), signal, highest, distance)
+    hook = LearnedToken(
+        token=token,
+        conditional=conditional,
+        iterations=iterations,
+        rate=float(rate),
+        balance=float(balance),
+        signal=signal,
+        highest=highest,
+        distance=distance,
+    )
     return Hooks(x0=(hook,), extra=(hook.rows,))

@@ -105,6 +105,10 @@ class GaussianMixture:
             return self.variances[:, :, None] * torch.eye(self.means.shape[1], dtype=torch.float64)
         return (self.bases * self.variances[:, None]) @ self.bases.mT
 
+    def mode_precisions(self) -> Tensor | None:
+        """Inverse covariances [K, D, D] of the modes; None where one of them has no density."""
+        return torch.linalg.inv(self.covs) if bool((self.variances > 0).all()) else None
+
     def log_prob(self, x: Tensor, at: Level | None = None) -> Tensor:
         """Log-density of the data, or of the path's marginal at a noise level.
 
@@ -257,6 +261,12 @@ class MixtureTransition:
         size = self.means.shape[3]
         log_normal = -0.5 * scaled.square().sum((3, 4)) - log_det - 0.5 * size * math.log(2.0 * math.pi)
         return (self.log_share + log_normal).logsumexp(2)
+
+    def renoised(self, scale: float, noise: float) -> MixtureTransition:
+        """The distribution of scale x' + noise eps for draws x' of the kernel."""
+        covs = scale**2 * self.factors @ self.factors.mT
+        covs = covs + noise**2 * torch.eye(covs.shape[1], dtype=covs.dtype, device=covs.device)
+        return MixtureTransition(self.log_share, scale * self.means, torch.linalg.cholesky(covs), self.dtype)
 
     def shift(self, delta: Tensor) -> MixtureTransition:
         """The kernel shifted by delta [B, N, D]."""

@@ -25,7 +25,6 @@ from ..core.resampling import Resampler
 from ..core.trajectory import EMPTY_CACHE, ResamplingRecord, Trajectory
 from ..errors import StateSpaceError, SteerError
 from ..key import Key
-from ..processes.gaussian import GaussianProcess
 from ..processes.transitions import Normal
 from ..types import ReverseProcess, Transition
 
@@ -71,7 +70,7 @@ class PathMoves:
 
     def begin(self, state: Trajectory) -> Trajectory:
         """The state at level 0, with the noise that it is."""
-        if state.k != 0 or not hasattr(state.process, "prior_moments"):
+        if state.k != 0 or state.process.prior_moments is None:
             raise StateSpaceError(
                 "moves replay paths from a Gaussian prior, so a run with moves begins at level 0 of a process that has "
                 f"one, got level {state.k} of {type(state.process).__name__}; run without moves"
@@ -120,7 +119,7 @@ class PathMoves:
 
     def _proposed(self, state: Trajectory, judge: Judge, key: Key) -> Chains:
         """Chains driven by moved noise, replayed to the level of the state."""
-        process, noises = cast(GaussianProcess, state.process), {}
+        process, noises = state.process, {}
         path_key = key.fold("path")  # a new path draws again what hooks draw in it
         log_size = key.fold("size").uniform(state.x.shape[:2], device=state.x.device) * math.log(self.smallest)
         size = broadcast_like(log_size.exp(), state.x).to(state.x)
@@ -132,6 +131,7 @@ class PathMoves:
             x = mean + std * noises[_START] if std > 0.0 else mean.expand_as(state.x)
             for k in range(state.k):
                 model = process.transition(x, process.denoise(x, k, path_key), k)
+                assert isinstance(model, Normal)  # as `record` has checked
                 x = model.mean + model.std * noises[_noise(k)] if model.stochastic else model.mean
         state = replace(state, x=x, cache=EMPTY_CACHE).with_path_state(driving_noise=noises)
         state, value = judge(state, path_key)
@@ -186,7 +186,9 @@ def _with_noise(state: Trajectory, name: str, noise: Tensor) -> Trajectory:
 
 def _prior(state: Trajectory) -> tuple[Tensor, float]:
     """Mean, of an axis for every axis of states, and standard deviation of the prior."""
-    mean, std = cast(GaussianProcess, state.process).prior_moments
+    moments = state.process.prior_moments
+    assert moments is not None  # as `begin` has checked
+    mean, std = moments
     return (torch.zeros_like(state.x[:1, :1]) if mean is None else mean.to(state.x)), std
 
 

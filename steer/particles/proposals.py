@@ -152,7 +152,8 @@ def predict_and_score(
 
 def propose(proposal: Proposal | ProposalFunction, state: Trajectory, model: Transition) -> Transition:
     """What a state that caches its prediction moves by: the proposal, wherever the step draws noise."""
-    if isinstance(proposal, Bootstrap) or not model.stochastic:
+    # Asked of the process: a step that a corrector follows draws noise, and has no density that a proposal could use.
+    if isinstance(proposal, Bootstrap) or not state.process.stochastic(state.k):
         return model
     return proposal(state, cast(GaussianTransition, model))
 

@@ -125,7 +125,7 @@ def predicting(process: ReverseProcess, objective: Objective, predictor: Predict
 
 def prior_moments(process: ReverseProcess) -> tuple[Tensor | None, float]:
     """Mean (None for zero) and standard deviation of the prior of a Gaussian process."""
-    moments = getattr(process, "prior_moments", None)
+    moments = process.prior_moments
     if moments is None:
         raise StateSpaceError(
             f"MCMC at the start needs a Gaussian prior, which {type(process).__name__} does not have; "

@@ -10,6 +10,7 @@ from ..core.start import Start
 from ..core.trajectory import Trajectory
 from ..errors import ShapeError
 from ..key import Key
+from ..processes.gaussian import GaussianProcess
 from ..types import ReverseProcess
 from .from_pipeline import PipelineDenoiser
 
@@ -40,7 +41,7 @@ def from_latents(latents: Tensor) -> Start:
                 f"{len(latents)}; give the sampler particles={max(1, each)}, or more latents"
             )
         rows = [[b * each + n for n in range(key.slot, last)] for b in range(batch)]
-        denoiser = getattr(process, "denoiser", None)
+        denoiser = process.denoiser if isinstance(process, GaussianProcess) else None
         if isinstance(denoiser, PipelineDenoiser):
             call = denoiser.call
             several = call.conditioning.problems and denoiser.problem is None
@@ -51,7 +52,7 @@ def from_latents(latents: Tensor) -> Start:
             ]
             x = torch.stack(starts)
             return Trajectory.begin(process, x.float())
-        dtype, device = getattr(process, "dtype", latents.dtype), getattr(process, "device", latents.device)
-        return Trajectory.begin(process, latents[torch.tensor(rows, device=latents.device)].to(device, dtype))
+        chosen = latents[torch.tensor(rows, device=latents.device)]
+        return Trajectory.begin(process, chosen.to(process.device, process.dtype))
 
     return start

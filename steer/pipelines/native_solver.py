@@ -18,7 +18,7 @@ from torch import Tensor
 from ..cost import Meter
 from ..errors import ModelError, StateSpaceError
 from ..key import Key
-from ..processes.gaussian import GaussianProcess
+from ..processes.gaussian import GaussianProcess, need_gaussian_process
 from ..processes.schedules import level
 from ..processes.transitions import Normal
 from . import noise_levels
@@ -49,6 +49,9 @@ def own_solver(process: GaussianProcess) -> SolverProcess:
 
     Cost: none of the network; two runs of the scheduler on one row.
     """
+    process = need_gaussian_process(
+        process, "own_solver, which steps with a pipeline's scheduler,", cure="give it what from_pipeline returned"
+    )
     denoiser = process.denoiser
     if not isinstance(denoiser, PipelineDenoiser):
         raise ModelError("own_solver steps with a pipeline's scheduler; this process has none: use steer.ddim(eta=0.0)")
@@ -131,6 +134,29 @@ class SolverProcess:
         mean, std = self.process.prior_moments
         return None if mean is None else mean[:, :, None], std
 
+    @property
+    def device(self) -> torch.device | str:
+        return self.process.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.process.dtype
+
+    @property
+    def text(self) -> None:
+        """None: states are not text."""
+        return None
+
+    @property
+    def visits(self) -> range:
+        """Every level once, in order."""
+        return range(self.steps + 1)
+
+    @property
+    def hooks(self) -> None:
+        """None: nothing intervenes in the chain."""
+        return None
+
     def denoise(self, x: Tensor, k: int, key: Key | None = None) -> Tensor:
         """The network's own output and the clean latents that follow from it, [B, N, 2, *event], at level k."""
         denoiser, latents = cast(PipelineDenoiser, self.process.denoiser), x[:, :, 0]
@@ -170,8 +196,9 @@ class SolverProcess:
         if k_from == k_to:
             return x
         raise StateSpaceError(
-            f"{type(self.scheduler).__name__} needs predictions of earlier steps, which a state noised back to level "
-            f"{k_to} does not have; use this method on the process itself, without own_solver"
+            f"{type(self.scheduler).__name__} needs predictions of earlier steps, which a state of a "
+            f"SolverProcess noised back to level {k_to} does not have; use this method on the "
+            "process itself, without own_solver"
         )
 
     def decode(self, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError, SteerError
-from ..processes.gaussian import GaussianProcess
+from ..processes.gaussian import GaussianProcess, need_gaussian_process
 from .from_pipeline import PipelineDecoder, PipelineDenoiser
 from .preparation import copy_pipeline
 from .steered_scheduler import steered_grid
@@ -66,9 +66,15 @@ def verify(process: GaussianProcess, *, steps: int = 3, tolerance: float = 1e-5)
 
     Cost: 2 `steps` + 2 network evaluations and four decodes of one row; run it once for every pipeline new to you.
     """
+    process = need_gaussian_process(
+        process, "verify, which compares a process with its pipeline,", cure="give it what steer.from_pipeline returned"
+    )
     denoiser = process.denoiser
     if not isinstance(denoiser, PipelineDenoiser):
-        raise ModelError("verify compares a process with its pipeline; this one calls a network directly")
+        raise ModelError(
+            "verify compares a process with its pipeline; this one calls a network directly; "
+            "open the pipeline by steer.from_pipeline"
+        )
     steps = len(denoiser.grid.indices) if denoiser.call.free is not None else min(steps, len(denoiser.grid.indices))
     with torch.no_grad():
         try:

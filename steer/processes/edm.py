@@ -58,17 +58,18 @@ def from_edm(
 ) -> GaussianProcess:
     """A process from a denoiser D(x, sigma) = E[x_0 | x_0 + sigma eps = x]: EDM, k-diffusion, any callable.
 
-    network:    gets rows (M, *event), not scaled, and their noise levels (M,), and returns (M, *event). Conditioning is
-                closed over; rows come problem by problem.
-    sigmas:     falling noise levels, of which the first is the prior's and the last step ends at 0; or a number of
-                steps, spaced from sigma_max to sigma_min by their 1/rho power (Eq. 5), the last of them to 0.
-    event:      shape of one state.
-    transition: a rule; ancestral sampling by default. `steer.churn(...)` is the paper's own, `steer.ode()` its ODE.
-    problems:   how many conditionings the network is closed over, None where any batch runs.
-    chunk:      most rows per network call; None: all. Not for networks that are closed over one condition per row.
-
     The path is x = x_0 + sigma eps (alpha = 1), so a state at level k has standard deviation sigma_k around the data.
     The sampler of the paper takes a second network call per step (Heun); rules here take one.
+
+    Args:
+        network: gets rows [M, *event], not scaled, and their noise levels [M], and returns [M, *event]. Conditioning
+            is closed over; rows come problem by problem.
+        sigmas: falling noise levels, of which the first is the prior's and the last step ends at 0; or a number of
+            steps, spaced from sigma_max to sigma_min by their 1/rho power (Eq. 5), the last of them to 0.
+        event: shape of one state.
+        transition: a rule; ancestral sampling by default. `steer.churn(...)` is the paper's own, `steer.ode()` its ODE.
+        problems: how many conditionings the network is closed over, None where any batch runs.
+        chunk: most rows per network call; None: all. Not for networks that are closed over one condition per row.
     """
     if isinstance(sigmas, int):
         grid = karras_sigmas(sigmas, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
@@ -82,13 +83,13 @@ def from_edm(
             )
     times = (*(sigma / grid[0] for sigma in grid), 0.0)
     return GaussianProcess(
-        EDMDenoiser(network, grid[0], chunk),
-        VE(sigma_max=grid[0]),
-        times,
-        tuple(event),
-        transition or DDIM(),
-        decoder,
-        problems,
+        denoiser=EDMDenoiser(network, grid[0], chunk),
+        schedule=VE(sigma_max=grid[0]),
+        times=times,
+        event=tuple(event),
+        rule=transition or DDIM(),
+        decoder=decoder,
+        problems=problems,
         device=device,
         dtype=dtype,
     )

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..cost import Meter
 from ..errors import ModelError, ShapeError, StateSpaceError, SteerError
 from ..key import Key
-from ..types import Denoiser, GaussianPath, GaussianTransition, Level, ReverseProcess, Rule, Schedule
+from ..types import Denoiser, GaussianPath, GaussianTransition, Level, NoiseLevels, ReverseProcess, Rule, Schedule
 from . import parameterization, schedules
 from .transitions import DDIM
 
@@ -25,17 +25,17 @@ from .transitions import DDIM
 class GaussianProcess:
     """A denoiser on a Gaussian path with a time grid: levels k = 0 (noise) to k = steps (data).
 
-    denoiser:  E[x_0 | x_t] for x of shape (B, N, *event).
+    denoiser:  E[x_0 | x_t] for x of shape [B, N, *event].
     schedule:  the path (alpha, sigma).
     times:     steps + 1 times falling to 0. The prior sits at times[0], which `repr` shows.
     event:     shape of one state.
     rule:      how steps are drawn; ancestral sampling by default.
-    decoder:   states (M, *event) to what rewards see, for instance images (M, 3, H, W) in [0, 1]; None: the state.
+    decoder:   states [M, *event] to what rewards see, for instance images [M, 3, H, W] in [0, 1]; None: the state.
     problems:  number of conditionings the denoiser is closed over (axis 0), None where any batch runs.
     prompts:   their texts, handed to rewards that ask for them.
     rows:      network rows per prediction, for the ledger (2 under classifier-free guidance).
-    initial:   mean (broadcast to (B, N, *event)) and standard deviation of the prior, where a pipeline starts from
-               another law than N(0, sigma^2): image-to-image, or a scheduler with a scale of its own.
+    initial:   mean (broadcast to [B, N, *event]) and standard deviation of the prior, where a pipeline starts from
+               another distribution than N(0, sigma^2): image-to-image, or a scheduler with a scale of its own.
     reference: what knows exact answers about this model (analytic models), else None.
     meter:     the ledger of the run in progress; samplers set it.
     """
@@ -67,9 +67,13 @@ class GaussianProcess:
             f"prior N(0, {first.sigma:.4g}^2) at t={first.t:.4g} where alpha={first.alpha:.3g})"
         )
 
-    @cached_property
+    @property
     def levels(self) -> tuple[Level, ...]:
         """The path at every time of the grid."""
+        return self._levels  # a cached_property itself is no attribute of a protocol's type to a type checker
+
+    @cached_property
+    def _levels(self) -> tuple[Level, ...]:
         return tuple(schedules.level(self.schedule, t) for t in self.times)
 
     @property
@@ -78,7 +82,7 @@ class GaussianProcess:
         return len(self.times) - 1
 
     def prior(self, key: Key, batch: int, particles: int) -> Tensor:
-        """Starting states at level 0, shape (B, N, *event): N(0, sigma^2) unless `initial` says otherwise."""
+        """Starting states at level 0, shape [B, N, *event]: N(0, sigma^2) unless `initial` says otherwise."""
         self.check_batch(batch)
         noise = key.normal((batch, particles, *self.event), dtype=self.dtype, device=self.device)
         mean, std = self.prior_moments
@@ -86,13 +90,29 @@ class GaussianProcess:
 
     @property
     def prior_moments(self) -> tuple[Tensor | None, float]:
-        """Mean of the prior, (B or 1, 1, *event) or None for zero, and its standard deviation."""
+        """Mean of the prior, [B or 1, 1, *event] or None for zero, and its standard deviation."""
         return (None, self.levels[0].sigma) if self.initial is None else self.initial
+
+    @property
+    def text(self) -> None:
+        """None: states are not text."""
+        return None
+
+    @property
+    def visits(self) -> Sequence[int]:
+        """Every level once, in order."""
+        return range(self.steps + 1)
+
+    @property
+    def hooks(self) -> None:
+        """None: nothing intervenes in the chain."""
+        return None
 
     def denoise(self, x: Tensor, k: int, key: Key | None = None) -> Tensor:
         """The prediction E[x_0 | x] at level k, same shape and dtype as x. Counted by the meter.
 
-        key: names draws of hooks (`GuidedProcess`); a network alone draws nothing.
+        Args:
+            key: names draws of hooks (`GuidedProcess`); a network alone draws nothing.
         """
         del key
         if self.meter is None:
@@ -114,7 +134,7 @@ class GaussianProcess:
         return x0
 
     def transition(self, x: Tensor, x0: Tensor, k: int) -> GaussianTransition:
-        """The law of the step from level k to k + 1."""
+        """The distribution of the step from level k to k + 1."""
         return self.rule(x, x0, self.levels[k], self.levels[k + 1])
 
     def stochastic(self, k: int) -> bool:
@@ -133,7 +153,7 @@ class GaussianProcess:
         return torch.add(x * scale, key.at(k_to).normal(x.shape, dtype=x.dtype, device=x.device), alpha=std)
 
     def decode(self, x: Tensor) -> Tensor:
-        """Clean states (B, N, *event) as rewards see them, (B * N, ...). Counted by the meter where it costs."""
+        """Clean states [B, N, *event] as rewards see them, (B * N, ...). Counted by the meter where it costs."""
         flat = x.flatten(0, 1)
         if self.decoder is None:
             return flat
@@ -173,7 +193,7 @@ class GaussianProcess:
         return replace(self, times=schedules.check_times(times))
 
     def exact(self, reward: Any, temperature: float = 1.0) -> Any:
-        """The tilted law p(x) exp(r(x) / temperature) in closed form; only for analytic models and rewards."""
+        """The tilted distribution p(x) exp(r(x) / temperature) in closed form; only for analytic models and rewards."""
         if self.reference is None:
             raise ModelError(
                 "exact answers exist for steer.models' analytic processes only; this one has a learned denoiser"
@@ -185,11 +205,44 @@ class GaussianProcess:
         check_batch(self.problems, batch)
 
 
+def has_levels(process: ReverseProcess) -> TypeGuard[NoiseLevels]:
+    """Whether the states of a process are alpha x_0 + sigma eps at known levels."""
+    return getattr_static(process, "levels", None) is not None
+
+
 def is_gaussian(process: ReverseProcess) -> TypeGuard[GaussianPath]:
     """Whether a process is on a Gaussian path with a transition rule."""
     # Statically: properties are not evaluated, some of which raise where hooks have changed what they are about.
     members = ("levels", "times", "schedule", "rule", "with_rule", "prior_moments")
     return all(getattr_static(process, name, None) is not None for name in members)
+
+
+def need_levels(process: ReverseProcess, what: str, *, cure: str = "use a GaussianProcess") -> NoiseLevels:
+    """The process, as one whose states are alpha x_0 + sigma eps; StateSpaceError where they are not.
+
+    Args:
+        process: any reverse process.
+        what: what needs it, as the subject of the message: "a look-ahead by the ODE".
+        cure: what to do instead.
+    """
+    if has_levels(process):
+        return process
+    raise StateSpaceError(
+        f"{what} needs states on a Gaussian path, alpha x_0 + sigma eps, got {type(process).__name__}; {cure}"
+    )
+
+
+def need_gaussian_process(process: ReverseProcess, what: str, *, cure: str) -> GaussianProcess:
+    """The process, as a model's own GaussianProcess with nothing around it; StateSpaceError where it is another kind.
+
+    Args:
+        process: any reverse process.
+        what: what needs it, as the subject of the message: "restarting".
+        cure: what to do instead.
+    """
+    if isinstance(process, GaussianProcess):
+        return process
+    raise StateSpaceError(f"{what} needs a GaussianProcess, got {type(process).__name__}; {cure}")
 
 
 def need_gaussian(process: ReverseProcess, what: str, *, cure: str = "use a GaussianProcess") -> GaussianPath:
@@ -223,7 +276,7 @@ def check_batch(problems: int | None, batch: int) -> None:
 
 def sampling_uses_network(process: ReverseProcess) -> bool:
     """Whether drawing a state may itself evaluate the network, as hooks on the prior and after steps do."""
-    hooks = getattr(process, "hooks", None)
+    hooks = process.hooks
     return hooks is not None and bool(hooks.start or hooks.after)
 
 
@@ -250,12 +303,21 @@ def from_denoiser(
 ) -> GaussianProcess:
     """A process from a function of (x, t) that predicts E[x_0 | x_t].
 
-    times: a grid falling to 0, or a number of steps, equally spaced in t from the schedule's start.
-    event: shape of one state; the function gets (B, N, *event) and a Python float t, and returns the same shape.
+    Args:
+        times: a grid falling to 0, or a number of steps, equally spaced in t from the schedule's start.
+        event: shape of one state; the function gets [B, N, *event] and a Python float t, and returns the same shape.
     """
     grid = schedules.uniform_times(schedule, times) if isinstance(times, int) else schedules.check_times(times)
     return GaussianProcess(
-        denoiser, schedule, grid, tuple(event), transition or DDIM(), decoder, problems, device=device, dtype=dtype
+        denoiser=denoiser,
+        schedule=schedule,
+        times=grid,
+        event=tuple(event),
+        rule=transition or DDIM(),
+        decoder=decoder,
+        problems=problems,
+        device=device,
+        dtype=dtype,
     )
 
 
@@ -279,6 +341,12 @@ def from_score(network: parameterization.Network, schedule: Schedule, times: Seq
     return from_denoiser(parameterization.from_score(network, schedule), schedule, times, **options)
 
 
+_CONVERT_FIRST = (
+    "convert the model itself before it is guided, restarted or composed; a masked process takes another masking "
+    "schedule by with_times"
+)
+
+
 def convert(
     process: GaussianProcess, schedule: Schedule, times: Sequence[float] | int | None = None
 ) -> GaussianProcess:
@@ -286,17 +354,21 @@ def convert(
 
     Two paths differ only by the clock and a scale: with rho = alpha / sigma equal at times t and s, the state on the
     new path is c x_t with c = sigma_new(s) / sigma_old(t), and both have the same E[x_0]. The denoiser is therefore
-    the old one at x / c; transition rule, decoder and conditioning carry over. Source: Kim et al. 2025 (RBF,
-    2503.19385), in x_0 form, where no derivative of the clock is needed.
+    the old one at x / c; transition rule, decoder and conditioning carry over.
 
-    times: grid on the new path; default, as many steps, uniform in its time, from the noisiest level at which the
-    old grid starts (or the new schedule starts, if that is less noisy).
+    Args:
+        process: a model's own GaussianProcess.
+        schedule: of the new path.
+        times: grid on the new path; default, as many steps, uniform in its time, from the noisiest level at which the
+            old grid starts (or the new schedule starts, if that is less noisy).
+
+    Raises:
+        StateSpaceError: for another kind of process.
+        SteerError: where the new grid starts noisier than the model's own path ever gets.
+
+    Source: Kim et al. 2025 (RBF, 2503.19385), in x_0 form, where no derivative of the clock is needed.
     """
-    if not hasattr(process, "levels"):
-        raise StateSpaceError(
-            f"only Gaussian paths can be exchanged, and {type(process).__name__} has none; a masked process takes "
-            "another masking schedule by with_times"
-        )
+    process = need_gaussian_process(process, "exchanging Gaussian paths", cure=_CONVERT_FIRST)
     old = process.schedule
     ceiling = min(schedules.angle(old, process.times[0]), schedules.angle(schedule, schedule.start))
     if times is None or isinstance(times, int):
@@ -310,11 +382,13 @@ def convert(
                 f"start it at or below {schedules.time_at(schedule, ceiling):.6g}"
             )
 
-    return replace(process, denoiser=_Moved(process.denoiser, old, schedule), schedule=schedule, times=grid)
+    return replace(
+        process, denoiser=ReparameterizedDenoiser(process.denoiser, old, schedule), schedule=schedule, times=grid
+    )
 
 
 @dataclass(frozen=True, eq=False)
-class _Moved:
+class ReparameterizedDenoiser:
     """A denoiser of one path, asked about states of another."""
 
     denoiser: Denoiser
@@ -325,5 +399,5 @@ class _Moved:
         t = schedules.time_at(self.old, schedules.angle(self.new, s))
         return self.denoiser(x * (self.old(t).sigma / self.new(s).sigma), t)
 
-    def only(self, problem: int) -> _Moved:
+    def only(self, problem: int) -> ReparameterizedDenoiser:
         return replace(self, denoiser=parameterization.only(self.denoiser, problem))

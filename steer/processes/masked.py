@@ -35,8 +35,8 @@ Completion = Callable[[Tensor, Tensor], Tensor]
 class MaskedProcess:
     """A network of token logits with a masking schedule: levels k = 0 (all masked) to k = steps (no mask left).
 
-    States are tokens (B, N, L), int64, with `mask` where nothing is written yet; predictions are log-probs
-    (B, N, L, V). Samplers that need draws and values only run on it as on any process; what follows a gradient raises
+    States are tokens [B, N, L], int64, with `mask` where nothing is written yet; predictions are log-probs
+    [B, N, L, V]. Samplers that need draws and values only run on it as on any process; what follows a gradient raises
     StateSpaceError.
 
     network:    logits for tokens and the share of masks t.
@@ -44,9 +44,9 @@ class MaskedProcess:
     length:     L. vocabulary: V. mask: the mask's token, V by default; a smaller one is never written.
     rule:       which positions a step reveals: `steer.unmask(...)`.
     completion: how a prediction becomes the clean state that rewards score on the way; by default the likeliest token
-                at each mask. The law that samplers target does not depend on it, their variance does.
-    decoder:    tokens (M, L) to what rewards see; None: the tokens.
-    text:       tokens (M, L) to M strings, for people; None where tokens are not text.
+                at each mask. The distribution that samplers target does not depend on it, their variance does.
+    decoder:    tokens [M, L] to what rewards see; None: the tokens.
+    text:       tokens [M, L] to M strings, for people; None where tokens are not text.
     Others as `GaussianProcess`.
     """
 
@@ -94,17 +94,37 @@ class MaskedProcess:
         """Shape of one state, (L,)."""
         return (self.length,)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Tokens are int64."""
+        return torch.int64
+
+    @property
+    def visits(self) -> Sequence[int]:
+        """Every level once, in order."""
+        return range(self.steps + 1)
+
+    @property
+    def hooks(self) -> None:
+        """None: nothing intervenes in the chain."""
+        return None
+
+    @property
+    def prior_moments(self) -> None:
+        """None: the prior is all masks."""
+        return None
+
     def level(self, k: int) -> MaskLevel:
         """Level k as rules see it."""
         return MaskLevel(self.times[k], self.length, self.mask)
 
     def prior(self, key: Key, batch: int, particles: int) -> Tensor:
-        """Masks, shape (B, N, L): nothing is drawn, and every particle begins the same."""
+        """Masks, shape [B, N, L]: nothing is drawn, and every particle begins the same."""
         self.check_batch(batch)
         return torch.full((batch, particles, self.length), self.mask, device=self.device)
 
     def denoise(self, x: Tensor, k: int, key: Key | None = None) -> Tensor:
-        """Log-probs (B, N, L, V) of the tokens at level k, at least float32. Counted by the meter.
+        """Log-probs [B, N, L, V] of the tokens at level k, at least float32. Counted by the meter.
 
         What it says of positions that are not masked is of no consequence.
         """
@@ -127,12 +147,12 @@ class MaskedProcess:
         return torch.log_softmax(logits.float() if logits.dtype.itemsize < 4 else logits, 3)
 
     def complete(self, x: Tensor, x0: Tensor) -> Tensor:
-        """Tokens (B, N, L) with every mask filled: by the likeliest token, or by `completion`."""
+        """Tokens [B, N, L] with every mask filled: by the likeliest token, or by `completion`."""
         filled = x0.argmax(3) if self.completion is None else self.completion(x, x0)
         return torch.where(x == self.mask, filled.to(x.dtype), x)
 
     def transition(self, x: Tensor, x0: Tensor, k: int) -> Unmasking:
-        """The law of the step from level k to k + 1."""
+        """The distribution of the step from level k to k + 1."""
         positions = self.rule(x, x0, self.level(k), self.level(k + 1))
         return Unmasking(x, self.mask, x0, positions, self.stochastic(k))
 
@@ -150,7 +170,7 @@ class MaskedProcess:
         return x.masked_fill(hidden, self.mask)
 
     def decode(self, x: Tensor) -> Tensor:
-        """Clean states (B, N, L) as rewards see them, (B * N, ...). Counted by the meter where it costs."""
+        """Clean states [B, N, L] as rewards see them, (B * N, ...). Counted by the meter where it costs."""
         flat = x.flatten(0, 1)
         if self.decoder is None:
             return flat
@@ -179,7 +199,7 @@ class MaskedProcess:
         return replace(self, times=masking_times(times))
 
     def exact(self, reward: Any, temperature: float = 1.0) -> Any:
-        """The data's law tilted by exp(r(x) / temperature), as a table; for enumerable models only."""
+        """The data's distribution tilted by exp(r(x) / temperature), as a table; for enumerable models only."""
         if self.reference is None:
             raise ModelError("exact answers exist for steer.models' analytic processes only; this one has a network")
         return self.reference.exact(reward, temperature=temperature)
@@ -205,26 +225,29 @@ def from_logits(
 ) -> MaskedProcess:
     """A masked process from a network of token logits.
 
-    network: function of tokens (B, N, L), int64, masks included, and the share of masks t in [0, 1] (1 - alpha in
-             papers; networks that need no time ignore it) to logits (B, N, L, V).
-    times:   number of steps, evenly spaced in t, or the share of masks at each level, falling from 1 to 0: any alpha
-             schedule is a choice of these.
-    mask:    the mask's token; V by default. Where the network has a logit for it (mask < V), it is never drawn.
-    transition: `steer.unmask(order=...)`; independently revealed positions by default.
-    Others as `MaskedProcess`. Source: Sahoo et al. 2024 (MDLM), which any absorbing-state model reduces to: zero
-    probability of the mask, and tokens once written stay.
+    Args:
+        network: function of tokens [B, N, L], int64, masks included, and the share of masks t in [0, 1] (1 - alpha in
+            papers; networks that need no time ignore it) to logits [B, N, L, V].
+        times: number of steps, evenly spaced in t, or the share of masks at each level, falling from 1 to 0: any alpha
+            schedule is a choice of these.
+        mask: the mask's token; V by default. Where the network has a logit for it (mask < V), it is never drawn.
+        transition: `steer.unmask(order=...)`; independently revealed positions by default.
+        others: as `MaskedProcess`.
+
+    Source: Sahoo et al. 2024 (MDLM), which any absorbing-state model reduces to: zero probability of the mask, and
+    tokens once written stay.
     """
     return MaskedProcess(
-        network,
-        masking_times(times),
-        length,
-        vocabulary,
-        vocabulary if mask is None else mask,
-        transition or Ancestral(),
-        completion,
-        decoder,
-        text,
-        problems,
+        network=network,
+        times=masking_times(times),
+        length=length,
+        vocabulary=vocabulary,
+        mask=vocabulary if mask is None else mask,
+        rule=transition or Ancestral(),
+        completion=completion,
+        decoder=decoder,
+        text=text,
+        problems=problems,
         device=device,
     )
 

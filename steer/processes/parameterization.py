@@ -20,7 +20,7 @@ Network = Callable[[Tensor, float], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class Predicting:
+class NetworkDenoiser:
     """The denoiser around a network: solve(x, output, schedule, t) is the x0 that its output stands for."""
 
     network: Network
@@ -38,24 +38,24 @@ class Predicting:
             )
         return self.solve(x, self.network(x, t), at)
 
-    def only(self, problem: int) -> Predicting:
+    def only(self, problem: int) -> NetworkDenoiser:
         """The denoiser of one problem, where the network is conditioned on several: see `only`."""
         return replace(self, network=only(self.network, problem))
 
 
 def from_eps(network: Network, schedule: Schedule) -> Denoiser:
     """x0 = (x - sigma eps) / alpha for a network that predicts the noise."""
-    return Predicting(network, schedule, lambda x, out, at: (x - at.sigma * out) / at.alpha, "eps")
+    return NetworkDenoiser(network, schedule, lambda x, out, at: (x - at.sigma * out) / at.alpha, "eps")
 
 
 def from_score(network: Network, schedule: Schedule) -> Denoiser:
     """x0 = (x + sigma^2 score) / alpha for a network that predicts the gradient of log p_t (Tweedie)."""
-    return Predicting(network, schedule, lambda x, out, at: (x + at.sigma**2 * out) / at.alpha, "score")
+    return NetworkDenoiser(network, schedule, lambda x, out, at: (x + at.sigma**2 * out) / at.alpha, "score")
 
 
 def from_v(network: Network, schedule: Schedule) -> Denoiser:
     """x0 = (alpha x - sigma v) / (alpha^2 + sigma^2) for v = alpha eps - sigma x_0 (Salimans & Ho 2022)."""
-    return Predicting(
+    return NetworkDenoiser(
         network, schedule, lambda x, out, at: (at.alpha * x - at.sigma * out) / (at.alpha**2 + at.sigma**2)
     )
 
@@ -69,7 +69,7 @@ def from_velocity(network: Network, schedule: Schedule) -> Denoiser:
     def solve(x: Tensor, out: Tensor, at: Coeffs) -> Tensor:
         return (at.sigma * out - at.d_sigma * x) / (at.d_alpha * at.sigma - at.d_sigma * at.alpha)
 
-    return Predicting(network, schedule, solve)
+    return NetworkDenoiser(network, schedule, solve)
 
 
 def only(function: Any, problem: int) -> Any:

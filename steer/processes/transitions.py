@@ -30,7 +30,7 @@ _LOG_2PI = math.log(2.0 * math.pi)
 
 @dataclass(frozen=True, eq=False)
 class Normal:
-    """The law N(mean, std^2 I) of a step; mean has shape (B, N, *event)."""
+    """The distribution N(mean, std^2 I) of a step; mean has shape [B, N, *event]."""
 
     mean: Tensor
     std: float
@@ -48,7 +48,7 @@ class Normal:
         return torch.add(self.mean, noise, alpha=self.std)
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Log-density summed over the event, shape (B, N), float64."""
+        """Log-density summed over the event, shape [B, N], float64."""
         if self.std == 0.0:
             raise NotStochasticError(
                 "a step with std = 0 has no density; use a stochastic rule such as steer.ddim(eta=1.0), "
@@ -59,12 +59,12 @@ class Normal:
         return residual.square().sum(2) * (-0.5 / self.std**2) - size * (math.log(self.std) + 0.5 * _LOG_2PI)
 
     def shift(self, delta: Tensor) -> Normal:
-        """The law of the step moved by delta."""
+        """The distribution of the step moved by delta."""
         return Normal(self.mean + delta, self.std)
 
 
 @dataclass(frozen=True, eq=False)
-class Redrawn:
+class TransformedTransition:
     """A law whose draws (B, N, *event) go through a function before anyone sees them; all else is the law's."""
 
     law: GaussianTransition
@@ -88,8 +88,8 @@ class Redrawn:
     def log_prob(self, x: Tensor) -> Tensor:
         return self.law.log_prob(x)
 
-    def shift(self, delta: Tensor) -> Redrawn:
-        return Redrawn(self.law.shift(delta), self.change)
+    def shift(self, delta: Tensor) -> TransformedTransition:
+        return TransformedTransition(self.law.shift(delta), self.change)
 
 
 def _keep_marginal(x: Tensor, x0: Tensor, here: Level, there: Level, std: float) -> Normal:

@@ -1,4 +1,4 @@
-"""How a masked process reveals its tokens: rules, and the exact laws of the steps they make.
+"""How a masked process reveals its tokens: rules, and the exact distributions of the steps they make.
 
 A step makes two choices, which positions it reveals and what it writes there, both drawn from laws known exactly, so
 every step has an exact log-prob. Positions revealed by one step are written independently of one another given what
@@ -37,14 +37,14 @@ class MaskLevel(NamedTuple):
 
 @runtime_checkable
 class Positions(Protocol):
-    """The law of the set of positions that a step reveals."""
+    """The distribution of the set of positions that a step reveals."""
 
     def sample(self, key: Key) -> Tensor:
-        """A draw, (B, N, L) bool."""
+        """A draw, [B, N, L] bool."""
         ...
 
     def log_prob(self, chosen: Tensor) -> Tensor:
-        """Log-probability of the set (B, N, L): (B, N) float64; -inf for one that cannot be drawn."""
+        """Log-probability of the set [B, N, L]: [B, N] float64; -inf for one that cannot be drawn."""
         ...
 
 
@@ -59,13 +59,13 @@ class UnmaskRule(Protocol):
         ...
 
     def hides(self, x: Tensor, here: MaskLevel, there: MaskLevel, key: Key) -> Tensor:
-        """Positions (B, N, L) bool that a draw of the forward process from `here` back to `there` masks."""
+        """Positions [B, N, L] bool that a draw of the forward process from `here` back to `there` masks."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
-class Each:
-    """Every masked position with the same chance, independently. masked: (B, N, L) bool."""
+class BernoulliPositions:
+    """Every masked position with the same chance, independently. masked: [B, N, L] bool."""
 
     masked: Tensor
     chance: float
@@ -82,8 +82,8 @@ class Each:
 
 
 @dataclass(frozen=True, eq=False)
-class Subset:
-    """A uniformly drawn set of masked positions. masked: (B, N, L) bool. count: how many, (B, N), at most all."""
+class UniformSubset:
+    """A uniformly drawn set of masked positions. masked: [B, N, L] bool. count: how many, [B, N], at most all."""
 
     masked: Tensor
     count: Tensor
@@ -101,8 +101,8 @@ class Subset:
 
 
 @dataclass(frozen=True, eq=False)
-class Given:
-    """One set and no other, (B, N, L) bool."""
+class FixedPositions:
+    """One set and no other, [B, N, L] bool."""
 
     chosen: Tensor
 
@@ -115,8 +115,8 @@ class Given:
         return torch.where((chosen == self.chosen).all(2), 0.0, -math.inf).double()
 
 
-def highest(score: Tensor, among: Subset) -> Tensor:
-    """The `count` positions of highest score, (B, N, L) bool; of equal ones the first."""
+def highest(score: Tensor, among: UniformSubset) -> Tensor:
+    """The `count` positions of highest score, [B, N, L] bool; of equal ones the first."""
     ranked = torch.where(among.masked, score, -math.inf).argsort(dim=2, descending=True, stable=True)
     rank = torch.arange(score.shape[2], device=score.device).expand_as(ranked)
     return torch.zeros_like(ranked).scatter_(2, ranked, rank) < among.count[..., None]
@@ -124,11 +124,11 @@ def highest(score: Tensor, among: Subset) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Unmasking:
-    """The law of one step: positions are chosen, then each gets a token from its own distribution.
+    """The distribution of one step: positions are chosen, then each gets a token from its own distribution.
 
-    x:         tokens (B, N, L) before the step, int64. mask: the token that is the mask.
-    log_token: log-probs (B, N, L, V) of what is written.
-    positions: the law of what is revealed. stochastic: False where the step reveals nothing.
+    x:         tokens [B, N, L] before the step, int64. mask: the token that is the mask.
+    log_token: log-probs [B, N, L, V] of what is written.
+    positions: the distribution of what is revealed. stochastic: False where the step reveals nothing.
     """
 
     x: Tensor
@@ -151,7 +151,7 @@ class Unmasking:
         return torch.where(chosen, drawn, self.x)
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Log-probability of the tokens (B, N, L): of the positions, and of the tokens there. (B, N) float64."""
+        """Log-probability of the tokens [B, N, L]: of the positions, and of the tokens there. [B, N] float64."""
         if not self.stochastic:
             raise NotStochasticError("a step that reveals nothing has no density; leave it out, or take fewer steps")
         chosen = (x != self.mask) & (self.x == self.mask)
@@ -174,18 +174,18 @@ class Ancestral:
     (Sahoo et al. 2024, MDLM; Shi et al. 2024, MD4).
     """
 
-    def __call__(self, x: Tensor, log_prob: Tensor, here: MaskLevel, there: MaskLevel) -> Each:
-        return Each(x == here.mask, (here.t - there.t) / here.t)
+    def __call__(self, x: Tensor, log_prob: Tensor, here: MaskLevel, there: MaskLevel) -> BernoulliPositions:
+        return BernoulliPositions(x == here.mask, (here.t - there.t) / here.t)
 
     def reveals(self, here: MaskLevel, there: MaskLevel) -> bool:
         return there.t < here.t
 
     def hides(self, x: Tensor, here: MaskLevel, there: MaskLevel, key: Key) -> Tensor:
-        return Each(x != here.mask, (there.t - here.t) / (1.0 - here.t)).sample(key)
+        return BernoulliPositions(x != here.mask, (there.t - here.t) / (1.0 - here.t)).sample(key)
 
 
 @dataclass(frozen=True)
-class InOrder:
+class FixedCountUnmasking:
     """Reveals a fixed number of positions a step, down to t L masks (rounded). By `steer.unmask(order=...)`.
 
     order: scores of positions, highest first; None for a uniformly drawn set. Any order that is chosen by what is
@@ -198,7 +198,7 @@ class InOrder:
     def __call__(self, x: Tensor, log_prob: Tensor, here: MaskLevel, there: MaskLevel) -> Positions:
         masked = x == here.mask
         many = (masked.sum(2) - there.masks).clamp(min=0)
-        subset = Subset(masked, many if self.reveals(here, there) else torch.zeros_like(many))
+        subset = UniformSubset(masked, many if self.reveals(here, there) else torch.zeros_like(many))
         if self.order is None:
             return subset
         scores = self.order(x, log_prob)
@@ -206,37 +206,37 @@ class InOrder:
             raise ShapeError(
                 f"an order must return one score per position, (B, N, L) = {tuple(x.shape)}, got {tuple(scores.shape)}"
             )
-        return Given(highest(scores, subset))
+        return FixedPositions(highest(scores, subset))
 
     def reveals(self, here: MaskLevel, there: MaskLevel) -> bool:
         return there.masks < here.masks
 
     def hides(self, x: Tensor, here: MaskLevel, there: MaskLevel, key: Key) -> Tensor:
         shown = x != here.mask
-        return Subset(shown, (there.masks - (~shown).sum(2)).clamp(min=0)).sample(key)
+        return UniformSubset(shown, (there.masks - (~shown).sum(2)).clamp(min=0)).sample(key)
 
 
-def unmask(order: str | Order | None = None) -> Ancestral | InOrder:
+def unmask(order: str | Order | None = None) -> Ancestral | FixedCountUnmasking:
     """How a masked process reveals its tokens.
 
-    order: None, each position independently with the schedule's probability, as trained (MDLM, MD4);
-           "random", a fixed number of positions a step, drawn uniformly;
-           "confidence", that many where the network is surest of a token (MaskGIT, Chang et al. 2022, without its
-           noise: positions are chosen by the prediction, then tokens are drawn);
-           a function of (tokens (B, N, L), log-probs (B, N, L, V)) to scores (B, N, L), the highest of masked ones
-           first: the model's own order.
-
     With a fixed number, steps = length reveals one token a step; in more steps than that, some reveal nothing.
+
+    Args:
+        order: None, each position independently with the schedule's probability, as trained (MDLM, MD4); "random", a
+            fixed number of positions a step, drawn uniformly; "confidence", that many where the network is surest of a
+            token (MaskGIT, Chang et al. 2022, without its noise: positions are chosen by the prediction, then tokens
+            are drawn); a function of (tokens [B, N, L], log-probs [B, N, L, V]) to scores [B, N, L], the highest of
+            masked ones first: the model's own order.
     """
     if order is None:
         return Ancestral()
     if callable(order):
-        return InOrder(order)
+        return FixedCountUnmasking(order)
     if order not in ("random", "confidence"):
         raise SteerError(f"order is None, 'random', 'confidence' or a function of tokens and log-probs, got {order!r}")
-    return InOrder(confidence if order == "confidence" else None)
+    return FixedCountUnmasking(confidence if order == "confidence" else None)
 
 
 def confidence(x: Tensor, log_prob: Tensor) -> Tensor:
-    """The largest log-probability at each position, (B, N, L)."""
+    """The largest log-probability at each position, [B, N, L]."""
     return log_prob.amax(3)

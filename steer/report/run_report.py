@@ -185,7 +185,7 @@ def _samples(result: RunResult, reference: RunResult | None, index: Tensor) -> d
     """Samples as pictures in `panels`, as `texts`, or where they are neither as `plots`; the others are empty."""
     chosen = result.take(index)
     empty: dict[str, Any] = {"panels": [], "texts": [], "plots": []}
-    if getattr(result.process, "text", None) is not None:
+    if result.process.text is not None:
         return empty | {"texts": _texts(chosen, reference)}
     if is_images(chosen.decoded):
         return empty | {"panels": _panels(chosen, reference, index)}
@@ -300,7 +300,7 @@ def _chain(result: RunResult) -> dict[str, Any] | None:
     stops = best_chain(result)
     if len(stops) < 2:
         return None
-    read = getattr(result.process, "text", None)
+    read = result.process.text
     clean = torch.stack([stop.clean for stop in stops])
     texts: Sequence[str | None] = [None] * len(stops)
     pictures: Sequence[Image | None] = [None] * len(stops)

@@ -169,7 +169,7 @@ def _thumbnails(
     """
     from PIL import Image as pillow
 
-    read = getattr(result.process, "text", None)
+    read = result.process.text
     with torch.no_grad():
         probe = clean_states(result, tree.depth, tree.slots[-1][tree.best[-1] :][:1], problem)
         decoded = None if read else decode_problem(result.process, probe, problem)

@@ -188,7 +188,7 @@ def clean_states(result: RunResult, depth: int, slots: Tensor, problem: int) -> 
     """
     process = result.process
     index = slots.expand(result.reward.shape[0], -1)
-    kept = result.tree.states(depth, index, getattr(process, "device", None))
+    kept = result.tree.states(depth, index, process.device)
     clean = process.complete(kept["x"], kept["x0"]) if "x0" in kept else kept["x"]
     return clean[problem : problem + 1]
 

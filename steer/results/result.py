@@ -217,7 +217,7 @@ class Result:
     @property
     def texts(self) -> list[str]:
         """Samples as strings, problem by problem; for processes over tokens that say how to read them."""
-        read = getattr(self.process, "text", None)
+        read = self.process.text
         if read is None:
             raise StateSpaceError(
                 f"samples of this {type(self.process).__name__} are no text; a masked process reads its tokens by "

@@ -47,7 +47,7 @@ class Saved:
     def result(self, process: ReverseProcess) -> Result:
         """The run again, on the process that made it (of the same steps): its lineage, without states and tree."""
         self._check(process)
-        where = getattr(process, "device", "cpu")
+        where = process.device
         read = {name: tensor.to(where) for name, tensor in self.tensors.items()}
         seen = ()
         if "seen_levels" in read:
@@ -83,7 +83,7 @@ class Saved:
         if "reference_x" not in self.tensors:
             return None
         self._check(process)
-        x, reward = (self.tensors[name].to(getattr(process, "device", "cpu")) for name in _REFERENCE)
+        x, reward = (self.tensors[name].to(process.device) for name in _REFERENCE)
         equal = torch.full_like(reward, -math.log(reward.shape[1]))
         root = torch.arange(reward.shape[1], device=reward.device).expand(reward.shape)
         return Result(

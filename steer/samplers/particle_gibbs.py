@@ -30,11 +30,13 @@ from ..key import Key, as_key
 from ..particles.potentials import Potential
 from ..particles.proposals import Proposal, ProposalFunction, bootstrap
 from ..particles.selection import resample
-from ..processes.gaussian import GaussianProcess, need_gaussian
-from ..processes.transitions import Redrawn
+from ..processes.gaussian import need_gaussian
+from ..processes.transitions import TransformedTransition
 from ..results.result import Result
-from ..types import GaussianTransition, Level, ReverseProcess, Reward, Rule
+from ..types import GaussianPath, GaussianTransition, Level, ReverseProcess, Reward, Rule
 from .smc import smc
+
+_WHAT = "particle Gibbs, which pins steps,"
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +49,7 @@ class PinnedRule:
 
     def __call__(self, x: Tensor, x0: Tensor, here: Level, there: Level) -> GaussianTransition:
         state = self.path[:, self.levels.index(here) + 1]
-        return Redrawn(self.rule(x, x0, here, there), lambda drawn: pinned(drawn, state))
+        return TransformedTransition(self.rule(x, x0, here, there), lambda drawn: pinned(drawn, state))
 
     def std(self, here: Level, there: Level) -> float:
         return self.rule.std(here, there)
@@ -142,11 +144,12 @@ def particle_gibbs(
     and not only one path. Ancestor sampling is left out: its weights are densities of one pinned state given every
     particle, and in the dimensions of an image they always choose the particle it came from.
     """
-    key, free = as_key(key, seed), cast(GaussianProcess, need_gaussian(process, "particle Gibbs, which pins steps,"))
-    if len(set(free.levels)) < len(free.levels) or getattr(getattr(process, "hooks", None), "after", ()):
+    key, free = as_key(key, seed), need_gaussian(process, _WHAT, cure="use steer.smc")
+    if len(set(free.levels)) < len(free.levels) or (free.hooks is not None and free.hooks.after):
         raise StateSpaceError(
-            "particle Gibbs pins the one step that leads to a level, and this process comes back to levels (restart, "
-            "recur) or works on what a step has drawn (a corrector); leave those out, or use steer.smc"
+            f"particle Gibbs pins the one step that leads to a level, and this {type(process).__name__} comes "
+            "back to levels (restart, recur) or works on what a step has drawn (a corrector); leave those out, "
+            "or use steer.smc"
         )
     check_counts(sweeps=sweeps)
     count = affordable(sweeps * process.steps * process.rows, particles=particles, budget=budget)
@@ -185,7 +188,7 @@ def particle_gibbs(
     share = torch.stack(renewed).mean(0) if renewed else nowhere
     # Pinned runs overestimate the normalizing constant: it is the first run's, with its variance, unless that was one.
     evidence = (nowhere, nowhere) if begins_pinned else (first.log_evidence, first.log_evidence_variance)
-    process = cast(GaussianProcess, result.process).with_rule(free.rule)
+    process = need_gaussian(result.process, _WHAT).with_rule(free.rule)
     state = replace(state, process=process, diagnostics={**state.diagnostics, "renewed": share})
     return replace(
         result,
@@ -197,7 +200,7 @@ def particle_gibbs(
     )
 
 
-def _tied(process: GaussianProcess, path: Tensor | None) -> tuple[GaussianProcess, Start, Resampler]:
+def _tied(process: GaussianPath, path: Tensor | None) -> tuple[GaussianPath, Start, Resampler]:
     """Process, start and resampler of a run whose particle 0 goes along a path; of a free run without one."""
     if path is None:
         return process, prior, multinomial

@@ -14,10 +14,9 @@ from torch import Tensor
 from ..cost import Meter
 from ..errors import ModelError, StateSpaceError, SteerError
 from ..key import Key
-from ..models.mixture import GaussianMixture
 from ..processes.gaussian import GaussianProcess
 from ..processes.transitions import Normal
-from ..types import Level
+from ..types import KnownTails, Level
 from .step_integrals import span
 
 Exponents = Callable[[Level], Sequence[float]]
@@ -77,6 +76,25 @@ class Composite:
     @property
     def dtype(self) -> torch.dtype:
         return self.components[0].dtype
+
+    @property
+    def device(self) -> torch.device | str:
+        return self.components[0].device
+
+    @property
+    def text(self) -> None:
+        """None: states are not text."""
+        return None
+
+    @property
+    def visits(self) -> Sequence[int]:
+        """Every level once, in order."""
+        return range(self.steps + 1)
+
+    @property
+    def hooks(self) -> None:
+        """None: nothing intervenes in the chain."""
+        return None
 
     @property
     def problems(self) -> int | None:
@@ -192,10 +210,12 @@ class Composite:
         exponents = self.at(self.steps)
         if min(exponents) >= 0.0:
             return True
-        mixtures = [component.reference for component in self.components]
-        if not all(isinstance(m, GaussianMixture) and bool((m.variances > 0).all()) for m in mixtures):
+        models = [component.reference for component in self.components]
+        tails = [m.mode_precisions() if isinstance(m, KnownTails) else None for m in models]
+        known = [tail for tail in tails if tail is not None]
+        if len(known) < len(models):
             return None
-        precisions = [a * torch.linalg.inv(m.covs) for a, m in zip(exponents, mixtures, strict=True)]
+        precisions = [a * tail for a, tail in zip(exponents, known, strict=True)]
         pull = [p for p, a in zip(precisions, exponents, strict=True) if a > 0.0]
         push = [p for p, a in zip(precisions, exponents, strict=True) if a < 0.0]
         repulsions = [torch.stack(modes).sum(0) for modes in itertools.product(*push)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,6 @@ from ..core.objective import Objective
 from ..core.population import log_potential
 from ..errors import NotDifferentiableError
 from ..key import Key
-from ..types import GaussianPath
 from .composite import Composite
 from .look_ahead import LookAhead
 
@@ -75,7 +74,7 @@ class ValueDerivatives:
         if self.objective is None:
             nothing = torch.zeros(x.shape[:2], dtype=torch.float64, device=x.device)
             return nothing, nothing
-        scores = self.objective(self.look_ahead.predict(cast(GaussianPath, self.target), x, x0, k, self.key))
+        scores = self.objective(self.look_ahead.predict(self.target, x, x0, k, self.key))
         return scores, log_potential(scores, self.temperature) * self.look_ahead.ramp(self.target.levels[k])
 
     def later_value(self, x: Tensor, x0: Tensor, k: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import SteerError
 from ..key import Key
 from ..processes.gaussian import ddim_jump
-from ..types import GaussianPath, Level
+from ..types import Level, NoiseLevels
 
 Ramp = Callable[[Level], float]
 
@@ -25,7 +25,7 @@ class LookAhead:
     local:       whether it needs no prediction at all.
     """
 
-    predict: Callable[[GaussianPath, Tensor, Tensor, int, Key | None], Tensor]
+    predict: Callable[[NoiseLevels, Tensor, Tensor, int, Key | None], Tensor]
     ramp: Ramp = lambda level: 1.0
     evaluations: int = 0
     local: bool = False
@@ -74,7 +74,7 @@ def ode_steps(count: int, ramp: Ramp | None = None) -> LookAhead:
     if count < 1:
         raise SteerError(f"a look-ahead takes at least one step, got {count}")
 
-    def predict(process: GaussianPath, x: Tensor, x0: Tensor, k: int, key: Key | None) -> Tensor:
+    def predict(process: NoiseLevels, x: Tensor, x0: Tensor, k: int, key: Key | None) -> Tensor:
         for stop in stops(process.steps, k, count):
             x = ddim_jump(x, process.complete(x, x0), process.levels[k], process.levels[stop])
             k, x0 = stop, process.denoise(x, stop, key)

@@ -329,7 +329,7 @@ def test_refusals_say_the_cure():
         grpo.collect(toy(steer.ode()), REWARD)
     with pytest.raises(steer.SteerError, match="differs between rows"):
         grpo.collect(toy(), REWARD, groups=2, method=steer.smc, window=grpo.per_row())
-    with pytest.raises(steer.StateSpaceError, match="need the Gaussian densities"):
+    with pytest.raises(steer.StateSpaceError, match="needs a GaussianProcess"):
         grpo.collect(steer.load("letters"), lambda x: x.float().mean(1))
 
 

@@ -13,6 +13,7 @@ from exact import LIMIT, Linear, Quadratic, exact_chain, mixture_2d, worst, z, z
 
 import steer
 from steer import guidance, search
+from steer.core.population import per_particle
 from steer.cost import Meter
 from steer.guidance import Hooks, follow, guide
 from steer.guidance import restart_sampling as restart
@@ -213,7 +214,7 @@ def test_mutant_strength_averaged_over_companions_is_rejected(monkeypatch):
 def averaged_move(self, at, strength, gradient, size, ratio):
     """As it was: the mean norm of the particles of a problem is what is moved by `size` units."""
     length = guidance.hooks.norms(gradient).mean(1, keepdim=True)
-    return gradient * guidance.hooks.per_particle((size * at.unit / length).expand(gradient.shape[:2]), gradient)
+    return gradient * per_particle((size * at.unit / length).expand(gradient.shape[:2]), gradient)
 
 
 DRAWING = {
@@ -231,7 +232,7 @@ def test_hook_noise_is_the_runs(kind):
     x = steer.Key(1).normal((1, 6, 2))
 
     def moved(key, process=guided):
-        return process.metered(Meter(key)).denoise(x, 3)
+        return process.metered(Meter()).denoise(x, 3, key)
 
     assert torch.equal(moved(steer.Key(1)), moved(steer.Key(1)))
     assert not torch.allclose(moved(steer.Key(1)), moved(steer.Key(2)))

@@ -14,7 +14,14 @@ from exact import LIMIT, Linear, z
 import steer
 from steer import search
 from steer.models.markov import enumerate_strings
-from steer.processes.unmasking import Ancestral, Each, Given, InOrder, MaskLevel, Subset
+from steer.processes.unmasking import (
+    Ancestral,
+    BernoulliPositions,
+    FixedCountUnmasking,
+    FixedPositions,
+    MaskLevel,
+    UniformSubset,
+)
 
 VOCABULARY, LENGTH = 3, 3
 STATES = enumerate_strings(VOCABULARY + 1, LENGTH)
@@ -113,14 +120,14 @@ def test_draws_have_the_frequencies_that_log_prob_says(order, state, k):
 # -- mutants of the step's law, each rejected by one of the two checks above
 
 
-class NoCoin(Each):
+class NoCoin(BernoulliPositions):
     """Leaves the probability of what was revealed out."""
 
     def log_prob(self, chosen):
         return torch.zeros(chosen.shape[:2], dtype=torch.float64)
 
 
-class NoChoice(Subset):
+class NoChoice(UniformSubset):
     """Leaves out that the set was one of many."""
 
     def log_prob(self, chosen):
@@ -167,7 +174,7 @@ def test_a_token_of_probability_zero_is_never_drawn():
         def peek(self, kind, shape, dtype, device):
             return torch.full(shape, self.value, dtype=dtype)
 
-    law = steer.Unmasking(x, 6, torch.log_softmax(logits, 3), Given(x == 6))
+    law = steer.Unmasking(x, 6, torch.log_softmax(logits, 3), FixedPositions(x == 6))
     for value, token in ((2.0**-33, 2), (1.0 - 2.0**-33, 3)):
         assert law.sample(Edge(value)).flatten().tolist() == [token] * 4  # pyright: ignore
     drawn = law.sample(steer.Key(0))
@@ -455,6 +462,6 @@ def test_counts_of_masks_fall_to_nothing():
 
 def test_rules_are_small_values():
     assert steer.unmask() == Ancestral()
-    assert steer.unmask("random") == InOrder()
+    assert steer.unmask("random") == FixedCountUnmasking()
     assert MaskLevel(0.5, 3, 3).masks == 2
     assert "steps=2" in repr(process())

@@ -94,6 +94,7 @@ class Table:
     """An enumerable chain over three symbols with categorical transitions, and nothing else: no score, no density."""
 
     steps, event, problems, prompts, rows, meter = 4, (1,), None, None, 1, None
+    device, dtype, text, hooks, prior_moments, visits = "cpu", torch.int64, None, None, None, range(5)
 
     def __init__(self):
         self.first = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
