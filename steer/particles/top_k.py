@@ -48,6 +48,7 @@ class TopK:
         return replace(
             state.with_path_state(log_potential=spent.masked_fill(spent == -torch.inf, 0.0)),
             log_evidence=torch.full_like(state.log_evidence, torch.nan),
+            biased_start=True,
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -42,8 +44,9 @@ def from_latents(latents: Tensor) -> Start:
                 torch.cat([call.entering(latents[i : i + 1], b) for i in chosen])
                 for b, chosen in zip(named, rows, strict=True)
             ])  # fmt: skip
-            return Trajectory.begin(process, x.float())
+            return replace(Trajectory.begin(process, x.float()), biased_start=True)
         dtype, device = getattr(process, "dtype", latents.dtype), getattr(process, "device", latents.device)
-        return Trajectory.begin(process, latents[torch.tensor(rows, device=latents.device)].to(device, dtype))
+        x = latents[torch.tensor(rows, device=latents.device)].to(device, dtype)
+        return replace(Trajectory.begin(process, x), biased_start=True)
 
     return start
