@@ -36,6 +36,7 @@ class Tree:
     iterations: walks made so far in every tree; the next walk's noise has this slot.
     sweeps:     walks are made in sweeps of many; how many of those.
     normalised: whether the normaliser of the law that roots were drawn from is known, (B,).
+    biased_start: whether roots were chosen, by hand or greedily, so that no weight corrects for where they are.
     expansions: walks that ended by expanding a node of depth d < D, of each tree, (D, B).
     """
 
@@ -45,6 +46,7 @@ class Tree:
         self.lists = [ChildLists(problems) for _ in levels]
         self.iterations = self.sweeps = 0
         self.normalised = np.ones(problems, dtype=np.bool_)
+        self.biased_start = False
         self.expansions = np.zeros((len(levels), problems), dtype=np.int64)
         self.attach(0, None, np.zeros((problems, 1), dtype=np.int64))
 

@@ -172,6 +172,7 @@ class Growth:
             return begun
         # What another start has weighted, spent and normalised by is the weight of the edge from the root.
         self.tree.normalised &= ~begun.log_evidence.isnan().cpu().numpy()
+        self.tree.biased_start |= begun.biased_start
         return begun.reweight(
             begun.log_evidence[:, None].nan_to_num() - begun.path.log_potential_or_zero(begun.log_weight)
         )
@@ -373,7 +374,7 @@ class Growth:
             seen=(LevelRecord(self.process.steps, population.ess(log_weight), reward),),
             interrupted=interrupted,
             tree=self.tree,
-            law="none" if self.greedy else "target",
+            law="none" if self.greedy or self.tree.biased_start else "target",
         )
         if bool(dead.any()):
             raise CollapsedWeightsError(
