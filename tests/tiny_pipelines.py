@@ -13,6 +13,8 @@ import transformers
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as token_models
 
+import steer
+
 WIDTH = 32  # of every text encoder
 
 
@@ -342,6 +344,22 @@ def build(name):
     torch.manual_seed(0)
     pipe = make()
     return prepared(pipe), dict(call)
+
+
+def process_of(name, steps=4, pipe=None, **options):
+    """The process of a family's pipeline, or of another pipeline with that family's call arguments."""
+    fresh, call = build(name)
+    return steer.from_pipeline(pipe or fresh, steps=steps, **{**call, **options})
+
+
+def states(process, problems=1, particles=3, key=0):
+    """Starting states (B, N, *event)."""
+    return process.prior(steer.Key(key), problems, particles)
+
+
+def near(actual, expected, tolerance=1e-5):
+    """Equal up to `tolerance` of the largest value."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
 
 
 def prepared(pipe):

@@ -200,7 +200,7 @@ def between_levels(row: Row, process: Any, x: Tensor) -> None:
         return
     grid = process.denoiser.grid
     output = process.denoiser.output(x, grid.indices[0])
-    other = noise_levels.x0_of(output, x, schedules.level(grid.schedule, second), grid.kind, grid.data_std)
+    other = noise_levels.x0_from_output(output, x, schedules.level(grid.schedule, second), grid.kind, grid.data_std)
     off, unit = float((near - there).abs().max()), float((other - there).abs().max())
     row.differences["between levels"] = off / float(there.abs().max())
     if not off <= 0.05 * unit + 1e-5 * float(there.abs().max()):
@@ -327,7 +327,7 @@ def unconditional(pipe: Any) -> bool:
     """Whether steer evaluates a bare UNet, which takes none of the pipeline's arguments."""
     from steer.pipelines import unet2d
 
-    return unet2d.serves(pipe)
+    return unet2d.is_bare_unet(pipe)
 
 
 def quiet(scheduler: str) -> str:
@@ -471,12 +471,12 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     share = counts[WORKS] / max(1, len(ran))
     lines = [
         "# Pipelines of diffusers, surveyed", "",
-        f"Written by `examples/benchmarks/pipelines_survey.py`, whose head says what is checked: diffusers "
-        f"{diffusers.__version__}, the tiny configurations of its own test-suite, CPU. Differences are relative to the "
-        "largest value; 0 is bitwise.", "",
-        f"Found {len(rows)} configurations of pipelines; {len(ran)} run here by themselves. Of these {counts[WORKS]} "
-        f"work ({share:.0%}), {counts[REFUSED]} are refused by a named error, {counts[WRONG]} are wrong in silence, "
-        f"{counts[CRASHED]} crash.", "",
+        f"Written by `examples/benchmarks/pipelines_survey.py`, whose docstring says what is checked: diffusers "
+        f"{diffusers.__version__}, the tiny configurations of its own test suite, on CPU. Differences are relative to "
+        "the largest value; 0 means bitwise equal.", "",
+        f"{len(rows)} configurations of pipelines were found, and {len(ran)} run here without steer. Of these, "
+        f"{counts[WORKS]} work with it ({share:.0%}), {counts[REFUSED]} are refused with an error that gives the "
+        f"reason, {counts[WRONG]} give wrong results without an error, and {counts[CRASHED]} crash.", "",
         "| pipeline | does | scheduler | outcome | whole run | rows, levels | gradient of | why |",
         "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
@@ -490,7 +490,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             row["gradient"], short(row["why"], 200),
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "Not counted, because the plain pipeline does not run here:", ""]
+    lines += ["", "Not counted, because the pipeline does not run here without steer:", ""]
     for row in rows:
         if row["outcome"] == NOT_RUN:
             name = row["module"] if row["pipeline"] == "(module)" else row["pipeline"]

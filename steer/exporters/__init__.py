@@ -1,12 +1,12 @@
-"""Rollouts as trainers take them: one file a trainer, none of which is imported.
+"""Rollouts in the form that trainers take: one file per trainer. No trainer is imported.
 
     to_flow_grpo, flow_grpo_settings            yifan123/flow_grpo
     to_verl_omni, verl_omni_settings            verl-project/verl-omni
     to_flow_factory, flow_factory_settings      X-GenGroup/Flow-Factory
 
-Each takes a `steer.grpo.RolloutBatch` to tensors by the trainer's names, and to the entries of the trainer's
-configuration under which its own formula gives the stored log-probs again, so that ratios begin at 1.
-docs/exporters.md has the tables.
+Each converts a `steer.grpo.RolloutBatch` to tensors by the trainer's names, and to the entries of the trainer's
+configuration under which its own formula gives the stored log-probs again, so that importance ratios start at 1.
+Tables: docs/exporters.md.
 """
 
 from .flow_factory import flow_factory_settings, to_flow_factory

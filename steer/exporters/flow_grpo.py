@@ -1,8 +1,8 @@
-"""To flow_grpo: one entry of its list of samples, and the settings that make its formula ours.
+"""Export to flow_grpo: one entry of its list of samples, and the settings under which its formula is steer's.
 
-Names and shapes read at github.com/yifan123/flow_grpo: scripts/train_sd3.py:167-187,653-682,797-899 and
+Names and shapes were read at github.com/yifan123/flow_grpo: scripts/train_sd3.py:167-187,653-682,797-899 and
 flow_grpo/diffusers_patch/sd3_sde_with_logprob.py:12-69 at ac4c86e (2025-07), scripts/train_sd3_fast.py at 74db691,
-and for `sde_type` the same step function at 54809b5. No code of theirs is here, and none is imported.
+and for `sde_type` the same step function at 54809b5. None of their code is copied or imported.
 """
 
 from __future__ import annotations
@@ -15,11 +15,21 @@ from torch import Tensor
 
 from ..errors import SteerError
 from ..grpo.batch import Kind, RolloutBatch
-from .contract import advantages as weighted
-from .contract import chosen, conditions, dynamics, mean_logp, prompt_groups, timesteps
+from .contract import (
+    chosen_reward,
+    conditioning_rows,
+    mean_logp,
+    prompt_groups,
+    timesteps,
+    trainer_kernel,
+    weighted_advantages,
+)
 
-NAMES = {"FlowSDE": "sde", "CPS": "cps"}
-KINDS: dict[str, Kind] = {"sde": "gaussian", "cps": "neg_sq_err"}
+KERNEL_NAMES = {"FlowSDE": "sde", "CPS": "cps"}
+"""flow_grpo's name of each kernel it has."""
+
+LOGP_KINDS: dict[str, Kind] = {"sde": "gaussian", "cps": "neg_sq_err"}
+"""What flow_grpo calls a log-prob, by its name of the kernel."""
 
 
 def to_flow_grpo(
@@ -30,31 +40,49 @@ def to_flow_grpo(
     advantages: Tensor | None = None,
     num_train_timesteps: int = 1000,
 ) -> dict[str, Any]:
-    """One sample dict of flow_grpo's SD3 scripts, as it stands after "Waiting for rewards", rows B first throughout.
+    """Convert rollouts to one sample dict of flow_grpo's SD3 scripts, as it is after "Waiting for rewards".
 
-    prompt_ids:     (B, L) int64, from cond. Decoded to text, by which the trainer groups rows.
-    prompt_embeds, pooled_prompt_embeds: (B, L, D), (B, D'), from cond, as they are. The transformer's conditioning.
-    timesteps:      (B, S) float32 in [0, 1000], falling: 1000 sigma *before* each step. The trainer looks its sigmas
-                    up in pipeline.scheduler by exact equality, so that scheduler must hold batch.sigmas.
-    latents, next_latents: (B, S, *event) float32, before and after each step. Float32 whatever the storage dtype: the
-                    values are those that were stored, and the transformer gets them uncast.
-    log_probs:      (B, S) float32, averaged over coordinates. Under "sde" a log-density. Under "cps" the mean of
-                    -(x_next - mean)^2, which is no density (`neg_sq_err`): its ratios are not probabilities' ratios.
-    rewards:        {"avg": (B,), name: (B,)} float32. It trains on "avg" (here: `reward`), centred by prompt, and logs
-                    the rest.
-    advantages:     (B, S) float32, only if passed: times the rows' weights to the policy, which flow_grpo has no field
-                    for. Put them in place of its own (samples["advantages"]).
+    Args:
+        batch: The rollouts: B rows of S steps, from P problems.
+        reward: Name of the reward to train on; None: the only one.
+        cond: Conditioning by name, [P, ...] each, over `batch.cond`. Must have prompt_ids, prompt_embeds and
+            pooled_prompt_embeds.
+        advantages: Advantages [B] or [B, S], needed for weighted rows.
+        num_train_timesteps: The scheduler's number of training timesteps.
 
-    Steps j = 0..S-1 of a row are trained on independently, so windows may differ by row and have gaps. train_sd3.py
-    asserts S = num_steps; train_sd3_fast.py takes any S = sde_window_size.
-    cond: {name: (P, ...)}, over batch.cond. Raises SteerError as `contract.dynamics` says.
+    Returns:
+        A dict of tensors with rows first:
+
+        prompt_ids: [B, L] int64, from cond. Decoded to text, by which the trainer groups rows.
+        prompt_embeds, pooled_prompt_embeds: [B, L, D], [B, D'], from cond as they are: the transformer's conditioning.
+        timesteps: [B, S] float32 in [0, 1000], falling: 1000 sigma *before* each step. The trainer looks its sigmas up
+            in pipeline.scheduler by exact equality, so that scheduler must hold batch.sigmas.
+        latents, next_latents: [B, S, *event] float32, before and after each step. Float32 whatever the storage dtype:
+            the values are those that were stored, and the transformer gets them uncast.
+        log_probs: [B, S] float32, averaged over coordinates. Under "sde" a log-density; under "cps" the mean of
+            -(x_next - mean)^2, which is no density (`neg_sq_err`), so its ratios are not ratios of probabilities.
+        rewards: {"avg": [B], name: [B]} float32. The trainer uses "avg" (here: `reward`), centred by prompt, and logs
+            the rest.
+        advantages: [B, S] float32, only if passed: times the rows' importance weights, for which flow_grpo has no
+            field. Put them in place of its own (samples["advantages"]).
+
+        Steps j = 0..S-1 of a row are trained on independently, so windows may differ by row and have gaps.
+        train_sd3.py asserts S = num_steps; train_sd3_fast.py takes any S = sde_window_size.
+
+    Raises:
+        SteerError: For batches that flow_grpo cannot train on (see `contract.trainer_kernel`), missing conditioning,
+            and weighted rows without advantages.
     """
-    kernel = dynamics(batch, "flow_grpo", NAMES)
-    fields = conditions(batch, cond)
+    kernel = trainer_kernel(batch, "flow_grpo", KERNEL_NAMES)
+    fields = conditioning_rows(batch, cond)
     missing = {"prompt_ids", "prompt_embeds", "pooled_prompt_embeds"} - set(fields)
     if missing:
-        raise SteerError(f"flow_grpo needs {', '.join(sorted(missing))} of every problem; pass cond={{name: (P, ...)}}")
-    given = weighted(batch, advantages, "flow_grpo")
+        raise SteerError(
+            f"flow_grpo needs {', '.join(sorted(missing))} of every problem, "
+            f"got {', '.join(sorted(fields)) or 'none'}; "
+            "pass cond={name: (P, ...)}"
+        )
+    given = weighted_advantages(batch, advantages, "flow_grpo")
     if given is None:
         prompt_groups(batch, [tuple(ids) for ids in fields["prompt_ids"].tolist()], "flow_grpo")
     rewards = {name: value.float() for name, value in batch.rewards.items()}
@@ -65,15 +93,25 @@ def to_flow_grpo(
         "timesteps": timesteps(batch, num_train_timesteps),
         "latents": batch.x_t.to(torch.float32),
         "next_latents": batch.x_next.to(torch.float32),
-        "log_probs": mean_logp(batch, KINDS[kernel.name]),
-        "rewards": {**rewards, "avg": chosen(batch, reward)},
+        "log_probs": mean_logp(batch, LOGP_KINDS[kernel.name]),
+        "rewards": {**rewards, "avg": chosen_reward(batch, reward)},
         **({} if given is None else {"advantages": given}),
     }
 
 
 def flow_grpo_settings(batch: RolloutBatch) -> dict[str, Any]:
-    """The entries of flow_grpo's config that its formula must have to score this batch as it was drawn."""
-    kernel = dynamics(batch, "flow_grpo", NAMES)
+    """Entries of flow_grpo's config under which its formula scores this batch as it was drawn.
+
+    Args:
+        batch: The rollouts.
+
+    Returns:
+        Values by dotted name.
+
+    Raises:
+        SteerError: As `to_flow_grpo`, for batches that it cannot train on.
+    """
+    kernel = trainer_kernel(batch, "flow_grpo", KERNEL_NAMES)
     return {
         "sample.num_steps": len(batch.sigmas) - 1,
         "sample.noise_level": kernel.level,

@@ -1,10 +1,10 @@
-"""To verl-omni: what its rollout workers return, with weights to the policy, and the settings that go with it.
+"""Export to verl-omni: what its rollout workers return, with importance weights, and the settings for it.
 
-Names and shapes read at github.com/verl-project/verl-omni at a1139ba (2026-08), in verl_omni:
+Names and shapes were read at github.com/verl-project/verl-omni at a1139ba (2026-08), in verl_omni:
 agent_loop/diffusion_agent_loop.py:335-403 (the DataProto), trainer/diffusion/rollout_correction.py:64-162 (weights),
 pipelines/sd3_flow_grpo/vllm_omni_rollout_adapter.py:254-334 (windows), diffusers_training_adapter.py:148-181 beside it
 and workers/engine/fsdp/diffusers_impl.py:784-935 (the trainer's side), pipelines/schedulers/flow_match_sde.py:148-321
-(the formula). No code of theirs is here, and none is imported.
+(the formula). None of their code is copied or imported.
 """
 
 from __future__ import annotations
@@ -18,19 +18,22 @@ from torch import Tensor
 from ..errors import ShapeError
 from ..grpo.batch import Kind, RolloutBatch
 from .contract import (
-    chosen,
-    conditions,
-    dynamics,
-    importance,
-    line,
+    chosen_reward,
+    conditioning_rows,
+    importance_weights,
+    joined_states,
     mean_logp,
     need_images,
     per_step,
     timesteps,
+    trainer_kernel,
 )
 
-NAMES = {"FlowSDE": "sde", "DanceSDE": "dance_sde", "CPS": "cps"}
-KINDS: dict[str, Kind] = {"sde": "gaussian", "dance_sde": "gaussian", "cps": "neg_sq_err"}
+KERNEL_NAMES = {"FlowSDE": "sde", "DanceSDE": "dance_sde", "CPS": "cps"}
+"""verl-omni's name of each kernel it has."""
+
+LOGP_KINDS: dict[str, Kind] = {"sde": "gaussian", "dance_sde": "gaussian", "cps": "neg_sq_err"}
+"""What verl-omni calls a log-prob, by its name of the kernel."""
 
 
 def to_verl_omni(
@@ -43,44 +46,62 @@ def to_verl_omni(
     advantages: Tensor | None = None,
     num_train_timesteps: int = 1000,
 ) -> dict[str, dict[str, Any]]:
-    """The three parts of the DataProto that verl-omni's `generate_sequences` returns, W = S steps a row.
+    """Convert rollouts to the three parts of the DataProto that verl-omni's `generate_sequences` returns.
 
-    DataProto(batch=TensorDict(d["batch"], batch_size=B), non_tensor_batch=..., meta_info=...). In d["batch"]:
+        DataProto(TensorDict(d["batch"], batch_size=B), d["non_tensor_batch"], d["meta_info"])
 
-    all_latents:       (B, W + 1, *event) float32: the window's states, one more than steps. Step j is scored from
-                       [:, j] to [:, j + 1], so a window has no gaps; its start may differ by row.
-    all_timesteps:     (B, W) float32 in [0, 1000], falling: 1000 sigma before each step, looked up in the scheduler by
-                       exact equality.
-    rollout_log_probs: (B, W) float32 of the *policy*, averaged over coordinates; under "cps" the mean of
-                       -(x_next - mean)^2, no density (`neg_sq_err`). In bypass mode the trainer takes them for
-                       old_log_probs, so ratios begin at 1. Of steered rows not the law that drew them: that is in
-    rollout_is_weights: (B, W) float32, only if rows are weighted: policy over behaviour, by row or by step
-                       (`contract.importance`). Multiplies each element of the loss, detached. The trainer's own,
-                       exp of a difference of *means*, is a D-th root of it: leave rollout_is off, as the settings do.
-    rm_scores:         (B, 1) float32, the reward to train on; expanded to (B, W) and centred by uid.
-    responses:         (B, C, H, W) uint8, if images (B, C, H, W) in [0, 1] are given. prompts: (B, L) int64, from
-                       cond["prompt_ids"]. prompt_embeds, prompt_embeds_mask, ...: the rest of cond, as it is.
-    old_log_probs, advantages: (B, W), only if advantages (B,) or (B, W) are passed: the batch then goes to
-                       `update_actor` as it is, past the trainer's own. Else it computes them, from what is above.
+    Args:
+        batch: The rollouts: B rows of W = S steps, from P problems.
+        reward: Name of the reward to train on; None: the only one.
+        cond: Conditioning by name, [P, ...] each, over `batch.cond`.
+        images: Decoded images [B, C, H, W] or frames [B, T, C, H, W] in [0, 1].
+        uid: B strings, equal for rows of a group; by default the group's number. Pass the trainer's own where it
+            assigned them.
+        advantages: Advantages [B] or [B, W], to use in place of the trainer's own.
+        num_train_timesteps: The scheduler's number of training timesteps.
 
-    In d["non_tensor_batch"], arrays of B objects: uid (rows of equal uid are a group; by default the group's number,
-    pass the trainer's own where it assigned them), sample_id, parent_id, and all rewards by name. The trainer centres
-    weighted rows by an unweighted mean: that costs variance, not bias; advantages= of steer.grpo's are weighted.
+    Returns:
+        {"batch": ..., "non_tensor_batch": ..., "meta_info": ...}. In "batch":
+
+        all_latents: [B, W + 1, *event] float32: the window's states. Step j is scored from [:, j] to [:, j + 1], so a
+            window has no gaps; its start may differ by row.
+        all_timesteps: [B, W] float32 in [0, 1000], falling: 1000 sigma before each step, looked up in the scheduler by
+            exact equality.
+        rollout_log_probs: [B, W] float32 of the *base policy*, averaged over coordinates; under "cps" the mean of
+            -(x_next - mean)^2, no density (`neg_sq_err`). In bypass mode the trainer uses them as old_log_probs, so
+            importance ratios start at 1. Steered rows were drawn from another distribution; that is in
+        rollout_is_weights: [B, W] float32, only if rows are weighted: base policy over what drew them, by row or by
+            step (`contract.importance_weights`). Multiplies each element of the loss, detached. The trainer's own,
+            exp of a difference of *means*, is a D-th root of it: leave rollout_is off, as the settings do.
+        rm_scores: [B, 1] float32, the reward to train on; expanded to [B, W] and centred by uid.
+        responses: [B, C, H, W] or [B, T, C, H, W] uint8, if images are given.
+        prompts: [B, L] int64, from cond["prompt_ids"].
+        prompt_embeds, prompt_embeds_mask, ...: The rest of cond, as it is.
+        old_log_probs, advantages: [B, W], only if advantages are passed: the batch then goes to `update_actor` as it
+            is, past the trainer's own. Else the trainer computes them from the above.
+
+        In "non_tensor_batch", arrays of B objects: uid, sample_id, parent_id, and all rewards by name. The trainer
+        centres weighted rows by an unweighted mean, which costs variance but no bias; those of `steer.grpo.advantages`
+        are weighted.
+
+    Raises:
+        SteerError: For batches that verl-omni cannot train on (see `contract.trainer_kernel`).
+        ShapeError: For windows with gaps, and for images, advantages or uid of another number of rows.
     """
-    kernel = dynamics(batch, "verl-omni", NAMES)
-    fields, log_probs = conditions(batch, cond), mean_logp(batch, KINDS[kernel.name])
+    kernel = trainer_kernel(batch, "verl-omni", KERNEL_NAMES)
+    fields, log_probs = conditioning_rows(batch, cond), mean_logp(batch, LOGP_KINDS[kernel.name])
     tensors: dict[str, Tensor] = {
-        "all_latents": line(batch, "verl-omni").to(torch.float32),
+        "all_latents": joined_states(batch, "verl-omni").to(torch.float32),
         "all_timesteps": timesteps(batch, num_train_timesteps),
         "rollout_log_probs": log_probs,
-        "rm_scores": chosen(batch, reward)[:, None],
+        "rm_scores": chosen_reward(batch, reward)[:, None],
     }
     if "prompt_ids" in fields:
         tensors["prompts"] = fields.pop("prompt_ids").long()
     if images is not None:
         pixels = need_images(batch, images, frames=True).detach().float()
         tensors["responses"] = pixels.clamp(0.0, 1.0).mul(255.0).round().to(torch.uint8)
-    if (weight := importance(batch)) is not None:
+    if (weight := importance_weights(batch)) is not None:
         tensors["rollout_is_weights"] = weight
     if advantages is not None:
         tensors |= {"old_log_probs": log_probs.clone(), "advantages": per_step(batch, advantages)}
@@ -92,20 +113,32 @@ def to_verl_omni(
 
 
 def _objects(batch: RolloutBatch, uid: Sequence[str] | None) -> dict[str, Any]:
-    """Arrays of B objects by name: uid, lineage and rewards."""
+    """numpy arrays of B objects by name: uid, sample_id, parent_id and rewards."""
     import numpy as np
 
     groups = [str(group) for group in (batch.group_id.tolist() if uid is None else uid)]
     if len(groups) != batch.rows:
-        raise ShapeError(f"uid is one string per row, {batch.rows}, got {len(groups)}")
+        raise ShapeError(
+            f"uid is one string per row, {batch.rows}, got {len(groups)}; rows of a group have the same uid"
+        )
     objects = {"uid": groups, "sample_id": batch.sample_id.tolist(), "parent_id": batch.parent_id.tolist()}
     objects |= {name: value.tolist() for name, value in batch.rewards.items()}
     return {name: np.array(value, dtype=object) for name, value in objects.items()}
 
 
 def verl_omni_settings(batch: RolloutBatch) -> dict[str, Any]:
-    """The entries of verl-omni's config that its formula must have to score this batch as it was drawn."""
-    kernel = dynamics(batch, "verl-omni", NAMES)
+    """Entries of verl-omni's config under which its formula scores this batch as it was drawn.
+
+    Args:
+        batch: The rollouts.
+
+    Returns:
+        Values by dotted name.
+
+    Raises:
+        SteerError: As `to_verl_omni`, for batches that it cannot train on.
+    """
+    kernel = trainer_kernel(batch, "verl-omni", KERNEL_NAMES)
     rollout, correction = "actor_rollout_ref.rollout", "algorithm.rollout_correction"
     return {
         f"{rollout}.pipeline.num_inference_steps": len(batch.sigmas) - 1,

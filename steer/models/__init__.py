@@ -1,4 +1,4 @@
-"""Models: analytic ones with exact answers, embedded pretrained ones, and diffusers pipelines."""
+"""Models with exact answers, for tests and examples: Gaussian mixtures and Markov languages."""
 
 from .chain import chain_law
 from .markov import MarkovLanguage, Table, markov_language, masked_chain_law

@@ -1,4 +1,4 @@
-"""What ships with the package: embedded models and classifiers, described by their own files."""
+"""The models and classifiers that ship with the package, described by their own files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from typing import Any
 
 
 def embedded() -> list[dict[str, Any]]:
-    """For each model: name, kind, parameters, bytes, what was measured of it, licence."""
+    """List the embedded models and classifiers.
+
+    Returns:
+        One dict per model: name, kind, parameters, bytes, measured (a line of text), licence, and metrics (all of its
+        metrics.json).
+    """
     return [_card(folder) for package in ("steer", "steer.rewards") for folder in _folders(package)]
 
 
@@ -22,7 +27,7 @@ def _folders(package: str) -> list[Any]:
 
 
 def _card(folder: Any) -> dict[str, Any]:
-    """What a model's own files say about it."""
+    """One model's entry, read from its own files."""
     weights = [path for path in (folder, folder / "unet") if path.is_dir()]
     weights = [file for path in weights for file in path.iterdir() if file.name.endswith(".safetensors")]
     metrics = json.loads(_text(folder / "metrics.json") or "{}")
@@ -50,10 +55,12 @@ def _card(folder: Any) -> dict[str, Any]:
 
 
 def _parameters(file: Any) -> int:
+    """Number of parameters in a safetensors file."""
     from safetensors.torch import load
 
     return sum(tensor.numel() for tensor in load(file.read_bytes()).values())
 
 
 def _text(file: Any) -> str | None:
+    """A file's text, or None where there is no such file."""
     return file.read_text(encoding="utf-8") if file.is_file() else None

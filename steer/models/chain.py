@@ -1,4 +1,4 @@
-"""The exact law of a discretised chain, where that law is Gaussian."""
+"""The exact distribution of a discretised chain, where it is Gaussian."""
 
 from __future__ import annotations
 
@@ -11,12 +11,22 @@ from .mixture import GaussianMixture, MixtureTransition
 
 
 def chain_law(process: GaussianProcess) -> GaussianMixture:
-    """The law of the chain's final state, for a process whose every step is affine in the state plus Gaussian noise.
+    """Distribution of the chain's final state, for a process whose steps are affine in the state plus Gaussian noise.
 
-    So it is when the data is one Gaussian, under every transition rule and interpolant conversion: this is what the
-    chain samples at its finite number of steps, where `process.exact` gives the limit of small steps. Each step's
-    matrix is read off by evaluating it at zero and at the unit vectors, (D + 1) predictions a step.
-    Raises ModelError where a step is not affine.
+    Steps are affine when the data is one Gaussian, under every transition rule and interpolant conversion. This is what
+    the chain samples at its finite number of steps, whereas `process.exact` gives the limit of small steps.
+
+    Args:
+        process: The process, with event (D,).
+
+    Returns:
+        A mixture of one mode: mean [1, D] and covariance [1, D, D].
+
+    Raises:
+        ModelError: Where a step is not affine.
+
+    Cost: one prediction of D + 2 rows per step: each step is evaluated at zero, at the unit vectors, and at three times
+    their sum, which checks that it is affine.
     """
     size = process.event[0]
     probe = torch.cat([torch.zeros(1, size), torch.eye(size), 3.0 * torch.ones(1, size)]).double()[None]
@@ -24,16 +34,19 @@ def chain_law(process: GaussianProcess) -> GaussianMixture:
     cov = process.levels[0].sigma ** 2 * torch.eye(size, dtype=torch.float64)
     for k in range(process.steps):
         step = process.transition(probe, process.denoise(probe, k), k)
-        offset, matrix = _affine(step.mean[0])
+        offset, matrix = _affine_parts(step.mean[0])
         mean = matrix @ mean + offset
         root = step.factors[0] if isinstance(step, MixtureTransition) else step.std * torch.eye(size).double()
         cov = matrix @ cov @ matrix.T + root @ root.T
     return GaussianMixture(mean[None], cov[None])
 
 
-def _affine(image: Tensor) -> tuple[Tensor, Tensor]:
+def _affine_parts(image: Tensor) -> tuple[Tensor, Tensor]:
     """Offset and matrix of an affine map from its values at 0, the unit vectors and three times their sum."""
     offset, columns, total = image[0], image[1:-1] - image[0], image[-1]
     if not torch.allclose(offset + 3.0 * columns.sum(0), total, rtol=1e-6, atol=1e-8):
-        raise ModelError("chain_law needs steps that are affine in the state: the data must be a single Gaussian")
+        raise ModelError(
+            "chain_law needs steps that are affine in the state: the data must be a single Gaussian; "
+            "for others, compare with the limit of small steps, process.exact(reward)"
+        )
     return offset, columns.T

@@ -1,4 +1,4 @@
-"""The small pretrained models that ship with steer, loaded the way a downloaded one is."""
+"""`steer.load`: the small pretrained models that ship with steer."""
 
 from __future__ import annotations
 
@@ -29,35 +29,51 @@ def load(
     guidance_scale: float = 1.0,
     device: torch.device | str = "cpu",
 ) -> Any:
-    """The process of an embedded pretrained model: a GaussianProcess, or a MaskedProcess for "letters".
+    """Load an embedded pretrained model as a process.
 
-    name:   "digits", a class-conditional DDPM of 8x8 scanned digits; "digits-flow", its rectified-flow twin; or
+    Args:
+        name: "digits", a class-conditional DDPM of 8x8 scanned digits; "digits-flow", its rectified-flow twin; or
             "letters", a masked model of English words of 3 to 8 letters.
-    steps:  50 for digits; for letters 8, one letter a step.
-    transition: a rule of the model's kind: `steer.ddim(...)` and others for digits, `steer.unmask(...)` for letters,
-            by default in a random order.
-    labels: digit to draw, one for all problems or one per problem; None for any digit.
-    Other arguments as `steer.from_pipeline`, through which digits are loaded. Images are (M, 1, 8, 8) in [0, 1];
-    words are tokens (M, 8), 0 to 25 for a to z and 26 behind the end, and `Result.texts` shows them.
+        steps: Number of steps; 50 by default for digits, and 8 for letters, one letter a step.
+        transition: A rule of the model's kind: `steer.ddim(...)` and others for digits, `steer.unmask(...)` for
+            letters, by default in a random order.
+        labels: Digit to draw, one for all problems or one per problem (axis 0); None for any digit.
+        guidance_scale: As `steer.from_pipeline`, through which digits are loaded.
+        device: Where the network goes.
+
+    Returns:
+        A GaussianProcess, which decodes to images [M, 1, 8, 8] in [0, 1]; or for "letters" a MaskedProcess of tokens
+        [M, 8], 0 to 25 for a to z and 26 after the end of the word, which `Result.texts` shows as words.
+
+    Raises:
+        ModelError: For other names, and for labels or guidance of "letters".
     """
     if name == "letters":
         if labels is not None or guidance_scale != 1.0:
-            raise ModelError("letters has no classes: labels and guidance_scale are for the digits")
+            raise ModelError("letters has no classes; leave out labels and guidance_scale, which are for the digits")
         return _letters(8 if steps is None else steps, cast("UnmaskRule | None", transition), device)
     if name not in _DIGITS:
-        raise ModelError(f"no embedded model is called {name!r}; there are {', '.join((*_DIGITS, 'letters'))}")
+        raise ModelError(
+            f"no embedded model is called {name!r}; use one of {', '.join((*_DIGITS, 'letters'))}, "
+            "or steer.from_hub(...)"
+        )
     return _digits(
-        name, device, steps=50 if steps is None else steps, transition=cast("Rule | None", transition),
-        class_labels=labels, guidance_scale=guidance_scale,
-    )  # fmt: skip
+        name,
+        device,
+        steps=50 if steps is None else steps,
+        transition=cast("Rule | None", transition),
+        class_labels=labels,
+        guidance_scale=guidance_scale,
+    )
 
 
 def _digits(name: str, device: torch.device | str, **options: Any) -> GaussianProcess:
+    """A digits model through `steer.from_pipeline`."""
     from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
     from diffusers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # two small files need no bar
+    logging.disable_progress_bar()  # for two small files
     try:
         with as_file(files("steer") / "assets" / name) as folder:
             pipe = DDPMPipeline.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
@@ -69,6 +85,7 @@ def _digits(name: str, device: torch.device | str, **options: Any) -> GaussianPr
 
 
 def _letters(steps: int, transition: UnmaskRule | None, device: torch.device | str) -> MaskedProcess:
+    """The letters model from its own files."""
     from safetensors.torch import load as from_safetensors
 
     folder = files("steer") / "assets" / "letters"

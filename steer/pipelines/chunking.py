@@ -1,4 +1,4 @@
-"""Rows of (B problems, N particles) in batches of one fixed shape, smaller where memory runs out."""
+"""Batches of B problems x N particles cut into chunks of one fixed shape, smaller where memory runs out."""
 
 from __future__ import annotations
 
@@ -13,42 +13,54 @@ from torch import Tensor
 log = logging.getLogger("steer")
 
 
-class Piece(NamedTuple):
-    """Rows start to stop of a flat batch, as `per` rows of each of some problems; the last rows may be padding."""
+class RowChunk(NamedTuple):
+    """Rows start to stop of a flat batch: `rows_each` rows of each of `problems`, of which the last may be padding."""
 
     problems: tuple[int, ...]
-    per: int
+    rows_each: int
     start: int
     stop: int
 
 
-def pieces(problems: int, particles: int, chunk: int, together: bool = True) -> Iterator[Piece]:
-    """B * N rows, problem by problem, in pieces of at most `chunk` rows and all of the same shape.
+def row_chunks(problems: int, particles: int, chunk: int, together: bool = True) -> Iterator[RowChunk]:
+    """Cut B * N rows, problem by problem, into chunks of at most `chunk` rows, all of the same shape.
 
-    One shape serves compiled modules, and leaves few combinations of problems to encode. Pieces are as even as can be,
-    so padding is at most one row per piece, or some problems of the last. together: whether a piece may hold several.
+    One shape suits compiled modules, and leaves few combinations of problems to encode. Chunks are as even as possible,
+    so padding is at most one row per chunk, or some problems of the last.
+
+    Args:
+        problems: B.
+        particles: N.
+        chunk: Most rows per chunk.
+        together: Whether a chunk may hold several problems.
+
+    Returns:
+        The chunks, which cover every row once.
     """
     if particles >= chunk or problems == 1 or not together:
         count = math.ceil(particles / chunk)
-        per = math.ceil(particles / count)
+        rows_each = math.ceil(particles / count)
         for b in range(problems):
-            for start in range(0, particles, per):
+            for start in range(0, particles, rows_each):
                 offset = b * particles
-                yield Piece((b,), per, offset + start, offset + min(start + per, particles))
+                yield RowChunk((b,), rows_each, offset + start, offset + min(start + rows_each, particles))
         return
     size = math.ceil(problems / math.ceil(problems / (chunk // particles)))
     for first in range(0, problems, size):
         last = min(first + size, problems)
         group = (*range(first, last), *(last - 1 for _ in range(size - (last - first))))
-        yield Piece(group, particles, first * particles, last * particles)
+        yield RowChunk(group, particles, first * particles, last * particles)
 
 
 class Chunked:
-    """Applies a function of (rows, problems, per) to flat rows, in chunks.
+    """Applies a function to flat rows in chunks, with smaller chunks where memory runs out.
 
-    name: what it does, for the log. chunk: most rows per call; halved, for good, whenever memory runs out, and one
-    where the first call with several rows raises: many pipelines take an image, a video or lyrics for one row only.
-    together: whether a call may hold rows of several problems.
+    Args:
+        name: What the function is, for the log.
+        function: Function of (rows [M, *event], problems, rows_each) to one output per row.
+        chunk: Most rows per call. Halved permanently whenever memory runs out, and set to one where the first call
+            with several rows raises: many pipelines take an image, a video or lyrics for one row only.
+        together: Whether a call may hold rows of several problems.
     """
 
     def __init__(
@@ -58,15 +70,24 @@ class Chunked:
         self._several = False  # whether a call with several rows went through
 
     def __call__(self, flat: Tensor, problems: int) -> Tensor:
-        """The function's rows for rows (problems * particles, ...). Raises what the function raises for single rows.
+        """Apply the function to all rows.
 
-        Memory that runs out later, in a backward pass, is the caller's to handle: give a smaller chunk.
+        Args:
+            flat: Rows [B * N, *event], problem by problem.
+            problems: B.
+
+        Returns:
+            The function's outputs, one per row, in the same order.
+
+        Raises:
+            Exception: What the function raises for single rows. Memory that runs out later, in a backward pass, is
+                not handled here: give a smaller chunk.
         """
         particles = len(flat) // problems
         while True:
             try:
-                cut = pieces(problems, particles, self.chunk, self.together)
-                rows = torch.cat([self._piece(flat, piece) for piece in cut])
+                cut = row_chunks(problems, particles, self.chunk, self.together)
+                rows = torch.cat([self._apply(flat, part) for part in cut])
                 self._several = self._several or min(self.chunk, len(flat)) > 1
                 return rows
             except torch.OutOfMemoryError:
@@ -80,18 +101,21 @@ class Chunked:
             self.chunk = min(self.chunk, len(flat)) // 2
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            log.warning("out of memory in %s: going on with chunks of %d rows", self.name, self.chunk)
+            log.warning("out of memory in %s: continuing with chunks of %d rows", self.name, self.chunk)
 
     def _singly(self, flat: Tensor, problems: int, error: Exception) -> Tensor:
-        """Row by row after several raised, and from here on if single rows do not raise too."""
-        cut = pieces(problems, len(flat) // problems, 1, self.together)
-        rows = torch.cat([self._piece(flat, piece) for piece in cut])
+        """Apply the function row by row after several raised, and permanently if no single row raises."""
+        cut = row_chunks(problems, len(flat) // problems, 1, self.together)
+        rows = torch.cat([self._apply(flat, part) for part in cut])
         self.chunk = 1
-        log.warning("%s take one row per call: several raised %s: %s", self.name, type(error).__name__, error)
+        log.warning(
+            "%s: one row per call from now on, as several raised %s: %s", self.name, type(error).__name__, error
+        )
         return rows
 
-    def _piece(self, flat: Tensor, piece: Piece) -> Tensor:
-        rows, size = flat[piece.start : piece.stop], len(piece.problems) * piece.per
+    def _apply(self, flat: Tensor, part: RowChunk) -> Tensor:
+        """The function's outputs for one chunk of rows, padded to the fixed shape by repeating the last row."""
+        rows, size = flat[part.start : part.stop], len(part.problems) * part.rows_each
         if len(rows) < size:
             rows = torch.cat([rows, rows[-1:].expand(size - len(rows), *rows.shape[1:])])
-        return self.function(rows, piece.problems, piece.per)[: piece.stop - piece.start]
+        return self.function(rows, part.problems, part.rows_each)[: part.stop - part.start]

@@ -1,4 +1,4 @@
-"""A pipeline's own call arguments, and those of them that belong to some of its problems."""
+"""A pipeline's own call arguments: checked once, then selected for the problems in a batch."""
 
 from __future__ import annotations
 
@@ -11,14 +11,10 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError
+from .families import BATCHED_ARGUMENTS, COUNTED_ARGUMENTS, PER_PROBLEM_ARGUMENTS, PROMPT_ARGUMENTS
 
-_PROMPTS = ("prompt", "task_prompt")
-_PER_PROBLEM = (
-    *_PROMPTS, "content_prompt", "negative_prompt", "pooled_prompt", "negative_pooled", "class_labels", "image",
-    "mask_image", "control_image",
-)  # fmt: skip
 _OWNED_BY_SAMPLERS = {
-    "num_inference_steps": "say steps=",
+    "num_inference_steps": "give steps= instead",
     "return_dict": "a sampler returns a Result",
     "callback_on_step_end": "give the sampler on_step=",
     "callback": "give the sampler on_step=",
@@ -30,9 +26,18 @@ _OWNED_BY_SAMPLERS = {
 class Conditioning:
     """The arguments of a pipeline's call, checked against its signature.
 
-    problems: how many prompts (or other per-prompt inputs) there are; None where the pipeline takes none.
-    prompts:  their texts, or None.
-    latents:  those given to start from, one row per problem, in the pipeline's own form; or None.
+    Args:
+        pipe: The pipeline.
+        call: The user's arguments by name.
+        steps: Number of inference steps.
+
+    Attributes:
+        problems: Number of prompts, or of other inputs given per prompt; None where the pipeline takes none.
+        prompts: Their texts, or None.
+        latents: Latents given to start from, one row per problem, in the pipeline's own form; or None.
+
+    Raises:
+        ModelError: For arguments that the pipeline does not take, or that belong to the sampler.
     """
 
     def __init__(self, pipe: Any, call: Mapping[str, Any], steps: int):
@@ -50,34 +55,43 @@ class Conditioning:
         self.latents = _checked_latents(call.get("latents"), self.problems or 1)
 
     @property
-    def any_batch(self) -> bool:
+    def accepts_rows(self) -> bool:
         """Whether one call can hold several rows; else every row is a call of its own."""
-        listed = any(self._call.get(name) is not None for name in ("prompt", "class_labels"))
+        listed = any(self._call.get(name) is not None for name in BATCHED_ARGUMENTS)
         return self._repeat is not None or "batch_size" in self.parameters or listed
 
     @property
     def together(self) -> bool:
-        """Whether one call can hold several problems: pipelines repeat prompts row by row, but images as a whole."""
+        """Whether one call can hold several problems: prompts are repeated row by row, but lists of images whole."""
         return not any("image" in name and isinstance(value, list) for name, value in self._call.items())
 
     @property
-    def latent(self) -> bool:
-        """Whether the user asked for latents, which are not decoded."""
+    def wants_latents(self) -> bool:
+        """Whether the user asked for output_type="latent", so that nothing is decoded."""
         return self._call.get("output_type") == "latent"
 
-    def arguments(self, problems: tuple[int, ...], per: int) -> dict[str, Any]:
-        """The call's arguments for `per` rows of each of some problems, in order."""
-        repeat = 1 if self._repeat else per
+    def arguments(self, problems: tuple[int, ...], rows_each: int) -> dict[str, Any]:
+        """The arguments of one call of the pipeline.
+
+        Args:
+            problems: Which problems the batch holds, in order.
+            rows_each: Rows per problem.
+
+        Returns:
+            Arguments by name, for len(problems) * rows_each rows.
+        """
+        repeat = 1 if self._repeat else rows_each
         chosen = [b for b in problems for _ in range(repeat)]
         arguments = {name: self._select(name, value, chosen) for name, value in self._call.items()}
         if self._repeat:
-            arguments[self._repeat] = per
+            arguments[self._repeat] = rows_each
         elif "batch_size" in self.parameters:
-            arguments["batch_size"] = per
+            arguments["batch_size"] = rows_each
         return arguments
 
     def _select(self, name: str, value: Any, chosen: list[int]) -> Any:
-        if not name.startswith(_PER_PROBLEM) or not self.problems:
+        """The entries of an argument for the chosen problems; the whole argument where it has none per problem."""
+        if not name.startswith(PER_PROBLEM_ARGUMENTS) or not self.problems:
             return value
         if isinstance(value, str) and not self._repeat and "prompt" in name:
             return [value] * len(chosen)
@@ -89,37 +103,39 @@ class Conditioning:
 
 
 def _check(kind: str, parameters: Mapping[str, Any], call: Mapping[str, Any]) -> None:
+    """Raises ModelError for arguments that are not the pipeline's, or that the sampler sets."""
     unknown = sorted(set(call) - set(parameters))
     if unknown:
-        near = [name for name in parameters if name != "self"]
-        raise ModelError(f"{kind} takes no argument {', '.join(unknown)}; its own are {', '.join(near)}")
+        accepted = [name for name in parameters if name != "self"]
+        raise ModelError(f"{kind} takes no argument {', '.join(unknown)}; it takes {', '.join(accepted)}")
     for name in call:
         if _repeats(name):
-            raise ModelError(f"{name} is the number of particles: give the sampler particles=")
+            raise ModelError(f"{name} is not an argument of a process; give the sampler particles= instead")
         if name in _OWNED_BY_SAMPLERS:
-            raise ModelError(f"{name} does not belong to a process; {_OWNED_BY_SAMPLERS[name]}")
+            raise ModelError(f"{name} is not an argument of a process; {_OWNED_BY_SAMPLERS[name]}")
     if isinstance(call.get("generator"), list):
         raise ModelError(
-            "samplers draw the noise of every particle by key=, and name it by slot; give at most one generator, for "
-            "what the pipeline itself draws before its loop"
+            f"{kind} takes at most one generator here, for what it draws before its loop, got a list of "
+            f"{len(call['generator'])}; the noise of every particle follows from the sampler's key="
         )
 
 
 def _checked_latents(latents: Any, problems: int) -> Tensor | None:
+    """The user's latents [B, ...]; raises ModelError unless there is one row per problem."""
     if latents is None or (torch.is_tensor(latents) and len(latents) == problems):
         return latents
     given = f"of shape {tuple(latents.shape)}" if torch.is_tensor(latents) else f"of type {type(latents).__name__}"
     raise ModelError(
-        f"latents= takes one starting point per prompt, a tensor of {problems} row(s), where every particle of that "
-        f"prompt begins; got latents {given}; to begin each particle at latents of its own, open the pipeline without "
+        f"latents= takes one starting point per prompt, a tensor of {problems} row(s) shared by all particles of that "
+        f"prompt; got latents {given}; to start each particle at latents of its own, open the pipeline without "
         "them and give the sampler start=steer.from_latents(latents)"
     )
 
 
 def _repeat_argument(pipe: Any, parameters: Mapping[str, Any]) -> str | None:
-    """The argument that asks for several rows per prompt; None where there is none, and prompts are repeated instead.
+    """The argument that asks for several rows per prompt; None where there is none and prompts are repeated instead.
 
-    Some pipelines (CogVideoX, AnimateDiff) take one and overwrite it by 1, which only their source tells.
+    Some pipelines (CogVideoX, AnimateDiff) take the argument and overwrite it by 1, which only their source shows.
     """
     name = next((name for name in parameters if _repeats(name)), None)
     source = inspect.getsource(inspect.unwrap(type(pipe).__call__))
@@ -127,11 +143,13 @@ def _repeat_argument(pipe: Any, parameters: Mapping[str, Any]) -> str | None:
 
 
 def _repeats(name: str) -> bool:
+    """Whether an argument is num_images_per_prompt or one like it."""
     return name.startswith("num_") and name.endswith("_per_prompt")
 
 
 def _prompt(call: Mapping[str, Any]) -> Any:
-    return next((call[name] for name in _PROMPTS if call.get(name) is not None), None)
+    """The prompt or list of prompts in a call, or None."""
+    return next((call[name] for name in PROMPT_ARGUMENTS if call.get(name) is not None), None)
 
 
 def _count(call: Mapping[str, Any]) -> int | None:
@@ -139,7 +157,7 @@ def _count(call: Mapping[str, Any]) -> int | None:
     prompt = _prompt(call)
     if prompt is not None:
         return 1 if isinstance(prompt, str) else len(prompt)
-    for name in ("prompt_embeds", "class_labels"):
+    for name in COUNTED_ARGUMENTS:
         if call.get(name) is not None:
             return len(call[name])
     image = call.get("image")

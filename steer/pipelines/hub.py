@@ -1,4 +1,4 @@
-"""A process from the name of a pretrained pipeline: a repository of the Hugging Face Hub, or a folder."""
+"""`steer.from_hub`: opens a pretrained pipeline by name, from the Hugging Face Hub or a folder."""
 
 from __future__ import annotations
 
@@ -24,17 +24,27 @@ def from_hub(
     local_files_only: bool = False,
     **options: Any,
 ) -> GaussianProcess:
-    """The process of a pretrained diffusers pipeline, by its repository ("owner/name") or its folder.
+    """Load a pretrained diffusers pipeline, by its repository ("owner/name") or its folder, and open it as a process.
 
-    revision: branch, tag or commit; a commit is what makes a run repeatable. variant: "fp16", say: which files.
-    dtype:    of the networks, float32 by default; states stay float32. device: where the pipeline goes.
-    local_files_only: load from the folder or the cache, and never over the network.
-    **options: as `steer.from_pipeline`: steps, transition, chunk, and the pipeline's own prompt, guidance_scale, ...
+    Args:
+        name: A repository of the Hugging Face Hub, or a folder.
+        revision: Branch, tag or commit; give a commit to make a run repeatable.
+        variant: Which weight files, "fp16" say.
+        dtype: Dtype of the networks, float32 by default; states stay float32.
+        device: Where the pipeline goes.
+        local_files_only: Load from the folder or the cache, never over the network.
+        **options: As `steer.from_pipeline`: steps, transition, chunk, and the pipeline's own prompt,
+            guidance_scale, ...
 
-    Weights are read from safetensors files and from nothing else, and no code comes from the repository. To set up the
-    scheduler, adapters or offloading first, load the pipeline yourself and open it by `steer.from_pipeline`.
+    Returns:
+        The process of the pipeline, whose modules are in eval mode and need no gradients.
 
-    Raises ModelError where there is no such pipeline, where weights are pickled, and where code would have to run.
+    Raises:
+        ModelError: Where there is no such pipeline, where weights are pickled, and where code of the repository would
+            have to run. Only safetensors files are read.
+
+    To set up the scheduler, adapters or offloading first, load the pipeline yourself and open it by
+    `steer.from_pipeline`.
     """
     import diffusers
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -46,9 +56,11 @@ def from_hub(
     given = {"revision": revision, "variant": variant, "dtype" if renamed else "torch_dtype": dtype or torch.float32}
     try:
         pipe = DiffusionPipeline.from_pretrained(
-            str(name), use_safetensors=True, local_files_only=local_files_only or folder.is_dir(),
+            str(name),
+            use_safetensors=True,
+            local_files_only=local_files_only or folder.is_dir(),
             **{key: value for key, value in given.items() if value is not None},
-        )  # fmt: skip
+        )
     except (OSError, ValueError) as error:  # what diffusers, transformers and the hub's client raise
         raise ModelError(
             f"no pipeline could be loaded from {str(name)!r} ({type(error).__name__}: {_first_line(error)}); steer "
@@ -64,10 +76,11 @@ def from_hub(
 
 
 def _check_folder(folder: Path) -> None:
-    """Raises ModelError for a folder that is no pipeline, or where a component has pickled weights only."""
+    """Raises ModelError for a folder without a pipeline, or where a component has only pickled weights."""
     if not (folder / "model_index.json").is_file():
         raise ModelError(
-            f"{folder} holds no pipeline: it has no model_index.json; pipe.save_pretrained({str(folder)!r}) makes one"
+            f"{folder} holds no pipeline: it has no model_index.json; write one with "
+            f"pipe.save_pretrained({str(folder)!r})"
         )
     for part in sorted(path for path in folder.iterdir() if path.is_dir()):
         files = [path for path in part.iterdir() if path.is_file()]
@@ -81,4 +94,5 @@ def _check_folder(folder: Path) -> None:
 
 
 def _first_line(error: Exception) -> str:
+    """The first line of an error's message."""
     return next(iter(str(error).strip().splitlines()), "no message")

@@ -1,4 +1,4 @@
-"""A start at latents that the user has: last week's favourite, an inverted photograph, a seed from another tool."""
+"""`steer.from_latents`: starts a run at latents that the user has, such as an inverted photograph or saved noise."""
 
 from __future__ import annotations
 
@@ -17,13 +17,20 @@ from .from_pipeline import PipelineDenoiser
 
 
 def from_latents(latents: Tensor) -> Start:
-    """A start for every sampler: particle n of problem b begins at row b * N + n of these latents.
+    """Start every sampler at given latents: particle n of problem b at row b * N + n.
 
-    latents: (B * N, ...), in the form that the pipeline's own argument `latents` has: noise of standard deviation 1,
-             say, which the pipeline scales and packs itself. For processes that no pipeline is behind: states
-             (B * N, *event) at level 0.
-    A run takes at most N particles, and the first of them where it takes fewer. No law is sampled by a start that was
-    chosen by hand: weights and evidence are those of what can be reached from it.
+    Args:
+        latents: Latents [B * N, ...], in the form of the pipeline's own argument `latents`: noise of standard deviation
+            1, say, which the pipeline scales and packs itself. For processes without a pipeline: states
+            [B * N, *event] at level 0.
+
+    Returns:
+        A start, for the argument `start=` of any sampler. A run has at most N particles, and uses the first rows of
+        each problem where it has fewer. As these starts are not drawn from the prior, weights and the normalizing
+        constant refer to the distribution that can be reached from them, not to the target.
+
+    Raises:
+        ShapeError: When the run starts, if its particles are more than there are rows, or batch does not divide them.
     """
 
     def start(process: ReverseProcess, objective: Objective, key: Key, batch: int, particles: int) -> Trajectory:
@@ -31,7 +38,7 @@ def from_latents(latents: Tensor) -> Start:
         each, last = len(latents) // batch, key.slot + particles
         if len(latents) % batch or last > each:
             raise ShapeError(
-                f"{batch} problem(s) of {last} particles each start from {batch * last} rows of latents, got "
+                f"{batch} problem(s) of {last} particles each need {batch * last} rows of latents, got "
                 f"{len(latents)}; give the sampler particles={max(1, each)}, or more latents"
             )
         rows = [[b * each + n for n in range(key.slot, last)] for b in range(batch)]
@@ -40,10 +47,11 @@ def from_latents(latents: Tensor) -> Start:
             call = denoiser.call
             several = call.conditioning.problems and denoiser.problem is None
             named = range(batch) if several else [denoiser.problem or 0] * batch
-            x = torch.stack([
-                torch.cat([call.entering(latents[i : i + 1], b) for i in chosen])
+            starts = [
+                torch.cat([call.state_of_latents(latents[i : i + 1], b) for i in chosen])
                 for b, chosen in zip(named, rows, strict=True)
-            ])  # fmt: skip
+            ]
+            x = torch.stack(starts)
             return replace(Trajectory.begin(process, x.float()), biased_start=True)
         dtype, device = getattr(process, "dtype", latents.dtype), getattr(process, "device", latents.device)
         x = latents[torch.tensor(rows, device=latents.device)].to(device, dtype)

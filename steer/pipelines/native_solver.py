@@ -1,8 +1,8 @@
-"""A pipeline under its own deterministic solver, multistep ones included, as a reverse process.
+"""`steer.own_solver`: a pipeline under its own deterministic solver, multistep ones included, as a reverse process.
 
-DPM-Solver++, UniPC, Heun and others remember predictions of earlier steps. That memory belongs to a particle: when a
-sampler resamples, branches or selects, it must move along. So it is part of the state: slot 0 of axis 2 holds the
-latents, the others the tensors that the scheduler keeps between steps.
+DPM-Solver++, UniPC, Heun and others remember predictions of earlier steps. That memory belongs to a particle and must
+move with it when a sampler resamples, branches or selects, so it is part of the state: entry 0 of axis 2 holds the
+latents, the others hold the tensors that the scheduler keeps between steps.
 """
 
 from __future__ import annotations
@@ -24,50 +24,66 @@ from ..processes.transitions import Normal
 from . import noise_levels
 from .from_pipeline import PipelineDenoiser
 
-Place = tuple[str, int | None]
-"""An attribute of a scheduler, or an entry of one that is a list."""
+MemoryPlace = tuple[str, int | None]
+"""Where a scheduler keeps a tensor: (name of an attribute, index in it if it is a list, else None)."""
 
 
 def own_solver(process: GaussianProcess) -> SolverProcess:
-    """The process stepped by its pipeline's own scheduler, as `pipe(...)` would.
+    """Step a process by its pipeline's own scheduler, as `pipe(...)` does.
 
         process = steer.own_solver(steer.from_pipeline(pipe, prompt="a cat", steps=20))
         result = search.best_of_n(process, reward, budget=400)
 
-    States are (B, N, 1 + S, *event): latents, and S tensors of the solver's memory (0 for Euler and DDIM, 2 for
-    second-order DPM-Solver++). One level per network evaluation: twice as many for solvers that evaluate a level twice.
-    Steps draw nothing, so this is for methods that search starting noises (`best_of_n`, `noise_search`, rollouts);
-    methods that need noise raise NotStochasticError, those that need gradients or go back StateSpaceError.
-    Raises ModelError where no pipeline is behind the process, and for schedulers whose steps draw noise.
+    Args:
+        process: A process from `steer.from_pipeline`.
+
+    Returns:
+        A process with states [B, N, 1 + S, *event]: the latents and S tensors of the solver's memory (0 for Euler and
+        DDIM, 2 for second-order DPM-Solver++). It has one level per network evaluation, so twice as many for solvers
+        that evaluate a level twice. Its steps draw nothing, so it suits methods that search over starting noise
+        (`best_of_n`, `noise_search`, rollouts). Methods that need noise raise NotStochasticError; those that need
+        gradients, or return to noisier levels, raise StateSpaceError.
+
+    Raises:
+        ModelError: Where the process has no pipeline, and for schedulers whose steps draw noise.
+
+    Cost: none of the network; two runs of the scheduler on one row.
     """
     denoiser = process.denoiser
     if not isinstance(denoiser, PipelineDenoiser):
         raise ModelError("own_solver steps with a pipeline's scheduler; this process has none: use steer.ddim(eta=0.0)")
     steered = denoiser.call.scheduler
     scheduler = steered.plain()
-    scheduler.is_scale_input_called = True  # it was, inside the pipeline's call
+    scheduler.is_scale_input_called = True  # the pipeline's own call did so
     indices = tuple(range(steered.first, steered.first + steered.length))
-    stages = _rehearse(scheduler, scheduler.timesteps[indices[0] : indices[-1] + 1], process.event)
-    slots = max(len(stage.places) for stage in stages)
-    return SolverProcess(process, scheduler, stages, slots)
+    solver_steps = _dry_run(scheduler, scheduler.timesteps[indices[0] : indices[-1] + 1], process.event)
+    slots = max(len(solver_step.places) for solver_step in solver_steps)
+    return SolverProcess(process, scheduler, solver_steps, slots)
 
 
 @dataclass(frozen=True, eq=False)
-class Stage:
-    """A scheduler before one step: attributes that are the same for every particle, and where the others are."""
+class SolverStep:
+    """A scheduler just before one step: what all particles share, and where it keeps tensors of single particles."""
 
     timestep: Tensor
     shared: dict[str, Any]
-    places: tuple[Place, ...]
+    places: tuple[MemoryPlace, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class SolverProcess:
-    """A ReverseProcess whose transitions are a scheduler's own steps. Built by `own_solver`."""
+    """A reverse process whose transitions are a scheduler's own steps. Built by `own_solver`.
+
+    Args:
+        process: The pipeline's process.
+        scheduler: Its scheduler, before the first step.
+        solver_steps: What the scheduler is before each step.
+        slots: S, the number of tensors in the solver's memory.
+    """
 
     process: GaussianProcess
     scheduler: Any
-    stages: tuple[Stage, ...]
+    solver_steps: tuple[SolverStep, ...]
     slots: int
 
     def __repr__(self) -> str:
@@ -77,42 +93,46 @@ class SolverProcess:
     @property
     def steps(self) -> int:
         """Network evaluations from noise to data."""
-        return len(self.stages)
+        return len(self.solver_steps)
 
     @property
     def event(self) -> tuple[int, ...]:
-        """(1 + slots, *event of the latents)."""
+        """Shape of one state: (1 + S, *event of the latents)."""
         return (1 + self.slots, *self.process.event)
 
     @property
     def problems(self) -> int | None:
+        """Number of problems, or None where any number runs."""
         return self.process.problems
 
     @property
     def prompts(self) -> tuple[str, ...] | None:
+        """Texts of the prompts, or None."""
         return self.process.prompts
 
     @property
     def rows(self) -> int:
+        """Network rows per prediction."""
         return self.process.rows
 
     @property
     def meter(self) -> Meter | None:
+        """Where cost is counted; samplers set it."""
         return self.process.meter
 
     def prior(self, key: Key, batch: int, particles: int) -> Tensor:
-        """Starting latents as the pipeline's, and an empty memory."""
+        """Draw the pipeline's starting latents, with an empty memory: [B, N, 1 + S, *event]."""
         latents = self.process.prior(key, batch, particles)[:, :, None]
         return torch.cat([latents, *[torch.zeros_like(latents)] * self.slots], 2)
 
     @property
     def prior_moments(self) -> tuple[Tensor | None, float]:
-        """Mean of the starting latents, None for zero, and their standard deviation: the first step has no memory."""
+        """Mean of the starting latents (None for zero) and their standard deviation; their memory is empty."""
         mean, std = self.process.prior_moments
         return None if mean is None else mean[:, :, None], std
 
     def denoise(self, x: Tensor, k: int, key: Key | None = None) -> Tensor:
-        """What the network predicts, in its own terms, and the clean latents that stands for: (B, N, 2, *event)."""
+        """The network's own output and the clean latents that follow from it, [B, N, 2, *event], at level k."""
         denoiser, latents = cast(PipelineDenoiser, self.process.denoiser), x[:, :, 0]
         rows = x.shape[0] * x.shape[1] * self.rows
         if self.meter is None:
@@ -122,91 +142,96 @@ class SolverProcess:
                 output = denoiser.output(latents, k)
         grid = denoiser.grid
         at = level(grid.schedule, grid.times[max(i for i, index in enumerate(grid.indices) if index <= k)])
-        return torch.stack([output, noise_levels.x0_of(output, latents, at, grid.kind, grid.data_std)], 2)
+        return torch.stack([output, noise_levels.x0_from_output(output, latents, at, grid.kind, grid.data_std)], 2)
 
     def complete(self, x: Tensor, x0: Tensor) -> Tensor:
-        """The clean latents of a prediction, with no memory."""
+        """The clean state of a prediction, [B, N, 1 + S, *event]: its clean latents with an empty memory."""
         return torch.cat([x0[:, :, 1:], torch.zeros_like(x[:, :, 1:])], 2)
 
     def transition(self, x: Tensor, x0: Tensor, k: int) -> Normal:
-        """The scheduler's step, without noise."""
-        stage, scheduler = self.stages[k], copy.copy(self.scheduler)
+        """The scheduler's own step from level k, a Normal of standard deviation 0."""
+        solver_step, scheduler = self.solver_steps[k], copy.copy(self.scheduler)
         flat = x.flatten(0, 1)
-        vars(scheduler).update(copy.copy(stage.shared))
-        _put(scheduler, stage.places, flat[:, 1:])
-        latents = _stepped(scheduler, x0[:, :, 0].flatten(0, 1), stage.timestep, flat[:, 0])
+        vars(scheduler).update(copy.copy(solver_step.shared))
+        _write_memory(scheduler, solver_step.places, flat[:, 1:])
+        latents = _scheduler_step(scheduler, x0[:, :, 0].flatten(0, 1), solver_step.timestep, flat[:, 0])
         memory = torch.zeros_like(flat[:, 1:])
         if k + 1 < self.steps:
-            for slot, place in enumerate(self.stages[k + 1].places):
-                memory[:, slot] = _get(scheduler, place)
+            for slot, place in enumerate(self.solver_steps[k + 1].places):
+                memory[:, slot] = _read_memory(scheduler, place)
         return Normal(torch.cat([latents[:, None], memory], 1).view(x.shape), 0.0)
 
     def stochastic(self, k: int) -> bool:
-        """Never."""
+        """Whether the step from level k draws noise: always False."""
         return False
 
     def noise(self, x: Tensor, k_from: int, k_to: int, key: Key) -> Tensor:
-        """Refused: a noised state has no earlier predictions for the solver to go on from."""
+        """Raises StateSpaceError unless the levels are equal, as a re-noised state has no earlier predictions."""
         if k_from == k_to:
             return x
         raise StateSpaceError(
-            f"the memory of {type(self.scheduler).__name__} has no value at a state that was noised back; search with "
-            "the process itself, without own_solver"
+            f"{type(self.scheduler).__name__} needs predictions of earlier steps, which a state noised back to level "
+            f"{k_to} does not have; use this method on the process itself, without own_solver"
         )
 
     def decode(self, x: Tensor) -> Tensor:
-        """Latents as rewards see them."""
+        """What rewards see, decoded from the latents in states [B, N, 1 + S, *event]."""
         return self.process.decode(x[:, :, 0])
 
     def metered(self, meter: Meter) -> SolverProcess:
+        """The process with its cost counted by `meter`."""
         return replace(self, process=self.process.metered(meter))
 
     def only(self, problem: int) -> SolverProcess:
+        """The process of one problem."""
         return replace(self, process=self.process.only(problem))
 
 
-def _rehearse(scheduler: Any, timesteps: Tensor, event: tuple[int, ...]) -> tuple[Stage, ...]:
-    """The scheduler before each step of a run on stand-ins, which finds out what it remembers."""
+def _dry_run(scheduler: Any, timesteps: Tensor, event: tuple[int, ...]) -> tuple[SolverStep, ...]:
+    """Run the scheduler on made-up predictions to find out what it remembers before each step."""
     x = torch.ones(1, *event, device=timesteps.device)
-    stages: list[Stage] = []
+    solver_steps: list[SolverStep] = []
     outcomes: list[Tensor] = []
     with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
-        for _ in range(2):  # a scheduler that draws noise passes elsewhere the second time
+        for _ in range(2):  # a scheduler that draws noise ends elsewhere the second time
             player, state, passed = copy.deepcopy(scheduler), x, []
-            stages.clear()
+            solver_steps.clear()
             for i, timestep in enumerate(timesteps):
-                places = tuple(_remembered(player, x.shape))
-                stages.append(Stage(timestep, _without(player, places), places))
-                state = _stepped(player, torch.full_like(x, 0.1 + 0.01 * i), timestep, state)
+                places = tuple(_memory_places(player, x.shape))
+                solver_steps.append(SolverStep(timestep, _shared_attributes(player, places), places))
+                state = _scheduler_step(player, torch.full_like(x, 0.1 + 0.01 * i), timestep, state)
                 passed.append(state)
-            outcomes.append(torch.cat(passed))  # all: a last step may keep nothing of the state
+            outcomes.append(torch.cat(passed))  # all states, as the last may not depend on the others
     if not torch.equal(*outcomes):
         raise ModelError(
-            f"{type(scheduler).__name__} draws noise in its steps, which its global generator would name; leave "
-            "own_solver out: steer.ddim(eta=1.0) and other rules draw noise that is named by key"
+            f"own_solver needs a scheduler without noise, and {type(scheduler).__name__} draws noise in its steps, "
+            "from the global generator; leave own_solver out and choose a rule such as steer.ddim(eta=1.0), whose "
+            "noise follows from key="
         )
-    return tuple(stages)
+    return tuple(solver_steps)
 
 
-def _stepped(scheduler: Any, output: Tensor, timestep: Tensor, x: Tensor) -> Tensor:
+def _scheduler_step(scheduler: Any, output: Tensor, timestep: Tensor, x: Tensor) -> Tensor:
+    """The state after the scheduler's own step; raises ModelError where that needs more than these arguments."""
     try:
         return scheduler.step(output, timestep, x, return_dict=False)[0]
     except (TypeError, ValueError, AttributeError, IndexError) as error:
         raise ModelError(
-            f"{type(scheduler).__name__} does not step by a prediction and its timestep alone, it raised "
-            f"{type(error).__name__}: {error}; leave own_solver out: steer.ddim(eta=0.0) steps without it"
+            f"own_solver needs a scheduler that steps by a prediction and its timestep alone; "
+            f"{type(scheduler).__name__} raised {type(error).__name__}: {error}; leave own_solver out and choose "
+            "steer.ddim(eta=0.0)"
         ) from error
 
 
-def _remembered(scheduler: Any, shape: torch.Size) -> Iterator[Place]:
-    """Where a scheduler holds tensors of a batch's shape."""
+def _memory_places(scheduler: Any, shape: torch.Size) -> Iterator[MemoryPlace]:
+    """Where a scheduler keeps tensors of a batch's shape."""
     for name, value in vars(scheduler).items():
         entries = list(enumerate(value)) if isinstance(value, list) else [(None, value)]
         yield from ((name, i) for i, entry in entries if torch.is_tensor(entry) and entry.shape == shape)
 
 
-def _without(scheduler: Any, places: tuple[Place, ...]) -> dict[str, Any]:
-    """A scheduler's attributes with None where a particle's tensors are."""
+def _shared_attributes(scheduler: Any, places: tuple[MemoryPlace, ...]) -> dict[str, Any]:
+    """A scheduler's attributes, with None in place of tensors of single particles."""
     shared = {name: list(value) if isinstance(value, list) else value for name, value in vars(scheduler).items()}
     for name, i in places:
         if i is None:
@@ -216,8 +241,8 @@ def _without(scheduler: Any, places: tuple[Place, ...]) -> dict[str, Any]:
     return shared
 
 
-def _put(scheduler: Any, places: tuple[Place, ...], memory: Tensor) -> None:
-    """Particles' tensors (M, S, *event) into their places; lists are copied, for others share them."""
+def _write_memory(scheduler: Any, places: tuple[MemoryPlace, ...], memory: Tensor) -> None:
+    """Write particles' tensors [M, S, *event] into the scheduler, whose shared lists are copied first."""
     for name, value in list(vars(scheduler).items()):
         if isinstance(value, list):
             setattr(scheduler, name, list(value))
@@ -228,6 +253,7 @@ def _put(scheduler: Any, places: tuple[Place, ...], memory: Tensor) -> None:
             getattr(scheduler, name)[i] = memory[:, slot]
 
 
-def _get(scheduler: Any, place: Place) -> Tensor:
+def _read_memory(scheduler: Any, place: MemoryPlace) -> Tensor:
+    """The tensor that a scheduler keeps at a place."""
     name, i = place
     return getattr(scheduler, name) if i is None else getattr(scheduler, name)[i]

@@ -1,4 +1,4 @@
-"""A stand-in for a pipeline's network: counts its rows, and can answer with outputs recorded earlier."""
+"""A proxy for a pipeline's network: it counts rows, and can return outputs recorded earlier instead of computing."""
 
 from __future__ import annotations
 
@@ -7,14 +7,24 @@ from typing import Any
 
 import torch
 
+from .families import PARTS_OUTSIDE_LOOP
 from .steered_scheduler import IgnoresInterrupt, SteeredScheduler
 
 
-class Network:
-    """Passes everything on to a module, which itself is never modified.
+class NetworkProxy:
+    """Forwards calls and attributes to a module, which itself is never modified.
 
-    Offload hooks, adapters and compiled code live in the module and act as they always do. `isinstance` sees the
-    module's class; attributes are read from and set on the module.
+    Offload hooks, adapters and compiled code are in the module and act as usual. `isinstance` sees the module's class;
+    attributes are read from and set on the module.
+
+    Args:
+        module: The pipeline's network.
+        scheduler: The steered scheduler, which knows the current job and the stage of the loop.
+        recorded: Outputs recorded so far, shared by all networks of a pipeline.
+        name: The component's name in the pipeline.
+
+    Raises:
+        IgnoresInterrupt: When called in a step that the pipeline was asked to skip.
     """
 
     def __init__(self, module: torch.nn.Module, scheduler: SteeredScheduler, recorded: dict[Any, Any], name: str):
@@ -23,13 +33,13 @@ class Network:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         job, stage = self._scheduler.job, self._scheduler.stage
         if stage == "skip":
-            raise IgnoresInterrupt  # before the network has run, so finding out costs nothing
+            raise IgnoresInterrupt  # before the network runs, so this costs nothing
         rows = _rows(args, kwargs)
         if stage == "before":
-            return self._prelude((job.problems, job.per, job.noise, job.given), args, kwargs)
+            return self._before_loop((job.problems, job.rows_each, job.noise, job.given), args, kwargs)
         if stage in ("stub", "enter", "next") or (stage == "at" and job.stubbed):
-            # What a stub answers does not matter, only its form: the first answer for a number of rows is the module's
-            # own, the others repeat it.
+            # In a stubbed step only the form of the output matters: the module runs once per number of rows, and later
+            # calls with as many rows return the same output.
             if (self._name, rows) not in self._recorded:
                 with torch.no_grad(), torch.compiler.set_stance("force_eager"):
                     self._recorded[self._name, rows] = self._module(*args, **kwargs)
@@ -38,14 +48,14 @@ class Network:
             job.rows += rows
         return self._module(*args, **kwargs)
 
-    def _prelude(self, call: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the network answers before the loop (a prior's own loop, say): computed once, as all of the prelude."""
+    def _before_loop(self, call: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The network's output before the loop (in a prior's own loop, say), computed once per set of arguments."""
         answers = self._recorded.setdefault((self._name, *call), [])
         known = next((answer for given, answer in answers if _same(given, (args, kwargs))), None)
         if known is None:
             known = self._module(*args, **kwargs)
             answers.append(((args, kwargs), known))
-        return list(known) if isinstance(known, list) else known  # adapters' lists are scaled in place
+        return list(known) if isinstance(known, list) else known  # pipelines scale the lists of adapters in place
 
     @property
     def __class__(self) -> type:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -62,9 +72,13 @@ class Network:
 
 
 def is_network(name: str, component: Any) -> bool:
-    """Whether a component is called in the loop, rather than before or after it."""
-    around = ("vae", "vqvae", "movq", "vqgan", "encoder", "checker", "vocoder", "projection")
-    return isinstance(component, torch.nn.Module) and not any(part in name for part in around)
+    """Whether a component of a pipeline is a network of its loop, by its type and `families.PARTS_OUTSIDE_LOOP`.
+
+    Args:
+        name: The component's name in the pipeline.
+        component: The component.
+    """
+    return isinstance(component, torch.nn.Module) and not any(part in name for part in PARTS_OUTSIDE_LOOP)
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -79,6 +93,6 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Rows of a call: the batch of its first tensor of two axes or more, or the length of a list of tensors."""
+    """Rows in a call: the length of the first argument that is a list or a tensor with two axes or more."""
     first: Callable[[Any], bool] = lambda v: isinstance(v, list) or (torch.is_tensor(v) and v.ndim > 1)  # noqa: E731
     return next((len(value) for value in (*args, *kwargs.values()) if first(value)), 0)

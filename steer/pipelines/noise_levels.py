@@ -1,13 +1,12 @@
 """Noise levels and prediction types of diffusers' schedulers, read from a scheduler after `set_timesteps`.
 
-Whatever its tables, a scheduler's states are x = alpha x_0 + sigma eps on one of three paths, and its table is a time
-grid on it:
+A scheduler's states are x = alpha x_0 + sigma eps on one of three paths, and its tables are a time grid on that path:
 
     variance preserving   alpha^2 + sigma^2 = 1   schedules.Trigonometric
     sigma space           alpha = 1               schedules.VE
     flow                  alpha + sigma = 1       schedules.RectifiedFlow
 
-so coefficients and their derivatives are closed forms, and a zero terminal SNR (alpha = 0) is a level like any other.
+So coefficients and their derivatives are closed forms, and a zero terminal SNR (alpha = 0) is a level like any other.
 """
 
 from __future__ import annotations
@@ -23,26 +22,30 @@ from torch import Tensor
 from ..errors import ModelError
 from ..processes.schedules import VE, RectifiedFlow, Trigonometric
 from ..types import Level, Schedule
-
-_BY_TIMESTEP = (
-    "DDPMScheduler", "DDPMParallelScheduler", "DDIMScheduler", "DDIMParallelScheduler", "PNDMScheduler", "LCMScheduler",
-    "TCDScheduler", "UnCLIPScheduler", "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler",
-)  # fmt: skip
-_BY_RATIO = ("DPMSolverMultistep", "DPMSolverSinglestep", "UniPC", "DEIS", "SASolver")  # sigmas hold sigma / alpha
-_SIGMA_SPACE = ("EulerDiscrete", "EulerAncestral", "Heun", "LMS", "DPMSolverSDE", "EDM", "CosineDPM")
-_FLOW = ("FlowMatch", "LTXEulerAncestralRF")
+from .families import (
+    COSINE_SCHEDULERS,
+    EDM_SCHEDULERS,
+    FLOW_SCHEDULERS,
+    SIGMA_RATIO_SCHEDULERS,
+    SIGMA_SPACE_SCHEDULERS,
+    TIMESTEP_SCHEDULERS,
+    TRIGFLOW_SCHEDULERS,
+    name_begins,
+    name_is_in,
+)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The levels a pipeline's loop visits, as steer counts them.
+    """The noise levels that a pipeline's loop visits.
 
-    schedule:  the path.
-    times:     steps + 1 times on it, falling; the last is where the last step ends, and may hold noise.
-    indices:   the loop's own index of each step. Solvers that evaluate one level twice (Heun, PNDM) visit it once here.
-    timesteps: what the networks are told at each step.
-    kind:      how the networks' output stands for x_0, see `x0_of`.
-    data_std:  EDM's sigma_data, of the kinds that use it.
+    Args:
+        schedule: The path.
+        times: steps + 1 times on the path, falling. The last is where the last step ends, and may still hold noise.
+        indices: The loop's own index of each step. Solvers that evaluate a level twice (Heun, PNDM) have it once here.
+        timesteps: The timestep that the networks are told at each step.
+        kind: Prediction type of the networks, see `x0_from_output`.
+        data_std: EDM's sigma_data, for the prediction types that use it.
     """
 
     schedule: Schedule
@@ -62,19 +65,35 @@ class Grid:
         return max(0, bisect.bisect_right(self.times[:-1], -t, key=lambda time: -time) - 1)
 
 
-def read(scheduler: Any, first: int, length: int) -> Grid:
-    """The grid of a loop over `scheduler.timesteps[first : first + length]`. Raises ModelError where it is unknown."""
+def read_grid(scheduler: Any, first: int, length: int) -> Grid:
+    """Read the noise levels of a loop over `scheduler.timesteps[first : first + length]`.
+
+    Args:
+        scheduler: A diffusers scheduler after `set_timesteps`.
+        first: Index of the loop's first timestep (image-to-image starts halfway).
+        length: Number of timesteps in the loop.
+
+    Returns:
+        The grid, with one step per distinct level.
+
+    Raises:
+        ModelError: Where the scheduler is in no table of `families`, where it predicts eps at pure noise, and for
+            dynamic thresholding.
+    """
     config = scheduler.config
-    alpha, sigma = _table(scheduler)
+    alpha, sigma = _alpha_sigma_table(scheduler)
     alpha, sigma = alpha[first : first + length + 1], sigma[first : first + length + 1]
-    kind = _kind(scheduler)
+    kind = _output_kind(scheduler)
     if float(alpha[0]) == 0.0 and kind == "epsilon":
         raise ModelError(
-            f"{type(scheduler).__name__} starts at pure noise (zero terminal SNR), where a prediction of eps says "
-            "nothing about x_0; load the v-prediction checkpoint, or turn rescale_betas_zero_snr off"
+            f"{type(scheduler).__name__} starts at pure noise (zero terminal SNR), where x_0 cannot be computed from a "
+            "prediction of eps; load the v-prediction checkpoint, or turn rescale_betas_zero_snr off"
         )
     if config.get("thresholding", False):
-        raise ModelError("dynamic thresholding couples the coordinates of x_0; set thresholding=False on the scheduler")
+        raise ModelError(
+            "steer expects predictions of x_0 coordinate by coordinate, and dynamic thresholding rescales all by their "
+            f"quantile; set thresholding=False in the config of {type(scheduler).__name__}"
+        )
     if bool((alpha == 1.0).all()):
         schedule = VE(sigma_max=float(sigma[0]))
         times = sigma / sigma[0]
@@ -87,67 +106,88 @@ def read(scheduler: Any, first: int, length: int) -> Grid:
     given = scheduler.timesteps[first : first + length].tolist()
     keep = [i for i in range(length) if i == 0 or times[i] < times[i - 1]]
     return Grid(
-        schedule, tuple(float(times[i]) for i in (*keep, length)), tuple(keep), tuple(float(given[i]) for i in keep),
-        kind, _data_std(scheduler),
-    )  # fmt: skip
+        schedule=schedule,
+        times=tuple(float(times[i]) for i in (*keep, length)),
+        indices=tuple(keep),
+        timesteps=tuple(float(given[i]) for i in keep),
+        kind=kind,
+        data_std=_data_std(scheduler),
+    )
 
 
-def _table(scheduler: Any) -> tuple[Tensor, Tensor]:
-    """(alpha, sigma) at every timestep and at the end of the last step: float64, length len(timesteps) + 1."""
-    name, config = type(scheduler).__name__, scheduler.config
+def _alpha_sigma_table(scheduler: Any) -> tuple[Tensor, Tensor]:
+    """(alpha, sigma) at every timestep and at the end of the last step: float64, [len(timesteps) + 1] each."""
+    config = scheduler.config
     if _is_flow(scheduler):
         sigma = scheduler.sigmas.double().cpu()
         if float(sigma.max()) > 1.0:
-            return torch.ones_like(sigma), sigma  # Cosmos 2 steps through sigma space by a flow scheduler
-        # Mochi's sigmas count the share of the data
+            return torch.ones_like(sigma), sigma  # Cosmos 2 uses a flow scheduler in sigma space
+        # Mochi's sigmas are the fraction of data
         return (sigma, 1.0 - sigma) if config.get("invert_sigmas", False) else (1.0 - sigma, sigma)
-    if name == "SCMScheduler":
+    if name_is_in(scheduler, TRIGFLOW_SCHEDULERS):
         angle = scheduler.timesteps.double().cpu()
         return angle.cos(), angle.sin() * config.sigma_data
-    if name.startswith(_SIGMA_SPACE):
+    if name_begins(scheduler, SIGMA_SPACE_SCHEDULERS):
         sigma = scheduler.sigmas.double().cpu()
         return torch.ones_like(sigma), sigma
-    if name.startswith(_BY_RATIO):
+    if name_begins(scheduler, SIGMA_RATIO_SCHEDULERS):
         ratio = scheduler.sigmas.double().cpu()
         alpha = (ratio.square() + 1.0).rsqrt()
         return alpha, ratio * alpha
-    if name == "DDPMWuerstchenScheduler":  # its timesteps are a continuous time, with the end of the last step
+    if name_is_in(scheduler, COSINE_SCHEDULERS):  # timesteps include the end of the last step
         squared = scheduler._alpha_cumprod(scheduler.timesteps.double().cpu(), torch.device("cpu"))
         return squared.sqrt(), (1.0 - squared).sqrt()
-    if name in _BY_TIMESTEP:
+    if name_is_in(scheduler, TIMESTEP_SCHEDULERS):
         kept = scheduler.alphas_cumprod.double().cpu()
         end = torch.as_tensor(getattr(scheduler, "final_alpha_cumprod", 1.0)).double().cpu().reshape(1)
         squared = torch.cat([kept[scheduler.timesteps.cpu().long()], end])
         return squared.sqrt(), (1.0 - squared).sqrt()
     raise ModelError(
-        f"the noise levels of {name} are not known to steer; use a scheduler of the same training, for instance "
-        "pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)"
+        f"the noise levels of {type(scheduler).__name__} are not known to steer; use a scheduler of the same training, "
+        "for instance pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)"
     )
 
 
 def _is_flow(scheduler: Any) -> bool:
-    return type(scheduler).__name__.startswith(_FLOW) or bool(scheduler.config.get("use_flow_sigmas", False))
+    """Whether the scheduler's `sigmas` are those of a flow, alpha + sigma = 1."""
+    return name_begins(scheduler, FLOW_SCHEDULERS) or bool(scheduler.config.get("use_flow_sigmas", False))
 
 
 def _data_std(scheduler: Any) -> float:
+    """EDM's sigma_data; 1 for schedulers without one."""
     return float(scheduler.config.get("sigma_data", 1.0))
 
 
-def _kind(scheduler: Any) -> str:
-    name, config = type(scheduler).__name__, scheduler.config
-    if name.startswith(_FLOW):
+def _output_kind(scheduler: Any) -> str:
+    """Prediction type of the networks: the scheduler's own, or one implied by its family."""
+    config = scheduler.config
+    if name_begins(scheduler, FLOW_SCHEDULERS):
         return "reversed_flow" if config.get("invert_sigmas", False) else "flow_prediction"
-    if name.startswith(("EDM", "CosineDPM")):
+    if name_begins(scheduler, EDM_SCHEDULERS):
         return f"edm_{config.prediction_type}"
-    if name == "SCMScheduler":
+    if name_is_in(scheduler, TRIGFLOW_SCHEDULERS):
         return "trigflow"
     return config.get("prediction_type", "epsilon")
 
 
-def x0_of(output: Tensor, x: Tensor, at: Level, kind: str, data_std: float = 1.0) -> Tensor:
-    """The prediction of x_0 that a network output stands for, at a level where the state is x.
+def x0_from_output(output: Tensor, x: Tensor, at: Level, kind: str, data_std: float = 1.0) -> Tensor:
+    """Compute the prediction of x_0 from a network's output.
 
-    Linear in (output, x), so gradients pass. Only "epsilon" divides by alpha.
+    Linear in (output, x), so gradients pass through. Only "epsilon" divides by alpha.
+
+    Args:
+        output: What the network predicts, same shape as x.
+        x: The state at the level.
+        at: The noise level.
+        kind: Prediction type: "epsilon", "sample", "v_prediction", "flow_prediction", "reversed_flow", "trigflow",
+            "edm_epsilon" or "edm_v_prediction".
+        data_std: EDM's sigma_data, for the two "edm_" types.
+
+    Returns:
+        E[x_0 | x], same shape as x.
+
+    Raises:
+        ModelError: For any other prediction type.
     """
     alpha, sigma = at.alpha, at.sigma
     square = alpha**2 + sigma**2
@@ -167,19 +207,29 @@ def x0_of(output: Tensor, x: Tensor, at: Level, kind: str, data_std: float = 1.0
         total = sigma**2 + data_std**2
         sign = 1.0 if kind == "edm_epsilon" else -1.0
         return x * (data_std**2 / total) + output * (sign * sigma * data_std / math.sqrt(total))
-    raise ModelError(f"steer does not know what a network of prediction type {kind!r} predicts")
+    raise ModelError(
+        "steer knows the prediction types epsilon, sample, v_prediction and flow_prediction, and those of TrigFlow and "
+        f"EDM, got {kind!r}; open the network itself by steer.from_denoiser"
+    )
 
 
 def timestep_at(scheduler: Any, at: Level) -> float:
-    """What the networks are told at a level off the grid: the inverse of the scheduler's own table, interpolated."""
-    name = type(scheduler).__name__
+    """Timestep to tell the networks at a level off the grid: the scheduler's own table inverted by interpolation.
+
+    Args:
+        scheduler: A diffusers scheduler after `set_timesteps`.
+        at: The noise level.
+
+    Returns:
+        The timestep, in the scheduler's units.
+    """
     if _is_flow(scheduler):
-        return _between(scheduler, entry_at(scheduler, at))
-    if name == "SCMScheduler":
+        return _flow_timestep(scheduler, sigma_entry_at(scheduler, at))
+    if name_is_in(scheduler, TRIGFLOW_SCHEDULERS):
         return math.atan2(at.sigma / _data_std(scheduler), at.alpha)
-    if name.startswith(("EDM", "CosineDPM")):
+    if name_begins(scheduler, EDM_SCHEDULERS):
         return 0.25 * math.log(at.sigma)
-    if name == "DDPMWuerstchenScheduler":
+    if name_is_in(scheduler, COSINE_SCHEDULERS):
         return _cosine_time(scheduler, at.alpha)
     kept = scheduler.alphas_cumprod.double().cpu()
     ratios = (0.5 * ((1.0 - kept) / kept).log()).tolist()  # log(sigma / alpha), rising with the timestep
@@ -202,10 +252,10 @@ def _cosine_time(scheduler: Any, alpha: float) -> float:
     return 1.0 - (1.0 - time) ** power if scheduler.scaler > 1 else time**power
 
 
-def _between(scheduler: Any, sigma: float) -> float:
-    """The timestep of a flow scheduler at an entry between those of its own grid: straight between them, and to 0.
+def _flow_timestep(scheduler: Any, sigma: float) -> float:
+    """Timestep of a flow scheduler at a sigma between its own: linear between neighbours, and down to 0.
 
-    Most tell the networks sigma times a constant; CogView4 shifts its sigmas and leaves its timesteps.
+    Most schedulers use sigma times a constant; CogView4 shifts its sigmas but not its timesteps.
     """
     told = scheduler.timesteps.double().cpu()
     knots = dict(zip(scheduler.sigmas.double().cpu()[: len(told)].tolist(), told.tolist(), strict=True))
@@ -215,20 +265,35 @@ def _between(scheduler: Any, sigma: float) -> float:
     return low + (top - low) * (sigma - left) / (right - left)
 
 
-def entry_at(scheduler: Any, at: Level) -> float:
-    """What a scheduler's table `sigmas` would hold for a level off the grid: some pipelines look it up themselves."""
+def sigma_entry_at(scheduler: Any, at: Level) -> float:
+    """Entry of the scheduler's table `sigmas` for a level off the grid, which some pipelines look up themselves.
+
+    Args:
+        scheduler: A diffusers scheduler after `set_timesteps`.
+        at: The noise level.
+
+    Returns:
+        The entry: sigma, sigma / alpha or the fraction of data, as that scheduler stores it.
+    """
     if _is_flow(scheduler) and scheduler.config.get("invert_sigmas", False):
         return 1.0 - at.sigma
-    if not _is_flow(scheduler) and type(scheduler).__name__.startswith(_BY_RATIO):
+    if not _is_flow(scheduler) and name_begins(scheduler, SIGMA_RATIO_SCHEDULERS):
         return at.sigma / at.alpha if at.alpha > 0.0 else math.inf
     return at.sigma
 
 
 def input_scale(scheduler: Any, at: Level) -> float:
-    """The factor by which a scheduler scales states before the networks see them, at a level off the grid."""
-    name = type(scheduler).__name__
-    if name.startswith(("EDM", "CosineDPM")):
+    """Factor by which the scheduler scales states before the networks see them, at a level off the grid.
+
+    Args:
+        scheduler: A diffusers scheduler.
+        at: The noise level.
+
+    Returns:
+        The factor, 1 for schedulers that do not scale.
+    """
+    if name_begins(scheduler, EDM_SCHEDULERS):
         return 1.0 / math.sqrt(at.sigma**2 + _data_std(scheduler) ** 2)
-    if name.startswith(_SIGMA_SPACE):
+    if name_begins(scheduler, SIGMA_SPACE_SCHEDULERS):
         return 1.0 / math.sqrt(at.sigma**2 + 1.0)
     return 1.0

@@ -1,8 +1,8 @@
-"""A pipeline's own `__call__` as a random-access function of latents and loop step.
+"""A pipeline's own `__call__` as a function of latents and loop step, in any order.
 
 Every evaluation is one call of a *shallow copy* of the pipeline with a steered scheduler: the pipeline encodes, scales,
-guides and decodes as it always does, and no line of it is copied here. The user's pipeline and its modules are only
-read. Costs about a millisecond of Python per evaluation.
+guides and decodes as usual, and none of its code is copied here. The user's pipeline and its modules are only read.
+Each evaluation costs about a millisecond of Python.
 """
 
 from __future__ import annotations
@@ -18,17 +18,11 @@ from ..errors import ModelError, ShapeError, SteerError
 from ..key import Key
 from . import preparation
 from .conditioning import Conditioning
-from .network_proxy import Network, is_network
-from .steered_scheduler import Captured, IgnoresInterrupt, Job, OffGrid, SteeredScheduler
+from .families import METHODS_BEFORE_LOOP
+from .network_proxy import NetworkProxy, is_network
+from .steered_scheduler import CapturedStep, IgnoresInterrupt, Job, OffGridLevel, SteeredScheduler
 
-# What pipelines compute before their loop, under the names they give it.
-_PRELUDE = (
-    "encode_prompt", "encode_image", "prepare_latents", "prepare_image_latents", "prepare_mask_latents",
-    "prepare_control_image", "prepare_image_embeds", "prepare_ip_adapter_image_embeds", "_get_t5_prompt_embeds",
-)  # fmt: skip
-
-
-_CHANGES = (
+_CHANGES_LATENTS = (
     "changes the latents between its steps, by more than pasting a known part over them, which steer would have to "
     "copy; wrap the network by steer.from_eps, from_v, from_velocity or from_denoiser"
 )
@@ -37,35 +31,43 @@ _CHANGES = (
 class PipelineCall:
     """One pipeline with one set of call arguments. Not thread-safe: a call leaves state in the copy while it runs.
 
-    Prompts are encoded, and images too, once per combination of problems in a batch, without gradients.
+    Prompts and images are encoded once per combination of problems in a batch, without gradients.
 
-    free: (problems, 1, *event), which coordinates of the latents are the chain's; None: all. Inpainting pastes the
-          others over between two steps, with an image that it noises by what its prelude drew.
+    Args:
+        pipe: The user's pipeline.
+        call: Its call arguments.
+        steps: Number of inference steps.
+
+    Attributes:
+        user_pipe: The user's pipeline.
+        owner: The pipeline whose loop is steered: the decoder of a combined one, else `user_pipe`.
+        free: Which coordinates of the latents are sampled, bool [B or 1, 1, *event]; None: all. Inpainting pastes over
+            the others between two steps, with an image noised by a draw that it makes before its loop.
     """
 
     def __init__(self, pipe: Any, call: Mapping[str, Any], steps: int):
-        self.user, self.conditioning = pipe, Conditioning(pipe, call, steps)
+        self.user_pipe, self.conditioning = pipe, Conditioning(pipe, call, steps)
         self.owner = preparation.owner_of_loop(pipe)
         self.scheduler = SteeredScheduler(self.owner.scheduler, lambda on: setattr(self._loop, "_interrupt", on))
-        self._pipe = preparation.copied(pipe, self.scheduler.copy)
+        self._pipe = preparation.copy_pipeline(pipe, self.scheduler.steered)
         self._loop = preparation.owner_of_loop(self._pipe)
         recorded: dict[Any, Any] = {}
         for name, module in self.owner.components.items():
             if is_network(name, module):
-                vars(self._loop)[name] = Network(module, self.scheduler, recorded, name)
-        for name in _PRELUDE:
+                vars(self._loop)[name] = NetworkProxy(module, self.scheduler, recorded, name)
+        for name in METHODS_BEFORE_LOOP:
             if hasattr(self._loop, name):
-                vars(self._loop)[name] = self._once(name, getattr(self._loop, name))
+                vars(self._loop)[name] = self._computed_once(name, getattr(self._loop, name))
         if self._loop is not self._pipe:
-            vars(self._pipe)["prior_pipe"] = self._once("prior_pipe", self._pipe.prior_pipe)
-        # A fixed seed, unless the user gave a generator: what a prelude draws (an encoded image, say) is the same in
-        # every call, and the global generators are left alone.
+            vars(self._pipe)["prior_pipe"] = self._computed_once("prior_pipe", self._pipe.prior_pipe)
+        # A fixed seed, unless the user gave a generator: what is drawn before the loop (an encoded image, say) is the
+        # same in every call, and the global generators are left alone.
         generator = call.get("generator")
         self._random = (generator or torch.Generator().manual_seed(0)).get_state()
         self._random_device = "cpu" if generator is None else generator.device
-        self._known: dict[Any, Any] = {}
-        self._entered: dict[tuple[str, int], Tensor] = {}
-        self._count: dict[str, int] = {}
+        self._computed: dict[Any, Any] = {}
+        self._generator_states: dict[tuple[str, int], Tensor] = {}
+        self._calls: dict[str, int] = {}
         self._generator: torch.Generator | None = None
         self._start, self._copies = torch.empty(0), 1
         self._by_step, self._skip = not hasattr(self.owner, "prepare_latents"), True
@@ -73,110 +75,165 @@ class PipelineCall:
 
     @property
     def device(self) -> torch.device:
-        """Where the pipeline computes, which under offloading is not where its modules are."""
-        return torch.device(self.user._execution_device)
+        """Device that the pipeline computes on, which under offloading is not where its modules are."""
+        return torch.device(self.user_pipe._execution_device)
 
-    def begin(self) -> None:
-        """The pipeline's own start, one row of problem 0, before any other call: it fixes what preludes draw.
+    def record_start(self) -> None:
+        """Record the pipeline's own starting latents, one row of problem 0, and fix what is drawn before its loop.
 
-        Costs one evaluation of one row, for the form of the networks' output.
+        To be called before any other method.
+
+        Cost: one network evaluation of one row, for the form of the networks' output.
         """
         start = self._capture(Job((0,), 1, index=0, stubbed=True)).sample.detach().clone()
         self._copies = len(start)
         self._start = self.first_copy(start, 1)
 
-    def initial(self, problem: int, noise: float) -> Tensor:
-        """The latents (1, *event) that a problem starts from if each of the pipeline's draws of noise were `noise`."""
-        with preparation.noise_replaced(type(self.owner), preparation.constant(noise)):
+    def initial_latents(self, problem: int, noise: float) -> Tensor:
+        """Starting latents of a problem if every draw of noise by the pipeline were one number.
+
+        Args:
+            problem: Index of the problem.
+            noise: The number.
+
+        Returns:
+            Latents [1, *event].
+        """
+        with preparation.noise_replaced(type(self.owner), preparation.constant_draw(noise)):
             return self._capture(Job((problem,), 1, index=0, noise=noise, stubbed=True)).sample.detach().clone()
 
-    def entering(self, latents: Tensor, problem: int) -> Tensor:
-        """What the loop of a problem starts from, (1, *event), given one row of its `latents` argument.
+    def state_of_latents(self, latents: Tensor, problem: int) -> Tensor:
+        """The state that a problem's loop starts from, given one row of its `latents` argument.
 
-        The pipeline scales and packs them as it does for its user.
+        The pipeline scales and packs the latents as it does for its user.
+
+        Args:
+            latents: One row, in the form of the pipeline's own argument.
+            problem: Index of the problem.
+
+        Returns:
+            The state [1, *event].
+
+        Raises:
+            ModelError: For combined pipelines, whose `latents` are their prior's.
+            ShapeError: For latents of another size than the process was opened with.
         """
-        if self.owner is not self.user:
-            raise ModelError(f"latents= of {type(self.user).__name__} are its prior's; open pipe.decoder_pipe instead")
-        kept = dict(self._known)  # what it makes of these latents is no use to the next ones
+        if self.owner is not self.user_pipe:
+            raise ModelError(
+                f"latents= of a combined pipeline such as {type(self.user_pipe).__name__} are its prior's; open "
+                "pipe.decoder_pipe instead"
+            )
+        kept = dict(self._computed)  # what is computed from these latents does not serve others
         try:
             job = Job((problem,), 1, index=0, noise=0.0, given=True, stubbed=True)
             x = self._capture(job, latents=latents).sample.detach().clone()
         finally:
-            self._known = kept
+            self._computed = kept
         if x.shape != self._start.shape:
             raise ShapeError(
-                f"latents of shape {tuple(latents.shape)} make {type(self.user).__name__} start from "
-                f"{tuple(x.shape)}, and its own start has shape {tuple(self._start.shape)}; give latents of the "
-                "height, width and number of frames that the process was opened with"
+                f"{type(self.user_pipe).__name__} starts from states of shape {tuple(self._start.shape)}, got latents "
+                f"{tuple(latents.shape)}, which make {tuple(x.shape)}; give latents of the height, width and number of "
+                "frames that the process was opened with"
             )
         return x
 
     def predict(
-        self, x: Tensor, problems: tuple[int, ...], per: int, index: int, off_grid: OffGrid | None = None
+        self, x: Tensor, problems: tuple[int, ...], rows_each: int, index: int, off_grid: OffGridLevel | None = None
     ) -> Tensor:
-        """What the pipeline hands to `scheduler.step` at loop step `index`, latents being x: its guided prediction.
+        """The pipeline's guided prediction at one step, as it gives it to `scheduler.step`.
 
-        x: (len(problems) * per, *event), problem by problem. off_grid: a level to evaluate at instead of the
-        step's own. Differentiable in x where gradients are enabled.
+        Args:
+            x: Latents [len(problems) * rows_each, *event], problem by problem.
+            problems: The problems in the batch.
+            rows_each: Rows per problem.
+            index: The loop's own index of the step.
+            off_grid: A level to evaluate at instead of that step's.
+
+        Returns:
+            The prediction, one row per row of x; differentiable in x where gradients are enabled.
+
+        Raises:
+            ShapeError: Where the first axis of the prediction is not the batch.
         """
-        job = Job(problems, per, index, x, off_grid, gradient=torch.is_grad_enabled())
+        job = Job(problems, rows_each, index=index, x=x, off_grid=off_grid, gradient=torch.is_grad_enabled())
         output = self._capture(job).output
         if len(output) != len(x):
             raise ShapeError(
-                f"{type(self.user).__name__} predicts {tuple(output.shape)} for latents {tuple(x.shape)}: its first "
-                "axis is not the batch, and steer cannot tell particles apart"
+                f"a prediction's first axis must be the batch, {len(x)}; {type(self.user_pipe).__name__} predicts "
+                f"{tuple(output.shape)} for latents {tuple(x.shape)}; wrap its network by steer.from_denoiser"
             )
         return output
 
-    def decode(self, x: Tensor, problems: tuple[int, ...], per: int) -> Tensor:
-        """The pipeline's output for final latents x (len(problems) * per, *event): images in [0, 1], frames, sound."""
-        job = Job(problems, per, x=x, gradient=torch.is_grad_enabled())
-        try:
-            output = self._run(job, by_step=self.scheduler.length == 1)  # no other step showed what follows its step
-        except NameError:  # the decoder reads a variable of the loop's body: run one, on stubs
-            output = self._run(Job(problems, per, x=x, gradient=job.gradient), by_step=True)
-        return _first(output)
+    def decode(self, x: Tensor, problems: tuple[int, ...], rows_each: int) -> Tensor:
+        """The pipeline's output for final latents: images in [0, 1], frames or sound.
 
-    def output(self, pipe: Any, problems: tuple[int, ...], per: int) -> Tensor:
-        """What another pipeline object returns for the same arguments and random numbers: see `steer.verify`."""
-        arguments = self.conditioning.arguments(problems, per)
-        with self._seeded(arguments):
-            return _first(pipe(**arguments))
+        Args:
+            x: Latents [len(problems) * rows_each, *event], problem by problem.
+            problems: The problems in the batch.
+            rows_each: Rows per problem.
+
+        Returns:
+            The output, one or several entries per row.
+        """
+        job = Job(problems, rows_each, x=x, gradient=torch.is_grad_enabled())
+        try:
+            output = self._run(job, by_step=self.scheduler.length == 1)  # a single step has none after it to probe
+        except NameError:  # the decoder reads a variable of the loop's body: run one step on stubbed networks
+            output = self._run(Job(problems, rows_each, x=x, gradient=job.gradient), by_step=True)
+        return _first_field(output)
+
+    def output(self, pipe: Any, problems: tuple[int, ...], rows_each: int) -> Tensor:
+        """What another pipeline object returns for the same arguments and random numbers; used by `steer.verify`.
+
+        Args:
+            pipe: The other pipeline.
+            problems: The problems in the batch.
+            rows_each: Rows per problem.
+        """
+        arguments = self.conditioning.arguments(problems, rows_each)
+        with self._fixed_generators(arguments):
+            return _first_field(pipe(**arguments))
 
     def probe(self) -> int:
-        """Finds out how latents enter this pipeline, and returns the network rows that one prediction costs.
+        """Find out how latents enter this pipeline, and what one prediction costs.
 
-        Raises ModelError for pipelines whose loop does more with latents than predict, step, and paste a known part
-        over them. Costs one or two evaluations of one row.
+        Returns:
+            Network rows per prediction of one row.
+
+        Raises:
+            ModelError: For pipelines whose loop does more with latents than predict, step, and paste a known part over
+                them.
+
+        Cost: one or two network evaluations of one row.
         """
         try:
-            rows = self._probed()
+            rows = self._probe()
         except (SteerError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # its own call went through up to here, so it is steering that it does not stand
+        except Exception as error:  # the pipeline's own call has worked by now, so steering is the cause
             raise ModelError(
-                f"{type(self.user).__name__} cannot be steered: given latents in the form of those that it hands to "
-                f"scheduler.step, it raised {type(error).__name__}: {error}; open its network: steer.from_velocity, "
+                f"{type(self.user_pipe).__name__} cannot be steered: given latents in the form of those that it gives "
+                f"to scheduler.step, it raised {type(error).__name__}: {error}; open its network: steer.from_velocity, "
                 "from_eps, from_edm or from_denoiser"
             ) from error
         if rows is None:
-            raise ModelError(f"{type(self.user).__name__} {_CHANGES}")
+            raise ModelError(f"{type(self.user_pipe).__name__} {_CHANGES_LATENTS}")
         return rows
 
-    def _probed(self) -> int | None:
-        """As `probe`; None where the loop never sees what it was given."""
-        free = torch.stack([self._followed(problem) for problem in range(self.conditioning.problems or 1)])
+    def _probe(self) -> int | None:
+        """As `probe`; None where the loop never uses the latents that it was given."""
+        free = torch.stack([self._passed_on(problem) for problem in range(self.conditioning.problems or 1)])
         self.free = None if bool(free.all()) else free
-        rows = None if self._by_step else self._enters(free[0])
+        rows = None if self._by_step else self._rows_if_entered(free[0])
         if rows is None:
-            self._by_step = True  # what prepare_latents returns is not what the scheduler steps
-            rows = self._enters(free[0])
+            self._by_step = True  # the scheduler steps something else than what prepare_latents returns
+            rows = self._rows_if_entered(free[0])
         if rows is not None and self.free is not None:
-            self._skip = self._skips_alike()
+            self._skip = self._skipping_is_safe()
         return rows
 
-    def _enters(self, free: Tensor) -> int | None:
-        """Network rows of one prediction, or None where the loop does not see the latents that it was given."""
+    def _rows_if_entered(self, free: Tensor) -> int | None:
+        """Network rows of one prediction, or None where the loop does not use the latents that it was given."""
         other = Key(1).normal(self._start.shape).to(self._start)
         job = Job((0,), 1, index=0, x=torch.where(free, other, self._start))
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
@@ -185,10 +242,10 @@ class PipelineCall:
             return None
         return job.rows if torch.equal(seen, torch.where(free, job.sent[:1].to(seen), self._start)) else None
 
-    def _skips_alike(self) -> bool:
-        """Whether skipped steps leave a pipeline that pastes as steps on stubs do. No network runs.
+    def _skipping_is_safe(self) -> bool:
+        """Whether skipping earlier steps and running them on stubbed networks lead to the same latents.
 
-        Steps that are skipped draw nothing; a loop that draws what it pastes has to run them all.
+        Skipped steps draw nothing, so a loop that draws what it pastes has to run them all. No network runs here.
         """
         last = Job((0,), 1, index=self.scheduler.length - 1, x=self._start, stubbed=True)
         skipped = self._capture(last).sample.clone()
@@ -197,63 +254,78 @@ class PipelineCall:
         self._skip = False
         return torch.equal(skipped, self._capture(last).sample)
 
-    def _followed(self, problem: int) -> Tensor:
-        """Where (1, *event) the second step of a problem starts from what the first returned; elsewhere, not at all.
+    def _passed_on(self, problem: int) -> Tensor:
+        """Coordinates [1, *event] at which a problem's second step starts from the result of its first.
 
-        Raises ModelError where it starts from anything that is made of both.
+        Elsewhere it must not depend on that result: raises ModelError where it mixes that with other latents.
         """
         returned = Key(0).normal((2, *self._start.shape)).to(self._start)
-        # A change of precision on the way is none of the latents.
+        # Cast back, as a change of dtype on the way is not a change of the latents.
         jobs = [Job((problem,), 1, index=0, stubbed=True, after=lambda _, __, y=y: y.clone()) for y in returned]
         one, two = (self._capture(job).sample.to(returned) for job in jobs)
         if one.shape == two.shape == returned.shape[1:]:
             kept = torch.isclose(one, returned[0]) & torch.isclose(two, returned[1])
             if bool((kept | (one == two)).all()):
                 return kept
-        raise ModelError(f"{type(self.user).__name__} {_CHANGES}")
+        raise ModelError(f"{type(self.user_pipe).__name__} {_CHANGES_LATENTS}")
 
-    def _capture(self, job: Job, **extra: Any) -> Captured:
+    def _capture(self, job: Job, **extra: Any) -> CapturedStep:
+        """Run one call of the pipeline up to `scheduler.step`, and return what that was given."""
         left = self._run(job, **extra)
-        if not isinstance(left, Captured):
-            raise ModelError(f"{type(self.user).__name__} ended without calling scheduler.step: it is not a loop")
-        rows = len(job.problems) * job.per
-        return Captured(self.first_copy(left.output, rows), self.first_copy(left.sample, rows))
+        if not isinstance(left, CapturedStep):
+            raise ModelError(
+                "from_pipeline opens pipelines whose loop calls scheduler.step, and "
+                f"{type(self.user_pipe).__name__} ended without calling it; wrap its network by steer.from_denoiser"
+            )
+        rows = len(job.problems) * job.rows_each
+        return CapturedStep(self.first_copy(left.output, rows), self.first_copy(left.sample, rows))
 
     def first_copy(self, tensor: Tensor, rows: int) -> Tensor:
-        """The rows of a batch, of which some loops carry one copy per guidance branch. Raises where these differ."""
+        """The rows of a batch, where some loops carry one copy per guidance branch.
+
+        Args:
+            tensor: What the loop carries, [copies * rows, ...].
+            rows: Rows in the batch.
+
+        Returns:
+            The first copy, [rows, ...].
+
+        Raises:
+            ModelError: Where the copies differ.
+        """
         if self._copies == 1:
             return tensor
         if not torch.equal(tensor, tensor[:rows].repeat(self._copies, *[1] * (tensor.ndim - 1))):
             raise ModelError(
-                f"{type(self.user).__name__} hands {len(tensor)} rows to scheduler.step for {rows}, and not as copies: "
-                "their first axis is not the batch, and steer cannot tell particles apart"
+                f"{type(self.user_pipe).__name__} gives {len(tensor)} rows to scheduler.step for a batch of {rows}, "
+                "and not as copies, so particles cannot be told apart; wrap its network by steer.from_denoiser"
             )
         return tensor[:rows]
 
     def _run(self, job: Job, *, by_step: bool = False, **extra: Any) -> Any:
-        """One call of the pipeline: its output, or what it was left with. Restores every global mode it touched."""
+        """One call of the pipeline: its output, or the captured step. Restores every global mode that it changed."""
         pastes = self.free is not None and (job.index != 0 or job.off_grid is not None)
         job.by_step = (self._by_step or by_step or pastes) and job.x is not None
-        arguments = {**self.conditioning.arguments(job.problems, job.per), **extra}
+        arguments = {**self.conditioning.arguments(job.problems, job.rows_each), **extra}
         gradients = torch.is_grad_enabled()
         while True:
             job.skip, job.rows, job.sent = self._skip, 0, None
-            self.scheduler.begin(job)
-            self._count.clear()
+            self.scheduler.prepare(job)
+            self._calls.clear()
             try:
-                with self._seeded(arguments):
+                with self._fixed_generators(arguments):
                     return self._pipe(**arguments)
-            except Captured as left:
+            except CapturedStep as left:
                 return left
             except IgnoresInterrupt:
-                self._skip = False  # earlier steps of this pipeline are passed on stubbed networks from here on
+                self._skip = False  # from now on, earlier steps of this pipeline run on stubbed networks
             finally:
                 torch.set_grad_enabled(gradients)
                 vars(self._loop).pop("_interrupt", None)
 
     @contextmanager
-    def _seeded(self, arguments: dict[str, Any]) -> Iterator[None]:
-        """The generators of a call at their fixed state; the global ones as they were, afterwards."""
+    def _fixed_generators(self, arguments: dict[str, Any]) -> Iterator[None]:
+        """Within this context all generators are in a fixed state; the global ones are restored afterwards."""
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.set_rng_state(torch.Generator().manual_seed(0).get_state())
@@ -264,36 +336,36 @@ class PipelineCall:
                 self._generator.set_state(self._random)
             yield
 
-    def _once(self, name: str, function: Any) -> Any:
-        """A part of the prelude, computed once per batch of problems; latents are exchanged for the job's."""
+    def _computed_once(self, name: str, function: Any) -> Any:
+        """Wrap a method called before the loop: computed once per batch of problems, with the job's latents put in."""
 
         def prepared(*args: Any, **kwargs: Any) -> Any:
             job = self.scheduler.job
-            self._count[name] = self._count.get(name, 0) + 1
-            key = (name, self._count[name], job.problems, job.per)
+            self._calls[name] = self._calls.get(name, 0) + 1
+            key = (name, self._calls[name], job.problems, job.rows_each)
             if name.startswith("prepare_"):
                 key = (*key, job.noise, job.given)
-            if key not in self._known:
+            if key not in self._computed:
                 if self._generator is not None:
-                    # Initial noise takes more random numbers in a larger batch; what is drawn after it, an encoded
-                    # image say, must not change with that: every part starts where it did for one row.
-                    entered = self._entered.setdefault(key[:2], self._generator.get_state())
+                    # A larger batch draws more random numbers for its initial noise, and what is drawn after it, an
+                    # encoded image say, must not change with that: every method starts from its state for one row.
+                    entered = self._generator_states.setdefault(key[:2], self._generator.get_state())
                     self._generator.set_state(entered)
-                alike = preparation.rows_alike(len(job.problems) * job.per)
+                alike = preparation.same_draw_per_row(len(job.problems) * job.rows_each)
                 with torch.no_grad(), preparation.noise_replaced(type(self.owner), alike):
                     value = function(*args, **kwargs)
-                self._known[key] = value, self._generator.get_state() if self._generator is not None else None
-            value, state = self._known[key]
+                self._computed[key] = value, self._generator.get_state() if self._generator is not None else None
+            value, state = self._computed[key]
             if self._generator is not None and state is not None:
-                self._generator.set_state(state)  # what is not computed again still uses up its random numbers
+                self._generator.set_state(state)  # as if it had been computed again
             if name == "prepare_latents":
-                return self._injected(value, job)
+                return self._with_job_latents(value, job)
             return list(value) if isinstance(value, list) else value
 
         return prepared
 
-    def _injected(self, value: Any, job: Job) -> Any:
-        """What prepare_latents returned, the latents in it exchanged for the job's where they are of the same form."""
+    def _with_job_latents(self, value: Any, job: Job) -> Any:
+        """The result of prepare_latents with its latents replaced by the job's, where they have the same shape."""
         several = isinstance(value, tuple)
         # Copies throughout, as some loops write into their latents.
         parts = [part.clone() if torch.is_tensor(part) else part for part in (value if several else (value,))]
@@ -304,12 +376,12 @@ class PipelineCall:
         return tuple(parts) if several else parts[0]
 
     def _rows_of_free(self, job: Job) -> Tensor:
-        """`free` for every row of a call."""
+        """`free` for every row of a call, [rows, *event]."""
         assert self.free is not None
-        return self.free[list(job.problems), 0].repeat_interleave(job.per, 0)
+        return self.free[list(job.problems), 0].repeat_interleave(job.rows_each, 0)
 
 
-def _first(output: Any) -> Tensor:
+def _first_field(output: Any) -> Tensor:
     """The first field of a pipeline's output, as one tensor."""
     first = output[0] if isinstance(output, tuple) else next(iter(output.values()))
     return first if torch.is_tensor(first) else torch.stack([torch.as_tensor(part) for part in first])

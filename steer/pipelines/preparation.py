@@ -1,4 +1,4 @@
-"""What a pipeline does before its loop: the noise it draws, and the pipelines that it runs first."""
+"""What a pipeline does before its loop: the noise it draws and the pipelines that it runs first."""
 
 from __future__ import annotations
 
@@ -11,27 +11,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-COMBINED = {"prior_pipe", "decoder_pipe"}
-"""The pipelines inside a combined one (Kandinsky, Stable Cascade): the prior's whole loop is prelude."""
+from .families import COMBINED_PIPELINES
 
-Draw = Callable[..., Tensor]
-"""draw(original, shape, generator=, device=, dtype=, layout=), in place of diffusers' `randn_tensor`."""
+DrawFunction = Callable[..., Tensor]
+"""draw(original, shape, generator=, device=, dtype=, layout=), which replaces diffusers' `randn_tensor`."""
 
 
 def inner_pipelines(pipe: Any) -> list[str]:
-    """The names of the pipelines that a pipeline runs."""
+    """Names of the other pipelines that a pipeline runs, sorted."""
     return sorted(name for name, part in vars(pipe).items() if hasattr(part, "components") and callable(part))
 
 
 def owner_of_loop(pipe: Any) -> Any:
-    """The pipeline whose loop makes the samples: the decoder of a combined one, else the pipeline itself."""
-    return pipe.decoder_pipe if set(inner_pipelines(pipe)) == COMBINED else pipe
+    """The pipeline whose loop makes the samples: the decoder of a combined pipeline, else the pipeline itself."""
+    return pipe.decoder_pipe if set(inner_pipelines(pipe)) == COMBINED_PIPELINES else pipe
 
 
-def copied(pipe: Any, scheduler: Any) -> Any:
-    """A silent copy of a pipeline that shares its modules and whose loop asks another scheduler.
+def copy_pipeline(pipe: Any, scheduler: Any) -> Any:
+    """Copy a pipeline so that its loop uses another scheduler. Modules are shared, and the copy shows no progress bar.
 
-    Other schedulers and guiders keep state while a pipeline runs, so the copy has its own.
+    Other schedulers and guiders keep state while a pipeline runs, so the copy gets its own.
+
+    Args:
+        pipe: The pipeline, which is only read.
+        scheduler: The scheduler of the copy's loop.
+
+    Returns:
+        The copy.
     """
     other = copy.copy(pipe)
     other.set_progress_bar_config(disable=True)
@@ -41,16 +47,16 @@ def copied(pipe: Any, scheduler: Any) -> Any:
     if owner_of_loop(pipe) is pipe:
         vars(other)["scheduler"] = scheduler
     else:
-        vars(other)["prior_pipe"] = copied(pipe.prior_pipe, copy.deepcopy(pipe.prior_pipe.scheduler))
-        vars(other)["decoder_pipe"] = copied(pipe.decoder_pipe, scheduler)
+        vars(other)["prior_pipe"] = copy_pipeline(pipe.prior_pipe, copy.deepcopy(pipe.prior_pipe.scheduler))
+        vars(other)["decoder_pipe"] = copy_pipeline(pipe.decoder_pipe, scheduler)
     return other
 
 
-def constant(value: float) -> Draw:
-    """Draws of one number.
+def constant_draw(value: float) -> DrawFunction:
+    """Draws that are all equal to one number.
 
-    The latents a pipeline starts from are affine in their noise, so two numbers give their mean and standard deviation
-    whatever else they hold: an encoded image, packing, the scheduler's own scale.
+    The latents that a pipeline starts from are affine in their noise, so two such numbers give their mean and standard
+    deviation whatever else they contain: an encoded image, packing, the scheduler's own scale.
     """
 
     def draw(original: Any, shape: Any, device: Any = None, dtype: Any = None, **_: Any) -> Tensor:
@@ -59,8 +65,8 @@ def constant(value: float) -> Draw:
     return draw
 
 
-def rows_alike(rows: int) -> Draw:
-    """Draws in which every row of a batch is what it is alone: what a prelude draws does not tell particles apart."""
+def same_draw_per_row(rows: int) -> DrawFunction:
+    """Draws of one row, repeated over a batch, so that what is drawn before the loop is the same for every particle."""
 
     def draw(original: Any, shape: Any, **options: Any) -> Tensor:
         if shape[0] != rows:
@@ -71,8 +77,8 @@ def rows_alike(rows: int) -> Draw:
 
 
 @contextmanager
-def noise_replaced(kind: type, draw: Draw) -> Iterator[None]:
-    """Every draw that a pipeline class makes by diffusers' `randn_tensor` made by `draw` instead."""
+def noise_replaced(kind: type, draw: DrawFunction) -> Iterator[None]:
+    """Within this context, draws that a pipeline class makes by diffusers' `randn_tensor` are made by `draw`."""
     functions = (getattr(kind, name, None) for name in ("__call__", "prepare_latents"))
     modules = [inspect.unwrap(function).__globals__ for function in functions if function is not None]
     modules = [module for module in modules if "randn_tensor" in module]

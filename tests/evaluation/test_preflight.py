@@ -46,7 +46,7 @@ def test_on_digits():
     assert found.cost.rewards == 16 * 9 + 1
     assert (found.method, found.budget) == ("smc", 16 * 30)
     text = str(found)
-    for name in ("draw noise", "rank correlation", "gradient", "milliseconds", 'method="smc", budget=480'):
+    for name in ("draw noise", "rank correlation", "gradient", "milliseconds", 'method="smc", budget=480 NFE'):
         assert name in text
     assert max(map(len, text.splitlines())) < 200
     again = steer.preflight(digits(30), rewards.DigitLogProb(3), samples=16)
@@ -145,7 +145,7 @@ def test_a_reward_that_raises_costs_next_to_nothing():
 
 
 def test_bad_scores_are_not_passed_over():
-    with pytest.raises(steer.NonFiniteError, match="level 0"):
+    with pytest.raises(steer.NonFiniteError, match="step 0"):
         steer.preflight(gaussian(), lambda x: x[:, 0] * torch.nan)
     with pytest.raises(steer.BudgetError, match="at least 4"):
         steer.preflight(gaussian(), first, samples=2)

@@ -79,14 +79,20 @@ SETTINGS = {  # config/base.py:39-54 @ac4c86e and scripts/train_sd3_fast.py @74d
     # config/diffusion_trainer.yaml:94-109 @a1139ba; hparams/scheduler_args.py:23-54 @a0b2bc5
     "flow_grpo": {"sample.num_steps", "sample.noise_level", "sample.sde_type", "sample.sde_window_size"},
     "verl_omni": {
-        "actor_rollout_ref.rollout.pipeline.num_inference_steps", "actor_rollout_ref.rollout.algo.noise_level",
-        "actor_rollout_ref.rollout.algo.sde_type", "actor_rollout_ref.rollout.algo.sde_window_size",
-        "algorithm.rollout_correction.bypass_mode", "algorithm.rollout_correction.rollout_is",
+        "actor_rollout_ref.rollout.pipeline.num_inference_steps",
+        "actor_rollout_ref.rollout.algo.noise_level",
+        "actor_rollout_ref.rollout.algo.sde_type",
+        "actor_rollout_ref.rollout.algo.sde_window_size",
+        "algorithm.rollout_correction.bypass_mode",
+        "algorithm.rollout_correction.rollout_is",
     },
     "flow_factory": {
-        "scheduler.dynamics_type", "scheduler.noise_level", "scheduler.sde_steps", "scheduler.num_sde_steps",
+        "scheduler.dynamics_type",
+        "scheduler.noise_level",
+        "scheduler.sde_steps",
+        "scheduler.num_sde_steps",
     },
-}  # fmt: skip
+}
 
 
 def velocity(x: torch.Tensor, t) -> torch.Tensor:
@@ -119,9 +125,15 @@ def spread(samples: torch.Tensor) -> torch.Tensor:
 def collected(kernel="flow_sde", window="every", storage=F32, **options) -> grpo.RolloutBatch:
     rewards = {"mean": total, "calm": spread}
     return grpo.collect(
-        policy(KERNELS[kernel]), rewards, groups=PROMPTS, group_size=ROWS, key=3, window=WINDOWS[window],
-        storage=storage, **options,
-    )  # fmt: skip
+        policy(KERNELS[kernel]),
+        rewards,
+        groups=PROMPTS,
+        group_size=ROWS,
+        key=3,
+        window=WINDOWS[window],
+        storage=storage,
+        **options,
+    )
 
 
 COND = {
@@ -350,9 +362,13 @@ def test_windows_with_gaps_go_where_states_are_kept_apart():
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_flow_factory_takes_random_windows_a_prompt_at_a_time(kernel, storage):
     batch = grpo.collect(
-        policy(KERNELS[kernel], prompts=("a cat",)), total, group_size=ROWS, key=1, window=grpo.first_half(2),
+        policy(KERNELS[kernel], prompts=("a cat",)),
+        total,
+        group_size=ROWS,
+        key=1,
+        window=grpo.first_half(2),
         storage=storage,
-    )  # fmt: skip
+    )
     new, old = flow_factory_recomputes(to_flow_factory(batch), flow_factory_settings(batch), sigma_grid())
     assert new.shape == (ROWS, 2)
     torch.testing.assert_close((new - old).exp(), torch.ones_like(new), rtol=0.0, atol=1e-5)
@@ -410,9 +426,14 @@ def test_rows_of_a_sampler_and_of_scouts_leave_with_their_weights():
     new, old = verl_omni_recomputes({"batch": data}, verl_omni_settings(kept), sigma_grid())
     torch.testing.assert_close(new, old, rtol=0.0, atol=1e-5)
     steered = grpo.collect(
-        policy(KERNELS["flow_sde"]), {"mean": total}, groups=PROMPTS, group_size=8, key=1, method=steer.smc,
+        policy(KERNELS["flow_sde"]),
+        {"mean": total},
+        groups=PROMPTS,
+        group_size=8,
+        key=1,
+        method=steer.smc,
         temperature=1.0,
-    )  # fmt: skip
+    )
     new, old = verl_omni_recomputes(verl_omni_rollout(steered), verl_omni_settings(steered), sigma_grid())
     torch.testing.assert_close(new, old, rtol=0.0, atol=1e-5)
 
@@ -570,9 +591,14 @@ def test_flow_grpos_own_step_gives_ratio_one(kernel, storage):
     for j in range(settings["sample.sde_window_size"]):
         x, t = sample["latents"][:, j], sample["timesteps"][:, j]
         _, new, _, _ = theirs.sde_step_with_logprob(
-            scheduler, velocity(x, t / 1000), t, x, noise_level=settings["sample.noise_level"],
-            prev_sample=sample["next_latents"][:, j], **choice,
-        )  # fmt: skip
+            scheduler,
+            velocity(x, t / 1000),
+            t,
+            x,
+            noise_level=settings["sample.noise_level"],
+            prev_sample=sample["next_latents"][:, j],
+            **choice,
+        )
         torch.testing.assert_close((new - sample["log_probs"][:, j]).exp(), torch.ones(batch.rows), rtol=0, atol=1e-5)
 
 
@@ -586,10 +612,15 @@ def test_verl_omnis_own_step_gives_ratio_one(kernel, storage):
     for step in range(batch.mask.shape[1]):
         x, t = data["all_latents"][:, step], data["all_timesteps"][:, step]
         _, new, _, _, _ = scheduler.sample_previous_step(
-            sample=x, model_output=velocity(x, t / 1000), timestep=t, prev_sample=data["all_latents"][:, step + 1],
+            sample=x,
+            model_output=velocity(x, t / 1000),
+            timestep=t,
+            prev_sample=data["all_latents"][:, step + 1],
             noise_level=settings["actor_rollout_ref.rollout.algo.noise_level"],
-            sde_type=settings["actor_rollout_ref.rollout.algo.sde_type"], return_logprobs=True, return_sqrt_dt=True,
-        )  # fmt: skip
+            sde_type=settings["actor_rollout_ref.rollout.algo.sde_type"],
+            return_logprobs=True,
+            return_sqrt_dt=True,
+        )
         old = data["rollout_log_probs"][:, step]
         torch.testing.assert_close((new - old).exp(), torch.ones(batch.rows), rtol=0, atol=1e-5)
 
@@ -670,8 +701,13 @@ def test_flow_factorys_own_samples_and_step_give_ratio_one(kernel, storage, monk
         t, t_next = stack["timesteps"][:, k], stack["timesteps"][:, k + 1]
         x, x_next = (stack["all_latents"][:, stack["latent_index_map"][i]] for i in (k, k + 1))
         out = scheduler.step(
-            noise_pred=velocity(x.float(), t / 1000), timestep=t, latents=x, timestep_next=t_next, next_latents=x_next,
-            noise_level=scheduler.noise_level, return_kwargs=["log_prob"],
-        )  # fmt: skip
+            noise_pred=velocity(x.float(), t / 1000),
+            timestep=t,
+            latents=x,
+            timestep_next=t_next,
+            next_latents=x_next,
+            noise_level=scheduler.noise_level,
+            return_kwargs=["log_prob"],
+        )
         old = stack["log_probs"][:, stack["log_prob_index_map"][k]]
         torch.testing.assert_close((out.log_prob - old).exp(), torch.ones(batch.rows), rtol=0, atol=1e-5)

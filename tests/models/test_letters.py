@@ -124,7 +124,7 @@ def test_more_letters_a_step_make_fewer_words(process, samples):
 
 
 def test_a_word_is_filled_in(process):
-    """The verbs serve infilling: a start with letters in place is a trajectory at a later level."""
+    """Infilling: a start with some letters given is a trajectory at a later level."""
     x = to_tokens(["q?iet"])[None].expand(1, 64, -1)
     state = steer.Trajectory.begin(process, x, k=7)
     result = steer.smc(process, count_of_e, start=state)

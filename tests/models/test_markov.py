@@ -1,4 +1,4 @@
-"""The enumerable language: its conditionals, the law of its chains, and samplers against exact tables."""
+"""The enumerable language: its conditionals, the distribution of its chains, and samplers against exact tables."""
 
 import math
 
@@ -94,7 +94,7 @@ def test_one_token_a_step_has_the_law_of_the_data_exactly(order):
 
 
 def test_several_tokens_a_step_have_another_law():
-    """What the test above would say if it could not fail; and independent revealing tends to the data's law."""
+    """What the test above would say if it could not fail; and independent revealing tends to the data."""
     for order in ("random", "confidence", None):
         process = language(4, 2, order)
         distance = 0.5 * (masked_chain_law(process).mass - process.reference.table.mass).abs().sum()
@@ -137,7 +137,7 @@ def test_samples_of_a_coarse_chain_have_the_law_that_is_computed(order):
 
 @pytest.mark.parametrize("order", ["random", None])
 def test_masking_data_again_and_running_back_keeps_the_law(order):
-    """The reverse chain from a re-masked sample of the data ends in the data's law, if both kernels are right."""
+    """The reverse chain from a re-masked sample of the data ends in the data again, if both kernels are right."""
     process = language(4, 4 if order else 60, order)
     table = process.reference.table
     start = steer.multinomial(table.log_mass[None], steer.Key(2), 20_000)
@@ -186,9 +186,14 @@ def resampled(process, resampler, potential="difference"):
     hundred times Z, for which 400 problems, or 10,000, are no normal limit.
     """
     return steer.smc(
-        process, count_of_ones, batch=400, particles=8, weight=POTENTIALS[potential], key=5,
+        process,
+        count_of_ones,
+        batch=400,
+        particles=8,
+        weight=POTENTIALS[potential],
+        key=5,
         selection=steer.resample(resampler, threshold=1.0),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("resampler", RESAMPLERS)
@@ -203,7 +208,7 @@ def test_smc_is_unbiased_for_every_potential_and_resampler(potential, resampler)
 @pytest.mark.parametrize("order", [None, "random", "confidence", alternating])
 @pytest.mark.parametrize("reward", [count_of_ones, repeats])
 def test_smc_targets_the_tilted_law_of_a_coarse_chain(order, reward):
-    """Several tokens a step: the law tilted is that of the chain, also where the reward forbids strings."""
+    """Several tokens a step: what is tilted is the chain's distribution, also where the reward forbids strings."""
     process = language(4, 2, order)
     result = steer.smc(process, reward, batch=1000, particles=32, key=6)
     right, other = masked_chain_law(process).tilted(reward), process.exact(reward)

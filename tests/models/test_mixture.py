@@ -1,4 +1,4 @@
-"""Analytic models: denoiser by autograd, tilted laws by quadrature, the exact reverse kernel, and laws of chains."""
+"""Analytic models: denoiser by autograd, tilted answers by quadrature, the exact reverse kernel, and exact chains."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_exact_through_the_process():
 def test_exact_refuses_what_has_no_normaliser_or_no_form():
     mixture = GaussianMixture([[0.0, 0.0]], [1.0])
     growing = Form([[-1.5, 0.0], [0.0, 0.0]], [0.0, 0.0])
-    with pytest.raises(steer.ModelError, match=r"no finite normaliser: .* raise the temperature"):
+    with pytest.raises(steer.ModelError, match=r"no finite normalizing constant: .* raise the temperature"):
         mixture.exact(growing)
     assert mixture.exact(growing, temperature=2.0).log_evidence == pytest.approx(-0.5 * math.log(0.25))
     with pytest.raises(steer.ModelError, match=r"quadratic_form\(dim\).*got function"):
@@ -290,7 +290,7 @@ def test_exact_step_in_the_plane_keeps_the_marginal():
 
 
 def moment_scores(x: torch.Tensor, law) -> dict[str, float]:
-    """z of mean and of every second moment of independent draws (M, D) against a law."""
+    """z of mean and of every second moment of independent draws (M, D) against an exact answer."""
     centred = x.double() - law.mean
     size = x.shape[1]
     scores = {f"mean{i}": z(centred[:, i]) for i in range(size)}
@@ -325,7 +325,7 @@ def as_exact(law: GaussianMixture) -> Exact:
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 @pytest.mark.parametrize("path", ["vp", "flow"])
 def test_chain_law_is_what_the_chain_samples(rule, path):
-    """z of mean and covariance over 20 000 chains of 5 steps, whose law is far from the data's."""
+    """z of mean and covariance over 20 000 chains of 5 steps, whose distribution is far from the data's."""
     process = gaussian([0.5, -0.2], COV, schedule=PATHS[path], steps=5, transition=rule, dtype=torch.float64)
     result = steer.rollout(process, lambda x: x.sum(1), particles=20_000, keep_states=False, key=1)
     assert worst(moment_scores(result.x[0], as_exact(chain_law(process))))[0] < LIMIT
@@ -368,8 +368,13 @@ def test_exact_chains_sample_the_mixture(path):
     """z of moments of 20 000 chains of 3 exact steps against the mixture, from a prior that is nearly its marginal."""
     mixture = mixture_2d()
     process = gaussian_mixture(
-        mixture.means, mixture.covs, mixture.weights, schedule=PATHS[path], times=times(path, 3),
-        transition=ExactStep(mixture), dtype=torch.float64,
-    )  # fmt: skip
+        mixture.means,
+        mixture.covs,
+        mixture.weights,
+        schedule=PATHS[path],
+        times=times(path, 3),
+        transition=ExactStep(mixture),
+        dtype=torch.float64,
+    )
     x = steer.rollout(process, lambda x: x.sum(1), particles=20_000, keep_states=False, key=2).x[0]
     assert worst(moment_scores(x, as_exact(mixture)))[0] < LIMIT

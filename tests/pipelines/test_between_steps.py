@@ -4,7 +4,7 @@ import diffusers
 import pytest
 import torch
 import toy_pipelines
-from tiny_pipelines import build, prepared, steps_recorded
+from tiny_pipelines import build, near, prepared, steps_recorded
 from tiny_pipelines import sd15 as make_sd15
 from toy_pipelines import (
     FREE,
@@ -34,10 +34,6 @@ from toy_pipelines import (
 import steer
 
 
-def near(actual, expected, tolerance=1e-5):
-    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
-
-
 def opened(pipe, steps=4, **options):
     options = {"prompt": "", "generator": torch.Generator().manual_seed(0), **options}
     return steer.from_pipeline(pipe, steps=steps, transition=steer.ddim(0.0), **options)
@@ -59,9 +55,17 @@ def whole_run(pipe, process, **call):
 
 
 KINDS = {
-    Loop: 2, Pastes: 2, PastesInPlace: 2, KeepsBefore: 2, DrawsWhatItPastes: 2, KeepsAside: 2, WritesInPlace: 4,
-    WritesInPlaceAlone: 2, CarriesCopies: 2, SeveralImages: 2,
-}  # fmt: skip
+    Loop: 2,
+    Pastes: 2,
+    PastesInPlace: 2,
+    KeepsBefore: 2,
+    DrawsWhatItPastes: 2,
+    KeepsAside: 2,
+    WritesInPlace: 4,
+    WritesInPlaceAlone: 2,
+    CarriesCopies: 2,
+    SeveralImages: 2,
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,25 +11,15 @@ from tiny_pipelines import (
     clip_tokenizer,
     conditional_unet,
     cosmos,
+    near,
     prepared,
+    process_of,
+    states,
     steps_recorded,
 )
 from tiny_pipelines import sd15 as make_sd15
 
 import steer
-
-
-def process_of(name, steps=4, pipe=None, **options):
-    fresh, call = build(name)
-    return steer.from_pipeline(pipe or fresh, steps=steps, **{**call, **options})
-
-
-def states(process, problems=1, particles=3, key=0):
-    return process.prior(steer.Key(key), problems, particles)
-
-
-def near(actual, expected, tolerance=1e-5):
-    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
 
 
 def picture(seed=0, rows=1):
@@ -59,11 +49,19 @@ def test_control_images_condition_every_row():
     torch.manual_seed(0)
     unet = conditional_unet()
     control = diffusers.ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(4, 8))
-    pipe = prepared(diffusers.StableDiffusionControlNetPipeline(
-        unet=unet, controlnet=control, vae=autoencoder(), text_encoder=clip_encoder(), tokenizer=clip_tokenizer(),
-        scheduler=diffusers.DDIMScheduler(clip_sample=False, steps_offset=1), safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False,
-    ))  # fmt: skip
+    pipe = prepared(
+        diffusers.StableDiffusionControlNetPipeline(
+            unet=unet,
+            controlnet=control,
+            vae=autoencoder(),
+            text_encoder=clip_encoder(),
+            tokenizer=clip_tokenizer(),
+            scheduler=diffusers.DDIMScheduler(clip_sample=False, steps_offset=1),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    )
     call = {"prompt": "a cat", "image": picture()}
     process = steer.from_pipeline(pipe, steps=4, **call)
     assert steer.verify(process)[:3] == (3, 0.0, 0.0)
@@ -94,13 +92,17 @@ def test_inpainting_networks_see_mask_and_image():
 
 def test_images_belong_to_their_prompts():
     pipe = prepared(make_sd15(diffusers.StableDiffusionInpaintPipeline))
-    pipe = prepared(diffusers.StableDiffusionInpaintPipeline(
-        **{**pipe.components, "unet": prepared_unet(9)}, requires_safety_checker=False,
-    ))  # fmt: skip
+    pipe = prepared(
+        diffusers.StableDiffusionInpaintPipeline(
+            **{**pipe.components, "unet": prepared_unet(9)},
+            requires_safety_checker=False,
+        )
+    )
     masks = [(picture(i)[:, :1] > 0.5).float()[0] for i in (3, 4)]
     common = {"steps": 4, "height": 16, "width": 16}
-    both = steer.from_pipeline(pipe, prompt=["a cat", "two dogs"], image=[picture(1)[0], picture(2)[0]],
-                               mask_image=masks, **common)  # fmt: skip
+    both = steer.from_pipeline(
+        pipe, prompt=["a cat", "two dogs"], image=[picture(1)[0], picture(2)[0]], mask_image=masks, **common
+    )
     x = states(both, 2, 3)
     together = both.denoise(x, 1)
     for b, prompt in enumerate(("a cat", "two dogs")):

@@ -6,7 +6,7 @@ import diffusers
 import pytest
 import tiny_pipelines
 import torch
-from tiny_pipelines import FAMILIES, build, steps_recorded
+from tiny_pipelines import FAMILIES, build, near, steps_recorded
 
 import steer
 
@@ -26,14 +26,14 @@ def plain(name, pipe):
     """Every step of the pipeline's own run, and its output as a tensor."""
     kind = "np" if name == "ddpm" else "pt"
     with steps_recorded(pipe) as seen:
-        output = pipe(**build(name)[1], num_inference_steps=STEPS, output_type=kind, return_dict=False,
-                      generator=torch.Generator().manual_seed(3))[0]  # fmt: skip
+        output = pipe(
+            **build(name)[1],
+            num_inference_steps=STEPS,
+            output_type=kind,
+            return_dict=False,
+            generator=torch.Generator().manual_seed(3),
+        )[0]
     return seen, torch.from_numpy(output).permute(0, 3, 1, 2) if name == "ddpm" else output
-
-
-def near(actual, expected, tolerance):
-    """Equal up to a share of the largest value."""
-    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -134,12 +134,18 @@ def test_the_gradient_is_that_of_the_guided_network(name):
 
 
 SCHEDULERS = {
-    "ddpm": diffusers.DDPMScheduler, "pndm": diffusers.PNDMScheduler, "lms": diffusers.LMSDiscreteScheduler,
-    "heun": diffusers.HeunDiscreteScheduler, "ancestral": diffusers.EulerAncestralDiscreteScheduler,
-    "dpm": diffusers.DPMSolverMultistepScheduler, "sde-dpm": diffusers.DPMSolverMultistepScheduler,
-    "unipc": diffusers.UniPCMultistepScheduler, "deis": diffusers.DEISMultistepScheduler, "lcm": diffusers.LCMScheduler,
+    "ddpm": diffusers.DDPMScheduler,
+    "pndm": diffusers.PNDMScheduler,
+    "lms": diffusers.LMSDiscreteScheduler,
+    "heun": diffusers.HeunDiscreteScheduler,
+    "ancestral": diffusers.EulerAncestralDiscreteScheduler,
+    "dpm": diffusers.DPMSolverMultistepScheduler,
+    "sde-dpm": diffusers.DPMSolverMultistepScheduler,
+    "unipc": diffusers.UniPCMultistepScheduler,
+    "deis": diffusers.DEISMultistepScheduler,
+    "lcm": diffusers.LCMScheduler,
     "karras": diffusers.EulerDiscreteScheduler,
-}  # fmt: skip
+}
 OPTIONS = {"pndm": {"skip_prk_steps": True}, "sde-dpm": {"algorithm_type": "sde-dpmsolver++"}}
 OPTIONS["karras"] = {"use_karras_sigmas": True}
 

@@ -6,24 +6,10 @@ import accelerate
 import diffusers
 import pytest
 import torch
-from tiny_pipelines import build, prepared
+from tiny_pipelines import build, near, prepared, process_of, states
 
 import steer
-from steer.pipelines.chunking import Chunked, pieces
-
-
-def process_of(name, steps=4, pipe=None, **options):
-    fresh, call = build(name)
-    return steer.from_pipeline(pipe or fresh, steps=steps, **{**call, **options})
-
-
-def states(process, problems=1, particles=3, key=0):
-    return process.prior(steer.Key(key), problems, particles)
-
-
-def near(actual, expected, tolerance=1e-5):
-    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
-
+from steer.pipelines.chunking import Chunked, row_chunks
 
 # --- prompts ---------------------------------------------------------------------------------------------------------
 
@@ -95,11 +81,11 @@ def test_rows_are_what_reaches_the_network():
 @pytest.mark.parametrize("chunk", [1, 2, 3, 4, 8, 40])
 def test_pieces_cover_every_row_once_in_one_shape(problems, particles, chunk):
     owner = [b for b in range(problems) for _ in range(particles)]
-    cut = list(pieces(problems, particles, chunk))
+    cut = list(row_chunks(problems, particles, chunk))
     assert [i for piece in cut for i in range(piece.start, piece.stop)] == list(range(problems * particles))
-    assert len({(len(piece.problems), piece.per) for piece in cut}) == 1
+    assert len({(len(piece.problems), piece.rows_each) for piece in cut}) == 1
     for piece in cut:
-        rows = [b for b in piece.problems for _ in range(piece.per)]
+        rows = [b for b in piece.problems for _ in range(piece.rows_each)]
         assert len(rows) <= chunk
         assert rows[: piece.stop - piece.start] == owner[piece.start : piece.stop]
 
@@ -128,8 +114,10 @@ def test_memory_that_runs_out_halves_the_chunk_and_says_so(caplog):
         near(process.denoise(x, 1), expected)
         near(process.decode(x), picture)
     messages = [record.getMessage() for record in caplog.records]
-    assert "StableDiffusionPipeline's networks: going on with chunks of 1 rows" in messages[1] or "of 3" in messages[0]
-    assert any("decoder: going on with chunks of 1 rows" in message for message in messages)
+    assert (
+        "StableDiffusionPipeline's networks: continuing with chunks of 1 rows" in messages[1] or "of 3" in messages[0]
+    )
+    assert any("decoder: continuing with chunks of 1 rows" in message for message in messages)
     assert max(largest) <= 4
     caplog.clear()
     with torch.no_grad():
@@ -182,8 +170,13 @@ def test_the_pipeline_is_left_as_it_was(name):
     pipe, call = build(name)
 
     def run():
-        return pipe(**call, num_inference_steps=3, generator=torch.Generator().manual_seed(0), return_dict=False,
-                    output_type="pt")[0]  # fmt: skip
+        return pipe(
+            **call,
+            num_inference_steps=3,
+            generator=torch.Generator().manual_seed(0),
+            return_dict=False,
+            output_type="pt",
+        )[0]
 
     first = run()
     before = snapshot(pipe)
@@ -422,7 +415,7 @@ def test_only_the_first_call_with_several_rows_may_fall_back_to_single_ones():
     """Inputs for one row only show at once; an error after rows went together is an error."""
     calls = []
 
-    def function(rows, problems, per):
+    def function(rows, problems, rows_each):
         calls.append(len(rows))
         if len(rows) > limit:
             raise RuntimeError("too many rows")

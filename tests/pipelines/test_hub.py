@@ -26,7 +26,7 @@ def test_a_folder_is_the_pipeline_saved_in_it(saved):
     assert torch.equal(process.decode(x), expected.decode(x))
     assert process.prompts == ("a cat",)
     half = steer.from_hub(str(folder), dtype=torch.bfloat16, device="cpu", steps=3, **call)
-    assert half.denoiser.call.user.unet.dtype == torch.bfloat16
+    assert half.denoiser.call.user_pipe.unet.dtype == torch.bfloat16
     assert half.denoise(x, 1).dtype == torch.float32
 
 

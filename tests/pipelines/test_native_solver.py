@@ -9,10 +9,16 @@ import steer
 from steer import search
 
 DIFFUSION = [
-    "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler", "DPMSolverSinglestepScheduler",
-    "HeunDiscreteScheduler", "LMSDiscreteScheduler", "PNDMScheduler", "EulerDiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+    "UniPCMultistepScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "HeunDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "EulerDiscreteScheduler",
     "DDIMScheduler",
-]  # fmt: skip
+]
 FLOW = ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "UniPCMultistepScheduler"]
 CASES = [("sd15", name) for name in DIFFUSION] + [("wan", name) for name in FLOW]
 STEPS = 6

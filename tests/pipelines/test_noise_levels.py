@@ -57,7 +57,7 @@ ENDS_NOISY = ("ddim", "pndm", "deis", "dpm-ends-noisy")
 def grid_of(name, steps=7):
     scheduler = copy.deepcopy(SCHEDULERS[name])
     scheduler.set_timesteps(steps, **({"mu": 0.7} if name == "flow-dynamic" else {}))
-    return scheduler, noise_levels.read(scheduler, 0, len(scheduler.timesteps))
+    return scheduler, noise_levels.read_grid(scheduler, 0, len(scheduler.timesteps))
 
 
 def levels_of(grid):
@@ -126,7 +126,7 @@ def test_outputs_mean_what_the_scheduler_takes_them_for(name, kind):
     options |= {"algorithm_type": "deis"} if name == "deis" else {}
     scheduler = type(SCHEDULERS[name]).from_config(SCHEDULERS[name].config, prediction_type=kind, **options)
     scheduler.set_timesteps(7)
-    grid = noise_levels.read(scheduler, 0, len(scheduler.timesteps))
+    grid = noise_levels.read_grid(scheduler, 0, len(scheduler.timesteps))
     draw = torch.Generator().manual_seed(0)
     for k in (0, 3, 6):
         at = schedules.level(grid.schedule, grid.times[k])
@@ -136,7 +136,7 @@ def test_outputs_mean_what_the_scheduler_takes_them_for(name, kind):
             pytest.skip(f"{name} does not say its x_0")
         if name == "deis":  # it works with eps
             theirs = (x - at.sigma * theirs) / at.alpha
-        ours = noise_levels.x0_of(output, x, at, grid.kind, grid.data_std)
+        ours = noise_levels.x0_from_output(output, x, at, grid.kind, grid.data_std)
         torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5 * float(theirs.abs().max()))
 
 
@@ -144,15 +144,15 @@ def test_flow_output_is_noise_minus_data():
     x0, eps = torch.randn(2, 3, generator=torch.Generator().manual_seed(0)).unbind()
     at = schedules.level(schedules.RectifiedFlow(), 0.3)
     x = at.alpha * x0 + at.sigma * eps
-    torch.testing.assert_close(noise_levels.x0_of(eps - x0, x, at, "flow_prediction"), x0)
-    torch.testing.assert_close(noise_levels.x0_of(x0 - eps, x, at, "reversed_flow"), x0)
+    torch.testing.assert_close(noise_levels.x0_from_output(eps - x0, x, at, "flow_prediction"), x0)
+    torch.testing.assert_close(noise_levels.x0_from_output(x0 - eps, x, at, "reversed_flow"), x0)
 
 
 def test_pure_noise_needs_a_prediction_that_says_something_there():
     scheduler = diffusers.DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing")
     scheduler.set_timesteps(5)
     with pytest.raises(steer.ModelError, match="zero terminal SNR"):
-        noise_levels.read(scheduler, 0, 5)
+        noise_levels.read_grid(scheduler, 0, 5)
     _, grid = grid_of("ddim-zero-snr")
     assert schedules.level(grid.schedule, grid.times[0]).alpha == 0.0
 
@@ -161,11 +161,11 @@ def test_unknown_schedulers_and_thresholding_are_named():
     scheduler = diffusers.KDPM2DiscreteScheduler()
     scheduler.set_timesteps(5)
     with pytest.raises(steer.ModelError, match="KDPM2DiscreteScheduler"):
-        noise_levels.read(scheduler, 0, 5)
+        noise_levels.read_grid(scheduler, 0, 5)
     scheduler = diffusers.DDPMScheduler(thresholding=True)
     scheduler.set_timesteps(5)
     with pytest.raises(steer.ModelError, match="thresholding"):
-        noise_levels.read(scheduler, 0, 5)
+        noise_levels.read_grid(scheduler, 0, 5)
 
 
 @pytest.mark.parametrize("schedule", [schedules.Trigonometric(), schedules.Trigonometric(0.5)])
@@ -183,7 +183,7 @@ def test_the_continuous_time_of_stable_cascade(scaler):
     """Its table against add_noise, its clock against its table, and ancestral sampling against its own step."""
     scheduler = diffusers.DDPMWuerstchenScheduler(scaler=scaler)
     scheduler.set_timesteps(6)
-    grid = noise_levels.read(scheduler, 0, 6)
+    grid = noise_levels.read_grid(scheduler, 0, 6)
     process = steer.from_denoiser(lambda x, t: x, grid.schedule, grid.times, event=(3,), transition=steer.ddim(1.0))
     x, eps = (torch.randn(1, 1, 3, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
     for k, t in enumerate(grid.timesteps):
@@ -193,7 +193,7 @@ def test_the_continuous_time_of_stable_cascade(scaler):
         assert float(scheduler.add_noise(zeros, ones, told)) == pytest.approx(at.sigma, abs=1e-6)
         if k > 0:  # the first level is clipped, where many times have one noise level
             assert noise_levels.timestep_at(scheduler, at) == pytest.approx(t, abs=1e-5)
-        law = process.transition(x, noise_levels.x0_of(eps, x, at, grid.kind), k)
+        law = process.transition(x, noise_levels.x0_from_output(eps, x, at, grid.kind), k)
         moved = scheduler.step(eps[0], told, x[0], generator=torch.Generator().manual_seed(3), return_dict=False)[0]
         noise = torch.randn(1, 3, generator=torch.Generator().manual_seed(3)) if k + 1 < len(grid.timesteps) else 0.0
         torch.testing.assert_close(law.mean[0] + law.std * noise, moved, rtol=1e-4, atol=1e-4)

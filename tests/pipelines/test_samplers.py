@@ -112,10 +112,11 @@ def clip():
 
     torch.manual_seed(0)
     network = open_clip.CLIP(
-        embed_dim=8, quick_gelu=True,
+        embed_dim=8,
+        quick_gelu=True,
         vision_cfg={"image_size": 16, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8},
         text_cfg={"context_length": 10, "vocab_size": 32, "width": 16, "heads": 2, "layers": 1},
-    )  # fmt: skip
+    )
     return rewards.CLIPScore(network, tokenizer=tokenizer, prefix="")
 
 
@@ -129,7 +130,7 @@ GRADIENT = {
 @pytest.mark.parametrize("method", [*steer.methods(), *GRADIENT])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_method_runs_with_a_clip_reward(processes, clip, name, method):
-    """And keeps its contract: the budget, a ledger that agrees with the networks, weights, the same again."""
+    """And keeps its contract: the budget, a cost that agrees with the networks, weights, the same again."""
     process = processes[name]
     reward = rewards.per_frame(clip, every=2) if name == "wan" else clip
     budget = BUDGETS.get(method, 10) * process.rows
@@ -151,7 +152,7 @@ def test_every_method_runs_with_a_clip_reward(processes, clip, name, method):
 @contextlib.contextmanager
 def rows_counted(process):
     """Rows that the pipeline's own network runs on, stand-ins left out."""
-    pipe, count = process.denoiser.call.user, [0]
+    pipe, count = process.denoiser.call.user_pipe, [0]
     network = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
 
     def count_rows(module, args, kwargs, output):
@@ -168,8 +169,9 @@ def test_a_pipeline_runs_on_another_path_and_on_another_grid():
     """Converted from the sigma space of Euler to a flow, and on a finer grid: levels between those of the pipeline."""
     pipe, call = build("sdxl")
     process = steer.from_pipeline(pipe, steps=6, transition=steer.ode(), output_type="latent", **call)
-    finer = process.with_times([t for a, b in zip(process.times, process.times[1:], strict=False)
-                                for t in (a, 0.5 * (a + b))] + [0.0])  # fmt: skip
+    finer = process.with_times(
+        [t for a, b in zip(process.times, process.times[1:], strict=False) for t in (a, 0.5 * (a + b))] + [0.0]
+    )
     x = process.prior(steer.Key(0), 1, 2)
 
     def run(model, x):
@@ -181,8 +183,12 @@ def test_a_pipeline_runs_on_another_path_and_on_another_grid():
     coarse, fine = run(process, x), run(finer, x)
     assert bool(fine.isfinite().all())
     flow = steer.convert(process, steer.RectifiedFlow())
-    scale = flow.levels[0].sigma / process.schedule(steer.schedules.time_at(
-        process.schedule, steer.schedules.angle(flow.schedule, flow.times[0]))).sigma  # fmt: skip
+    scale = (
+        flow.levels[0].sigma
+        / process.schedule(
+            steer.schedules.time_at(process.schedule, steer.schedules.angle(flow.schedule, flow.times[0]))
+        ).sigma
+    )
     converted = run(flow, x * scale)
     size = float(coarse.abs().max())
     assert float((fine - coarse).abs().max()) < size

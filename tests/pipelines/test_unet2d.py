@@ -20,10 +20,16 @@ from steer.core.trajectory import Trajectory
 def tiny_unet(classes=None):
     torch.manual_seed(0)
     net = UNet2DModel(
-        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
-        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
         num_class_embeds=classes,
-    )  # fmt: skip
+    )
     return net.eval().requires_grad_(False)
 
 
@@ -31,17 +37,23 @@ def pictures(process, latents):
     """The chain from given latents (M, C, H, W), decoded."""
     start = Trajectory.begin(process, latents[None])
     result = steer.smc(
-        process, lambda x: x.flatten(1).mean(1), start=start, temperature=float("inf"),
+        process,
+        lambda x: x.flatten(1).mean(1),
+        start=start,
+        temperature=float("inf"),
         selection=steer.resample(threshold=0.0),
-    )  # fmt: skip
+    )
     return result.decoded
 
 
 def diffusers_pictures(pipe, seed, count, steps, **options):
     images = pipe(
-        batch_size=count, generator=torch.Generator().manual_seed(seed), num_inference_steps=steps, output_type="np",
+        batch_size=count,
+        generator=torch.Generator().manual_seed(seed),
+        num_inference_steps=steps,
+        output_type="np",
         **options,
-    ).images  # fmt: skip
+    ).images
     return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
