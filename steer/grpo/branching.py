@@ -45,7 +45,8 @@ def branch(
             None for independent siblings. Each draw follows the kernel, and its density is the kernel's, at any
             spread.
         noise: which steps are stochastic: "all", or "splits" with the ODE between.
-        key: random seed, or a `steer.Key`. seed: another name for it; give one of the two.
+        key: random seed, or a `steer.Key`.
+        seed: another name for `key`; give one of the two.
         storage: dtype of stored states.
         policy_version: for your own use: which update of the policy drew this.
 

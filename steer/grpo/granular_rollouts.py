@@ -39,7 +39,8 @@ def granular(
         groups: P, one per problem (a conditioned process fixes it).
         group_size: N rows per group.
         strides: levels that a completion takes at once, one completion per stride.
-        key: random seed, or a `steer.Key`. seed: another name for it; give one of the two.
+        key: random seed, or a `steer.Key`.
+        seed: another name for `key`; give one of the two.
         storage: dtype of stored states.
         policy_version: for your own use: which update of the policy drew this.
 

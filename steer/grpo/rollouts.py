@@ -47,7 +47,8 @@ def collect(
         reward: one, or {name: reward}: the first steers, all are scored on the finished samples.
         groups: P, one per problem (a conditioned process fixes it).
         group_size: N rows per group.
-        key: random seed, or a `steer.Key`. seed: another name for it; give one of the two.
+        key: random seed, or a `steer.Key`.
+        seed: another name for `key`; give one of the two.
         window: which steps are stochastic, `every()` by default; the others follow the ODE. See `grpo.windows`.
         shared_noise: one initial noise for all rows of a group (DanceGRPO, MixGRPO); plain rollouts only.
         storage: dtype of stored states. The chain itself continues from what is stored, so densities are exact.
