@@ -1,10 +1,10 @@
-"""GRPO on the embedded digits flow, whole: steer collects, forty lines of torch train.
+"""A complete GRPO training run on the embedded digits flow: steer collects, forty lines of torch train.
 
     python examples/grpo_digits.py [--updates 30] [--groups 4] [--rows 24] [--digit 3] [--window first-half]
 
-The policy learns to draw one digit, by a classifier's probability; a judge of other architecture and data, which no
-update sees, says whether it did. Under 30 seconds with --updates 5. The same loop trains any process: hand the
-parameters of its network, or of LoRA layers in it, to the optimizer.
+The policy learns to draw one digit from a classifier's probability. A second classifier, of another architecture and
+trained on other data, is used for evaluation only. Under 30 seconds with --updates 5. The same loop trains any process:
+hand the parameters of its network, or of LoRA layers in it, to the optimizer.
 """
 
 import argparse

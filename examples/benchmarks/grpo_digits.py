@@ -1,4 +1,4 @@
-"""GRPO on digits-flow by collector, at equal network rows of rollouts: what branching, windows and steering buy.
+"""GRPO on digits-flow by collector, at equal network rows of rollouts: windows, branching and steering compared.
 
     python examples/benchmarks/grpo_digits.py [--keys 5] [--rows 23040] [--arms plain mixed] [--json F] [--figure F]
     python examples/benchmarks/grpo_digits.py --curves F --figure docs/grpo.png
@@ -14,7 +14,7 @@ mixed:     the same with two stochastic steps from a random start in the first h
 branching: 22 trees of 16 leaves (splits at 0, 3, 6, 9: 43 rows a tree), depth-wise advantages.
 steered:   4 groups of 24 from steer.smc, weighted back to the policy; a refused batch (ESS) is drawn again at 1.5 times
            the temperature, and paid for.
-unweighted: the mutant: the same populations taken as if the policy had drawn them.
+unweighted: the same populations treated as if the policy had drawn them, which is biased.
 """
 
 from __future__ import annotations

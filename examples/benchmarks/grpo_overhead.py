@@ -32,10 +32,10 @@ def bare_loop(process: steer.GaussianProcess, rows: int, *, log_probs: bool) -> 
     kept = []
     with torch.no_grad():
         for k in range(process.steps):
-            law = process.transition(x, process.denoiser(x, process.times[k]), k)
-            after = law.mean + law.std * torch.randn_like(x)
+            transition = process.transition(x, process.denoiser(x, process.times[k]), k)
+            after = transition.mean + transition.std * torch.randn_like(x)
             if log_probs:
-                kept.append((x, after, law.log_prob(after)))
+                kept.append((x, after, transition.log_prob(after)))
             x = after
         return bright(process.decode(x))
 

@@ -1,11 +1,11 @@
-"""How far steered rows can be weighted back to the policy: ESS, surviving noises and error over strength.
+"""How far steered rows can be weighted back to the policy: ESS, surviving seeds and error over strength.
 
     python examples/benchmarks/grpo_weights.py [--groups 400] [--rows 64]
 
 A Gaussian policy N(0, .75) and r = 2 x, so that Var(r) = 3 and the policy's mean is 0 exactly; strength is 1 / T. Each
-line is `steer.smc` at that strength: the ESS of weights back to the policy and of these by starting noise, both over N;
-the policy's mean from self-normalised weights with its standard error, its root mean square error beside that of N
-independent rows, and the mean of the rows as they are.
+line is `steer.smc` at that strength: the ESS of weights back to the policy, and of these summed by starting noise
+(surviving seeds), both over N; the policy's mean from self-normalised weights with its standard error, its root mean
+square error, to compare with that of N independent rows, and the unweighted mean.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def main() -> None:
     groups, rows = options.groups, options.rows
     policy = steer.models.gaussian([0.0], [[0.75]], schedule=steer.RectifiedFlow(), steps=options.steps)
     print(
-        f"{'strength':>8s} {'Var':>5s}  {'sampler':18s} {'ESS/N':>6s} {'roots/N':>7s} {'mean':>14s} {'rms':>6s} "
-        f"{'as they are':>11s}"
+        f"{'strength':>8s} {'Var':>5s}  {'sampler':18s} {'ESS/N':>6s} {'seeds/N':>7s} {'mean':>14s} {'rms':>6s} "
+        f"{'unweighted':>11s}"
     )
     for strength in (0.25, 0.5, 0.75, 1.0, 2.0, 8.0):
         for name, method in SAMPLERS.items():

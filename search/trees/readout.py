@@ -68,7 +68,7 @@ def read_tree(run: Run, tree: Tree, readout: Readout, *, interrupted: bool) -> R
         run,
         tree,
         readout,
-        x=tree.states(tree.depth, slots, getattr(run.process, "device", None))["x"],
+        x=tree.states(tree.depth, slots, run.process.device)["x"],
         reward=tree.leaves["reward"].gather(1, slots),
         log_weight=log_weight,
         log_evidence=root_value,
@@ -128,7 +128,7 @@ def _result(
         seen=(LevelRecord(run.process.steps, population.ess(log_weight), reward),),
         interrupted=interrupted,
         tree=tree,
-        law=readout.law,
+        law="none" if tree.biased_start else readout.law,
     )
     if bool(dead.any()):
         raise CollapsedWeightsError(

@@ -139,6 +139,7 @@ class Simulator:
             return begun
         # What another start has weighted, multiplied in and normalized by is the weight of the edge from the root.
         tree.normalizer_known &= ~begun.log_evidence.isnan().cpu().numpy()
+        tree.biased_start |= begun.biased_start
         return begun.reweight(
             begun.log_evidence[:, None].nan_to_num() - begun.path.log_potential_or_zero(begun.log_weight)
         )

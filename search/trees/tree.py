@@ -41,6 +41,7 @@ class Tree:
     simulations: made so far in every tree; the next one's noise has this slot.
     batches:     in which they were made.
     normalizer_known: whether the normalizing constant of the distribution that roots were drawn from is known, [B].
+    biased_start: whether roots were chosen, by hand or greedily, so that no weight corrects for where they are.
     expansions:  simulations that expanded a node of depth d < D, of each tree, [D, B].
     """
 
@@ -50,6 +51,7 @@ class Tree:
         self.child_index = [ChildIndex(problems) for _ in levels]
         self.simulations = self.batches = 0
         self.normalizer_known = np.ones(problems, dtype=np.bool_)
+        self.biased_start = False
         self.expansions = np.zeros((len(levels), problems), dtype=np.int64)
         self.add_nodes(0, None, np.zeros((problems, 1), dtype=np.int64))
 

@@ -168,6 +168,7 @@ class Trajectory:
     keep_states:  whether steps remember states and densities (memory: one population per step).
     diagnostics:  what the start or the sampler measured of itself, (B,) each: acceptance, step size, split R-hat.
     moved:        whether MCMC has replaced whole paths, after which ancestors do not say where particles come from.
+    biased_start: whether it began where no weight corrects for: in the best of many draws, or at chosen latents.
     """
 
     process: ReverseProcess
@@ -181,6 +182,7 @@ class Trajectory:
     keep_states: bool = False
     diagnostics: Mapping[str, Tensor] = field(default_factory=dict)
     moved: bool = False
+    biased_start: bool = False
 
     @classmethod
     def begin(cls, process: ReverseProcess, x: Tensor, *, k: int = 0, keep_states: bool = False) -> Trajectory:

@@ -1,4 +1,4 @@
-"""From what a chain went through to the tensors of a RolloutBatch."""
+"""From the steps of a run to the tensors of a RolloutBatch."""
 
 from __future__ import annotations
 
@@ -17,13 +17,22 @@ from ..errors import RewardError, SteerError
 from ..key import Key
 from ..processes.gaussian import GaussianProcess
 from .batch import RolloutBatch
-from .kernels import describe
+from .kernels import describe_kernel
 
 Rewards = Callable[..., Any] | Mapping[str, Callable[..., Any]]
+"""One reward, or several by name."""
 
 
-class Walked(NamedTuple):
-    """One step as today's rows took it: states (P, N, *event), densities and transition ids (P, N)."""
+class RecordedStep(NamedTuple):
+    """One stochastic step of all rows, along the rows' own lineages.
+
+    k:             level it left.
+    x, x_next:     states before and after, [P, N, *event].
+    mean:          of the transition, [P, N, *event]; None where it was not kept.
+    log_prob:      log-density of x_next under the policy's transition, [P, N] float64, summed over coordinates.
+    log_behaviour: the same under the transition that drew x_next, [P, N] float64.
+    step_id:       [P, N] int64, equal where rows of a problem share the step; None where every row has its own.
+    """
 
     k: int
     x: Tensor
@@ -34,22 +43,22 @@ class Walked(NamedTuple):
     step_id: Tensor | None = None
 
 
-def named(reward: Rewards) -> dict[str, Callable[..., Any]]:
-    """Rewards by name; one alone is called "reward"."""
+def rewards_by_name(reward: Rewards) -> dict[str, Callable[..., Any]]:
+    """Rewards by name; a single one is called "reward"."""
     rewards = dict(reward) if isinstance(reward, Mapping) else {"reward": reward}
     if not rewards:
         raise RewardError("a rollout needs at least one reward, got an empty mapping; pass {name: reward}")
     return rewards
 
 
-def metered(process: GaussianProcess) -> tuple[GaussianProcess, Meter]:
-    """The process counting into a meter of its own."""
+def with_meter(process: GaussianProcess) -> tuple[GaussianProcess, Meter]:
+    """The process counting into a meter of its own, and that meter."""
     meter = Meter()
     return process.metered(meter), meter
 
 
-def scores(process: GaussianProcess, x: Tensor, rewards: Mapping[str, Callable[..., Any]]) -> dict[str, Tensor]:
-    """Scores (P, N) of finished states by every reward, float64; decoded once."""
+def score_samples(process: GaussianProcess, x: Tensor, rewards: Mapping[str, Callable[..., Any]]) -> dict[str, Tensor]:
+    """Scores [P, N] float64 of finished states [P, N, *event] by every reward; they are decoded once."""
     if not rewards:
         return {}
     with torch.no_grad():
@@ -63,8 +72,13 @@ def scores(process: GaussianProcess, x: Tensor, rewards: Mapping[str, Callable[.
     return values
 
 
-def walked(state: Trajectory, means: Mapping[int, Tensor]) -> list[Walked]:
-    """The stochastic steps along the lines of today's particles, oldest first. means: of each step, as it was taken."""
+def recorded_steps(state: Trajectory, means: Mapping[int, Tensor]) -> list[RecordedStep]:
+    """The stochastic steps along the lineages of the final particles, oldest first.
+
+    Args:
+        state: a population that kept its states.
+        means: by level, the mean of the step's transition, [P, N, *event]; empty where they were not kept.
+    """
     shared = any(isinstance(event, ResamplingRecord) for event in state.past)
     steps, after = [], state.x
     for step, index in state.lineages():
@@ -72,14 +86,14 @@ def walked(state: Trajectory, means: Mapping[int, Tensor]) -> list[Walked]:
         if step.log_prob is not None and step.log_behaviour is not None:
             mean = means.get(step.k)
             steps.append(
-                Walked(
-                    step.k,
-                    before,
-                    after,
-                    None if mean is None else gather(mean, index),
-                    step.log_prob.gather(1, index),
-                    step.log_behaviour.gather(1, index),
-                    index if shared else None,
+                RecordedStep(
+                    k=step.k,
+                    x=before,
+                    x_next=after,
+                    mean=None if mean is None else gather(mean, index),
+                    log_prob=step.log_prob.gather(1, index),
+                    log_behaviour=step.log_behaviour.gather(1, index),
+                    step_id=index if shared else None,
                 )
             )
         after = before
@@ -87,15 +101,15 @@ def walked(state: Trajectory, means: Mapping[int, Tensor]) -> list[Walked]:
 
 
 def ancestors(state: Trajectory) -> Tensor | None:
-    """Index (P, N, K) of today's particles in the population of every level they left; None for plain chains."""
+    """Index [P, N, K] of each final particle's ancestor in the population of every level; None for plain chains."""
     if not any(isinstance(event, ResamplingRecord) for event in state.past):
         return None
     return torch.stack([index for _, index in state.lineages()][::-1], 2)
 
 
-def record(
+def assemble(
     process: GaussianProcess,
-    steps: Sequence[Walked],
+    steps: Sequence[RecordedStep],
     mask: Tensor,
     *,
     x: Tensor,
@@ -104,13 +118,25 @@ def record(
     cost: Cost,
     storage: torch.dtype,
     window: Any = None,
-    **extra: Any,
+    **fields: Any,
 ) -> RolloutBatch:
-    """A batch of the steps that mask (P, N, K) asks for. Weights and lineage are those of plain rows unless given."""
+    """A batch of finished samples and of those of their steps that were asked for.
+
+    Args:
+        process: the policy.
+        steps: stochastic steps of all rows, oldest first.
+        mask: [P, N, K] bool, which steps to store of which row.
+        x: finished samples, [P, N, *event].
+        rewards: scores [P, N] by name.
+        key: of the run. cost: of the run. storage: dtype of stored states. window: what `mask` came from.
+        fields: other fields of `RolloutBatch`; tensors are [P, N, ...]. Weights and lineage are those of plain rows
+            unless given.
+    """
     problems, rows = x.shape[:2]
     steps = [step for step in steps if bool(mask[:, :, step.k].any())]
+    run = {"x": x, "rewards": rewards, "key": key, "cost": cost, "storage": storage, "window": window}
     if not steps:
-        return _empty(process, x=x, rewards=rewards, key=key, cost=cost, storage=storage, window=window, **extra)
+        return _samples_only(process, **run, fields=fields)
     levels = torch.tensor([step.k for step in steps])
     kept = mask[:, :, levels].to(x.device)
     count = int(kept.sum(2).max())
@@ -149,12 +175,12 @@ def record(
         logp_old=column([step.log_prob for step in steps], torch.float32),
         logp_behavior=column([step.log_behaviour for step in steps], torch.float32),
         step_id=None if ids is None else column(ids, torch.int64).masked_fill(~held.flatten(0, 1), -1),
-        **_run(process, x, rewards, key, cost, storage, window, extra),
+        **_fields_of_the_run(process, **run, fields=fields),
     )
 
 
-def _step_ids(steps: Sequence[Walked], problems: int, rows: int) -> list[Tensor] | None:
-    """Ids (P, N) of each step's transitions, unlike those of other problems and levels; None where rows share none."""
+def _step_ids(steps: Sequence[RecordedStep], problems: int, rows: int) -> list[Tensor] | None:
+    """Ids [P, N] of each step's transitions, unlike those of other problems and levels; None where rows share none."""
     ids = []
     for step in steps:
         if step.step_id is None:
@@ -164,12 +190,11 @@ def _step_ids(steps: Sequence[Walked], problems: int, rows: int) -> list[Tensor]
     return ids
 
 
-def _empty(process: GaussianProcess, *, x: Tensor, storage: torch.dtype, **run: Any) -> RolloutBatch:
-    """A batch of finished samples alone, where a collector keeps no steps."""
+def _samples_only(process: GaussianProcess, *, x: Tensor, storage: torch.dtype, **run: Any) -> RolloutBatch:
+    """A batch of finished samples, where a collector keeps no steps."""
     rows = x.shape[0] * x.shape[1]
     none = torch.zeros(rows, 0, device=x.device)
     state = torch.zeros(rows, 0, *x.shape[2:], dtype=storage, device=x.device)
-    extra = {name: run.pop(name) for name in set(run) - {"rewards", "key", "cost", "window"}}
     return RolloutBatch(
         x_t=state,
         x_next=state,
@@ -181,27 +206,28 @@ def _empty(process: GaussianProcess, *, x: Tensor, storage: torch.dtype, **run: 
         std=none,
         logp_old=none,
         logp_behavior=none,
-        **_run(process, x, **run, storage=storage, extra=extra),
+        **_fields_of_the_run(process, x=x, storage=storage, **run),
     )
 
 
-def _run(
+def _fields_of_the_run(
     process: GaussianProcess,
+    *,
     x: Tensor,
     rewards: Mapping[str, Tensor],
     key: Key,
     cost: Cost,
     storage: torch.dtype,
     window: Any,
-    extra: dict[str, Any],
+    fields: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Every field that is not of a step."""
+    """Every field that does not belong to a step; `fields` replaces the defaults."""
     problems, rows = x.shape[:2]
     row = torch.arange(problems * rows, device=x.device)
     zero = torch.zeros(problems * rows, device=x.device)
-    spent = {"nfe": cost.nfe, "rewards": cost.rewards, "grads": cost.grads, "decodes": cost.decodes}
+    counts = {"nfe": cost.nfe, "rewards": cost.rewards, "grads": cost.grads, "decodes": cost.decodes}
     problem = row // rows
-    fields: dict[str, Any] = {
+    defaults: dict[str, Any] = {
         "x0": x.flatten(0, 1),
         "rewards": {name: value.flatten().float() for name, value in rewards.items()},
         "log_w_target": zero,
@@ -213,19 +239,20 @@ def _run(
         "parent_id": row,
         "sigmas": torch.tensor([level.sigma for level in process.levels], device=x.device),
         "times": torch.tensor(process.times, dtype=torch.float64, device=x.device),
-        "kernel": describe(process, window=window, storage=storage),
+        "kernel": describe_kernel(process, window=window, storage=storage),
         "seed": torch.full_like(row, ((key.seed + 2**63) % 2**64) - 2**63),
         "key": key,
-        "cost": {name: value / len(row) for name, value in spent.items()} | {"seconds": cost.seconds.get("total", 0.0)},
+        "cost": {name: value / len(row) for name, value in counts.items()}
+        | {"seconds": cost.seconds.get("total", 0.0)},
         "prompts": None if process.prompts is None else tuple(process.prompts),
         "logp_numel": max(1, x[0, 0].numel()),
     }
-    unknown = {name for name in extra if name not in RolloutBatch.__dataclass_fields__}
+    unknown = {name for name in fields if name not in RolloutBatch.__dataclass_fields__}
     if unknown:
         raise SteerError(f"a RolloutBatch has no field {', '.join(sorted(unknown))}")
-    return fields | {name: _rows(value) for name, value in extra.items()}
+    return defaults | {name: _as_rows(value) for name, value in fields.items()}
 
 
-def _rows(value: Any) -> Any:
-    """(P, N, ...) tensors as rows (B, ...)."""
+def _as_rows(value: Any) -> Any:
+    """Tensors [P, N, ...] as rows [B, ...]; anything else as it is."""
     return value.flatten(0, 1) if isinstance(value, Tensor) else value

@@ -1,4 +1,4 @@
-"""Branching rollouts: rows share prefixes, and steps are judged by all that came of them."""
+"""Branching rollouts: rows share prefixes, and a step is judged by all the samples that come from it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ..errors import SteerError
 from ..key import Key, as_key
 from ..processes.gaussian import GaussianProcess
 from ..types import ReverseProcess
-from .assembly import Rewards, ancestors, metered, named, record, scores, walked
+from .assembly import Rewards, ancestors, assemble, recorded_steps, rewards_by_name, score_samples, with_meter
 from .batch import RolloutBatch
-from .kernels import Siblings, need_policy, ode_of, stored_as
+from .kernels import CorrelatedSiblings, need_policy, ode_of, stored_as
 
 
 def branch(
@@ -33,22 +33,41 @@ def branch(
     storage: torch.dtype = torch.float32,
     policy_version: int = 0,
 ) -> RolloutBatch:
-    """Trees of samples, one per group, that share their beginnings: ways^len(splits) rows a group.
+    """Trees of samples, one per group, whose rows share their beginnings: ways^len(splits) rows a group.
 
-    splits: levels at which every branch splits into `ways`, before its step; all splits start from one noise.
-    spread: own noise of a sibling relative to what it shares with the others, (common + s own) / sqrt(1 + s^2); None
-            for independent siblings. Each draw follows the kernel, and its density is the kernel's, at any spread.
-    noise:  steps that are stochastic: "all", or "splits" with the ODE between.
+    Args:
+        process: the policy; its rule is the kernel, as in `collect`.
+        reward: one, or {name: reward}; all are scored on the finished samples.
+        groups: P, one per problem (a conditioned process fixes it).
+        splits: levels at which every branch splits into `ways`, before its step; a group starts from one noise.
+        ways: children per split, at least 2.
+        spread: own noise of a sibling relative to what it shares with the others, (common + s own) / sqrt(1 + s^2);
+            None for independent siblings. Each draw follows the kernel, and its density is the kernel's, at any
+            spread.
+        noise: which steps are stochastic: "all", or "splits" with the ODE between.
+        key: random seed, or a `steer.Key`.
+        seed: another name for `key`; give one of the two.
+        storage: dtype of stored states.
+        policy_version: for your own use: which update of the policy drew this.
 
-    `depth_advantages` is for these; every step has `step_id`. Rows of one group are not independent.
-    Cost per group: one network row per branch and level, sum_k (branches at k) in all; a branch's prediction serves all
-    its children.
+    Returns:
+        A `RolloutBatch` with `step_id` (steps that rows share) and `ancestors`, for `depth_advantages`. Rows of one
+        group are not independent.
+
+    Raises:
+        SteerError: splits at levels without noise, or fewer than two ways.
+        StateSpaceError: a process without Gaussian transitions.
+        RewardError, NonFiniteError: from the reward.
+
+    Cost per group: one network row per branch and level, sum_k (branches at k) in all, and a call of each reward per
+    row; the prediction of a branch serves all its children.
     Source: Li et al. 2025 (BranchGRPO); splits and ways as there. Differs: branch noise has unit variance.
     """
-    model, key, rewards, splits = need_policy(process), as_key(key, seed), named(reward), sorted(set(splits))
+    model, key = need_policy(process), as_key(key, seed)
+    rewards, splits = rewards_by_name(reward), sorted(set(splits))
     _check(model, splits, ways)
-    policy, meter = metered(model)
-    chain, still = (stored_as(p, storage) for p in (policy, policy.with_rule(ode_of(policy.rule))))
+    policy, meter = with_meter(model)
+    chain, ode = (stored_as(p, storage) for p in (policy, policy.with_rule(ode_of(policy.rule))))
     state = Trajectory.begin(chain, chain.prior(key.fold("prior"), num_problems(model, groups), 1), keep_states=True)
     means: dict[int, Tensor] = {}
     with torch.no_grad():
@@ -56,21 +75,21 @@ def branch(
             state = state.with_step_cache(x0=chain.denoise(state.x, k))
             if k in splits:
                 state = state.branch(ways)
-            source = chain if noise == "all" or k in splits else still
-            law = source.transition(state.x, required(state.cache.x0), k)
-            if law.stochastic:
-                means[k] = law.mean
+            source = chain if noise == "all" or k in splits else ode
+            transition = source.transition(state.x, required(state.cache.x0), k)
+            if transition.stochastic:
+                means[k] = transition.mean
             if k in splits and spread is not None:
-                law = Siblings(law, ways, spread, storage)
-            state = state.step(law, key.fold("step"))
-    values = scores(policy, state.x, rewards)
+                transition = CorrelatedSiblings(base=transition, ways=ways, spread=spread, storage=storage)
+            state = state.step(transition, key.fold("step"))
+    values = score_samples(policy, state.x, rewards)
     problems, rows = state.x.shape[:2]
     first = torch.arange(problems, device=state.x.device)[:, None] * rows
     mask = torch.zeros(problems, rows, chain.steps, dtype=torch.bool)
     mask[:, :, list(means)] = True
-    return record(
+    return assemble(
         model,
-        walked(state, means),
+        recorded_steps(state, means),
         mask,
         x=state.x,
         rewards=values,
@@ -87,10 +106,11 @@ def branch(
 
 
 def _check(process: GaussianProcess, splits: list[int], ways: int) -> None:
+    """Raises SteerError where siblings would be equal, or there are none."""
     usable = [k for k in range(process.steps) if process.stochastic(k)]
     if not splits or not set(splits) <= set(usable) or ways < 2:
         raise SteerError(
-            f"branches differ by the noise of the step they split at, so that splits must be among the stochastic "
-            f"levels {usable} and ways at least 2, got splits {splits} and ways {ways}; where no level is stochastic, "
-            "use a stochastic rule, for instance process.with_rule(steer.flow_sde(0.7))"
+            f"branches differ by the noise of the step they split at, so splits must be among the stochastic levels "
+            f"{usable} and ways at least 2, got splits {splits} and ways {ways}; change them, or use a stochastic "
+            "rule, for instance process.with_rule(steer.flow_sde(0.7))"
         )

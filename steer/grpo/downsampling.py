@@ -1,4 +1,4 @@
-"""Scout many, train on few: the best, the worst and a fair sample of the middle."""
+"""Collect many rows and train on few: the best, the worst and a random sample of the middle."""
 
 from __future__ import annotations
 
@@ -10,31 +10,45 @@ import torch
 from ..errors import SteerError
 from ..key import Key, as_key
 from .batch import RolloutBatch
-from .group_advantages import counted, group_moments
+from .group_advantages import finite_rewards, group_moments
 
 
 def keep(batch: RolloutBatch, *, best: int, worst: int, middle: int, by: str, key: Key | int = 0) -> RolloutBatch:
-    """The best and worst rows of every group by one reward, and `middle` of the others, drawn evenly.
+    """The best and the worst rows of every group by one reward, and a uniform draw of the others.
 
-    by:     name of the reward to rank by.
-    middle: at least 1 where there are others. Extremes are kept for certain and weigh as before; each of the m others
-            drawn stands for (N - best - worst) / m, and its log-weights say so. Sums over all N rows, policy gradients
-            among them, are then estimated without bias; without the middle they are not, and no weight could help.
-    Group means and deviations of all rows go along in `reward_mean` and `reward_std`, for `advantages`.
-    Collect the scouts with `collect(group_size=N)`: their states are dropped here, their cost is carried by the rows
-    kept. Groups must be the problems.
+    Args:
+        batch: N rows per group, from `collect(group_size=N)`; groups must be the problems. The states of rows that are
+            not kept are dropped.
+        best: rows of highest reward to keep of each group.
+        worst: rows of lowest reward to keep.
+        middle: m of the others to keep, at least 1 where there are others.
+        by: name of the reward to rank by.
+        key: names the draw of the middle.
+
+    Returns:
+        A batch of best + worst + middle rows per group, which carry the cost of all N. Rows kept for certain weigh as
+        before; each of the m others drawn stands for (N - best - worst) / m rows, and its log-weights say so. Sums
+        over all N rows, policy gradients among them, are then estimated without bias. Means and standard deviations of
+        all rows are in `reward_mean` and `reward_std`, for `advantages`.
+
+    Raises:
+        SteerError: the numbers do not fit the group, or none of the middle is kept: no weight corrects for that.
+        NotStochasticError: no weight corrects the rows themselves.
+        NonFiniteError: a reward of a row with weight is not finite.
     """
     problems, rows = batch.problems, batch.rows // batch.problems
     others, size = rows - best - worst, best + worst + middle
     batch.need_density()
     if min(best, worst) < 0 or others < 0 or not min(1, others) <= middle <= others or batch.groups != problems:
         raise SteerError(
-            f"of {rows} scouts a group, best and worst must leave others and middle must be 1 to as many, got best "
-            f"{best}, worst {worst}, middle {middle} ({others} others): without any of the middle the rows kept say "
-            "nothing of it and no weight corrects that"
+            f"of {rows} rows a group, best and worst must leave others, and middle must be 1 to as many, got best "
+            f"{best}, worst {worst}, middle {middle} ({others} others) and {batch.groups} groups of {problems} "
+            "problems: without any of the middle the rows kept say nothing of it, and no weight corrects that; keep at "
+            "least one of the middle"
         )
     weight = batch.weights().double()
-    moments = {name: group_moments(counted(batch, name, weight), batch.group_id, weight) for name in batch.rewards}
+    counting = {name: finite_rewards(batch, name, weight) for name in batch.rewards}
+    moments = {name: group_moments(reward, batch.group_id, weight) for name, reward in counting.items()}
     ranked = torch.sort(batch.rewards[by].view(problems, rows), dim=1, descending=True, stable=True).indices
     draw = as_key(key).fold("scout").uniform((problems, max(1, others)), device=batch.x0.device)[:, :others]
     chosen = draw.argsort(1)[:, :middle] + best

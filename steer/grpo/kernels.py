@@ -1,4 +1,4 @@
-"""Laws of steps as collectors need them: mixed stochastic and deterministic, rounded as they are stored, described."""
+"""Transitions as collectors need them: stochastic in some rows only, with correlated noise, rounded to a dtype."""
 
 from __future__ import annotations
 
@@ -19,66 +19,79 @@ from ..types import Denoiser, GaussianTransition, Level, ReverseProcess, Rule
 
 
 @dataclass(frozen=True, eq=False)
-class Mixed:
-    """One law for some particles and its deterministic twin for the others; noisy_at (B, N) says which.
+class StochasticInSomeRows:
+    """A transition that draws noise for some particles and takes the ODE's step for the others.
 
-    The density is that of what was drawn: zero (log of one) where nothing was.
+    noisy:    the stochastic transition, of all particles.
+    ode:      the deterministic one, of all particles.
+    noisy_at: [P, N] bool, which particles take the stochastic one.
+
+    The log-density is that of what was drawn: 0 where nothing was.
     """
 
     noisy: GaussianTransition
-    still: GaussianTransition
+    ode: GaussianTransition
     noisy_at: Tensor
 
     @property
     def stochastic(self) -> bool:
-        """Whether the noisy law is."""
+        """Whether the stochastic transition adds noise."""
         return self.noisy.stochastic
 
     def sample(self, key: Key) -> Tensor:
-        """One draw per particle, the deterministic state elsewhere."""
+        """States [P, N, *event]: a draw where `noisy_at`, the ODE's state elsewhere."""
         where = self.noisy_at.view(*self.noisy_at.shape, *(1 for _ in self.noisy.mean.shape[2:]))
-        return torch.where(where, self.noisy.sample(key), self.still.sample(key))
+        return torch.where(where, self.noisy.sample(key), self.ode.sample(key))
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Log-density of what was drawn, (B, N)."""
+        """Log-density of x, [P, N] float64; 0 where nothing was drawn."""
         return torch.where(self.noisy_at, self.noisy.log_prob(x), 0.0)
 
 
 @dataclass(frozen=True, eq=False)
-class Siblings:
-    """A law whose draws share noise by families of `ways` neighbours: (common + spread * own) / sqrt(1 + spread^2).
+class CorrelatedSiblings:
+    """A transition whose noise is correlated between siblings: (common + spread * own) / sqrt(1 + spread^2).
 
-    Unit variance, so that each draw alone follows the law, and its density is the law's. Source: the paper's form of
-    BranchGRPO's branch noise; its released code adds the shared part unscaled and scores it as if it had not.
+    base:    the transition of all particles; siblings are `ways` neighbours on axis 1.
+    ways:    number of siblings of a family.
+    spread:  of the noise of one's own, relative to the noise that a family shares.
+    storage: dtype that draws are rounded to.
+
+    The noise has unit variance, so each draw on its own is distributed as `base`, and its density is that of `base`.
+    Source: the formula in the BranchGRPO paper; its released code adds the shared part unscaled and computes the
+    density as if it had not.
     """
 
-    law: GaussianTransition
+    base: GaussianTransition
     ways: int
     spread: float
     storage: torch.dtype
 
     @property
     def stochastic(self) -> bool:
-        """As the law itself."""
-        return self.law.stochastic
+        """As the base transition."""
+        return self.base.stochastic
 
     def sample(self, key: Key) -> Tensor:
-        """One draw per particle; families are neighbours on axis 1."""
-        mean = self.law.mean
+        """One draw per particle, [P, N, *event]."""
+        mean = self.base.mean
         own = key.normal(mean.shape, dtype=mean.dtype, device=mean.device)
         shape = (mean.shape[0], mean.shape[1] // self.ways, *mean.shape[2:])
         common = key.fold("family").normal(shape, dtype=mean.dtype, device=mean.device)
         noise = (common.repeat_interleave(self.ways, 1) + self.spread * own) / (1.0 + self.spread**2) ** 0.5
-        return rounded(torch.add(mean, noise, alpha=self.law.std), self.storage)
+        return rounded(torch.add(mean, noise, alpha=self.base.std), self.storage)
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Log-density of each draw, (B, N)."""
-        return self.law.log_prob(x)
+        """Log-density of each draw, [P, N] float64."""
+        return self.base.log_prob(x)
 
 
 @dataclass(frozen=True)
 class Windowed:
-    """A rule at some times of the grid and its ODE at the others."""
+    """A transition rule at some times of the grid, and the ODE at the others.
+
+    rule:  the stochastic rule. times: the times at which it is used.
+    """
 
     rule: Rule
     times: frozenset[float]
@@ -94,14 +107,14 @@ class Windowed:
 
 
 def ode_of(rule: Rule) -> Rule:
-    """The deterministic rule to go with a stochastic one: the flow's ODE, with its clipping where it clips."""
+    """The ODE's rule in place of a stochastic one; predictions are clipped where those of the stochastic one are."""
     return ClippedPrediction(DDIM(0.0), rule.limit) if isinstance(rule, ClippedPrediction) else DDIM(0.0)
 
 
 def stored_as(process: GaussianProcess, dtype: torch.dtype) -> GaussianProcess:
     """The process on states rounded to a storage dtype, before every prediction and after every draw.
 
-    What is stored is then what the chain went on from, and the densities of stored states are exact.
+    The chain then continues from exactly the states that are stored, so the densities of stored states are exact.
     """
     if process.dtype == dtype:
         return process
@@ -109,7 +122,7 @@ def stored_as(process: GaussianProcess, dtype: torch.dtype) -> GaussianProcess:
 
 
 def rounded(x: Tensor, storage: torch.dtype) -> Tensor:
-    """States in their dtype, with the values that a storage dtype has for them."""
+    """States rounded to the values of a storage dtype, in the dtype that they had."""
     return x.to(storage).to(x.dtype)
 
 
@@ -139,8 +152,13 @@ class _RoundedRule:
         return self.rule.std(here, there)
 
 
-def describe(process: GaussianProcess, *, window: Any = None, storage: torch.dtype | None = None) -> Mapping[str, Any]:
-    """What draws a process's steps, in plain types; "hash" is of all that changes a density but the network."""
+def describe_kernel(
+    process: GaussianProcess, *, window: Any = None, storage: torch.dtype | None = None
+) -> Mapping[str, Any]:
+    """What draws the steps of a process, in plain types: `RolloutBatch.kernel`.
+
+    "hash" covers everything that changes a density except the network: rule, schedule and times.
+    """
     rule = process.rule
     full = repr((rule, process.schedule, process.times))
     schedule, settings = repr(process.schedule), getattr(rule, "__dict__", {}).items()

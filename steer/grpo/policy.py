@@ -1,4 +1,4 @@
-"""A policy's log-densities of stored steps: what an update recomputes with gradients."""
+"""A policy's log-densities of stored steps, which an update recomputes with gradients."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from torch import Tensor
 from ..errors import ShapeError, SteerError
 from ..processes.gaussian import GaussianProcess
 from .batch import Reduction, RolloutBatch, scale
-from .kernels import describe
+from .kernels import describe_kernel
 
 
 class StepRows(NamedTuple):
     """All stored steps of one level, packed for one network call: M rows of each of P problems.
 
-    row, slot: (P, M) int64, the batch's row and stored step. valid: (P, M), False where a problem had fewer than M.
+    k:     the level.
+    row:   [P, M] int64, row of the batch.
+    slot:  [P, M] int64, which of the row's stored steps.
+    valid: [P, M] bool, False where a problem had fewer than M: those entries are steps of other levels, not to count.
     """
 
     k: int
@@ -25,12 +28,17 @@ class StepRows(NamedTuple):
     valid: Tensor
 
     def of(self, values: Tensor) -> Tensor:
-        """These entries of per-step values (B, S, ...) as (P, M, ...), or of per-row values (B,)."""
+        """These entries of per-step values [B, S, ...], as [P, M, ...], or of per-row values [B], as [P, M]."""
         return values[self.row] if values.ndim == 1 else values[self.row, self.slot]
 
 
 class PolicyStep(NamedTuple):
-    """log_prob (P, M) float64, reduced as asked; mean (P, M, *event); std of the step under the policy."""
+    """The policy's transition of stored steps.
+
+    log_prob: [P, M] float64, of the states that were drawn, reduced as asked.
+    mean:     [P, M, *event], of the transition.
+    std:      of the transition, sqrt(dt) included.
+    """
 
     log_prob: Tensor
     mean: Tensor
@@ -38,10 +46,16 @@ class PolicyStep(NamedTuple):
 
 
 def by_level(batch: RolloutBatch, *, distinct: bool = False) -> list[StepRows]:
-    """The trainable steps of a batch, level by level: each is one network call of the update.
+    """The trainable steps of a batch, level by level: each level is one network call of the update.
 
-    distinct: take a step that several rows share (a common prefix) once. For branching rollouts with
-    `depth_advantages`, which are the same in all of them: the loss of a level is unchanged and costs its branches only.
+    Args:
+        batch: rows with stored steps.
+        distinct: take a step that several rows share (a common prefix) once. For branching rollouts with
+            `depth_advantages`, which are the same in all of them: the loss of a level is unchanged, and it costs one
+            network row per branch instead of one per row.
+
+    Returns:
+        One `StepRows` per level, from noise to data.
     """
     problems, out = batch.problems, []
     for k in torch.unique(batch.step_idx[batch.mask]).tolist():
@@ -62,23 +76,47 @@ def by_level(batch: RolloutBatch, *, distinct: bool = False) -> list[StepRows]:
 def log_prob(
     process: GaussianProcess, batch: RolloutBatch, step: StepRows, *, reduction: Reduction = "sum"
 ) -> PolicyStep:
-    """The policy's law of stored steps and its log-density of what was drawn; gradients reach the network.
+    """The policy's transition of stored steps, and its log-density of what was drawn; gradients reach the network.
 
-    process: the policy being trained: the collecting process around the current network, same grid, same rule. The
-    quantity is the batch's: a log-density, or -|x_next - mean|^2 after `as_neg_sq_err`.
+    Args:
+        process: the policy being trained: the collecting process around the current network, same grid, same rule.
+        batch: rows with stored steps.
+        step: the steps to score, of one level, from `by_level`.
+        reduction: over coordinates: "sum", a log-density, or their "mean".
+
+    Returns:
+        `PolicyStep`. Its quantity is the batch's: a log-density, or -|x_next - mean|^2 after `as_neg_sq_err`.
+
+    Raises:
+        SteerError: another rule, schedule or grid than the batch was drawn by, or another reduction.
+        ShapeError: a policy of another number of prompts.
+
+    Cost: P M network rows.
     """
     check_same_kernel(process, batch)
     x, x_next = (step.of(states).to(process.dtype) for states in (batch.x_t, batch.x_next))
-    law = process.transition(x, process.denoise(x, step.k), step.k)
+    transition = process.transition(x, process.denoise(x, step.k), step.k)
     if batch.logp_kind == "gaussian":
-        value = law.log_prob(x_next)
+        value = transition.log_prob(x_next)
     else:
-        value = -(x_next - law.mean).double().flatten(2).square().sum(2)
-    return PolicyStep(value / scale(reduction, batch.logp_numel), law.mean, law.std)
+        value = -(x_next - transition.mean).double().flatten(2).square().sum(2)
+    return PolicyStep(value / scale(reduction, batch.logp_numel), transition.mean, transition.std)
 
 
 def log_probs(process: GaussianProcess, batch: RolloutBatch, *, reduction: Reduction = "sum") -> Tensor:
-    """The policy's log-densities of every stored step, (B, S) float64, 0 at padding: equal to `logp_old` at first."""
+    """The policy's log-densities of every stored step; before the first update they equal `logp_old`.
+
+    Args:
+        process: as in `log_prob`.
+        batch: rows with stored steps.
+        reduction: over coordinates: "sum" or "mean".
+
+    Returns:
+        [B, S] float64, 0 at padding.
+
+    Raises:
+        SteerError, ShapeError: as `log_prob`.
+    """
     out = torch.zeros(batch.mask.shape, dtype=torch.float64, device=batch.mask.device)
     for step in by_level(batch):
         value = log_prob(process, batch, step, reduction=reduction).log_prob
@@ -87,8 +125,8 @@ def log_probs(process: GaussianProcess, batch: RolloutBatch, *, reduction: Reduc
 
 
 def check_same_kernel(process: GaussianProcess, batch: RolloutBatch) -> None:
-    """Raises SteerError where a process steps by another rule, path or grid than the batch was drawn by."""
-    here = describe(process)
+    """Raises SteerError where a process has another rule, schedule or grid than the batch was drawn by."""
+    here = describe_kernel(process)
     if here["hash"] != batch.kernel["hash"]:
         raise SteerError(
             f"densities are of the kernel that drew them, {batch.kernel['rule']}{batch.kernel['parameters']} on "

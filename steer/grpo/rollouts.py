@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 
@@ -14,11 +14,11 @@ from ..key import Key, as_key
 from ..processes.gaussian import GaussianProcess
 from ..results.result import Law
 from ..types import ReverseProcess
-from .assembly import Rewards, metered, named, record, scores, walked
-from .batch import RolloutBatch
-from .kernels import Mixed, need_policy, ode_of, stored_as
-from .weighted_rollouts import collect_steered
-from .windows import Window, every, placed
+from .assembly import Rewards, assemble, recorded_steps, rewards_by_name, score_samples, with_meter
+from .batch import Objective, RolloutBatch
+from .kernels import StochasticInSomeRows, need_policy, ode_of, stored_as
+from .weighted_rollouts import check_choice, collect_steered
+from .windows import Window, every, stochastic_steps
 
 
 def collect(
@@ -37,31 +37,54 @@ def collect(
     method: Callable[..., Any] | None = None,
     temperature: float = 1.0,
     law: Law | None = None,
-    objective: Literal["policy_gradient", "tilted_sft"] = "policy_gradient",
+    objective: Objective = "policy_gradient",
     policy_version: int = 0,
 ) -> RolloutBatch:
-    """Groups of samples of the policy with the density of every stochastic step, as `RolloutBatch` documents.
+    """Groups of samples of the policy, with the density of every stochastic step.
 
-    process:      the policy; its rule is the kernel: steer.flow_sde(.7), dance_sde(.3), cps(.7) or ddim(1.0).
-    reward:       one, or {name: reward}: the first steers, all are scored.
-    groups:       number of groups, one per problem (a conditioned process fixes it).
-    window:       which steps are stochastic, `every()` by default; the others follow the ODE. See `windows`.
-    shared_noise: one initial noise for all rows of a group (DanceGRPO, MixGRPO); plain rollouts only.
-    storage:      dtype of stored states. The chain itself moves on what is stored, so densities are exact.
-    means, path:  whether to keep the means of steps (plain only), and all states.
-    method:       a sampler to collect from, for instance steer.smc, functools.partial(steer.psi, share=.3) or
-                  search.dts; run at `temperature`. None: the policy as it is. It must move by the policy's own rule.
-    law:          what the method's weights target: "target", p(x) exp(r / temperature), "model", or "none" for greedy
-                  selections. By default as `Result.law` says.
-    objective:    what rows must be good for: "policy_gradient" refuses groups whose weights to the base policy have an
-                  ESS, of rows or of starting noises, below a quarter of the group; "tilted_sft" takes them.
+    Args:
+        process: the policy; its rule is the kernel: steer.flow_sde(.7), dance_sde(.3), cps(.7) or ddim(1.0).
+        reward: one, or {name: reward}: the first steers, all are scored on the finished samples.
+        groups: P, one per problem (a conditioned process fixes it).
+        group_size: N rows per group.
+        key: random seed, or a `steer.Key`.
+        seed: another name for `key`; give one of the two.
+        window: which steps are stochastic, `every()` by default; the others follow the ODE. See `grpo.windows`.
+        shared_noise: one initial noise for all rows of a group (DanceGRPO, MixGRPO); plain rollouts only.
+        storage: dtype of stored states. The chain itself continues from what is stored, so densities are exact.
+        means: whether to keep the means of steps, [B, S, *event] (plain rollouts only).
+        path: whether to keep all states, [B, K + 1, *event].
+        method: a sampler to collect from, for instance steer.smc, functools.partial(steer.psi, share=.3) or
+            search.dts, which must use the policy's own transitions. None: plain chains of the policy.
+        temperature: > 0, in units of the reward: the method's.
+        law: the distribution that the method's weights target: "target", p(x) exp(r(x) / temperature); "model", p(x);
+            "none", no known one, as after a greedy selection. None: as the method's `Result.law` says. What you declare
+            is not questioned.
+        objective: what the rows must be good for. "policy_gradient" refuses rows that no weight corrects, and groups
+            whose weights back to the policy have an ESS, of rows or of starting noises, below a quarter of the group.
+            "tilted_sft" takes them.
+        policy_version: for your own use: which update of the policy drew this.
 
-    Further facts for a trainer (cond, cfg_scale) go in by dataclasses.replace(batch, ...).
-    Cost: that of the method; plain, K network rows and one call of each reward per row. Nothing is evaluated twice.
-    Raises SteerError (ESS too low; `.partial` has the Result), StateSpaceError, NonFiniteError, RewardError.
+    Returns:
+        A `RolloutBatch` of P N rows. Where no weight corrects the rows, its objective is "tilted_sft" and `log_w_base`
+        is NaN. Further facts for a trainer (cond, cfg_scale) go in by dataclasses.replace(batch, ...).
+
+    Raises:
+        NotStochasticError: a policy gradient of steps that no weight turns into steps of the policy, because of their
+            start, or because the method does not say what it targets; `.partial` has the Result.
+        SteerError: the ESS is too low, or the method moves by other transitions; `.partial` has the Result.
+        StateSpaceError: a process without Gaussian transitions.
+        RewardError, NonFiniteError: from the reward.
+
+    Cost: that of the method; for plain chains, K network rows and one call of each reward per row. Nothing is evaluated
+    twice.
+    Source: Liu et al. 2025 (Flow-GRPO); Xue et al. 2025 (DanceGRPO); Li et al. 2025 (MixGRPO).
     """
     check_counts(groups=groups, group_size=group_size)
-    model, key, rewards, window = need_policy(process), as_key(key, seed), named(reward), window or every()
+    check_choice("objective", objective, get_args(Objective))
+    check_choice("law", law, (None, *get_args(Law)))
+    model, key = need_policy(process), as_key(key, seed)
+    rewards, window = rewards_by_name(reward), window or every()
     if method is not None:
         return collect_steered(
             model,
@@ -78,15 +101,15 @@ def collect(
             objective=objective,
             policy_version=policy_version,
         )
-    policy, meter = metered(model)
+    policy, meter = with_meter(model)
     groups = num_problems(model, groups)
-    mask = placed(window, model, groups, group_size, key).to(model.device)
-    state, kept = _roll(policy, storage, mask, key, shared_noise=shared_noise, means=means)
-    values = scores(policy, state.x, rewards)
+    mask = stochastic_steps(window, model, groups, group_size, key).to(model.device)
+    state, kept = _plain_chains(policy, storage, mask, key, shared_noise=shared_noise, means=means)
+    values = score_samples(policy, state.x, rewards)
     row = torch.arange(groups * group_size, device=model.device).view(groups, group_size)
-    return record(
+    return assemble(
         model,
-        walked(state, kept),
+        recorded_steps(state, kept),
         mask,
         x=state.x,
         rewards=values,
@@ -100,12 +123,12 @@ def collect(
     )
 
 
-def _roll(
+def _plain_chains(
     process: GaussianProcess, storage: torch.dtype, mask: torch.Tensor, key: Key, *, shared_noise: bool, means: bool
 ) -> tuple[Trajectory, dict[int, torch.Tensor]]:
-    """Plain chains, stochastic where mask (P, N, K) is true, and the means of their stochastic steps."""
+    """Plain chains, stochastic where mask [P, N, K] is true, and the means of their stochastic steps by level."""
     problems, rows, _ = mask.shape
-    still = stored_as(process.with_rule(ode_of(process.rule)), storage)
+    ode = stored_as(process.with_rule(ode_of(process.rule)), storage)
     process = stored_as(process, storage)
     x = process.prior(key.fold("prior"), problems, 1 if shared_noise else rows)
     state = Trajectory.begin(process, x.expand(-1, rows, *x.shape[2:]).contiguous(), keep_states=True)
@@ -114,10 +137,12 @@ def _roll(
     with torch.no_grad():
         for k in range(process.steps):
             x0 = process.denoise(state.x, k)
-            law = (process if some[k] else still).transition(state.x, x0, k)
+            transition = (process if some[k] else ode).transition(state.x, x0, k)
             if some[k] and means:
-                kept[k] = law.mean
+                kept[k] = transition.mean
             if some[k] and not all_rows[k]:
-                law = Mixed(law, still.transition(state.x, x0, k), mask[:, :, k])
-            state = state.step(law, noise)
+                transition = StochasticInSomeRows(
+                    noisy=transition, ode=ode.transition(state.x, x0, k), noisy_at=mask[:, :, k]
+                )
+            state = state.step(transition, noise)
     return state, kept

@@ -2,21 +2,21 @@
 
 A sampler of p(x) exp(r(x) / T) ends with weights W_i. On its paths the potentials multiply to exp(r(x_i) / T), however
 they were spread over the steps and whatever proposal was corrected for, so the weights W_i exp(-r(x_i) / T) target the
-policy itself. With the evidence estimate Z_hat they are more than consistent: for N rows,
+policy itself. With the estimate Z_hat of the normalizing constant they are unbiased, not only consistent: for N rows,
 
     w_i = N W_i Z_hat exp(-r(x_i) / T),        E[mean_i w_i f(path_i)] = E_p[f(path)]        at any N,
 
-because E[Z_hat sum W_i g_i] = E_p[exp(r / T) g] for every g. They are usable while Var_p(r / T) is about one, and say
-nothing of samples that the reward forbids (-inf), which the population never holds.
+because E[Z_hat sum W_i g_i] = E_p[exp(r / T) g] for every g. They are usable while Var_p(r / T) is about one, and do
+not cover samples that the reward forbids (-inf), which the population never holds.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,14 +24,14 @@ from torch import Tensor
 from ..core.leaf_paths import LeafPaths
 from ..core.objective import num_problems
 from ..core.population import log_potential
-from ..errors import SteerError
+from ..errors import NotStochasticError, SteerError
 from ..key import Key
-from ..processes.gaussian import GaussianProcess, is_gaussian
+from ..processes.gaussian import GaussianProcess
 from ..results.result import Law, Result
-from .assembly import Walked, ancestors, metered, record, scores, walked
-from .batch import RolloutBatch
+from .assembly import RecordedStep, ancestors, assemble, recorded_steps, score_samples, with_meter
+from .batch import Objective, RolloutBatch
 from .kernels import Windowed, stored_as
-from .windows import Window, placed
+from .windows import Window, stochastic_steps
 
 
 def collect_steered(
@@ -47,12 +47,12 @@ def collect_steered(
     path: bool,
     temperature: float,
     law: Law | None,
-    objective: Literal["policy_gradient", "tilted_sft"],
+    objective: Objective,
     policy_version: int,
 ) -> RolloutBatch:
-    """The rows of a sampler's population; arguments as `collect`, whose docstring says which steps are stored."""
+    """The rows of a method's population, with their weights back to the policy; arguments as `collect`."""
     groups, name = num_problems(process, groups), _name(method)
-    mask = _same_for_all(placed(window, process, groups, group_size, key), window, name)
+    mask = _same_for_all(stochastic_steps(window, process, groups, group_size, key), window, name)
     inside = frozenset(t for t, on in zip(process.times, mask[0, 0].tolist(), strict=False) if on)
     chain = stored_as(process.with_rule(Windowed(process.rule, inside)), storage)
     steering, others = next(iter(rewards.items())), dict(list(rewards.items())[1:])
@@ -60,18 +60,22 @@ def collect_steered(
     result: Result = method(
         chain, steering[1], batch=groups, particles=group_size, temperature=temperature, key=key, **keeps
     )
-    law = law or result.law
+    declared, law = law is not None, law or result.law
     _check_run(result, chain, law, name)
-    policy, meter = metered(process)
-    values = {steering[0]: result.reward} | scores(policy, result.x, others)
-    steps, lineage, parent = _walked(chain, result)
+    if not _rows_are_leaves(result):  # after `take` or `draw`
+        result = replace(result, tree=None)
+    policy, meter = with_meter(process)
+    values = {steering[0]: result.reward} | score_samples(policy, result.x, others)
+    steps, lineage, parent = _recorded(chain, result)
     if law == "none":
+        if steps and objective == "policy_gradient" and not declared:
+            raise _no_weight_corrects(name).keep(result)
         steps = [step._replace(log_behaviour=torch.full_like(step.log_prob, torch.nan)) for step in steps]
     elif objective == "policy_gradient":
         _check_steps(steps, mask, result, name)
     first = torch.arange(groups, device=result.x.device)[:, None] * result.reward.shape[1]
     log_target, log_base = log_weights(result, law)
-    batch = record(
+    batch = assemble(
         process,
         steps,
         mask[:, :1].expand(-1, result.reward.shape[1], -1).to(result.x.device),
@@ -101,19 +105,31 @@ def collect_steered(
 
 
 def log_weights(result: Result, law: Law) -> tuple[Tensor, Tensor]:
-    """Log-weights (P, N) of a Result's rows for the law it targets and for the policy, with mean one in expectation."""
+    """Log-weights [P, N] of a Result's rows, towards its target and back to the policy; of mean one in expectation.
+
+    Args:
+        law: what the rows are weighted samples of, as in `Result.law`.
+    """
     target = result.log_weight + math.log(result.log_weight.shape[1])
     if law == "none":
         return target, torch.full_like(target, torch.nan)
     if law == "model":
         return target, target
     base = target - log_potential(result.reward, result.temperature)
-    evidence = torch.where(result.log_evidence.isnan(), 0.0, result.log_evidence)  # unknown after MCMC starts
+    evidence = torch.where(result.log_evidence.isnan(), 0.0, result.log_evidence)  # not known after MCMC starts
     return target, (base + evidence[:, None]).masked_fill(target == -torch.inf, -torch.inf)
 
 
 def merged(batch: RolloutBatch) -> RolloutBatch:
-    """The batch with copies of a sample merged: the first row has their summed weight, the others none and no steps."""
+    """The batch with copies of a sample merged into one row, for a batch that was `select`ed from another.
+
+    Args:
+        batch: rows, of which those of equal `sample_id` are copies.
+
+    Returns:
+        A batch of as many rows: the first of equal ones has their summed weight; the others have weight 0 (log-weights
+        of -inf), and padding in place of steps.
+    """
     row = torch.arange(batch.rows, device=batch.sample_id.device)
     sample = torch.unique(batch.sample_id, return_inverse=True)[1]
     owner = torch.full_like(row, batch.rows).scatter_reduce(0, sample, row, "amin")[sample]
@@ -143,68 +159,102 @@ def merged(batch: RolloutBatch) -> RolloutBatch:
     )
 
 
-def tree_steps(process: GaussianProcess, paths: LeafPaths) -> list[Walked]:
+def tree_steps(process: GaussianProcess, paths: LeafPaths) -> list[RecordedStep]:
     """The stochastic steps along the lines of a tree's leaves, oldest first, where the tree kept them."""
     return [
-        Walked(step.k, step.x, step.x_next, None, step.log_prob, step.log_behaviour, step.node)
+        RecordedStep(step.k, step.x, step.x_next, None, step.log_prob, step.log_behaviour, step.node)
         for step in paths.steps
         if process.stochastic(step.k)
     ]
 
 
-def _walked(process: GaussianProcess, result: Result) -> tuple[list[Walked], Tensor | None, Tensor]:
+def _recorded(process: GaussianProcess, result: Result) -> tuple[list[RecordedStep], Tensor | None, Tensor]:
     """Stored steps of a result's rows, their ancestors (P, N, K) at every level, and their parents (P, N)."""
     state, row = result.trajectory, torch.arange(result.reward.shape[1], device=result.x.device)
     row = row.expand(result.reward.shape)
-    if state is not None and not (state.keep_states and _by(process, result)):
+    if state is not None and not (state.keep_states and _policy_ran(process, result)):
         return [], None, row
     if result.tree is not None:
         paths: LeafPaths = result.tree.leaf_paths(result.x.device)
         return tree_steps(process, paths), None, paths.ancestors[-2]
     if state is None:
         return [], None, row
-    return walked(state, {}), ancestors(state), state.ancestor(1) if state.resamplings().any() else row
+    return recorded_steps(state, {}), ancestors(state), state.ancestor(1) if state.resamplings().any() else row
+
+
+def check_choice(name: str, value: object, choices: Collection[object]) -> None:
+    """Raises SteerError where an argument is none of its choices."""
+    if value not in choices:
+        raise SteerError(f"{name} is one of {', '.join(map(repr, choices))}, got {value!r}; pass one of these")
 
 
 def _same_for_all(mask: Tensor, window: Window, name: str) -> Tensor:
-    """Where steps are stochastic, (P, N, K), if that is the same for all rows."""
+    """Where steps are stochastic, [P, N, K], if that is the same for all rows."""
     if not bool((mask == mask[:1, :1]).all()):
         raise SteerError(
-            f"particles of {name} meet at every step, so that all need the same window, got {window}, which differs "
-            "between rows; use grpo.every(), grpo.sliding(update), or method=None"
+            f"particles of {name} are resampled between steps, so all need the same window, got {window}, which "
+            "differs between rows; use grpo.every(), grpo.sliding(update), or method=None"
         )
     return mask
 
 
 def _check_run(result: Result, chain: GaussianProcess, law: str, name: str) -> None:
-    """Raises where a run did not end, or did not move by the policy's own kernel."""
+    """Raises where a run did not end, or did not use the policy's own transitions."""
     if result.interrupted:
         raise SteerError(f"{name} was interrupted: its rows are predictions, not samples; collect again").keep(result)
-    if law != "none" and not _by(chain, result):
+    if law != "none" and not _policy_ran(chain, result):
         raise SteerError(
-            f"{name} moves particles by laws of its own, so that its steps are no draws of the policy; collect with "
-            'steer.smc or another sampler over the policy\'s transitions, or pass law="none" for its samples alone'
+            f"{name} moves particles by laws of its own (another process, rule or start than the policy's), so its "
+            "steps are not draws of the policy; collect with steer.smc or another sampler over the policy's "
+            'transitions, or pass law="none" for its samples alone'
         ).keep(result)
 
 
-def _by(chain: GaussianProcess, result: Result) -> bool:
-    """Whether a run moved by a process's own rule."""
-    return is_gaussian(result.process) and result.process.rule == chain.rule
+def _policy_ran(chain: GaussianProcess, result: Result) -> bool:
+    """Whether a run used the policy as it was given: its network, rule, grid and prior."""
+    ran = result.process
+    return (
+        isinstance(ran, GaussianProcess)
+        and ran.denoiser is chain.denoiser
+        and ran.initial is chain.initial
+        and (ran.rule, ran.times, ran.schedule) == (chain.rule, chain.times, chain.schedule)
+    )
 
 
-def _check_steps(steps: list[Walked], mask: Tensor, result: Result, name: str) -> None:
+def _rows_are_leaves(result: Result) -> bool:
+    """Whether a result's rows are the leaves of its tree, in their order; True where there is no tree."""
+    if result.tree is None:
+        return True
+    tree, x = result.tree, result.x
+    leaves = tree.states(tree.depth, tree.leaf_slots(), x.device)["x"]
+    return leaves.shape == x.shape and bool((leaves.to(x.dtype) == x).all())
+
+
+def _no_weight_corrects(name: str) -> SteerError:
+    """The error of a policy gradient that would take the rows for the policy's."""
+    return NotStochasticError(
+        f"a policy gradient needs samples of the policy, or weights that turn them into such, and {name} gives neither "
+        '(its Result.law is "none"): it begins from a start that no weight corrects, selects greedily, or is a '
+        "function of yours that does not say what it samples. Use a weighted sampler, for instance "
+        "functools.partial(steer.smc, start=steer.pcnl(...)); if you know what it samples, declare it by "
+        'law="target" or law="model"; for its samples alone pass law="none" or objective="tilted_sft"'
+    )
+
+
+def _check_steps(steps: list[RecordedStep], mask: Tensor, result: Result, name: str) -> None:
     """Raises where a policy gradient would not find the steps to train on."""
     asked = mask[0, 0].nonzero().flatten().tolist()
     if {step.k for step in steps} >= set(asked):
         return
     raise SteerError(
-        f"{name} stored not all of the stochastic steps {asked}, so that they cannot be trained on: collect with a "
-        "sampler that can keep states (steer.smc, psi, tds, das, fk_steering, search.dts), or pass "
-        'objective="tilted_sft"'
+        f"{name} stored not all of the stochastic steps {asked} of its rows, so they cannot be trained on: collect "
+        "with a sampler that can keep states (steer.smc, psi, tds, das, fk_steering, search.dts) and return its Result "
+        'as it is, or pass objective="tilted_sft"'
     ).keep(result)
 
 
 def _check_ess(batch: RolloutBatch, result: Result, temperature: float) -> None:
+    """Raises where some group has too little weight left, counted by rows or by starting noises."""
     size, rows = torch.minimum(batch.ess(), batch.effective_roots()), batch.rows // batch.groups
     low = (~(size >= rows / 4)).nonzero()
     if len(low):
@@ -214,12 +264,12 @@ def _check_ess(batch: RolloutBatch, result: Result, temperature: float) -> None:
             f"of starting noises, got {batch.ess()[worst]:.3g} and {batch.effective_roots()[worst]:.3g} in group "
             f"{worst} ({len(low)} of {batch.groups} groups are below): the steering is too "
             f"strong to correct; raise the temperature ({temperature:g} now; the ESS falls like exp(-Var(r / T))), or "
-            'pass objective="tilted_sft" for losses that learn the tilted law itself'
+            'pass objective="tilted_sft" for losses that learn the tilted distribution itself'
         ).keep(result)
 
 
 def _copies(x: Tensor) -> Tensor:
-    """Slot (P, N) of the first particle of the problem with the same sample."""
+    """Index [P, N] of the first particle of the problem with the same sample."""
     slots = []
     for samples in x.flatten(2) if x.ndim > 2 else x[..., None]:
         _, group = torch.unique(samples, dim=0, return_inverse=True)
@@ -231,9 +281,11 @@ def _copies(x: Tensor) -> Tensor:
 
 
 def _path(result: Result, storage: torch.dtype) -> Tensor | None:
+    """All states of the rows, [P, N, K + 1, *event], where the run kept them."""
     return None if result.trajectory is None else result.trajectory.states().to(storage)
 
 
 def _name(method: Callable[..., Any]) -> str:
+    """Name of a method, also inside a partial."""
     inner = getattr(method, "func", method)
     return getattr(inner, "__name__", type(inner).__name__)

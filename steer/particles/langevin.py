@@ -148,6 +148,7 @@ class Langevin:
             Trajectory.begin(process, x).with_path_state(log_potential=value.masked_fill(forbidden, 0.0)),
             log_weight=torch.zeros_like(value).masked_fill(forbidden, -torch.inf),
             log_evidence=torch.full_like(log_step, torch.nan),
+            biased_start=not self.corrected,
             diagnostics={
                 "acceptance": torch.stack([step.rate for step in kept]).mean((0, 2)),
                 "step_size": log_step.exp(),

@@ -53,6 +53,7 @@ class TopK:
         return replace(
             state.with_path_state(log_potential=value.masked_fill(value == -torch.inf, 0.0)),
             log_evidence=torch.full_like(state.log_evidence, torch.nan),
+            biased_start=True,
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -51,8 +53,8 @@ def from_latents(latents: Tensor) -> Start:
                 for b, chosen in zip(named, rows, strict=True)
             ]
             x = torch.stack(starts)
-            return Trajectory.begin(process, x.float())
-        chosen = latents[torch.tensor(rows, device=latents.device)]
-        return Trajectory.begin(process, chosen.to(process.device, process.dtype))
+            return replace(Trajectory.begin(process, x.float()), biased_start=True)
+        chosen = latents[torch.tensor(rows, device=latents.device)].to(process.device, process.dtype)
+        return replace(Trajectory.begin(process, chosen), biased_start=True)
 
     return start

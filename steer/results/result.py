@@ -102,7 +102,7 @@ class Result:
             trajectory=state,
             seen=tuple(seen),
             interrupted=interrupted,
-            law=law,
+            law="none" if state.biased_start else law,
             log_evidence_variance=variance,
         )
 

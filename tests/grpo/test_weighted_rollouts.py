@@ -61,13 +61,9 @@ def test_policy_expectations_are_recovered(name):
 def test_self_normalised_weights_after_mcmc():
     """Ψ does not know its evidence: weights are right up to a constant per group, and a mean over many rows is."""
     process = gaussian([0.0, 0.0], [[0.75, 0.2], [0.2, 0.5]], schedule=steer.RectifiedFlow(), steps=12)
-    start = steer.pcnl(chains=16, burn_in=20, kept=48, step_size=0.5, x0_predictor=lambda p, x: p.denoise(x, 0))
-    try:
-        batch = grpo.collect(
-            process, REWARD, groups=60, group_size=128, method=functools.partial(steer.psi, start=start)
-        )
-    except TypeError:
-        batch = grpo.collect(process, REWARD, groups=60, group_size=128, method=steer.psi)
+    start = steer.pcnl(chains=16, burn_in=20, kept=48, step_size=0.5, x0_predictor=lambda x: 0.8 * x)
+    method = functools.partial(steer.psi, start=start)
+    batch = grpo.collect(process, REWARD, groups=60, group_size=128, method=method)
     x, w = batch.x0.double().view(60, 128, 2), batch.weights().double().view(60, 128, 1)
     assert max(abs(z((w * x).mean(1)[:, i])) for i in range(2)) < LIMIT
     assert max(abs(z(x.mean(1)[:, i])) for i in range(2)) > 2 * LIMIT
