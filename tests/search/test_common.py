@@ -172,21 +172,25 @@ def test_a_problem_has_the_same_events_alone(method):
         torch.testing.assert_close(one.scores, other.scores)
 
 
-def test_levels_rise_to_what_is_valued_next():
-    """The level of an event is the one at which the network is asked next."""
+@pytest.mark.parametrize("particles", [1, 2])
+def test_an_events_level_is_the_one_valued_next(particles):
+    """With several chains, the noisiest of theirs: those ahead wait."""
     inner, asked, levels = process(), [], []
 
     def denoise(x, t):
         asked.append(inner.times.index(t))
         return inner.denoiser(x, t)
 
+    def watch(event):
+        levels.append(event.level)
+
     spied = steer.from_denoiser(denoise, inner.schedule, inner.times, event=(2,), dtype=torch.float64)
-    search.rbf(spied, REWARD, particles=1, budget=40, on_step=lambda event: levels.append(event.level))
+    search.rbf(spied, REWARD, particles=particles, budget=60 * particles, key=2, on_step=watch)
     assert levels == asked[1:]
     assert levels == sorted(levels)
     assert levels[-1] == STEPS - 1
     asked.clear()
     levels.clear()
-    search.depth_first(spied, REWARD, budget=40, on_step=lambda event: levels.append(event.level))
+    search.depth_first(spied, REWARD, particles=particles, budget=60 * particles, threshold=0.3, every=1, on_step=watch)
     assert [level for level in levels if level < STEPS] == asked[1:]
     assert any(later < earlier for earlier, later in itertools.pairwise(levels))  # it went back
