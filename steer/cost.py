@@ -120,9 +120,15 @@ def affordable(
 ) -> int:
     """How many particles per problem to run.
 
-    rows:      network rows of one particle, or a rising function from their number to the rows of all.
-    particles: the number itself; budget: network rows per problem, never exceeded. Giving neither means `default`;
-        giving both asks for `particles` and checks them against the budget. before: rows spent whatever their number.
+    Args:
+        rows: network rows of one particle, or a rising function from their number to the rows of all.
+        particles: the number itself. Given together with a budget it is checked against it.
+        budget: network rows per problem, never exceeded.
+        default: the number where neither is given.
+        before: rows spent whatever their number.
+
+    Raises:
+        BudgetError: the budget pays for fewer than asked for; says what would be enough.
     """
     check_counts(particles=particles)
     if budget is None:

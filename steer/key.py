@@ -65,7 +65,13 @@ class Key:
     def normal(
         self, shape: Sequence[int], *, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu"
     ) -> Tensor:
-        """Standard normals of shape (B, N, *event). Entry (b, n) depends on its slots and on the event shape only."""
+        """Standard normals. Entry (b, n) depends on its slots and on the event shape only.
+
+        Args:
+            shape: (B, N, *event).
+            dtype: of the result; draws are made in float64 and rounded once.
+            device: of the result.
+        """
         return self._draw("normal", shape, dtype, device, steps=1)
 
     def uniform(self, shape: Sequence[int], *, device: torch.device | str = "cpu") -> Tensor:
@@ -80,6 +86,10 @@ class Key:
         """What `normal` or `uniform` returns, made together with the draws of the next steps: for chains.
 
         The tensor is shared with whoever asks again: read it, never write.
+
+        Args:
+            kind: "normal" or "uniform".
+            shape: (B, N, *event).
         """
         steps, width, size = 1, shape[1], math.prod(shape[2:])
         for width in (max(shape[1], self.columns), shape[1]):
@@ -104,7 +114,15 @@ class Key:
 
 
 def as_key(key: Key | int, seed: int | None = None) -> Key:
-    """A Key from a Key or an integer seed; `seed` is another name for `key`, and only one of them can be given."""
+    """A Key from a Key or an integer seed.
+
+    Args:
+        key: a Key, or a seed.
+        seed: another name for `key`; only one of them can be given.
+
+    Raises:
+        SteerError: both are given, or neither a Key nor a whole number.
+    """
     if seed is not None:
         if key != 0:
             raise SteerError(f"seed= is another name for key=: give one of them, got key={key!r} and seed={seed!r}")

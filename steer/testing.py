@@ -412,8 +412,8 @@ def _check_transition(process: GaussianProcess, k: int, key: Key) -> None:
     std = process.rule.std(here, there)
     if not (math.isfinite(std) and std >= 0.0 and math.isclose(std, step.std, rel_tol=1e-9, abs_tol=1e-12)):
         raise CheckFailed(f"rule.std says {std} for the step from level {k}, and its transition has std {step.std}")
-    order = torch.arange(63, -1, -1)
-    if not torch.allclose(process.transition(x[:, order], x0[:, order], k).mean, step.mean[:, order]):
+    some = torch.arange(40, -1, -3)
+    if not torch.allclose(process.transition(x[:, some], x0[:, some], k).mean, step.mean[:, some]):
         raise CheckFailed("the mean of a particle's step must depend on that particle alone")
     half = process.transition(x.float(), x0.float(), k).mean
     if half.dtype != torch.float32:

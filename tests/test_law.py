@@ -162,7 +162,7 @@ def test_predictions_forbidden_at_exponent_zero(tempering):
 def test_a_forbidden_prediction_does_not_hold_adaptive_tempering_back():
     process = steer.models.gaussian([0.0, 0.0], torch.eye(2), steps=6, dtype=torch.float64)
     state = steer.Trajectory.begin(process, torch.zeros(1, 4, 2, dtype=torch.float64))
-    state = state.remember(spent=torch.zeros_like(state.log_weight))
+    state = state.with_path_state(log_potential=torch.zeros_like(state.log_weight))
     value = torch.tensor([[0.0, 0.1, 0.2, -torch.inf]], dtype=torch.float64)
     assert steer.adaptive_tempering(0.5)(state, value).tolist() == [1.0]  # nearly equal values need no tempering
 
@@ -244,16 +244,16 @@ def _resampling_moves(fields):
 
     def stale(self, *args):
         moved = take(self, *args)
-        carried = {n: self.carried[n] if n in fields else t for n, t in moved.carried.items()}
-        memory = {n: self.memory[n] if n in fields else t for n, t in moved.memory.items()}
-        return dataclasses.replace(moved, carried=carried, memory=memory)
+        cache = moved.cache.replace(**{n: t for n, t in self.cache.tensors().items() if n in fields})
+        path = moved.path.replace(**{n: t for n, t in self.path.tensors().items() if n in fields})
+        return dataclasses.replace(moved, cache=cache, path=path)
 
     return stale
 
 
 def test_mutant_stale_twist_is_rejected(monkeypatch):
     """DAS: the twist is not permuted with its particle."""
-    monkeypatch.setattr(trajectory.Trajectory, "_take", _resampling_moves({"spent"}))
+    monkeypatch.setattr(trajectory.Trajectory, "_take", _resampling_moves({"log_potential"}))
     assert worst_of(exact_chain(MIXTURES[2], "vp", STEPS), selection=steer.resample(threshold=1.0)) > LIMIT
 
 
@@ -265,16 +265,17 @@ def test_mutant_gradient_not_permuted_is_rejected(monkeypatch):
     class StalePush(Guided):
         def __call__(self, state, model):
             law = super().__call__(state, model)
-            pushed = super().__call__(state.carry(gradient=state.carried["stale"]), model)
+            pushed = super().__call__(state.with_step_cache(gradient=state.cache.extra["stale"]), model)
             return _PushedBy(law, pushed)
 
-    evaluate = smc_module.evaluated
+    evaluate = smc_module.predict_and_score
 
     def evaluate_twice(*args):
         state, scores = evaluate(*args)
-        return state.carry(stale=state.carried["gradient"]) if "gradient" in state.carried else state, scores
+        gradient = state.cache.gradient
+        return state if gradient is None else state.with_step_cache(stale=gradient), scores
 
-    monkeypatch.setattr(smc_module, "evaluated", evaluate_twice)
+    monkeypatch.setattr(smc_module, "predict_and_score", evaluate_twice)
     options = {"selection": steer.resample(threshold=1.0)}
     process = exact_chain(MIXTURES[2], "vp", STEPS)
     assert worst_of(process, proposal=StalePush(1.0), **options) > LIMIT
@@ -299,7 +300,7 @@ class _PushedBy:
 def test_mutant_potential_that_does_not_close_is_rejected(weight):
     """FK-steering's max and sum: the product of potentials ends on the statistic, not on r(x0)."""
 
-    class Open(potentials.Weight):
+    class Open(potentials.Potential):
         def close(self, state, value):
             return self.apply(state, value)
 
@@ -310,7 +311,7 @@ def test_mutant_potential_that_does_not_close_is_rejected(weight):
 def test_mutant_clamped_weights_are_rejected():
     """FK-steering's clamp of exp(r / T) at 1e10, on rewards whose level is above it."""
 
-    class Clamped(potentials.Weight):
+    class Clamped(potentials.Potential):
         def apply(self, state, value):
             return super().apply(state, value.clamp(max=math.log(1e10)))
 

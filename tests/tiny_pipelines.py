@@ -6,6 +6,9 @@ timestep and the prompt. Text encoders are tiny; tokenizers map characters to nu
 
 import contextlib
 import functools
+import json
+import tempfile
+from pathlib import Path
 
 import diffusers
 import torch
@@ -23,7 +26,10 @@ def clip_tokenizer():
     vocab = {"<|startoftext|>": 0, "<pad>": 1, "<|endoftext|>": 2}
     for text in (*letters, *(letter + "</w>" for letter in letters)):
         vocab.setdefault(text, len(vocab))
-    tokenizer = transformers.CLIPTokenizer(vocab=vocab, merges=[])
+    with tempfile.TemporaryDirectory() as folder:  # files, which transformers 4 and 5 both read
+        Path(folder, "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
+        Path(folder, "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(folder)
     tokenizer.model_max_length = 77
     return tokenizer
 

@@ -1,5 +1,5 @@
-"""The command line: `steer generate`, `steer compare`, `steer preflight`, `steer models`, `steer methods`,
-`steer serve-reward`.
+"""The command line: `steer generate`, `steer compare`, `steer preflight`, `steer report`, `steer models`,
+`steer methods`, `steer serve-reward`.
 
 Exit codes: 0 done; 1 failed or interrupted at run time; 2 wrong usage. With --json, stdout holds one JSON object and
 nothing else; progress and errors go to stderr.
@@ -40,11 +40,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="Samples of frozen diffusion and flow models that follow a reward.",
+    help="Steers samples of frozen diffusion and flow models by a reward.",
 )
 
 Model = Annotated[str, typer.Option(help="An embedded model; `steer models` lists them.")]
-RewardSpec = Annotated[str, typer.Option("--reward", help="What to follow: digit:3, digit:even, ink:-1, jpeg, ...")]
+RewardSpec = Annotated[str, typer.Option("--reward", help="Reward to steer by: digit:3, digit:even, ink:-1, jpeg, ...")]
 Out = Annotated[
     Path, typer.Option(file_okay=False, help="Directory to write to; files of an earlier run there are replaced.")
 ]
@@ -64,10 +64,10 @@ Temperature = Annotated[
     ),
 ]
 Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps per sample; default: the model's own.")]
-Seed = Annotated[int, typer.Option(help="Names all noise of the run: same seed, same samples.")]
+Seed = Annotated[int, typer.Option(help="Random seed: the same seed gives the same samples.")]
 Label = Annotated[int | None, typer.Option(help="Condition a class-conditional model on this class; default: none.")]
 Shown = Annotated[int, typer.Option("--n", min=1, help="How many pictures to show.")]
-Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps.")]
+Device = Annotated[str, typer.Option(help="Device to run on: cpu, cuda, cuda:1, mps.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no summary.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -90,7 +90,7 @@ def _global_options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Samples of frozen diffusion and flow models that follow a reward."""
+    """Steers samples of frozen diffusion and flow models by a reward."""
 
 
 @app.command(
@@ -103,8 +103,15 @@ def generate(
     reward: RewardSpec,
     out: Out,
     method: Annotated[str, typer.Option(help="smc, best_of_n, ...; an unknown name lists them all.")] = "smc",
-    budget: Annotated[int | None, typer.Option(min=1, help="Network rows to spend, never exceeded.")] = None,
-    particles: Annotated[int | None, typer.Option(min=1, help="Instead of a budget; 16 without either.")] = None,
+    budget: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="NFE to spend, never exceeded. Counted in network rows: one sample in a call of the network."
+        ),
+    ] = None,
+    particles: Annotated[
+        int | None, typer.Option(min=1, help="Number of samples, in place of a budget; 16 if neither is given.")
+    ] = None,
     n: Shown = 16,
     temperature: Temperature = 1.0,
     steps: Steps = None,
@@ -119,15 +126,17 @@ def generate(
     guided: Annotated[
         float | None, typer.Option(min=0.0, help="Guide proposals by this multiple of the reward's gradient (smc).")
     ] = None,
-    reference: Annotated[int, typer.Option(min=0, help="Unsteered samples to compare with, at a cost apart.")] = 64,
+    reference: Annotated[
+        int, typer.Option(min=0, help="Unsteered samples to compare with; not counted in the budget.")
+    ] = 64,
     device: Device = "cpu",
     as_json: AsJson = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Makes samples that follow a reward: images.png, result.safetensors, result.json and report.html.
+    """Samples steered by a reward: writes images.png, result.safetensors, result.json and report.html.
 
-    Ctrl-C ends the run after the step in progress and writes what was paid for; a second Ctrl-C does not wait.
+    Ctrl-C stops the run after the current step and writes what is finished; a second Ctrl-C stops it at once.
     """
     if budget is not None and particles is not None:
         raise typer.BadParameter("give --budget or --particles, not both", param_hint="--particles")
@@ -139,7 +148,7 @@ def generate(
         options |= {"budget": budget, "particles": particles, "temperature": temperature, "key": seed}
         rows = budget or (particles or 16) * process.steps * process.rows
         show, unsteered = not (quiet or as_json), None
-        out.mkdir(parents=True, exist_ok=True)  # what cannot be written should fail before it is paid for
+        out.mkdir(parents=True, exist_ok=True)  # a directory that cannot be written should fail before the run
         with Interrupt() as interrupt:
             with Watch(rows, method, show, interrupt) as watch:
                 result = sampler(process, watch.watching(score), **options, **watch.hook(sampler))
@@ -152,8 +161,8 @@ def generate(
         numbers = write_run(result, unsteered, out, min(n, result.reward.shape[1]), about, metrics_of(reward, score))
         print_run(numbers, out, about, as_json, quiet)
     if interrupt.asked:
-        what = "what was paid for" if result.interrupted else "the finished run, without all of its report,"
-        say(f"[yellow]interrupted:[/] {what} is in {escape(str(out))}")
+        what = "the samples so far" if result.interrupted else "the finished run, without unsteered samples,"
+        say(f"[yellow]interrupted:[/] {what} written to {escape(str(out))}")
         raise typer.Exit(1)
 
 
@@ -168,10 +177,12 @@ def compare(
     out: Out,
     methods: Annotated[str, typer.Option(help="Names, separated by commas; rollout and best_of_n always run.")] = "smc",
     budget: Annotated[
-        str, typer.Option(help="Network rows for each method and key, never exceeded; several: 500,1000,2000.")
+        str, typer.Option(help="NFE (network rows) of each method and seed, never exceeded; several: 500,1000,2000.")
     ] = "2000",
-    keys: Annotated[int, typer.Option(min=1, help="Independent repeats; their spread is the standard error.")] = 5,
-    n: Annotated[int, typer.Option("--n", min=1, help="Pictures per method; best_of_n keeps this many.")] = 16,
+    keys: Annotated[int, typer.Option(min=1, help="Seeds: independent repeats, for the standard errors.")] = 5,
+    n: Annotated[
+        int, typer.Option("--n", min=1, help="Pictures to show of each method; best_of_n keeps this many samples.")
+    ] = 16,
     temperature: Temperature = 1.0,
     steps: Steps = None,
     seed: Seed = 0,
@@ -187,9 +198,9 @@ def compare(
 ) -> None:
     """Runs several methods at equal budget: compare.json, report.html and an images.png per method.
 
-    Several budgets, --budget 500,1000,2000, give the reward of each method against what it costs.
+    Several budgets, --budget 500,1000,2000, give the reward of each method against its NFE.
 
-    Ctrl-C ends the comparison at the last key that every method has run, and writes that.
+    Ctrl-C ends the comparison at the last seed that every method has run, and writes that.
     """
     import steer
 
@@ -207,9 +218,16 @@ def compare(
             for name in everyone:
                 options[name] |= watch.hook(find_method(name))
             table = steer.compare(
-                process, watch.watching(score), methods=names, budget=budgets if len(budgets) > 1 else budgets[0],
-                temperature=temperature, key=seed, keys=keys, metrics=metrics_of(reward, score), options=options,
-            )  # fmt: skip
+                process,
+                watch.watching(score),
+                methods=names,
+                budget=budgets if len(budgets) > 1 else budgets[0],
+                temperature=temperature,
+                key=seed,
+                keys=keys,
+                metrics=metrics_of(reward, score),
+                options=options,
+            )
         about = {"model": model, "reward": reward, "seed": seed, "steps": process.steps, "label": label}
         about |= {"options": ", ".join(settings)} if settings else {}
         facts = write_comparison_files(table, out, n, {**about, "command": command_line(context)})
@@ -219,7 +237,7 @@ def compare(
         print_comparison(table, out)
     if table.interrupted:
         at = f" at {len(table.at)} of {len(budgets)} budgets" if len(budgets) > 1 else ""
-        say(f"[yellow]interrupted:[/] {table.keys} of {keys} keys{at} are in {escape(str(out))}")
+        say(f"[yellow]interrupted:[/] {table.keys} of {keys} seeds{at} written to {escape(str(out))}")
         raise typer.Exit(1)
 
 
@@ -227,7 +245,7 @@ def compare(
 def preflight_(
     model: Model,
     reward: RewardSpec,
-    samples: Annotated[int, typer.Option(min=4, help="Unsteered samples to look at; their ranks are compared.")] = 4,
+    samples: Annotated[int, typer.Option(min=4, help="Unsteered samples to measure; 4 rank coarsely.")] = 4,
     temperature: Temperature = 1.0,
     steps: Steps = None,
     seed: Seed = 0,
@@ -236,9 +254,9 @@ def preflight_(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Looks before a run: do seeds matter, how early does the reward know, is there a gradient, what does it all cost.
+    """Measures before a run: whether seeds matter, how early predictions rank samples, the gradient, seconds per call.
 
-    Prints what it found, and the method and budget that it recommends.
+    Prints the measurements, and the method and budget that it recommends.
     """
     from ..evaluation.preflight import preflight
 
@@ -256,14 +274,14 @@ def preflight_(
 @app.command(epilog="Example: steer report runs/threes")
 def report(
     directory: Annotated[Path, typer.Argument(file_okay=False, help="A directory that `steer generate` wrote.")],
-    out: Annotated[Path | None, typer.Option(file_okay=False, help="Where to write; default: there.")] = None,
+    out: Annotated[Path | None, typer.Option(file_okay=False, help="Directory to write to; default: the same.")] = None,
     n: Shown = 16,
     device: Device = "cpu",
     debug: Debug = False,
 ) -> None:
     """Writes report.html of a saved run again: after an update of steer, or with another number of pictures.
 
-    What was not saved is not shown: search trees, and the states on the way.
+    Search trees and intermediate states are not saved, so they are not shown.
     """
     from ..report.run_report import shown, write_report
     from ..results.saved import load_result
@@ -273,29 +291,35 @@ def report(
         about = {name: fact for name, fact in saved.facts["run"].items() if name != "shown"}
         if "model" not in about or "reward" not in about:
             raise typer.BadParameter(
-                f"{directory} names no model and reward, so it was saved from Python; there Saved.result(process) "
-                "gives the run back, and its .report(...) the page"
+                f"{directory} names no model and reward, so it was saved from Python; load it there with "
+                "Saved.result(process), and write the page with its .report(...)"
             )
         out = out or directory
         if saved.facts.get("tree") and (out / "report.html").exists():
             raise typer.BadParameter(
                 f"{out / 'report.html'} shows a search tree, which is not saved and would be lost; give another "
-                "directory", param_hint="--out",
-            )  # fmt: skip
+                "directory",
+                param_hint="--out",
+            )
         process = open_model(about["model"], saved.facts["process"]["steps"], about.get("label"), device)
         result, metrics = saved.result(process), metrics_of(about["reward"], open_reward(about["reward"], process))
         index = shown(result, min(n, result.reward.shape[1]))
         title = f"{about['reward']} on {about['model']}"
         path = write_report(
-            result, out, reference=saved.reference(process), metrics=metrics, index=index, title=title,
+            result,
+            out,
+            reference=saved.reference(process),
+            metrics=metrics,
+            index=index,
+            title=title,
             about=about,
-        )  # fmt: skip
+        )
     say(f"report  {escape(str(path))}")
 
 
 @app.command(epilog="Example: steer models --json")
 def models(as_json: AsJson = False) -> None:
-    """Lists the pretrained models that ship with steer: what they are, how good, under which licence."""
+    """Lists the pretrained models that ship with steer, with size, measured quality and licence."""
     from ..models.catalogue import embedded
 
     found = embedded()
@@ -310,7 +334,7 @@ def models(as_json: AsJson = False) -> None:
 
 @app.command(epilog="Example: steer methods --json")
 def methods(as_json: AsJson = False) -> None:
-    """Lists the methods and the options that `--set NAME=VALUE` gives them."""
+    """Lists the methods and the options that `--set NAME=VALUE` can set."""
     from ..evaluation.methods import methods as names
     from .options import listed
 
@@ -327,14 +351,16 @@ def methods(as_json: AsJson = False) -> None:
 
 @app.command("serve-reward", epilog="Example: steer serve-reward jpeg:- --port 8000")
 def serve_reward(
-    reward: Annotated[str, typer.Argument(metavar="SPEC", help="What to serve: digit:3, clip, jpeg, ...")],
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 8000,
-    host: Annotated[str, typer.Option(help="127.0.0.1 is this machine alone; others need a token.")] = "127.0.0.1",
+    reward: Annotated[str, typer.Argument(metavar="SPEC", help="Reward to serve: digit:3, clip, jpeg, ...")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 picks a free one.")] = 8000,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on. 127.0.0.1 is this machine alone; any other needs a token.")
+    ] = "127.0.0.1",
     token_env: Annotated[
-        str | None, typer.Option(help="The environment variable with the token that clients must send; default: none.")
+        str | None, typer.Option(help="Environment variable that holds the token clients must send; default: no token.")
     ] = None,
-    queue: Annotated[int, typer.Option(min=1, help="Requests held at once; more are told to come again.")] = 64,
-    threads: Annotated[int, typer.Option(min=1, help="Calls of the reward at once.")] = 1,
+    queue: Annotated[int, typer.Option(min=1, help="Requests held at once; more are rejected, to be retried.")] = 64,
+    threads: Annotated[int, typer.Option(min=1, help="Concurrent calls of the reward.")] = 1,
     debug: Debug = False,
 ) -> None:
     """Serves a reward over HTTP, for --reward remote:URL and rewards.Remote, until Ctrl-C. Prints its address.

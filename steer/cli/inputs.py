@@ -1,4 +1,4 @@
-"""What the command line is given, as objects: models, rewards, methods and their options; and errors, as one line."""
+"""Turns command-line arguments into models, rewards, methods and their options; prints errors as one line."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def reported_errors(debug: bool, as_json: bool) -> Iterator[None]:
-    """Errors of the run as one line, and exit code 1."""
+    """Prints an error of the run as one line and exits with code 1; with `debug` it is raised."""
     from ..errors import SteerError
     from ..types import Stop
 
@@ -32,7 +32,7 @@ def reported_errors(debug: bool, as_json: bool) -> Iterator[None]:
             raise
         message = " ".join(str(error).split())
         if isinstance(error, KeyboardInterrupt):
-            message = "interrupted at once; what was not written yet is lost"
+            message = "interrupted at once; whatever was not written yet is lost"
         elif isinstance(error, Stop):
             message = "interrupted; nothing was written"
         if as_json:
@@ -42,11 +42,12 @@ def reported_errors(debug: bool, as_json: bool) -> Iterator[None]:
 
 
 def say(markup: str) -> None:
+    """Prints rich markup on stderr."""
     Console(stderr=True, soft_wrap=True, highlight=False).print(markup)
 
 
 def open_model(model: str, steps: int | None, label: int | None, device: str) -> GaussianProcess:
-    """An embedded model on a device."""
+    """Loads a model that ships with steer."""
     import torch
 
     import steer
@@ -65,7 +66,7 @@ def open_model(model: str, steps: int | None, label: int | None, device: str) ->
 
 
 def open_reward(spec: str, process: Any = None) -> Callable[..., Any]:
-    """The reward that a specification stands for; one of text, on a process that has a text."""
+    """The reward of a specification; rewards of text need a process that reads its samples as text."""
     from .. import rewards
     from ..errors import SteerError
 
@@ -76,7 +77,7 @@ def open_reward(spec: str, process: Any = None) -> Callable[..., Any]:
 
 
 def find_method(name: str) -> Callable[..., Any]:
-    """The method of that name."""
+    """The sampler of that name."""
     from ..errors import SteerError
     from ..evaluation.methods import resolve
 
@@ -87,7 +88,7 @@ def find_method(name: str) -> Callable[..., Any]:
 
 
 def metrics_of(spec: str, reward: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
-    """The held-out judge of a reward, where there is one."""
+    """Measures beside the reward: a held-out judge, where the reward has one."""
     from .. import rewards
 
     if not isinstance(reward, rewards.DigitLogProb):
@@ -96,7 +97,7 @@ def metrics_of(spec: str, reward: Callable[..., Any]) -> dict[str, Callable[...,
 
 
 def own_options(sampler: Callable[..., Any], name: str, n: int, guided: float | None) -> dict[str, Any]:
-    """What the command line's own flags mean to a method: pictures to keep, and guidance."""
+    """Keyword arguments of a method from the flags --n and --guided."""
     import steer
 
     accepted, options = inspect.signature(sampler).parameters, {}
@@ -110,7 +111,7 @@ def own_options(sampler: Callable[..., Any], name: str, n: int, guided: float | 
 
 
 def settings_of(sampler: Callable[..., Any], name: str, settings: Sequence[str]) -> dict[str, Any]:
-    """A method's own options from NAME=VALUE."""
+    """Keyword arguments of a method from --set NAME=VALUE."""
     from ..errors import SteerError
     from .options import parsed
 
@@ -121,30 +122,33 @@ def settings_of(sampler: Callable[..., Any], name: str, settings: Sequence[str])
 
 
 def by_method(settings: Sequence[str], names: Sequence[str]) -> dict[str, list[str]]:
-    """METHOD.NAME=VALUE as the NAME=VALUE of each method."""
+    """Sorts METHOD.NAME=VALUE settings by method, as NAME=VALUE."""
     own: dict[str, list[str]] = {}
     for setting in settings:
         method, dot, rest = setting.partition(".")
         if not dot or method not in names:
             raise typer.BadParameter(
-                f"{setting!r} must be METHOD.NAME=VALUE of a method compared: {', '.join(names)}", param_hint="--set"
+                f"{setting!r} must be METHOD.NAME=VALUE, for a method that is compared: {', '.join(names)}",
+                param_hint="--set",
             )
         own.setdefault(method, []).append(rest)
     return own
 
 
 def parse_budgets(text: str) -> list[int]:
-    """Budgets, rising, from "2000" or "500,1000,2000"."""
+    """Budgets in rising order, from "2000" or "500,1000,2000"."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) >= 1 for part in parts):
-        raise typer.BadParameter(f"whole numbers from 1 on, as 500,1000,2000; got {text!r}", param_hint="--budget")
+        raise typer.BadParameter(
+            f"must be whole numbers of at least 1, as in 500,1000,2000; got {text!r}", param_hint="--budget"
+        )
     return sorted({int(part) for part in parts})
 
 
 def unsteered_run(
     process: GaussianProcess, reward: Callable[..., Any], count: int, seed: int, watch: Watch
 ) -> Result | None:
-    """Unsteered samples from the run's own noise, slot by slot; None where Ctrl-C was pressed."""
+    """Unsteered samples from the same starting noises as the run; None if Ctrl-C was pressed."""
     from ..samplers.rollout import rollout
 
     unsteered = rollout(process, reward, particles=count, key=seed, keep_states=False, on_step=watch)
@@ -152,7 +156,7 @@ def unsteered_run(
 
 
 def command_line(context: typer.Context) -> str:
-    """The command line of this run, without flags and options left at their defaults."""
+    """The command line that makes this run again: flags and options at their defaults are left out."""
     words = ["steer", context.info_name or ""]
     for option in context.command.params:
         value = context.params.get(option.name or "")

@@ -1,4 +1,7 @@
-"""A method's own options from the command line: NAME=VALUE, typed by the method's signature."""
+"""A method's own options from the command line: NAME=VALUE, typed by the method's signature.
+
+Typer converts by signature too, but knows no unions such as `int | Sequence[int]` and has no public function for it.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,12 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..errors import SteerError
 
-# What every method takes, and the command line has its own options for.
+# Parameters of every method, which have command-line options of their own.
 _COMMON = frozenset({"process", "reward", "batch", "particles", "budget", "temperature", "key", "on_step", "return"})
 
 
 def options(sampler: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
-    """Names of a method's own options that text can give, each with its type and default."""
+    """The options of a method that can be given as text: name -> (type, default)."""
     hints = get_type_hints(sampler)
     own = inspect.signature(sampler).parameters
     return {
@@ -26,21 +29,27 @@ def options(sampler: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
 
 
 def parsed(method: str, sampler: Callable[..., Any], settings: Sequence[str]) -> dict[str, Any]:
-    """The keyword arguments that "NAME=VALUE" settings stand for; SteerError where a name or a value is not one.
+    """Keyword arguments of a method from "NAME=VALUE" settings.
 
-    Values are Python's: 6, 0.5, true, none, (2.0, 0.8) or 2.0,0.8; anything else is a string.
+    Args:
+        method: Its name, for messages.
+        sampler: The method.
+        settings: Values as Python writes them: 6, 0.5, true, none, (2.0, 0.8) or 2.0,0.8; anything else is a string.
+
+    Raises:
+        SteerError: A setting has no name, the method has no such option, or the value does not fit its type.
     """
     known, given = options(sampler), {}
     for setting in settings:
         name, equals, text = setting.partition("=")
         name = name.strip()
         if not equals or not name:
-            raise SteerError(f"an option is NAME=VALUE, as in levels=6; got {setting!r}")
+            raise SteerError(f"an option must be NAME=VALUE, as in levels=6; got {setting!r}")
         if name not in known:
             own = ", ".join(f"{name}={_shown(default)}" for name, (_, default) in known.items()) or "none"
             taken = name in inspect.signature(sampler).parameters
-            why = "takes a Python object, or has a flag here" if taken else "is no option"
-            raise SteerError(f"{name} {why} of {method}; those that --set can give, with their defaults: {own}")
+            why = "takes a Python object, or has a flag of its own" if taken else "is no option"
+            raise SteerError(f"{name} {why} of {method}; --set can set these, with their defaults: {own}")
         value, hint = _value(text.strip()), known[name][0]
         fits = _fitted(value, hint)
         if not fits:
@@ -50,13 +59,14 @@ def parsed(method: str, sampler: Callable[..., Any], settings: Sequence[str]) ->
 
 
 def listed(name: str, sampler: Callable[..., Any]) -> dict[str, Any]:
-    """A method for a list: its name, what it returns, its own options with their defaults."""
+    """A method as `steer methods` lists it: name, first line of its docstring, options with their defaults."""
     first = (inspect.getdoc(sampler) or "").partition("\n\n")[0]
     own = {option: _shown(default) for option, (_, default) in options(sampler).items()}
     return {"name": name, "returns": " ".join(first.split()), "options": own}
 
 
 def _value(text: str) -> Any:
+    """Text as a Python value; as a string where it is none."""
     constant = {"true": True, "false": False, "none": None}
     if text.lower() in constant:
         return constant[text.lower()]
@@ -67,16 +77,18 @@ def _value(text: str) -> Any:
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:
+    """The types of a union; a type alone is its own."""
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
 def _is_sequence(hint: Any) -> bool:
+    """Whether the type is a collection, such as Sequence[int] or tuple[float, float]."""
     origin = get_origin(hint)
     return isinstance(origin, type) and issubclass(origin, Collection)
 
 
 def _writable(hint: Any) -> bool:
-    """Whether some text stands for a value of this type."""
+    """Whether a value of this type can be given as text."""
     return any(
         part in (bool, int, float, str) or get_origin(part) is Literal or (_is_sequence(part) and _writable_items(part))
         for part in _alternatives(hint)
@@ -84,11 +96,12 @@ def _writable(hint: Any) -> bool:
 
 
 def _writable_items(hint: Any) -> bool:
+    """Whether the items of a collection can be given as text."""
     return all(part is Ellipsis or _writable(part) for part in get_args(hint))
 
 
 def _fitted(value: Any, hint: Any) -> tuple[Any, ...]:
-    """(value,) as a value of the type, or () where it is none."""
+    """(value,) converted to the type; () where it does not fit."""
     for part in _alternatives(hint):
         if part is type(None) and value is None:
             return (None,)
@@ -110,7 +123,7 @@ def _fitted(value: Any, hint: Any) -> tuple[Any, ...]:
 
 
 def _named(hint: Any) -> str:
-    """A type in words, without the parts that text cannot give."""
+    """A type in words, without the parts that cannot be given as text."""
     words = []
     for part in _alternatives(hint):
         if get_origin(part) is Literal:
@@ -126,6 +139,7 @@ def _named(hint: Any) -> str:
 
 
 def _shown(default: Any) -> str:
+    """A default as `--set` would take it."""
     if default is None or isinstance(default, bool):
         return str(default).lower()
     return str(default).replace(" ", "") if isinstance(default, tuple) else str(default)

@@ -1,4 +1,4 @@
-"""What the command line writes and prints of a run or a comparison."""
+"""Files and printed tables of a run or a comparison."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 def write_run(
     result: Result, reference: Result | None, out: Path, n: int, about: dict[str, Any], metrics: dict[str, Any]
 ) -> dict[str, Any]:
-    """The run's files, and its numbers. What was paid for comes first: the result, then pictures of it."""
+    """Writes the files of a run, and returns its numbers. The result comes first, in case drawing it fails."""
     from ..files import write_atomically
     from ..report.images import grid, is_images, to_png
     from ..report.run_report import shown, summary, write_report
     from ..results.saving import save_result
 
-    for stale in ("compare.json", "images.png"):  # of an earlier command, which would be taken for this one's
+    for stale in ("compare.json", "images.png"):  # an earlier command's, which would be mistaken for this one's
         (out / stale).unlink(missing_ok=True)
     index = shown(result, n)
     save_result(result, out, reference=reference, **about, shown=index.tolist())
@@ -36,13 +36,14 @@ def write_run(
 def write_comparison_files(
     comparison: Comparison | Comparisons, out: Path, n: int, about: dict[str, Any]
 ) -> dict[str, Any]:
+    """Writes the files of a comparison, and returns its numbers. Pictures are of the first seed."""
     from ..files import plain, to_json, versions, write_atomically
     from ..report.comparison_report import write_comparison
     from ..report.images import grid, is_images, to_png
     from ..report.run_report import shown
     from ..results.saving import FACTS, TENSORS
 
-    for stale in (FACTS, TENSORS, "images.png"):  # of a `steer generate`, which would be taken for this command's
+    for stale in (FACTS, TENSORS, "images.png"):  # an earlier `steer generate`'s
         (out / stale).unlink(missing_ok=True)
     facts = plain({"about": about, **comparison.to_dict(), "versions": versions()})
     write_atomically(out / "compare.json", to_json(facts))
@@ -60,6 +61,7 @@ def write_comparison_files(
 
 
 def print_run(numbers: dict[str, Any], out: Path, about: dict[str, Any], as_json: bool, quiet: bool) -> None:
+    """Prints a run's numbers, as JSON or as a short table."""
     import typer
     from rich.console import Console
     from rich.markup import escape
@@ -77,7 +79,7 @@ def print_run(numbers: dict[str, Any], out: Path, about: dict[str, Any], as_json
             lines.add_row(escape(name), f"{before}[bold]{number(measured['steered'])}[/]")
         apart = numbers["reference_cost"]
         aside = f", and {apart['nfe']:,} for the unsteered samples" if apart else ""
-        lines.add_row("network rows", f"{numbers['cost']['nfe']:,}{aside}")
+        lines.add_row("NFE", f"{numbers['cost']['nfe']:,} network rows{aside}")
         if "texts" in numbers:
             lines.add_row("samples", escape(", ".join(numbers["texts"])))
         lines.add_row("report", escape(str(out / "report.html")))
@@ -85,6 +87,7 @@ def print_run(numbers: dict[str, Any], out: Path, about: dict[str, Any], as_json
 
 
 def print_comparison(comparison: Comparison | Comparisons, out: Path) -> None:
+    """Prints a comparison as a table: a row for each method, and budget where there are several."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -93,20 +96,23 @@ def print_comparison(comparison: Comparison | Comparisons, out: Path) -> None:
 
     stages = comparison.at
     names = list(stages[-1].rows[0].metrics)
-    heads = ["method", *["budget"] * (len(stages) > 1), "reward", "best", *map(escape, names), "ess", "rows", "seconds"]
+    several = len(stages) > 1
+    heads = ["method", "reward", "best", *map(escape, names), "ESS", "NFE", "seconds"]
+    if several:
+        heads.insert(1, "budget")
     table = Table(box=None, header_style="bold")
     for head in heads:
-        table.add_column(head, no_wrap=len(stages) > 1)
+        table.add_column(head, no_wrap=several)
     for i in range(len(stages[-1].rows)):
         for j, stage in enumerate(stages):
             row = stage.rows[i]
             measured = (row.reward, row.best, *(row.metrics[name] for name in names))
             cells = [with_error(mean, error) for mean, error in measured]
-            budget = [f"{stage.budget:,}"] * (len(stages) > 1)
-            table.add_row(
-                row.method if j == 0 else "", *budget, *cells, number(row.ess), f"{row.nfe:,.0f}", f"{row.seconds:.2f}"
-            )
+            if several:
+                cells.insert(0, f"{stage.budget:,}")
+            name = row.method if j == 0 else ""
+            table.add_row(name, *cells, number(row.ess), f"{row.nfe:,.0f}", f"{row.seconds:.2f}")
     console = Console()
-    # A file or a pipe has no width of its own.
+    # A file or a pipe has no width, and rich would wrap at 80 columns.
     (console if console.is_terminal or len(stages) == 1 else Console(width=160)).print(table)
     Console(soft_wrap=True, highlight=False).print(f"report  {escape(str(out / 'report.html'))}")

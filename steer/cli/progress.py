@@ -1,4 +1,4 @@
-"""Watching a run from outside: progress on stderr, and Ctrl-C as a request to stop after the step."""
+"""Progress of a run on stderr, and Ctrl-C as a request to stop after the current step."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
 
 class Interrupt:
-    """While open, a first Ctrl-C is noted, and asks the run to end after its step; a second acts at once.
+    """While open, a first Ctrl-C stops the run after the current step; a second raises KeyboardInterrupt at once.
 
-    A callback calls `check`, which raises. Outside the main thread, where Python delivers no signals, it does nothing.
+    The first is noted, and `check`, which an `on_step` callback calls, raises `Stop`. Outside the main thread, where
+    Python delivers no signals, it does nothing.
     """
 
     def __init__(self) -> None:
@@ -35,7 +36,7 @@ class Interrupt:
             signal.signal(signal.SIGINT, self._before)
 
     def check(self) -> None:
-        """Raises, where Ctrl-C was pressed."""
+        """Raises `Stop` if Ctrl-C was pressed."""
         from ..types import Stop
 
         if self.asked:
@@ -47,7 +48,14 @@ class Interrupt:
 
 
 class Watch:
-    """Progress on stderr, in network rows: a bar on a terminal, elsewhere a line every tenth. Called as `on_step`."""
+    """Progress on stderr, an `on_step` callback: a bar on a terminal, elsewhere a line every tenth of the budget.
+
+    Args:
+        rows: NFE that the whole run will take, in network rows.
+        name: What is shown beside the progress.
+        show: Whether to print anything.
+        interrupt: Checked after every step.
+    """
 
     def __init__(self, rows: int, name: str, show: bool, interrupt: Interrupt):
         self.rows, self.name, self.interrupt = rows, name, interrupt
@@ -59,10 +67,15 @@ class Watch:
         console = Console(stderr=True)
         self._shown, self._lines = show, show and not console.is_terminal
         self._bar = Progress(
-            TextColumn("[bold]{task.description}"), BarColumn(), TaskProgressColumn(),
-            TextColumn("{task.fields[note]}"), TimeRemainingColumn(), console=console,
-            transient=True, disable=not show or self._lines,
-        )  # fmt: skip
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not show or self._lines,
+        )
         self._task = self._bar.add_task(name, total=rows, note="")
         self._console = console
 
@@ -75,7 +88,7 @@ class Watch:
 
     def __call__(self, event: Event) -> None:
         if self._meter is not None and event.meter is not self._meter:
-            self._done += self._meter.nfe  # another run began
+            self._done += self._meter.nfe  # the next run of several has begun
         self._meter, done = event.meter, (self._done + event.meter.nfe)
         steps = event.state.process.steps
         note = f"step {event.level} of {steps}, ESS {event.ess.mean().item():.0f}"
@@ -87,11 +100,11 @@ class Watch:
         self.interrupt.check()
 
     def hook(self, method: Callable[..., Any]) -> dict[str, Any]:
-        """The option that has a method call this, for methods that can."""
+        """Keyword arguments that make a method call this after every step; none where it takes no `on_step`."""
         return {"on_step": self} if "on_step" in inspect.signature(method).parameters else {}
 
     def watching(self, reward: Callable[..., Any]) -> Callable[..., Any]:
-        """The reward, noting the best score it gives; as it is where nothing is shown, since to read scores costs."""
+        """The reward, its best score recorded; unchanged where nothing is shown, as reading scores costs a sync."""
         from functools import wraps
 
         import torch

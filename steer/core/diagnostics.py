@@ -27,12 +27,20 @@ def evidence_variance(log_weight: Tensor, root: Tensor, resamplings: Tensor) -> 
 
 
 def mean_variance(log_weight: Tensor, values: Tensor, ancestor: Tensor, resamplings: Tensor) -> Tensor:
-    """Estimated variance of the weighted mean of values (B, N), from one run: (B,).
+    """Estimated variance of the weighted mean of values, from one run.
 
-    ancestor: index (B, N) of each particle's ancestor at the start, or fewer resamplings ago
-    (`Trajectory.ancestor(lag)`) for the fixed-lag form, which forgets what the population has forgotten and lives on
-    when one root is left. resamplings: how many lie between, (B,).
-    Source: Lee & Whiteley 2018 (the same V, of centred values); fixed lag: Olsson & Douc 2019. Biased by O(1 / N).
+    Args:
+        log_weight: final weights, [B, N].
+        values: what is averaged, [B, N].
+        ancestor: index of each particle's ancestor at the start, [B, N]; or fewer resamplings ago
+            (`Trajectory.ancestor(lag)`) for the fixed-lag form, which forgets what the population has forgotten and
+            lives on when one seed is left.
+        resamplings: how many lie between, [B].
+
+    Returns:
+        [B], biased by O(1 / N).
+
+    Source: Lee & Whiteley 2018 (the same V, of centred values); fixed lag: Olsson & Douc 2019.
     """
     particles = log_weight.shape[1]
     weight = torch.softmax(log_weight, 1)
@@ -42,12 +50,18 @@ def mean_variance(log_weight: Tensor, values: Tensor, ancestor: Tensor, resampli
 
 
 def pareto_k(log_weight: Tensor) -> Tensor:
-    """Shape of the generalized Pareto law that fits the largest weights of each problem: (B, N) -> (B,).
+    """Shape of the generalized Pareto distribution that fits the largest weights of each problem.
 
     Moments of the weights above order 1 / k do not exist, so beyond .5 the variance of an importance sampling estimate
     is infinite; up to min(1 - 1 / log10(N), .7) estimates can still be trusted at N samples. For independent particles
-    (`importance_sampling`, or one pooled population), N of a hundred and more. NaN below 21 particles, and where a
-    quarter of the tail ties with what lies below it, as equal weights do.
+    (`importance_sampling`, or one pooled population), N of a hundred and more.
+
+    Args:
+        log_weight: [B, N].
+
+    Returns:
+        [B]; NaN below 21 particles, and where a quarter of the tail ties with what lies below it, as equal weights do.
+
     Source: Vehtari, Simpson, Gelman, Yao & Gabry 2024 (PSIS): tail of min(N / 5, 3 sqrt(N)) weights, Sec. 3; fit of
     Zhang & Stephens 2009; weak prior of ten samples at k = .5, Appendix C.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -22,6 +22,8 @@ class Event:
     scores:   rewards of those predictions, [B, N]; None at levels where nothing was scored.
     problems: index of the prompt of every row of `state`, as long as its axis 0.
     chunk:    index of its first particle among those of the run, where a run goes in chunks.
+    earlier:  what earlier passes of the method have spent.
+    cost:     what the method had spent when it took the step, in all its passes.
     """
 
     run: str
@@ -31,6 +33,12 @@ class Event:
     problems: range
     chunk: int
     meter: Meter
+    earlier: Cost = field(default_factory=Cost)
+    cost: Cost = field(init=False)
+
+    def __post_init__(self) -> None:
+        # At once: the meter runs on, and events are kept.
+        object.__setattr__(self, "cost", self.earlier + self.meter.cost())
 
     @property
     def level(self) -> int:
@@ -42,11 +50,13 @@ class Event:
         """Effective sample size of the weights carried, [B]."""
         return self.state.ess
 
-    @property
-    def cost(self) -> Cost:
-        """What the run has spent so far."""
-        return self.meter.cost()
-
 
 OnStep = Callable[[Event], None]
 """Called after every step: progress bars, checkpoints. Raise `Stop` to end the run early."""
+
+
+def of_pass(on_step: OnStep | None, name: str, earlier: Cost) -> OnStep | None:
+    """`on_step` for one of several passes of a method: its events are called `name`, and count what came before."""
+    if on_step is None:
+        return None
+    return lambda event: on_step(replace(event, run=name, earlier=earlier))

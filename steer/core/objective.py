@@ -52,9 +52,21 @@ class Objective:
     def value_and_grad(
         self, x: Tensor, k: int, strength: float | Tensor, key: Key | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Prediction x0, score of it, and the gradient of strength * score with respect to x at level k.
+        """Prediction x0, its score, and the gradient of strength * score with respect to the states.
 
-        NotDifferentiableError, before the network is called where the reward says that it has no gradient.
+        Args:
+            x: states at level k, [B, N, *event].
+            k: timestep index.
+            strength: what the score is multiplied by, a number or [B, N].
+            key: names what hooks draw in the prediction.
+
+        Returns:
+            x0 [B, N, ...], scores [B, N] float64, gradient [B, N, *event].
+
+        Raises:
+            NotDifferentiableError: before the network is called, where the reward says that it has no gradient.
+
+        Cost: one network row and one backward pass a state.
         """
         self._check_differentiable()
         with torch.enable_grad():
@@ -120,8 +132,14 @@ def open_objective(
 ) -> tuple[ReverseProcess, Objective, Meter]:
     """A metered process, the objective on it, and their meter.
 
-    groupwise: whether the method only ranks or reports finished samples, and so can do with a reward whose scores
-    depend on the other samples in the call. Such a reward is no function of x: p(x) exp(r(x) / T) is not defined.
+    Args:
+        process: the model.
+        reward: function of samples [M, ...] to [M].
+        groupwise: whether the method only ranks or reports finished samples, and so can do with a reward whose scores
+            depend on the others in the call. Such a reward is no function of x: p(x) exp(r(x) / T) is not defined.
+
+    Raises:
+        RewardError: the reward is no callable, or groupwise where that is not allowed.
     """
     if not callable(reward):
         raise RewardError(f"a reward is a callable from samples to scores, got {type(reward).__name__}")
@@ -137,7 +155,7 @@ def open_objective(
 
 
 def num_problems(process: ReverseProcess, batch: int) -> int:
-    """The number of problems to run: `batch`, or as many as the process is conditioned on where that was left at 1."""
+    """`batch`, or as many problems as the process is conditioned on where that was left at 1."""
     check_counts(batch=batch)
     return process.problems if process.problems is not None and batch == 1 else batch
 
@@ -145,7 +163,10 @@ def num_problems(process: ReverseProcess, batch: int) -> int:
 def check_finite(scores: Tensor, where: str, *, first: int = 0) -> None:
     """Raises NonFiniteError naming problem and particle where a score is NaN or +inf. Reads the scores.
 
-    first: slot of column 0.
+    Args:
+        scores: [B, n].
+        where: end of the message: "at level 3 of 20".
+        first: index of column 0 among the particles of the run.
     """
     bad = scores.isnan() | (scores == torch.inf)
     if bool(bad.any()):

@@ -19,25 +19,30 @@ SLACK = 1e-9
 
 
 def log_sum_exp(log_weight: Tensor) -> Tensor:
-    """log of the sum of weights over particles: (B, N) -> (B,). -inf where every weight is zero."""
+    """Log of the sum of weights over particles, [B, N] -> [B]; -inf where every weight is zero."""
     return torch.logsumexp(log_weight, 1)
 
 
 def log_mean_exp(log_weight: Tensor) -> Tensor:
-    """log of the mean weight over particles: (B, N) -> (B,). -inf where every weight is zero."""
+    """Log of the mean weight over particles, [B, N] -> [B]; -inf where every weight is zero."""
     return torch.logsumexp(log_weight, 1) - math.log(log_weight.shape[1])
 
 
 def normalise(log_weight: Tensor) -> Tensor:
-    """Log-weights that sum to one within each problem, (B, N)."""
+    """Log-weights that sum to one within each problem, [B, N] -> [B, N]."""
     shifted = log_weight - log_weight.amax(1, keepdim=True)  # first: next to 1e8, their sum would be off by 1e-8
     return shifted - torch.logsumexp(shifted, 1, keepdim=True)
 
 
 def weights_of_top_k(score: Tensor, keep: int) -> Tensor:
-    """Log-weights (B, N) that the `keep` highest scores of each problem share equally (the first of equals).
+    """Log-weights that the `keep` highest scores of each problem share equally.
 
-    Fewer share where fewer are not forbidden (-inf); where all are, that is overlooked.
+    Args:
+        score: [B, N]; of equal scores the first counts as higher.
+        keep: how many share. Fewer do where fewer are not forbidden (-inf); where all are, that is overlooked.
+
+    Returns:
+        [B, N], -inf for the others.
     """
     best = torch.sort(score, dim=1, descending=True, stable=True).indices[:, :keep]
     shared = torch.full_like(score, -torch.inf).scatter_(1, best, 0.0)
@@ -46,15 +51,34 @@ def weights_of_top_k(score: Tensor, keep: int) -> Tensor:
 
 
 def ess(log_weight: Tensor) -> Tensor:
-    """Effective sample size 1 / sum W^2 of accumulated weights, in [1, N]: (B, N) -> (B,). NaN where all are zero."""
+    """Effective sample size 1 / sum W^2 of accumulated weights, in [1, N].
+
+    Args:
+        log_weight: [B, N].
+
+    Returns:
+        [B]; NaN where all weights are zero.
+    """
     return torch.softmax(log_weight, 1).square().sum(1).reciprocal()
 
 
 def temper(log_weight: Tensor, log_likelihood: Tensor, lowest: Tensor, *, share: float = 0.5) -> Tensor:
     """The largest exponent lambda in [lowest, 1] that keeps ESS(log_weight + (lambda - lowest) log_likelihood).
 
-    "Keeps" means at or above share * N; the lowest exponent where even that is below. Forty bisections for all
-    problems at once, with no host read: (B, N), (B, N), (B,) -> (B,). Source: Jasra et al. 2011.
+    Args:
+        log_weight: [B, N].
+        log_likelihood: what the exponent multiplies, [B, N].
+        lowest: exponent to begin from, [B].
+        share: "keeps" means at or above share * N; the lowest exponent is returned where even that is below.
+
+    Returns:
+        Exponents, [B].
+
+    Raises:
+        SteerError: share outside (0, 1].
+
+    Cost: forty bisections for all problems at once, with no host read.
+    Source: Jasra et al. 2011.
     """
     if not 0.0 < share <= 1.0:
         raise SteerError(f"share of N that the ESS must keep is in (0, 1], got {share}")
@@ -69,13 +93,29 @@ def temper(log_weight: Tensor, log_likelihood: Tensor, lowest: Tensor, *, share:
 
 
 def weighted_mean(log_weight: Tensor, values: Tensor) -> Tensor:
-    """Self-normalised mean over particles of values (B, N, ...): (B, ...). Particles of weight zero may be anything."""
+    """Self-normalised mean over particles.
+
+    Args:
+        log_weight: [B, N].
+        values: [B, N, ...]; those of particles of weight zero may be anything.
+
+    Returns:
+        [B, ...].
+    """
     weight = torch.softmax(log_weight, 1).reshape(*log_weight.shape, *(1 for _ in values.shape[2:]))
     return torch.where(weight > 0, weight * values, 0.0).sum(1)
 
 
 def log_potential(scores: Tensor, temperature: float) -> Tensor:
-    """scores / temperature; 0 for every sample that is not forbidden where the temperature is infinite."""
+    """Scores over temperature: the log of what a sample's weight is multiplied by.
+
+    Args:
+        scores: rewards, [B, N]; -inf forbids a sample.
+        temperature: > 0; infinite gives 0 for every sample that is not forbidden.
+
+    Returns:
+        [B, N].
+    """
     if temperature == float("inf"):
         return torch.where(scores == -torch.inf, scores, 0.0 * scores)
     return scores / temperature

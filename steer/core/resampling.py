@@ -20,9 +20,19 @@ Resampler = Callable[[Tensor, Key, int], Tensor]
 
 
 def systematic(log_weight: Tensor, key: Key, count: int) -> Tensor:
-    """One uniform per problem, count equally spaced points on the cumulative weights (Carpenter et al. 1999).
+    """Systematic resampling: one uniform per problem, `count` equally spaced points on the cumulative weights.
 
-    By offspring counts: how many points lie below each cumulative weight is a floor, so no search is needed.
+    Args:
+        log_weight: log-weights, not necessarily normalised, [B, N] float64.
+        key: names the draws.
+        count: M, how many ancestors to return per problem.
+
+    Returns:
+        Indices of ancestors, [B, M] int64, rising.
+
+    Cost: no host read. By offspring counts: how many points lie below each cumulative weight is a floor, so no search
+    is needed.
+    Source: Carpenter et al. 1999.
     """
     cumulative = torch.softmax(log_weight, 1).cumsum(1)
     uniform = key.peek("uniform", (log_weight.shape[0], 1), torch.float64, log_weight.device)
@@ -31,19 +41,34 @@ def systematic(log_weight: Tensor, key: Key, count: int) -> Tensor:
 
 
 def stratified(log_weight: Tensor, key: Key, count: int) -> Tensor:
-    """One uniform per stratum of width 1 / count (Kitagawa 1996)."""
+    """Stratified resampling: one uniform in each stratum of width 1 / count.
+
+    Args, Returns: as `systematic`.
+
+    Source: Kitagawa 1996.
+    """
     problems, device = log_weight.shape[0], log_weight.device
     strata = torch.arange(count, dtype=torch.float64, device=device)
     return _pick(log_weight, (strata + key.uniform((problems, count), device=device)) / count)
 
 
 def multinomial(log_weight: Tensor, key: Key, count: int) -> Tensor:
-    """Independent draws (Gordon et al. 1993). The noisiest; the reference that theory is written for."""
+    """Multinomial resampling: independent draws. The noisiest, and the reference that theory is written for.
+
+    Args, Returns: as `systematic`; ancestors are in no order.
+
+    Source: Gordon et al. 1993.
+    """
     return _pick(log_weight, key.uniform((log_weight.shape[0], count), device=log_weight.device))
 
 
 def residual(log_weight: Tensor, key: Key, count: int) -> Tensor:
-    """floor(count W) copies of each, the rest drawn from what is left over (Liu & Chen 1998)."""
+    """Residual resampling: floor(count W) copies of each particle, the rest drawn from what is left over.
+
+    Args, Returns: as `systematic`.
+
+    Source: Liu & Chen 1998.
+    """
     share = torch.softmax(log_weight, 1) * count
     # A whole number less a rounding error is whole: equal weights must leave everyone in place.
     share = torch.where((share - share.round()).abs() < 1e-9, share.round(), share)

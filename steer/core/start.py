@@ -53,7 +53,16 @@ def prepared(
 ) -> tuple[Start, int]:
     """A start ready for a run at that temperature, and how many whole chains it leaves the budget for.
 
-    price: network rows per problem of a run by its number of particles, where it is more than their chains.
+    Args:
+        start: any start.
+        process: the model.
+        temperature: of the run; starts without one of their own take it.
+        particles: N per problem, or None for what the budget pays for.
+        budget: network rows per problem, never exceeded.
+        price: network rows per problem of a run by its number of particles, where it is more than their chains.
+
+    Raises:
+        BudgetError: the budget pays for no particle.
     """
     start, before = start.prepare(process, temperature) if isinstance(start, PreparedStart) else (start, 0)
     rows = process.steps * process.rows if price is None else price
@@ -63,7 +72,19 @@ def prepared(
 def check_resume(
     state: Trajectory, process: ReverseProcess, particles: int | None, batch: int, budget: int | None, rows: int = 1
 ) -> Trajectory:
-    """A trajectory to resume, validated. rows: of the network, per row of a prediction that is still to come."""
+    """Validates a trajectory to resume.
+
+    Args:
+        state: as an `Event` held it.
+        process: the model, which takes the place of the one that the state was made by.
+        particles, batch, budget: as the caller gave them.
+        rows: network rows per row of a prediction that is still to come.
+
+    Raises:
+        ShapeError: of another event, number of problems or level.
+        SteerError: it is a run's end, or other numbers than its own were asked for.
+        BudgetError: what is left of its chains costs more than the budget.
+    """
     if tuple(state.x.shape[2:]) != tuple(process.event) or not 0 <= state.k <= process.steps:
         raise ShapeError(
             f"a trajectory to resume must have event {tuple(process.event)} and a level in [0, {process.steps}], "

@@ -31,7 +31,7 @@ def compare(
     keys: int = 5,
     metrics: dict[str, Callable[[torch.Tensor], torch.Tensor]] | None = None,
     options: dict[str, dict[str, Any]] | None = None,
-) -> Comparison: ...
+) -> Comparison[Result]: ...
 
 
 @overload
@@ -48,7 +48,7 @@ def compare(
     keys: int = 5,
     metrics: dict[str, Callable[[torch.Tensor], torch.Tensor]] | None = None,
     options: dict[str, dict[str, Any]] | None = None,
-) -> Comparisons: ...
+) -> Comparisons[Result]: ...
 
 
 def compare(
@@ -64,16 +64,31 @@ def compare(
     keys: int = 5,
     metrics: dict[str, Callable[[torch.Tensor], torch.Tensor]] | None = None,
     options: dict[str, dict[str, Any]] | None = None,
-) -> Comparison | Comparisons:
-    """Runs methods at equal budget over several keys; unsteered samples and best-of-N are always among them.
+) -> Comparison[Result] | Comparisons[Result]:
+    """Methods at equal budget over several seeds, with unsteered samples and best-of-N always among them.
 
-    budget:  denoiser rows per problem for every method and key; several budgets give the reward against their cost.
-             The same keys at each, so that the noise of a smaller run begins that of a larger one.
-    keys:    independent repeats; their spread is the standard error.
-    metrics: name -> function of decoded samples (M, ...) to (M,), reported as weighted means: a held-out reward, say.
-    options: method name -> that method's own keyword arguments.
+    Args:
+        process: The model.
+        reward: Function of samples [M, ...] to [M]; higher is better.
+        methods: Names (see `steer.methods()`) or samplers.
+        budget: NFE per problem of every method and seed, in network rows, never exceeded. Several budgets give the
+            reward against NFE; they use the same seeds, so that a smaller run's noise is the start of a larger one's.
+        temperature: > 0; divides rewards.
+        batch: Independent problems; a conditioned process fixes it.
+        key: Random seed of the whole comparison. All methods share the noise of a repeat.
+        keys: How many seeds to run: independent repeats, whose spread gives the standard errors.
+        metrics: Name -> function of decoded samples [M, ...] to [M], shown as weighted means: a held-out reward, say.
+        options: Method name -> that method's own keyword arguments.
 
-    A run stopped by its `on_step` or from the keyboard ends the comparison at the last key that every method has run.
+    Returns:
+        Means and standard errors for each method, with every run's Result; for several budgets, a comparison at each.
+        A run stopped by its `on_step` or from the keyboard ends it at the last seed that every method has run.
+
+    Raises:
+        SteerError: No budget, two methods of one name, or options for a method that is not compared.
+        Stop: It was stopped before every method had run once.
+
+    Cost: `keys` times the sum of the budgets, for each method.
     """
     common: dict[str, Any] = {
         "methods": methods,
@@ -88,8 +103,8 @@ def compare(
     if not isinstance(budget, Sequence):
         return _compare(process, reward, budget=budget, **common)
     if not budget:
-        raise SteerError("a comparison needs a budget, or several; got an empty sequence")
-    done: list[Comparison] = []
+        raise SteerError("a comparison needs one budget or several; got an empty sequence")
+    done: list[Comparison[Result]] = []
     for rows in sorted(set(budget)):
         try:
             done.append(_compare(process, reward, budget=rows, **common))
@@ -114,22 +129,28 @@ def _compare(
     keys: int,
     metrics: dict[str, Callable[[torch.Tensor], torch.Tensor]] | None,
     options: dict[str, dict[str, Any]] | None,
-) -> Comparison:
+) -> Comparison[Result]:
     """The comparison at one budget."""
     chosen: dict[str, Method] = {}
     for method in ("rollout", "best_of_n", *methods):
         name, function = _named(method), resolve(method)
         if chosen.setdefault(name, function) is not function:
-            raise SteerError(f"two of the methods are called {name}, and a table tells them by name; rename one")
+            raise SteerError(f"two of the methods are called {name}, and the table needs distinct names; rename one")
     unknown = sorted(set(options or {}) - set(chosen))
     if unknown:
         raise SteerError(f"options are for the methods compared, {', '.join(chosen)}; got {', '.join(unknown)}")
     finished: list[dict[str, Result]] = []
     for i in range(keys):
         runs = _round(
-            chosen, options or {}, process=process, reward=reward, budget=budget, temperature=temperature, batch=batch,
+            chosen,
+            options or {},
+            process=process,
+            reward=reward,
+            budget=budget,
+            temperature=temperature,
+            batch=batch,
             key=key.fold("compare", i),
-        )  # fmt: skip
+        )
         if runs is None:
             break
         finished.append(runs)
@@ -141,14 +162,14 @@ def _compare(
 
 
 def _named(method: str | Method) -> str:
-    """What a method is called in a table: a partial, as the function in it."""
+    """Name of a method in the table; a partial has its function's."""
     if isinstance(method, str):
         return method
     return getattr(method, "__name__", None) or getattr(getattr(method, "func", None), "__name__", repr(method))
 
 
 def _round(methods: dict[str, Method], options: dict[str, dict[str, Any]], **common: Any) -> dict[str, Result] | None:
-    """One run of every method on one key; None where one was interrupted, which would not be at equal budget."""
+    """One run of every method on one seed; None if one was interrupted, as it did not spend its budget."""
     runs = {}
     for name, method in methods.items():
         runs[name] = sample(method=method, **common, **options.get(name, {}))
@@ -158,6 +179,8 @@ def _round(methods: dict[str, Method], options: dict[str, dict[str, Any]], **com
 
 
 def _row(name: str, runs: Sequence[Result], metrics: dict[str, Callable]) -> Row:
+    """Means and standard errors of a method's runs."""
+
     def over(values: list[float]) -> tuple[float, float]:
         mean = sum(values) / len(values)
         spread = sum((v - mean) ** 2 for v in values)
@@ -181,4 +204,5 @@ def _row(name: str, runs: Sequence[Result], metrics: dict[str, Callable]) -> Row
 
 
 def _measured(run: Result, f: Callable[[torch.Tensor], torch.Tensor]) -> float:
+    """Weighted mean of a measure of decoded samples."""
     return run.mean(lambda x: f(run.process.decode(x[None]))).mean().item()

@@ -1,4 +1,4 @@
-"""What four samples tell before any budget is spent: what a process and a reward allow, and what to run on them."""
+"""A few unsteered samples, measured before a run: what a process and a reward allow, and which method to use."""
 
 from __future__ import annotations
 
@@ -15,17 +15,20 @@ from ..errors import BudgetError, NotDifferentiableError
 from ..key import Key, as_key
 from ..types import ReverseProcess, Reward
 
-_PROBED = 8  # levels at which predictions are scored, at most
+_PROBED = 8  # steps at which predictions are scored, at most
 _USABLE = 0.4  # rank correlation from which a prediction is worth selecting by
 _SAME = 1e-3  # samples that differ by less than this share of their spread are the same
 
 
 @dataclass(frozen=True)
-class Sight:
-    """How far the reward sees from level k: rank correlation of r(x0_hat) with the final reward of the same chain.
+class PredictionReliability:
+    """How well r(x0_hat) at step k predicts the final reward of the same chain.
 
-    rank_correlation: mean over problems; None where the scores at that level, or at the end, are all alike.
-    error:            mean of |r(x0_hat) - final reward|.
+    Args:
+        k: The step.
+        rank_correlation: Spearman's, a mean over problems; None where the scores at that step, or at the end, are
+            all equal.
+        error: Mean of |r(x0_hat) - final reward|.
     """
 
     k: int
@@ -35,10 +38,14 @@ class Sight:
 
 @dataclass(frozen=True)
 class Gradient:
-    """The gradient of r(x0_hat(x)) / temperature in x at level k, where there is one.
+    """The gradient of r(x0_hat(x)) / temperature in x at step k, if there is one.
 
-    why:  what stands in its way; "" where it is available.
-    norm: its length. push: the shift of a guided proposal in units of the step's own noise, norm times std.
+    Args:
+        available: Whether there is.
+        why: Why not; "" where it is available.
+        k: The step.
+        norm: Its length.
+        push: How far a guided proposal would shift the step, in standard deviations of the step's own noise.
     """
 
     available: bool
@@ -52,17 +59,20 @@ class Gradient:
 class Preflight:
     """What a few samples of a process say about steering it by a reward. `print` it.
 
-    samples, problems, steps: what was run: chains per problem, problems, steps of a chain.
-    stochastic_steps: how many of the steps draw noise; 0 is an ODE.
-    seed_effect:  how much samples from different starting noises differ, in standard deviations of a sample's entries
-                  (share of tokens that differ, for tokens); None where every chain starts at one state.
-    noise_effect: the same of samples from one starting noise; None where no step draws.
-    mean, std, best: of the final rewards. forbidden: how many of them are -inf.
-    sights:       how early the reward knows, see `Sight`.
-    gradient:     see `Gradient`.
-    network_seconds, reward_seconds, decode_seconds: per prediction (all its rows), per score, per decoded sample.
-    cost:         what this preflight spent.
-    method, budget: what it recommends for `steer.sample`, rows per problem. advice: why, and what else, in sentences.
+    Args:
+        samples, problems, steps: What was run: chains per problem, problems, steps of a chain.
+        stochastic_steps: How many of the steps draw noise; 0 is an ODE.
+        seed_effect: How much samples from different starting noises differ, in standard deviations of a sample's
+            entries (share of tokens that differ, for tokens); None where every chain starts at one state.
+        noise_effect: The same for samples from one starting noise; None where no step draws noise.
+        mean, std, best: Of the final rewards.
+        forbidden: How many of them are -inf.
+        sights: How early predictions rank samples, one entry for each probed step.
+        gradient: Whether the reward has one, and its size.
+        network_seconds, reward_seconds, decode_seconds: Per prediction (all its rows), per score, per decoded sample.
+        cost: What this preflight spent.
+        method, budget: Recommended for `steer.sample`; the budget in NFE (network rows) per problem.
+        advice: The reasons, and further advice, in sentences; the decisive one first.
     """
 
     samples: int
@@ -75,7 +85,7 @@ class Preflight:
     std: float
     best: float
     forbidden: int
-    sights: tuple[Sight, ...]
+    sights: tuple[PredictionReliability, ...]
     gradient: Gradient
     network_seconds: float
     reward_seconds: float
@@ -97,7 +107,7 @@ class Preflight:
 
     @property
     def usable_from(self) -> int | None:
-        """The first probed level from which r(x0_hat) ranks samples as the end does; None where none does."""
+        """The first probed step from which r(x0_hat) ranks samples as the final reward does; None if there is none."""
         first = None
         for sight in self.sights:
             if not _usable(sight):
@@ -107,8 +117,8 @@ class Preflight:
         return first
 
     @property
-    def clearest(self) -> Sight | None:
-        """The level, of those probed before the last prediction, that ranks samples best; None where none does."""
+    def clearest(self) -> PredictionReliability | None:
+        """The step, of those probed before the last prediction, that ranks samples best; None where none does."""
         usable = [sight for sight in self.sights if sight.k < self.steps - 1 and _usable(sight)]
         return max(usable, key=lambda sight: sight.rank_correlation or 0.0, default=None)
 
@@ -124,22 +134,26 @@ class Preflight:
         if self.gradient.available:
             gradient = f"yes, length {self.gradient.norm:.3g} at step {self.gradient.k}"
             if not math.isnan(self.gradient.push):
-                gradient += f", a push of {self.gradient.push:.3g} noise standard deviations"
+                gradient += f", shifts a step by {self.gradient.push:.3g} standard deviations of its noise"
         else:
             gradient = f"no: {self.gradient.why}"
-        lines = [
-            ("steps", f"{self.steps}, {_of(self.stochastic_steps, self.steps)} draw noise"),
-            ("samples differ by", f"{_share(self.seed_effect)} between starting noises, "
-                                  f"{_share(self.noise_effect)} from the same one"),
-            ("reward", f"{self.mean:.4g} ± {self.std:.3g}, best {self.best:.4g}"
-                       + (f", {self.forbidden} forbidden" if self.forbidden else "")),
-            ("r(x0_hat) ranks", f"{sights}  (step: rank correlation with the end, {self.samples} samples)"),
-            ("gradient", gradient),
-            ("milliseconds", f"prediction {1e3 * self.network_seconds:.3g}, decode {1e3 * self.decode_seconds:.3g}, "
-                             f"reward {1e3 * self.reward_seconds:.3g}"),
-            ("recommended", f'method="{self.method}", budget={self.budget:,} network rows per problem'),
-        ]  # fmt: skip
-        table = "\n".join(f"{name:<18} {text}" for name, text in lines)
+        reward = f"{self.mean:.4g} ± {self.std:.3g}, best {self.best:.4g}"
+        if self.forbidden:
+            reward += f", {self.forbidden} forbidden"
+        network, decode, score = (
+            f"{1e3 * seconds:.3g}" for seconds in (self.network_seconds, self.decode_seconds, self.reward_seconds)
+        )
+        between, within = _share(self.seed_effect), _share(self.noise_effect)
+        lines = {
+            "steps": f"{self.steps}, {_of(self.stochastic_steps, self.steps)} draw noise",
+            "samples differ by": f"{between} between starting noises, {within} from the same one",
+            "reward": reward,
+            "r(x0_hat) ranks": f"{sights}  (step: rank correlation with the final reward, {self.samples} samples)",
+            "gradient": gradient,
+            "milliseconds": f"prediction {network}, decode {decode}, reward {score}",
+            "recommended": f'method="{self.method}", budget={self.budget:,} NFE (network rows) per problem',
+        }
+        table = "\n".join(f"{name:<18} {text}" for name, text in lines.items())
         return table + "\n" + "\n".join(f"- {sentence}" for sentence in self.advice)
 
 
@@ -153,21 +167,31 @@ def preflight(
     key: Key | int = 0,
     seed: int | None = None,
 ) -> Preflight:
-    """What can be gained by steering this process by this reward, and how: from a few unsteered samples.
+    """What steering this process by this reward can gain, and how: from a few unsteered samples.
 
-    samples:     chains per problem, in pairs that share their starting noise where steps draw noise of their own. Four
-                 show what is broken; a rank correlation of four is coarse, and 16 are worth their price where it
-                 decides much.
-    temperature: > 0; scales the gradient that is reported.
+    Args:
+        process: The model.
+        reward: Function of samples [M, ...] to [M]; higher is better.
+        samples: Chains per problem, in pairs that share their starting noise where steps draw noise of their own.
+            Four show what is broken, but rank coarsely; take 16 where the ranking decides.
+        batch: Independent problems; a conditioned process fixes it.
+        temperature: > 0; scales the gradient that is reported.
+        key: Random seed.
 
-    Cost per problem: samples * K network rows (K = process.steps, times process.rows), one prediction with a backward
-    pass, and as many rewards as `samples` at no more than nine levels.
-    Raises what a run would raise, with the same message: RewardError, NonFiniteError, ShapeError, ... The reward is
-    called after the first prediction, so a broken one costs next to nothing.
+    Returns:
+        The measurements, and a recommended method and budget. `print` it.
+
+    Raises:
+        BudgetError: Fewer than four samples.
+        SteerError: What a run would raise, with the same message: RewardError, NonFiniteError, ShapeError, ... The
+            reward is called after the first prediction, so a broken one costs next to nothing.
+
+    Cost: per problem, samples * K NFE (K = process.steps; times process.rows), one prediction with a backward pass,
+    and as many rewards as `samples` at no more than nine steps.
     """
     temperature, key = check_temperature(temperature), as_key(key, seed)
     if samples < 4:
-        raise BudgetError(f"preflight ranks samples, and needs at least 4 of them, got samples={samples}")
+        raise BudgetError(f"preflight ranks samples, and needs at least 4 of them; got samples={samples}")
     process, objective, meter = open_objective(process, reward, groupwise=True)
     batch = num_problems(process, batch)
     drawing = [k for k in range(process.steps) if process.stochastic(k)]
@@ -182,7 +206,7 @@ def preflight(
             x0 = process.denoise(x, k, key)
             if k in _probed(process.steps):
                 seen[k] = objective(process.complete(x, x0))
-                check_finite(seen[k], f"of predictions at level {k} of {process.steps}")
+                check_finite(seen[k], f"of predictions at step {k} of {process.steps}")
             x = process.transition(x, x0, k).sample(key.fold("step").at(k))
         final = objective(x)
         check_finite(final, "of the finished samples")
@@ -191,16 +215,26 @@ def preflight(
     seed_effect, noise_effect = _effects(process, x, start, bool(drawing))
     finite = final[final.isfinite()]
     found = Preflight(
-        samples=samples, problems=batch, steps=process.steps, stochastic_steps=len(drawing), seed_effect=seed_effect,
-        noise_effect=noise_effect, mean=float(finite.mean()) if len(finite) else math.nan, std=_spread(final),
-        best=float(final.max()), forbidden=int((final == -torch.inf).sum()),
-        sights=tuple(Sight(k, _rank_correlation(r, final), _error(r, final)) for k, r in seen.items()),
+        samples=samples,
+        problems=batch,
+        steps=process.steps,
+        stochastic_steps=len(drawing),
+        seed_effect=seed_effect,
+        noise_effect=noise_effect,
+        mean=float(finite.mean()) if len(finite) else math.nan,
+        std=_spread(final),
+        best=float(final.max()),
+        forbidden=int((final == -torch.inf).sum()),
+        sights=tuple(PredictionReliability(k, _rank_correlation(r, final), _error(r, final)) for k, r in seen.items()),
         gradient=slope,
         network_seconds=spent.seconds["network"] * process.rows / max(1, spent.nfe),
         reward_seconds=spent.seconds["reward"] / max(1, spent.rewards),
         decode_seconds=spent.seconds["decode"] / max(1, spent.decodes),
-        cost=meter.cost(), method="", budget=0, advice=(),
-    )  # fmt: skip
+        cost=meter.cost(),
+        method="",
+        budget=0,
+        advice=(),
+    )
     method, advice = _recommended(found, process, objective.groupwise)
     particles = 1 if method == "rollout" else 16
     return replace(found, method=method, budget=particles * process.steps * process.rows, advice=advice)
@@ -211,69 +245,69 @@ def _recommended(found: Preflight, process: ReverseProcess, groupwise: bool) -> 
     gaussian, advice = hasattr(process, "levels"), []
     if found.forbidden == found.samples * found.problems:
         method = "best_of_n"
-        advice.append(
-            "every sample was forbidden (-inf): a reward that says how far off a sample is would guide better"
-        )
+        advice.append("every sample was forbidden (-inf): use a reward that says how far off a sample is")
     elif not found.seeds_matter:
         method = "rollout"
         advice.append(
-            "every seed gives the same sample, so there is nothing to choose from: a run on more noise will not help; "
-            "change the prompt, the guidance scale or the transition (steer.ddim(eta=1.0)), or use a model that is not "
-            "distilled so far"
+            "every seed gives the same sample, so no method can select among them: more samples will not help; "
+            "change the prompt, the guidance scale or the transition (steer.ddim(eta=1.0)), or use a "
+            "model that is less distilled"
         )
     elif not found.std > 1e-9 * max(1.0, abs(found.best)) and not found.forbidden:
         method = "rollout"
         advice.append(
             f"nothing can be gained: all {found.samples * found.problems} samples score {found.best:.4g}; use a reward "
-            "that tells them apart, or more samples=, if it only rarely does"
+            "that distinguishes them, or more samples= if it does so only rarely"
         )
     elif groupwise:
         method = "best_of_n"
-        advice.append("the reward scores samples against their group, so only finished samples can be ranked by it")
+        advice.append(
+            "the reward scores a sample against the others of its group, so it can rank finished samples only"
+        )
     elif not found.stochastic:
         method = "noise_search" if gaussian else "best_of_n"
         cure = "process.with_rule(steer.ddim(eta=1.0))" if gaussian else "a stochastic rule (steer.unmask, say)"
         advice.append(
-            "no step draws noise (an ODE): copies of a particle stay copies, so only starting noises can be chosen; "
-            f"for particle methods and trees open it on noise, {cure}"
+            "no step draws noise (an ODE): copies of a particle stay identical, so only starting noises can be "
+            f"searched; for particle methods and trees use a stochastic transition, {cure}"
         )
     elif (sight := found.clearest) is None:
         method = "best_of_n"
         advice.append(
-            "r(x0_hat) ranks no unfinished samples as the end does, so selecting on the way would be by chance: rank "
-            "finished samples, or find a reward that reads unfinished ones"
+            "at no step before the last does r(x0_hat) rank samples as the final reward does, so selecting early would "
+            "be by chance: rank finished samples, or use a reward that can score predictions"
         )
     else:
         method = "smc"
         advice.append(
-            f"r(x0_hat) ranks unfinished samples: at step {sight.k} of {found.steps} its rank correlation with the end "
-            f"is {_signed(sight.rank_correlation)}; so selection on the way can pay: smc for a population, "
+            f"r(x0_hat) ranks samples early: at step {sight.k} of {found.steps} its rank correlation with the final "
+            f"reward is {_signed(sight.rank_correlation)}, so selecting early can pay: smc for a population, "
             "search.dts_star for one best sample"
         )
         early = found.usable_from or 0
         if early > 0.25 * found.steps:
-            advice.append(
-                f"what it says before step {early} is mostly chance, and selection there mostly costs variety"
-            )
+            advice.append(f"before step {early} its ranking is mostly chance; selecting there mostly costs diversity")
     return method, (*advice, *_remarks(found, method))
 
 
 def _remarks(found: Preflight, method: str) -> list[str]:
-    """What else is worth knowing before the run."""
+    """Further advice."""
     said = []
     if method in ("smc", "best_of_n") and found.samples < 8 and found.std > 0.0:
-        said.append(f"{found.samples} samples rank coarsely: samples=16 before a decision that matters")
+        said.append(f"{found.samples} samples rank coarsely: use samples=16 before a decision that matters")
     if found.stochastic and found.seed_effect is not None and found.noise_effect is not None:
         if found.noise_effect < 0.1 * found.seed_effect:
-            said.append("steps draw noise, and starting noise still decides nearly everything: prefer many starts")
+            said.append(
+                "steps draw noise, but the starting noise still decides nearly everything: prefer many starting noises"
+            )
         elif found.seed_effect <= _SAME < found.noise_effect:
-            said.append("the starting noise does not matter: all variety comes from the steps")
+            said.append("the starting noise does not matter: all diversity comes from the noise of the steps")
     if found.gradient.available and method == "smc" and 0.0 < found.gradient.push < 10.0:
-        said.append("the reward's gradient is there and of a useful size: try proposal=steer.guided(1.0)")
+        said.append("the reward has a gradient of a useful size: try proposal=steer.guided(1.0)")
     elif found.gradient.available and found.gradient.push >= 10.0:
         said.append(
-            f"the gradient would move a step by {found.gradient.push:.3g} of its own noise: raise the temperature or "
-            "guide by a small scale"
+            f"the gradient would shift a step by {found.gradient.push:.3g} standard deviations of its noise: raise the "
+            "temperature, or use a small guidance scale"
         )
     per_sample = found.reward_seconds + found.decode_seconds
     if method == "smc" and per_sample > found.network_seconds > 0.0:
@@ -294,13 +328,13 @@ def _gradient(
     if not hasattr(process, "levels"):
         return Gradient(False, f"states of {type(process).__name__} lie on no Gaussian path", k)
     if objective.groupwise:
-        return Gradient(False, "the reward scores samples against their group", k)
+        return Gradient(False, "the reward scores a sample against the others of its group", k)
     try:
         _, _, gradient = objective.value_and_grad(x[:, :1], k, 1.0 / temperature, key)
     except NotDifferentiableError:
         return Gradient(False, "the reward returns scores without one", k)
     except torch.OutOfMemoryError:
-        return Gradient(False, "memory runs out in the backward pass; try from_pipeline(checkpoint_decode=True)", k)
+        return Gradient(False, "the backward pass runs out of memory; try from_pipeline(checkpoint_decode=True)", k)
     except RuntimeError as error:  # autograd's own: a module that cannot be differentiated
         return Gradient(False, f"the backward pass raised {next(iter(str(error).splitlines()), 'RuntimeError')}", k)
     norm = float(gradient.double().flatten(2).norm(dim=2).mean())
@@ -313,7 +347,7 @@ def _gradient(
 
 
 def _effects(process: ReverseProcess, x: Tensor, start: Tensor, paired: bool) -> tuple[float | None, float | None]:
-    """How much samples differ between starting states, and from one: see Preflight."""
+    """How much samples differ between starting states, and from the same one: see Preflight."""
     scattered = not torch.equal(start, start[:, :1].expand_as(start))
     between = _difference(x[:, ::2], x[:, ::2].roll(1, 1)) if paired else _difference(x, x.roll(1, 1))
     within = _difference(x[:, 0::2][:, : x.shape[1] // 2], x[:, 1::2]) if paired else None
@@ -330,17 +364,18 @@ def _difference(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).square().mean().div(2.0).sqrt()) / (spread or 1.0)
 
 
-def _usable(sight: Sight) -> bool:
+def _usable(sight: PredictionReliability) -> bool:
+    """Whether predictions at that step are worth selecting by."""
     return sight.rank_correlation is not None and sight.rank_correlation > _USABLE - 1e-9
 
 
 def _probed(steps: int) -> set[int]:
-    """At most eight levels, evenly spaced, the first and the last prediction among them."""
+    """At most eight steps, evenly spaced, the first and the last among them."""
     return {round(i * (steps - 1) / max(1, _PROBED - 1)) for i in range(_PROBED)}
 
 
 def _rank_correlation(scores: Tensor, final: Tensor) -> float | None:
-    """Spearman's, within problems and averaged over those where both sides rank anything."""
+    """Spearman's, within problems, averaged over those where neither side is constant."""
     found = []
     for a, b in zip(scores, final, strict=True):
         a, b = _ranks(a), _ranks(b)
@@ -357,6 +392,7 @@ def _ranks(scores: Tensor) -> Tensor:
 
 
 def _error(scores: Tensor, final: Tensor) -> float:
+    """Mean absolute difference, where both are finite."""
     both = scores.isfinite() & final.isfinite()
     return float((scores - final)[both].abs().mean()) if bool(both.any()) else math.nan
 
@@ -368,12 +404,15 @@ def _spread(scores: Tensor) -> float:
 
 
 def _of(count: int, total: int) -> str:
+    """A count in words, where it is all or none."""
     return "all" if count == total else "none" if count == 0 else str(count)
 
 
 def _share(effect: float | None) -> str:
+    """An effect as text."""
     return "–" if effect is None else f"{effect:.2g}"
 
 
 def _signed(value: float | None) -> str:
+    """A correlation as text, with its sign."""
     return "–" if value is None else f"{value:+.1f}".replace("-", "−")

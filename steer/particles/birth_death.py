@@ -20,11 +20,13 @@ class BirthDeath:
     With w the weights of a step over their mean, a particle's clock adds (-log w)+. When it passes an Exp(1) deadline,
     so with probability (1 - w)+ in this step whatever came before, the particle becomes a copy of one drawn in
     proportion to (w - 1)+, with a new deadline. The expected number of copies of each is w, so this is an unbiased
-    resampling at every step, of as few particles as possible; as steps shrink it becomes the jump process of rate
-    (g - E g)- and destination law (g - E g)+ for a rate g of the log-weights, which keeps their law (Skreta et al.
-    2025, Prop. 4.1). Weights are used up at every step, and their mean goes into the evidence.
-    Differs from the released code, where destinations are drawn by what each particle gained since the one that dies
-    was last replaced: states have moved on since, and the law is another one (a test has it as a mutant).
+    resampling at every step, of as few particles as possible. As steps shrink it becomes the jump process of rate
+    (g - E g)- and destinations in proportion to (g - E g)+, for a rate g of the log-weights, which keeps their
+    distribution (Skreta et al. 2025, Prop. 4.1). Weights are used up at every step, and their mean goes into
+    log_evidence.
+
+    Differs: in the released code destinations are drawn by what each particle gained since the one that dies was last
+    replaced; states have moved on since, and the distribution is another one (a test has it as a mutant).
     """
 
     def __call__(self, state: Trajectory, key: Key) -> Trajectory:
@@ -53,5 +55,9 @@ class BirthDeath:
 
 
 def birth_death() -> BirthDeath:
-    """Birth-death clocks as the `selection` of `steer.fkc` and `steer.driftlite`."""
+    """Birth-death clocks as the `selection` of `steer.fkc` and `steer.driftlite`.
+
+    Returns:
+        A selection that replaces as few particles as possible at every step; see `BirthDeath` for its rule.
+    """
     return BirthDeath()

@@ -9,7 +9,7 @@ starts below draw instead from
 exact run needs: the target is p(path) exp(r(x_0) / T), the population at hand is p(path) exp(v) with that v, and every
 `Potential` multiplies in what lies between, in whatever portions, since it closes on r(x_0) / T - v. At the first level
 that is nothing where T_m = T and r / T - r / T_m elsewhere, with nothing to configure. What stays unknown is the
-normalizing constant of the tilted prior, and with it the evidence, which is NaN.
+normalizing constant of the tilted prior, and with it that of the run: log_evidence is NaN.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from ..core.trajectory import Trajectory
 from ..errors import NonFiniteError, SteerError
 from ..key import Key
 from ..types import ReverseProcess
-from .tilted_prior import Predictor, Tilt, Tilted, given, norm, predicting, prior_moments
+from .tilted_prior import Predictor, TiltedPrior, TiltedState, given, norm, predicting, prior_moments
 
 
-class Move(NamedTuple):
-    """The proposal N(keep x + pull G, variance I): float64 tensors (B,), one step size per problem."""
+class ProposalCoefficients(NamedTuple):
+    """The proposal N(keep x + pull G, variance I): float64 tensors [B], one step size per problem."""
 
     keep: Tensor
     pull: Tensor
     variance: Tensor
 
 
-class Visit(NamedTuple):
-    """What a step is remembered by, (B, C) float64 each."""
+class MCMCStep(NamedTuple):
+    """What is recorded of a step of all chains, [B, C] float64 each."""
 
     proposed: Tensor  # log-tilt of the proposal
     norm: Tensor  # of its gradient
@@ -50,23 +50,23 @@ class Visit(NamedTuple):
     held: Tensor  # log-tilt of the state after the decision
 
 
-def crank_nicolson(step: Tensor) -> Move:
+def crank_nicolson(step: Tensor) -> ProposalCoefficients:
     """pCNL: the Crank-Nicolson discretisation of dx = (G - x) / 2 dt + dw. Leaves N(0, I) as it is at every step."""
     keep = (1.0 - 0.25 * step) / (1.0 + 0.25 * step)
-    return Move(keep, 1.0 - keep, 1.0 - keep**2)
+    return ProposalCoefficients(keep=keep, pull=1.0 - keep, variance=1.0 - keep**2)
 
 
-def euler(step: Tensor) -> Move:
+def euler(step: Tensor) -> ProposalCoefficients:
     """MALA and ULA: the Euler discretisation of the same equation."""
-    return Move(1.0 - 0.5 * step, 0.5 * step, step)
+    return ProposalCoefficients(keep=1.0 - 0.5 * step, pull=0.5 * step, variance=step)
 
 
-def log_acceptance(move: Move, here: Tilted, there: Tilted) -> Tensor:
-    """Log Metropolis-Hastings ratio of the step from here to there, (B, C) float64, from states of any dtype."""
+def log_acceptance(move: ProposalCoefficients, here: TiltedState, there: TiltedState) -> Tensor:
+    """Log Metropolis-Hastings ratio [B, C], float64, of the step from here to there, from states of any dtype."""
     return _one_way(move, there, here) - _one_way(move, here, there)
 
 
-def _one_way(move: Move, a: Tilted, b: Tilted) -> Tensor:
+def _one_way(move: ProposalCoefficients, a: TiltedState, b: TiltedState) -> Tensor:
     """log pi(a) q(b | a), without what is symmetric in a and b: at 65,536 coordinates that is nearly all of it.
 
     Of -|a|^2/2 and -|b - keep a|^2 / (2 variance), `radius` |a|^2 remains; for Crank-Nicolson that is zero too.
@@ -83,7 +83,7 @@ def _one_way(move: Move, a: Tilted, b: Tilted) -> Tensor:
 class Langevin:
     """A start by Langevin MCMC. Built by `pcnl`, `mala` and `ula`; `pcnl` says what the fields mean."""
 
-    move: Callable[[Tensor], Move]
+    move: Callable[[Tensor], ProposalCoefficients]
     corrected: bool
     step_size: float
     acceptance: float | None
@@ -119,44 +119,46 @@ class Langevin:
     def __call__(
         self, process: ReverseProcess, objective: Objective, key: Key, batch: int, particles: int
     ) -> Trajectory:
-        """Runs the chains and spreads particles over the states they keep."""
-        state = Trajectory.begin(process, process.prior(key.fold("prior"), batch, self.chains))
+        """Runs the chains and spreads N particles over the states that they keep."""
+        first = Trajectory.begin(process, process.prior(key.fold("prior"), batch, self.chains))
         judged = predicting(process, objective, self.x0_predictor, self.predictor_rows)
         mean, sigma = prior_moments(process)
-        tilt = Tilt(
+        tilt = TiltedPrior(
             objective=judged,
             mean=mean,
             sigma=sigma,
-            dtype=state.x.dtype,
+            dtype=first.x.dtype,
             temperature=given(self.temperature),
             clip=self.clip,
             key=key,
         )
         rounds = math.ceil(particles / self.chains)
         try:
-            visits, stops, log_step = self._run_chains(tilt, state.x, key.fold("mcmc"), rounds)
+            record, stops, log_step = self._run_chains(tilt, first.x, key.fold("mcmc"), rounds)
         except SteerError as error:
-            error.keep(state)
+            error.keep(first)
             raise
         # Particle n is chain n mod C at the end of stretch n // C: chains share alike, and stretches are even.
         x = tilt.latent(torch.cat([stop.x for stop in stops], 1)[:, :particles])
-        spent = torch.cat([stop.value for stop in stops], 1)[:, :particles]
-        kept = visits[-self.lengths[1] :]
+        value = torch.cat([stop.value for stop in stops], 1)[:, :particles]
+        kept = record[-self.lengths[1] :]
         # A chain that met nothing but forbidden predictions: its particles weigh nothing.
-        forbidden = spent == -torch.inf
+        forbidden = value == -torch.inf
         return replace(
-            Trajectory.begin(process, x).with_path_state(log_potential=spent.masked_fill(forbidden, 0.0)),
-            log_weight=torch.zeros_like(spent).masked_fill(forbidden, -torch.inf),
+            Trajectory.begin(process, x).with_path_state(log_potential=value.masked_fill(forbidden, 0.0)),
+            log_weight=torch.zeros_like(value).masked_fill(forbidden, -torch.inf),
             log_evidence=torch.full_like(log_step, torch.nan),
             diagnostics={
-                "acceptance": torch.stack([visit.rate for visit in kept]).mean((0, 2)),
+                "acceptance": torch.stack([step.rate for step in kept]).mean((0, 2)),
                 "step_size": log_step.exp(),
-                "split_rhat": split_rhat(torch.stack([visit.held for visit in kept], 1)),
-                "gradient": torch.stack([visit.norm for visit in kept]).mean((0, 2)),
+                "split_rhat": split_rhat(torch.stack([step.held for step in kept], 1)),
+                "gradient": torch.stack([step.norm for step in kept]).mean((0, 2)),
             },
         )
 
-    def _run_chains(self, tilt: Tilt, first: Tensor, key: Key, rounds: int) -> tuple[list[Visit], list[Tilted], Tensor]:
+    def _run_chains(
+        self, tilt: TiltedPrior, first: Tensor, key: Key, rounds: int
+    ) -> tuple[list[MCMCStep], list[TiltedState], Tensor]:
         """Every step, the states at the end of each of `rounds` even stretches, and the log of the last step size.
 
         All chains of all problems move in one network call. The device is read twice, at the first gradient and after
@@ -167,33 +169,36 @@ class Langevin:
         at, x0 = tilt(tilt.units(first))
         tilt.check_gradient(at, x0)
         log_step = torch.full_like(at.value[:, 0], math.log(self.step_size))
-        visits = [Visit(at.value, norm(at.gradient), torch.ones_like(at.value), at.value)]
-        stops: dict[int, Tilted] = {}
+        record = [_always(at)]
+        stops: dict[int, TiltedState] = {}
         for i in range(burn_in + kept):
-            at, visit = self._step(tilt, at, self.move(log_step.exp()), key.at(i))
-            visits.append(visit)
+            at, step = self._step(tilt, at, self.move(log_step.exp()), key.at(i))
+            record.append(step)
             if i < burn_in and self.acceptance is not None:
                 # Robbins-Monro, per problem. Beyond a step size of 4 Crank-Nicolson turns back on itself (keep < 0).
-                log_step = log_step + (visit.rate.mean(1) - self.acceptance) * (i + 1) ** -0.6
+                log_step = log_step + (step.rate.mean(1) - self.acceptance) * (i + 1) ** -0.6
                 log_step = log_step.clamp(max=math.log(max(4.0, self.step_size)))
             if i in ends:
                 stops[i] = at._replace(gradient=at.value)  # its gradient is not needed any more
-        _check(visits)
-        return visits, [stops[i] for i in ends], log_step
+        _check(record)
+        return record, [stops[i] for i in ends], log_step
 
-    def _step(self, tilt: Tilt, at: Tilted, move: Move, key: Key) -> tuple[Tilted, Visit]:
-        """One proposal and its decision: arithmetic in float64, states rounded once, before densities see them."""
+    def _step(
+        self, tilt: TiltedPrior, at: TiltedState, move: ProposalCoefficients, key: Key
+    ) -> tuple[TiltedState, MCMCStep]:
+        """One proposal and its decision. Arithmetic is float64; states are rounded once, before densities see them."""
         keep, pull, variance = (broadcast_like(coefficient, at.x) for coefficient in move)
         noise = key.fold("noise").peek("normal", at.x.shape, torch.float64, at.x.device)
         to, _ = tilt((keep * at.x + pull * at.gradient + variance.sqrt() * noise).to(at.x.dtype))
         if not self.corrected:
-            return to, Visit(to.value, norm(to.gradient), torch.ones_like(to.value), to.value)
+            return to, _always(to)
         # Out of a state that is forbidden, where only a prior draw can be, every move is accepted.
         ratio = log_acceptance(move, at, to).masked_fill(at.value == -torch.inf, torch.inf)
         accepted = key.fold("accept").peek("uniform", ratio.shape, torch.float64, ratio.device).log() < ratio
         pairs = zip(to, at, strict=True)
-        chosen = Tilted(*(torch.where(broadcast_like(accepted, new), new, old) for new, old in pairs))
-        return chosen, Visit(to.value, norm(to.gradient), ratio.exp().clamp(max=1.0), chosen.value)
+        chosen = TiltedState(*(torch.where(broadcast_like(accepted, new), new, old) for new, old in pairs))
+        rate = ratio.exp().clamp(max=1.0)
+        return chosen, MCMCStep(proposed=to.value, norm=norm(to.gradient), rate=rate, held=chosen.value)
 
 
 def pcnl(
@@ -208,46 +213,57 @@ def pcnl(
     x0_predictor: Predictor | None = None,
     predictor_rows: int = 1,
 ) -> Langevin:
-    """A start from the tilted prior by preconditioned Crank-Nicolson Langevin, Metropolis-Hastings exact.
+    """A start from the tilted prior by preconditioned Crank-Nicolson Langevin (pCNL), Metropolis-Hastings exact.
 
-    temperature:    T_m of the tilt; None takes the run's. Any other is allowed and corrected by the weights.
-    chains:         C per problem; several, because split R-hat compares them.
-    burn_in, kept:  steps discarded, and steps that particles are thinned from evenly; None for 50, or in `psi` for
-                    what the budget pays. With kept * chains = N every state is used ("waste-free", Dau & Chopin 2022).
-                    With fewer, particles share states and separate at the first noisy step.
-    step_size:      epsilon at the start.
-    acceptance:     mean acceptance that the step size is led to in burn-in, per problem, and then frozen; None to
-                    leave it alone.
-    clip:           largest norm of a state's gradient G, in units of the prior; longer ones are scaled to it. Still
-                    exact, since the clipped G is a function of the state alone.
-    x0_predictor:   what the reward judges x by; the model's own E[x_0 | x] if None. On a flow at alpha = 0 that is the
-                    same for every x: give a few-step model or a flow map.
-    predictor_rows: network rows that x0_predictor costs per state, for the ledger.
+    Args:
+        temperature: T_m of the tilt, > 0, in units of the reward; None takes the run's. Any other is allowed, and
+            weights correct for it.
+        chains: C per problem; several, because split R-hat compares them.
+        burn_in: steps discarded; None for 50, or in `psi` for what the budget pays.
+        kept: steps after those, from which particles are thinned evenly; None as for `burn_in`. With kept * chains = N
+            every state is used ("waste-free", Dau & Chopin 2022). With fewer, particles share states and separate at
+            the first step that draws noise.
+        step_size: epsilon at the start, > 0.
+        acceptance: mean acceptance that the step size is led to in burn-in, per problem, and then frozen; None to leave
+            the step size alone.
+        clip: largest norm of a state's gradient G, in units of the prior; longer ones are scaled to it. Still exact,
+            since the clipped G is a function of the state alone.
+        x0_predictor: what the reward judges x by, from states [B, C, *event] to clean states of that shape; the model's
+            own E[x_0 | x] if None. On a flow at alpha = 0 that is the same for every x: give a few-step model or a flow
+            map.
+        predictor_rows: network rows (NFE x batch rows) that x0_predictor costs per state, for the cost.
 
-    Returns a start for `steer.smc(start=...)` and every other sampler. Its trajectory's `diagnostics` hold, per
-    problem, `acceptance`, `step_size` (final), `split_rhat` of r / T_m over the kept steps, and `gradient`, the mean
-    norm of G: far below 1, the tilt is flat and the start is the prior. The run's log_evidence is NaN, since only its
-    ratio to the tilted prior's normaliser is seen.
-    Cost per problem: C (1 + burn_in + kept) network rows, rewards and backward passes.
-    Raises NotDifferentiableError where the gradient vanishes, StateSpaceError without a Gaussian prior, and what
-    rewards raise. Predictions the reward forbids (-inf) are never visited: a law that puts mass behind them is cut.
+    Returns:
+        A start for `steer.smc(start=...)` and every other sampler. Its trajectory's `diagnostics` hold, [B] each:
+        `acceptance`, `step_size` (the final one), `split_rhat` of r / T_m over the kept steps, and `gradient`, the mean
+        norm of G: far below 1, the tilt is flat and the start is the prior. The run's log_evidence is NaN, since only
+        its ratio to the normalizing constant of the tilted prior is seen.
+
+    Raises:
+        NotDifferentiableError: where the gradient vanishes.
+        StateSpaceError: without a Gaussian prior.
+        SteerError: for numbers out of range; and what rewards raise.
+
+    Cost: per problem C (1 + burn_in + kept) network rows, rewards and backward passes. Predictions that the reward
+    forbids (-inf) are never visited: a distribution that puts mass behind them is cut.
+
     Source: Cotter et al. 2013 (pCNL); Yoon et al. 2025 (Ψ-Sampler, 2506.01320), Eqs. 12-13; epsilon = .5 there.
     Differs: adapted step size, states in float32 or better and ratios in float64, clipping per sample and not per
     batch, even thinning, and the reward is not counted again afterwards. Robust to the dimension of x but not to the
     rank of the reward's Hessian: a tilt that curves in thousands of directions forces small steps on any of these.
     """
     return Langevin(
-        crank_nicolson,
-        True,
-        step_size,
-        acceptance,
-        temperature,
-        chains,
-        burn_in,
-        kept,
-        clip,
-        x0_predictor,
-        predictor_rows,
+        move=crank_nicolson,
+        corrected=True,
+        step_size=step_size,
+        acceptance=acceptance,
+        temperature=temperature,
+        chains=chains,
+        burn_in=burn_in,
+        kept=kept,
+        clip=clip,
+        x0_predictor=x0_predictor,
+        predictor_rows=predictor_rows,
     )
 
 
@@ -263,12 +279,24 @@ def mala(
     x0_predictor: Predictor | None = None,
     predictor_rows: int = 1,
 ) -> Langevin:
-    """A start from the tilted prior by MALA: exact, but its step must shrink as the dimension grows. See `pcnl`.
+    """A start from the tilted prior by MALA: exact, but its step must shrink as the dimension grows.
+
+    Args and returns: as `pcnl`.
 
     Source: Roberts & Tweedie 1996; the comparison of Yoon et al. 2025, epsilon = .05 there.
     """
     return Langevin(
-        euler, True, step_size, acceptance, temperature, chains, burn_in, kept, clip, x0_predictor, predictor_rows
+        move=euler,
+        corrected=True,
+        step_size=step_size,
+        acceptance=acceptance,
+        temperature=temperature,
+        chains=chains,
+        burn_in=burn_in,
+        kept=kept,
+        clip=clip,
+        x0_predictor=x0_predictor,
+        predictor_rows=predictor_rows,
     )
 
 
@@ -283,24 +311,42 @@ def ula(
     x0_predictor: Predictor | None = None,
     predictor_rows: int = 1,
 ) -> Langevin:
-    """A start by unadjusted Langevin: MALA without the decision, of a biased law that nothing corrects. See `pcnl`.
+    """A start by unadjusted Langevin: MALA without the decision, of a biased distribution that nothing corrects.
 
-    For comparisons. The variance of the prior's free directions comes out as 1 / (1 - step_size / 4).
+    Args and returns: as `pcnl`, without `acceptance`. For comparisons. The variance of the prior's free directions
+    comes out as 1 / (1 - step_size / 4).
+
+    Source: Roberts & Tweedie 1996; the comparison of Yoon et al. 2025.
     """
     return Langevin(
-        euler, False, step_size, None, temperature, chains, burn_in, kept, clip, x0_predictor, predictor_rows
+        move=euler,
+        corrected=False,
+        step_size=step_size,
+        acceptance=None,
+        temperature=temperature,
+        chains=chains,
+        burn_in=burn_in,
+        kept=kept,
+        clip=clip,
+        x0_predictor=x0_predictor,
+        predictor_rows=predictor_rows,
     )
 
 
-def _check(visits: Sequence[Visit]) -> None:
+def _always(at: TiltedState) -> MCMCStep:
+    """The record of a step that is accepted whatever it leads to."""
+    return MCMCStep(proposed=at.value, norm=norm(at.gradient), rate=torch.ones_like(at.value), held=at.value)
+
+
+def _check(record: Sequence[MCMCStep]) -> None:
     """Raises the error that bad scores or gradients call for. One read of the device where all is well."""
-    scores, norms = (torch.stack(column) for column in list(zip(*visits, strict=True))[:2])
+    scores, norms = (torch.stack(column) for column in list(zip(*record, strict=True))[:2])
     if bool((norms.isfinite() & (scores < torch.inf)).all()):
         return
-    for i, visit in enumerate(visits):
-        check_finite(visit.proposed, f"(a chain of the start, at its step {i})")
-        if not bool(visit.norm.isfinite().all()):
-            problem, chain = (int(index) for index in (~visit.norm.isfinite()).nonzero()[0])
+    for i, step in enumerate(record):
+        check_finite(step.proposed, f"(a chain of the start, at its step {i})")
+        if not bool(step.norm.isfinite().all()):
+            problem, chain = (int(index) for index in (~step.norm.isfinite()).nonzero()[0])
             raise NonFiniteError(
                 f"the gradient of r(x0_predictor(x)) is not finite for problem {problem}, chain {chain} at step {i} "
                 "although the score is; make the reward smooth there (a square root at 0?), or use start=steer.prior"

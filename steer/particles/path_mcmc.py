@@ -1,13 +1,13 @@
-"""Moves of whole paths: what makes copies of a particle differ after a resampling, without changing the law.
+"""Moves of whole paths: what makes copies of a particle differ after a resampling, without changing the distribution.
 
 A chain is a function of the noise that drives it: its start and what every step adds, independent normals all of them.
-Weighted up to level k, a population stands for the law
+Weighted up to level k, a population stands for the distribution
 
     N(noise; 0, I) exp(S),        S = what the potentials have multiplied in, a function of the state at level k
 
 so a preconditioned Crank-Nicolson step, noise' = sqrt(1 - beta^2) noise + beta xi, which leaves the normal as it is,
-followed by a replay of the chain to level k, is accepted with probability min(1, exp(S' - S)) (Cotter et al. 2013).
-It reaches what resampling has lost for good: the early steps, and the start.
+followed by a replay of the chain to level k, is accepted with probability min(1, exp(S' - S)) (Cotter et al. 2013). It
+reaches what resampling has lost for good: the early steps, and the start.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ log-potential S [B, M], -inf where forbidden."""
 
 
 class Chains(NamedTuple):
-    """Particles (B, M, ...) on their way through moves, and the log-potentials (B, M) of their states."""
+    """Particles [B, M, ...] on their way through moves, and the log-potentials [B, M] of their states."""
 
     state: Trajectory
     value: Tensor
@@ -62,25 +62,27 @@ class PathMoves:
         return math.ceil(particles / self.chain)
 
     def ancestors(self, log_weight: Tensor, resampler: Resampler, key: Key) -> Tensor:
-        """Where the chains of particles with log-weights (B, N) begin, over and over, (B, N)."""
+        """Where the chains of particles with log-weights [B, N] begin, repeated in turn, [B, N]."""
         particles = log_weight.shape[1]
         first = resampler(log_weight, key, self.chains(particles))
-        # In random order: where chains differ in length, which ancestor gets a short one must not depend on its slot.
+        # In random order: where chains differ in length, which ancestor gets a short one must not depend on its index.
         order = key.fold("order").uniform(first.shape, device=first.device).argsort(1)
         return first.gather(1, order).repeat(1, self.chain)[:, :particles]
 
     def begin(self, state: Trajectory) -> Trajectory:
-        """The state at level 0, remembering the noise that it is."""
+        """The state at level 0, with the noise that it is."""
         if state.k != 0 or not hasattr(state.process, "prior_moments"):
             raise StateSpaceError(
                 "moves replay paths from a Gaussian prior, so a run with moves begins at level 0 of a process that has "
                 f"one, got level {state.k} of {type(state.process).__name__}; run without moves"
             )
+        # Moved states have a log-potential of their own; those that stay where they are must have one to keep.
+        state = state.with_path_state(log_potential=state.path.log_potential_or_zero(state.log_weight))
         mean, std = _prior(state)
         return _with_noise(state, _START, (state.x - mean) / std) if std > 0.0 else state
 
     def record(self, state: Trajectory, model: Transition) -> Trajectory:
-        """The state remembering the noise of its last step: what the model's own step would have had to add."""
+        """The state with the noise of its last step: what the model's own step would have had to add."""
         if not isinstance(model, Normal):
             raise StateSpaceError(
                 f"moves replay paths by the noise of their steps, so steps must be steer.Normal, got "
@@ -93,7 +95,7 @@ class PathMoves:
     def __call__(self, state: Trajectory, value: Tensor, judge: Judge, key: Key) -> Trajectory:
         """A state just resampled to its `ancestors`, with the copies moved.
 
-        value: log-potentials (B, N) of its particles, -inf where their predictions are forbidden.
+        value: log-potentials [B, N] of its particles, -inf where their predictions are forbidden.
         """
         particles = value.shape[1]
         chains = self.chains(particles)
@@ -104,7 +106,7 @@ class PathMoves:
             here = Chains(_some(here.state, width), here.value[:, :width])
             there = self._proposed(here.state, judge, turn)
             chance = turn.fold("accept").uniform(there.value.shape, device=there.value.device)
-            # A forbidden prediction has kept the weight from before it (see `Weight.apply`), which is no function of
+            # A forbidden prediction has kept the weight from before it (see `Potential.apply`), which is no function of
             # its state: chains neither enter such states nor leave them.
             accept = (here.value > -torch.inf) & (chance.log() < there.value - here.value)
             accepted.append(accept.double())
@@ -119,7 +121,7 @@ class PathMoves:
     def _proposed(self, state: Trajectory, judge: Judge, key: Key) -> Chains:
         """Chains driven by moved noise, replayed to the level of the state."""
         process, noises = cast(GaussianProcess, state.process), {}
-        path_key = key.fold("path")  # a new path draws anew what hooks draw in it
+        path_key = key.fold("path")  # a new path draws again what hooks draw in it
         log_size = key.fold("size").uniform(state.x.shape[:2], device=state.x.device) * math.log(self.smallest)
         size = broadcast_like(log_size.exp(), state.x).to(state.x)
         for name, noise in state.path.driving_noise.items():
@@ -139,15 +141,23 @@ class PathMoves:
 def path_moves(at: Collection[int], *, chain: int = 2, smallest: float = 0.05) -> PathMoves:
     """Moves for `steer.resample(moves=...)`: N / chain ancestors are drawn, and each makes chain - 1 moves.
 
-    at:       levels, numbered from noise, where this happens whatever the ESS; K = process.steps: finished samples.
-    chain:    states kept of each ancestor, itself included, >= 2. Long chains need many particles: N / chain ancestors
-              must stand for the population.
-    smallest: sizes beta of moves are drawn log-uniformly from [smallest, 1]; a move of size 1 is a new path.
+    Args:
+        at: timesteps, numbered from noise, at which this happens whatever the ESS; K = process.steps: finished samples.
+        chain: states kept of each ancestor, itself included, >= 2. Long chains need many particles: N / chain ancestors
+            must stand for the population.
+        smallest: sizes beta of moves are drawn log-uniformly from [smallest, 1]; a move of size 1 is a new path.
 
-    Cost: a level k of `at` replays N (1 - 1 / chain) paths of min(k + 1, K) network rows, with one reward (and,
-    where the proposal is guided, one gradient) each. Memory: the noise of every step of every particle.
-    Source: Dau & Chopin 2022 (Waste-free sequential Monte Carlo), Algorithm 2; Cotter et al. 2013 (pCN). Differs: sizes
-    are random, which needs no tuning; the state space is the path's noise, so no density is evaluated.
+    Returns:
+        What `steer.resample(moves=...)` takes.
+
+    Raises:
+        SteerError: without levels, for chain below 2, or smallest outside (0, 1].
+
+    Cost: a level k of `at` replays N (1 - 1 / chain) paths of min(k + 1, K) network rows, with one reward (and, where
+    the proposal is guided, one gradient) each. Memory: the noise of every step of every particle.
+
+    Source: Dau & Chopin 2022 (Waste-free sequential Monte Carlo), Algorithm 2; Cotter et al. 2013 (pCN).
+    Differs: sizes are random, which needs no tuning; the state space is the path's noise, so no density is evaluated.
     """
     levels = frozenset(at)
     if chain < 2 or not 0.0 < smallest <= 1.0 or not levels:
@@ -158,7 +168,7 @@ def path_moves(at: Collection[int], *, chain: int = 2, smallest: float = 0.05) -
 
 
 def forget(state: Trajectory) -> Trajectory:
-    """The state without the noise that it remembers."""
+    """The state without the noise that drove it."""
     return state.with_path_state(driving_noise={})
 
 

@@ -1,10 +1,10 @@
 """How intermediate values of the reward weight particles on the way, without changing where they end.
 
 At the levels in `at`, the value v = r(x0_hat) / temperature of each particle enters a log-potential g(v, path). What
-was multiplied in so far is remembered per particle, and the last step *closes*: it multiplies in
-r(x_0) / temperature minus all of it. The weights of every choice below therefore target p(x) exp(r(x) / temperature)
-exactly; they differ in variance only. (Released FK-steering closes its max and sum potentials on the statistic
-instead, which targets another law.)
+was multiplied in so far is kept per particle, and the last step *closes*: it multiplies in r(x_0) / temperature minus
+all of it. The weights of every choice below therefore target p(x) exp(r(x) / temperature) exactly; they differ in
+variance only. (Released FK-steering closes its max and sum potentials on the statistic instead, which has another
+target.)
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ Combine = Callable[[Tensor, PathState], tuple[Tensor, dict[str, Any]]]
 
 @dataclass(frozen=True)
 class Potential:
-    """What multiplies particle weights at intermediate levels. Built by `difference`, `maximum`, `total`, `final_only`.
+    """What multiplies particle weights at intermediate levels.
 
-    combine:   the log-potential of a value and what the path remembers.
-    at:        levels to evaluate and weight at; None for all but the last prediction, which the closing repeats.
+    Built by `difference`, `maximum`, `total`, `final_only`.
+
+    combine:   (value [B, N], what the path remembers) -> the log-potential [B, N], and fields of `PathState` to change.
+    at:        timesteps to evaluate and weight at; None for all but the last prediction, which the closing repeats.
     tempering: exponent of the value by level; None for 1 throughout.
     telescopes: whether the weight so far depends on the latest value alone, as `steer.path_moves` needs it.
     """
@@ -43,7 +45,7 @@ class Potential:
         return k < steps - 1 if self.at is None else k in self.at
 
     def apply(self, state: Trajectory, value: Tensor) -> Trajectory:
-        """The state reweighted by values (B, N) = r(x0_hat) / temperature at its level."""
+        """The state reweighted by values [B, N] = r(x0_hat) / temperature at its level."""
         if self.tempering is not None:
             state = state.with_path_state(exponent=self.tempering(state, value)[:, None].expand_as(value))
         value = self.tempered(state, value)
@@ -53,12 +55,12 @@ class Potential:
         return state.reweight(increment, log_potential=state.path.log_potential_or_zero(value) + increment, **path)
 
     def tempered(self, state: Trajectory, value: Tensor) -> Tensor:
-        """Values (B, N) times the exponent that the state remembers; what is forbidden stays so at exponent 0."""
+        """Values [B, N] times the exponent in the state's path; what is forbidden stays so at exponent 0."""
         exponent = state.path.exponent
         return value if exponent is None else torch.where(value == -torch.inf, value, exponent * value)
 
     def close(self, state: Trajectory, value: Tensor) -> Trajectory:
-        """The finished state reweighted so that the product of all potentials is exp(value), value (B, N).
+        """The finished state reweighted so that the product of all potentials is exp(value), value [B, N].
 
         Marks the trajectory as final; resuming it would count the reward twice.
         """
@@ -66,7 +68,15 @@ class Potential:
 
 
 def difference(at: Collection[int] | None = None, tempering: Tempering | None = None) -> Potential:
-    """Potential exp(v_k - v_previous): the weight so far is always exp(v_k). The default."""
+    """Potential exp(v_k - v_previous): the weight so far is always exp(v_k). The default of `steer.smc`.
+
+    Args:
+        at: timesteps to weight at, numbered from noise; None for all but the last prediction.
+        tempering: exponent of the value by level: `geometric_tempering`, `adaptive_tempering`; None for 1 throughout.
+
+    Returns:
+        What `steer.smc(weight=...)` takes.
+    """
 
     def combine(value: Tensor, path: PathState) -> tuple[Tensor, dict[str, Any]]:
         return value - path.log_potential_or_zero(value), {}
@@ -75,7 +85,17 @@ def difference(at: Collection[int] | None = None, tempering: Tempering | None = 
 
 
 def maximum(at: Collection[int] | None = None, tempering: Tempering | None = None) -> Potential:
-    """Potential exp(max of the values so far) (FK-steering's "max", Singhal et al. 2025)."""
+    """Potential exp(max of the values so far).
+
+    Args:
+        at: timesteps to weight at, numbered from noise; None for all but the last prediction.
+        tempering: exponent of the value by level; None for 1 throughout.
+
+    Returns:
+        What `steer.smc(weight=...)` takes.
+
+    Source: FK-steering's "max" (Singhal et al. 2025). Differs: closes on r(x_0), so the target is that of `difference`.
+    """
 
     def combine(value: Tensor, path: PathState) -> tuple[Tensor, dict[str, Any]]:
         highest = value if path.highest is None else torch.maximum(path.highest, value)
@@ -85,7 +105,17 @@ def maximum(at: Collection[int] | None = None, tempering: Tempering | None = Non
 
 
 def total(at: Collection[int] | None = None, tempering: Tempering | None = None) -> Potential:
-    """Potential exp(sum of the values so far) (FK-steering's "sum")."""
+    """Potential exp(sum of the values so far).
+
+    Args:
+        at: timesteps to weight at, numbered from noise; None for all but the last prediction.
+        tempering: exponent of the value by level; None for 1 throughout.
+
+    Returns:
+        What `steer.smc(weight=...)` takes.
+
+    Source: FK-steering's "sum" (Singhal et al. 2025). Differs: closes on r(x_0), so the target is that of `difference`.
+    """
 
     def combine(value: Tensor, path: PathState) -> tuple[Tensor, dict[str, Any]]:
         summed = value if path.summed is None else path.summed + value
@@ -95,7 +125,11 @@ def total(at: Collection[int] | None = None, tempering: Tempering | None = None)
 
 
 def final_only() -> Potential:
-    """No intermediate weights: importance sampling, with or without a guided proposal."""
+    """No intermediate weights: importance sampling, with or without a guided proposal.
+
+    Returns:
+        What `steer.smc(weight=...)` takes.
+    """
     return Potential(lambda value, path: (torch.zeros_like(value), {}), at=frozenset(), telescopes=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, cast, runtime_checkable
 
@@ -47,6 +48,10 @@ class EvaluatingProposal(Proposal, Protocol):
         key: names what is drawn on the way.
         """
         ...
+
+
+ProposalFunction = Callable[[Trajectory, GaussianTransition], Transition]
+"""A proposal that needs no gradient, as a plain function: lambda state, model: model.shift(...)."""
 
 
 @dataclass(frozen=True)
@@ -105,21 +110,33 @@ bootstrap = Bootstrap()
 def guided(scale: float = 1.0) -> Guided:
     """A proposal that follows the gradient of the reward; needs a differentiable reward and network.
 
+    The shift of TDS (Wu et al. 2023) and DAS (Kim et al. 2025) in transition form; weights correct for it.
+
     Args:
         scale: multiple of std^2 times the gradient of r(x0_hat) / temperature; 0 is `bootstrap`.
+
+    Returns:
+        What `steer.smc(proposal=...)` takes.
+
+    Cost: one backward pass per network row, at every step that draws noise.
     """
     return Guided(scale)
 
 
 def predict_and_score(
-    state: Trajectory, objective: Objective, temperature: float, proposal: Proposal, weighted: bool, key: Key
+    state: Trajectory,
+    objective: Objective,
+    temperature: float,
+    proposal: Proposal | ProposalFunction,
+    weighted: bool,
+    key: Key,
 ) -> tuple[Trajectory, Tensor | None]:
     """The state caching its prediction (and gradient, where it is needed), and its scores where it is weighted."""
     process, k = state.process, state.k
     if process.stochastic(k):
         if isinstance(proposal, EvaluatingProposal):
             return proposal.evaluate(state, objective, weighted, key)
-        if getattr(proposal, "needs_gradient", False):  # a plain function is a proposal too
+        if getattr(proposal, "needs_gradient", False):  # a plain function has no such property
             need_gaussian(process, "a proposal that follows a gradient", cure="use proposal=steer.bootstrap")
             x0, scores, gradient = objective.value_and_grad(state.x, k, 1.0 / temperature, key)
             state = state.with_step_cache(x0=x0, score=scores, gradient=gradient)
@@ -133,7 +150,7 @@ def predict_and_score(
         return state.with_step_cache(score=scores), scores
 
 
-def propose(proposal: Proposal, state: Trajectory, model: Transition) -> Transition:
+def propose(proposal: Proposal | ProposalFunction, state: Trajectory, model: Transition) -> Transition:
     """What a state that caches its prediction moves by: the proposal, wherever the step draws noise."""
     if isinstance(proposal, Bootstrap) or not model.stochastic:
         return model
@@ -144,12 +161,12 @@ def propose(proposal: Proposal, state: Trajectory, model: Transition) -> Transit
 class Twisted:
     """Proposes the model's step as if it had predicted x0 + scale (sigma^2 / alpha) G, G = gradient of r(x0_hat) / T.
 
-    That is Tweedie's formula with the score of the tilted law. The step's mean is affine in x0, with coefficient
-    c = alpha' - alpha sqrt(sigma'^2 - std^2) / sigma in a rule that keeps marginals, so the mean moves by
-    scale c (sigma^2 / alpha) G. `guided` moves it by scale std^2 G instead. For ancestral sampling the ratio of the
-    two is (alpha' sigma^2) / (alpha sigma'^2) > 1: the same in the limit of small steps, but stronger in a long
-    one and unbounded in the last (which adds no noise, and so is never shifted). At alpha = 0, where the formula
-    divides by zero, the step is the model's own.
+    That is Tweedie's formula with the score of the tilted distribution. The step's mean is affine in x0, with
+    coefficient c = alpha' - alpha sqrt(sigma'^2 - std^2) / sigma in a rule that keeps marginals, so the mean moves by
+    scale c (sigma^2 / alpha) G. `guided` moves it by scale std^2 G instead. For ancestral sampling the ratio of the two
+    is (alpha' sigma^2) / (alpha sigma'^2) > 1: the same in the limit of small steps, but stronger in a long one and
+    unbounded in the last (which adds no noise, and so is never shifted). At alpha = 0, where the formula divides by
+    zero, the step is the model's own.
     """
 
     scale: float = 1.0
@@ -168,7 +185,16 @@ class Twisted:
 
 
 def twisted(scale: float = 1.0) -> Twisted:
-    """A proposal that follows the gradient of the reward through x_0, as TDS does; see `Twisted` for the formula."""
+    """A proposal that follows the gradient of the reward through x_0, as TDS does; see `Twisted` for the formula.
+
+    Args:
+        scale: strength of the twist; weights correct for any. 0 is `bootstrap`.
+
+    Returns:
+        What `steer.smc(proposal=...)` takes; the process must be on a Gaussian path.
+
+    Cost: one backward pass per network row, at every step that draws noise.
+    """
     return Twisted(scale)
 
 

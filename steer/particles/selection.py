@@ -1,4 +1,4 @@
-"""Selections: when a population is resampled, and how what has been weighted is checked."""
+"""Selections: when a population is resampled, and how scores and weights are checked."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ from .path_mcmc import PathMoves
 class Resample:
     """When and how to resample: where the ESS of a problem's accumulated weights falls below threshold * N.
 
-    threshold: 0 never, 1 whenever weights differ. at: levels at which it may happen, None for all that are weighted.
-    moves: at its own levels, in place of that: few ancestors, and moves of their copies, whatever the ESS.
+    resampler: log-weights [B, N] to ancestors [B, N].
+    threshold: share of N; 0 never, 1 whenever weights differ.
+    at:        timesteps at which it may happen, None for all that are weighted.
+    moves:     at its own levels, in place of that: few ancestors, and moves of their copies, whatever the ESS.
     """
 
     resampler: Resampler = systematic
@@ -40,7 +42,7 @@ class Resample:
         return self.moving(k) or (self.threshold > 0.0 and (self.at is None or k in self.at))
 
     def ancestors(self, log_weight: Tensor, k: int, key: Key) -> Tensor:
-        """Who each of N particles with log-weights (B, N) at level k is to be a copy of, (B, N)."""
+        """Which of N particles with log-weights [B, N] each particle at level k becomes a copy of, [B, N]."""
         if self.moves is not None and self.moving(k):
             return self.moves.ancestors(log_weight, self.resampler, key)
         return self.resampler(log_weight, key, log_weight.shape[1])
@@ -52,9 +54,20 @@ def resample(
     at: Collection[int] | None = None,
     moves: PathMoves | None = None,
 ) -> Resample:
-    """A selection that resamples by effective sample size, at chosen levels.
+    """A selection that resamples by effective sample size (ESS), at chosen levels.
 
-    moves: `path_moves(...)`, to tell copies apart by MCMC on their paths at a few levels.
+    Args:
+        resampler: `systematic`, `stratified`, `multinomial`, `residual`, `ssp`, `killing`, or a function of log-weights
+            [B, N], a key and a count to ancestors [B, count].
+        threshold: resample where the ESS is below this share of N, in [0, 1]; 0 never, 1 whenever weights differ.
+        at: timesteps at which it may happen, numbered from noise; None for all that are weighted.
+        moves: `path_moves(...)`, to tell copies apart by MCMC on their paths at a few levels.
+
+    Returns:
+        What `steer.smc(selection=...)` takes.
+
+    Raises:
+        SteerError: for a threshold outside [0, 1].
     """
     if not 0.0 <= threshold <= 1.0:
         raise SteerError(f"threshold is a share of N in [0, 1], got {threshold}")
@@ -90,7 +103,7 @@ def check(state: Trajectory, seen: Sequence[LevelRecord]) -> None:
         if bool((scores.isnan() | (scores == torch.inf)).any()):
             for k, _, scores in seen:
                 check_finite(scores, f"at level {k} of {state.process.steps}")
-    # The weights carried, not the evidence: that is NaN by right where the start's normaliser is unknown, and what was
+    # The weights carried, not log_evidence: that is NaN by right where the start's is unknown, and what was
     # collected was finite, or nothing would have been resampled.
     dead = state.log_total == -torch.inf
     if bool(dead.any()):

@@ -14,7 +14,7 @@ from ..core.trajectory import Trajectory
 from ..errors import SteerError
 
 Tempering = Callable[[Trajectory, Tensor], Tensor]
-"""(state, value (B, N)) -> exponent (B,) in [0, 1] that multiplies the value at this level."""
+"""(state, value [B, N]) -> exponent [B] in [0, 1] that multiplies the value at this level."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,20 @@ class GeometricTempering:
 
 
 def geometric_tempering(gamma: float = 0.008, *, lowest: float = 0.0) -> GeometricTempering:
-    """Exponent min(lowest + (1 + gamma)^k - 1, 1) at level k (DAS, Kim et al. 2025, gamma = .008 at 100 steps).
+    """Exponent min(lowest + (1 + gamma)^k - 1, 1) at level k, for `steer.difference(tempering=...)`.
 
-    lowest: exponent to begin from, in [0, 1]. After a start at temperature T_m give it temperature / T_m, or the first
-    weights undo what the start has paid for (the law is the same, at a higher variance).
+    Args:
+        gamma: growth per level, > 0.
+        lowest: exponent to begin from, in [0, 1]. After a start at temperature T_m give it temperature / T_m, or the
+            first weights undo what the start has paid for (the target is the same, at a higher variance).
+
+    Returns:
+        What the potentials take as `tempering`.
+
+    Raises:
+        SteerError: for gamma that is not positive, or lowest outside [0, 1].
+
+    Source: DAS (Kim et al. 2025), gamma = .008 at 100 steps.
     """
     if not gamma > 0.0:
         raise SteerError(f"gamma must be positive, got {gamma}")
@@ -47,14 +57,24 @@ def geometric_tempering(gamma: float = 0.008, *, lowest: float = 0.0) -> Geometr
 def adaptive_tempering(share: float = 0.5, *, lowest: float = 0.0) -> Tempering:
     """The largest exponent, never falling, that keeps the ESS at or above share * N. For `difference` potentials.
 
-    lowest: exponent to begin from, as in `geometric_tempering`.
+    Args:
+        share: of N, in (0, 1], that the ESS is to keep.
+        lowest: exponent to begin from, in [0, 1], as in `geometric_tempering`.
+
+    Returns:
+        What the potentials take as `tempering`: one exponent per problem and level, by bisection.
+
+    Raises:
+        SteerError: for numbers outside their ranges.
+
+    Source: Jasra et al. 2011.
     """
     lowest = _share("lowest", lowest)
 
     def exponent(state: Trajectory, value: Tensor) -> Tensor:
         begin = torch.full_like(value[:, 0], lowest)
         begin = begin if state.path.exponent is None else state.path.exponent[:, 0]
-        forbidden = value == -torch.inf  # predictions that leave their weights as they are, see `Weight.apply`
+        forbidden = value == -torch.inf  # predictions that leave their weights as they are, see `Potential.apply`
         value = value.masked_fill(forbidden, 0.0)
         counted = state.path.log_potential_or_zero(value).masked_fill(forbidden, 0.0)
         return population.temper(state.log_weight + begin[:, None] * value - counted, value, begin, share=share)

@@ -16,11 +16,11 @@ from ..key import Key
 from ..types import ReverseProcess
 
 Predictor = Callable[[Tensor], Tensor]
-"""States x (B, N, *event) of level 0, in the process's dtype, to clean samples x0 of that shape. Differentiable."""
+"""States x [B, N, *event] of level 0, in the process's dtype, to clean samples x0 of that shape. Differentiable."""
 
 
-class Tilted(NamedTuple):
-    """States x (B, C, *event) in units of the prior, their log-tilt r / T_m, (B, C) float64, and its gradient in x."""
+class TiltedState(NamedTuple):
+    """States x [B, C, *event] in units of the prior, their log-tilt r / T_m, [B, C] float64, and its gradient in x."""
 
     x: Tensor
     value: Tensor
@@ -28,7 +28,7 @@ class Tilted(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Tilt:
+class TiltedPrior:
     """The log-tilt and its gradient, as functions of states centred and in units of the prior's standard deviation.
 
     mean, sigma: moments of the prior; a mean of None is zero.
@@ -50,22 +50,22 @@ class Tilt:
         return (x if self.mean is None else x - self.mean.to(x)) / self.sigma
 
     def latent(self, x: Tensor) -> Tensor:
-        """And back, in the process's dtype, which is how the predictor gets them."""
+        """States in units of the prior as states of the process, in its dtype, which is how the predictor gets them."""
         x = x * self.sigma
         return (x if self.mean is None else x + self.mean.to(x)).to(self.dtype)
 
-    def __call__(self, x: Tensor) -> tuple[Tilted, Tensor]:
-        """The tilt at x (B, C, *event), and the prediction x0 there."""
+    def __call__(self, x: Tensor) -> tuple[TiltedState, Tensor]:
+        """The tilt at x [B, C, *event], and the prediction x0 there."""
         x0, scores, gradient = self.objective.value_and_grad(self.latent(x), 0, 1.0 / self.temperature, self.key)
         gradient = gradient.to(x.dtype) * self.sigma
         # Only a chain's first state can be a forbidden one, and its gradient may be anything.
         gradient = torch.where(broadcast_like(scores == -torch.inf, gradient), 0.0, gradient)
         if self.clip is not None:
             gradient = gradient * broadcast_like((self.clip / norm(gradient)).clamp(max=1.0), gradient).to(x.dtype)
-        return Tilted(x, log_potential(scores, self.temperature), gradient), x0
+        return TiltedState(x=x, value=log_potential(scores, self.temperature), gradient=gradient), x0
 
-    def check_gradient(self, at: Tilted, x0: Tensor) -> None:
-        """Raises where the reward answers to the prediction, and the prediction not to the state."""
+    def check_gradient(self, at: TiltedState, x0: Tensor) -> None:
+        """Raises where the reward depends on the prediction, and the prediction does not depend on the state."""
         strongest = norm(at.gradient).amax(1)
         if not bool((strongest < 1e-4).any()):
             return
@@ -86,7 +86,7 @@ class Tilt:
 
 @dataclass(frozen=True, eq=False)
 class _Predicting:
-    """A process whose prediction is the user's function; ledger and decoder are the process's own."""
+    """A process whose prediction is the user's function; meter and decoder are the process's own."""
 
     process: ReverseProcess
     predictor: Predictor
@@ -147,5 +147,5 @@ def given(temperature: float | None) -> float:
 
 
 def norm(gradient: Tensor) -> Tensor:
-    """Norm of each state's gradient, (B, C) float64."""
+    """Norm of each state's gradient, [B, C] float64."""
     return torch.linalg.vector_norm(gradient.flatten(2), dim=2, dtype=torch.float64)

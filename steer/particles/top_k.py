@@ -39,14 +39,19 @@ class TopK:
             raise SteerError(f"top_k_of_n keeps N = {particles} of its {self.candidates} candidates; draw more")
         objective = predicting(process, objective, self.x0_predictor, self.predictor_rows)
         x = process.prior(key.fold("prior"), batch, self.candidates)
-        with torch.no_grad():
-            scores = objective(process.complete(x, objective.process.denoise(x, 0, key)))
-        check_finite(scores, "of the start's candidates")
+        drawn = Trajectory.begin(process, x)
+        try:
+            with torch.no_grad():
+                scores = objective(process.complete(x, objective.process.denoise(x, 0, key)))
+            check_finite(scores, "of the start's candidates")
+        except SteerError as error:
+            error.keep(drawn)
+            raise
         best, index = scores.topk(particles, dim=1)
-        spent = log_potential(best, given(self.temperature))
+        value = log_potential(best, given(self.temperature))
         state = Trajectory.begin(process, gather(x, index))
         return replace(
-            state.with_path_state(log_potential=spent.masked_fill(spent == -torch.inf, 0.0)),
+            state.with_path_state(log_potential=value.masked_fill(value == -torch.inf, 0.0)),
             log_evidence=torch.full_like(state.log_evidence, torch.nan),
         )
 
@@ -58,12 +63,29 @@ def top_k_of_n(
     x0_predictor: Predictor | None = None,
     predictor_rows: int = 1,
 ) -> TopK:
-    """A start from the N best of `candidates` prior draws, by r(x0_predictor(x)): greedy, and of no tilted law.
+    """A start from the N best of `candidates` prior draws, by r(x0_predictor(x)): greedy, for comparisons.
 
-    For comparisons. The choice is taken for the tilt at `temperature` (None: the run's), so that the reward is not
-    counted again; log_evidence is NaN. Cost per problem: `candidates` network rows and rewards, no gradients.
+    No weight corrects for the choice, so the samples follow no known distribution.
+
+    Args:
+        candidates: prior draws per problem, at least N.
+        temperature: of the tilt exp(r / temperature) that the choice is taken for, so that the reward is not counted
+            again; None takes the run's.
+        x0_predictor: what the reward judges x by, from states [B, n, *event] to clean states; the model's own E[x_0 |
+            x] if None.
+        predictor_rows: network rows that x0_predictor costs per state, for the cost.
+
+    Returns:
+        A start for `steer.smc(start=...)` and every other sampler; the run's log_evidence is NaN.
+
+    Raises:
+        SteerError: where `candidates` is below 1, or the run below has more particles than candidates.
+
+    Cost: per problem `candidates` network rows and rewards, no gradients.
     Source: the baseline of Yoon et al. 2025, Table 1.
     """
     if candidates < 1:
         raise SteerError(f"candidates must be at least 1, got {candidates}")
-    return TopK(candidates, temperature, x0_predictor, predictor_rows)
+    return TopK(
+        candidates=candidates, temperature=temperature, x0_predictor=x0_predictor, predictor_rows=predictor_rows
+    )

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -384,4 +385,6 @@ class PipelineCall:
 def _first_field(output: Any) -> Tensor:
     """The first field of a pipeline's output, as one tensor."""
     first = output[0] if isinstance(output, tuple) else next(iter(output.values()))
+    if isinstance(first, np.ndarray) and first.ndim == 4:  # channels last: DDPMPipeline before diffusers 0.41
+        return torch.from_numpy(first).permute(0, 3, 1, 2)
     return first if torch.is_tensor(first) else torch.stack([torch.as_tensor(part) for part in first])

@@ -227,7 +227,7 @@ def sampling_uses_network(process: ReverseProcess) -> bool:
     return hooks is not None and bool(hooks.start or hooks.after)
 
 
-def decoded_alone(process: ReverseProcess, x: Tensor, problem: int) -> Tensor:
+def decode_problem(process: ReverseProcess, x: Tensor, problem: int) -> Tensor:
     """Clean states (1, n, *event) of one of a process's problems as rewards see them, (n, ...)."""
     if process.problems in (None, 1):
         return process.decode(x)

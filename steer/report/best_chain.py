@@ -5,24 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..core.population import gather
 from ..core.trajectory import ResamplingRecord, StepRecord
+from .run_result import RunResult
 from .tree_layout import best_slots, clean_states, drawable
-
-if TYPE_CHECKING:
-    from ..results.result import Result
 
 
 @dataclass(frozen=True, eq=False)
 class Waypoint:
-    """One stop on the way: the clean state (*event) predicted at a level, and what it was worth.
+    """One prediction on the way to a sample.
 
-    value: the reward of the prediction; of a tree that scores none, the value of the node; None where neither is known.
+    Args:
+        level: Step at which it was made; the number of steps for the sample itself.
+        clean: The predicted clean state, [*event].
+        value: Its reward; in a tree that scores no predictions, the value of its node; None where neither is known.
     """
 
     level: int
@@ -30,11 +30,19 @@ class Waypoint:
     value: float | None
 
 
-def best_path(result: Result, problem: int = 0, most: int = 11) -> list[Waypoint]:
-    """The way to the sample of highest reward, at most `most` stops, the last one itself; empty where none was kept.
+def best_chain(result: RunResult, problem: int = 0, most: int = 11) -> list[Waypoint]:
+    """The predictions that led to the sample of highest reward.
 
-    Of a tree, its levels. Of a trajectory with states, the predictions there, made anew (`most` - 1 network rows per
-    problem, on nobody's ledger: the states were kept, not the predictions).
+    Args:
+        result: A run with a tree, or with a trajectory that kept its states.
+        problem: Of which of its problems.
+        most: How many to return at most, evenly spaced.
+
+    Returns:
+        From noise to data, the sample itself last; empty where the run kept no tree and no states.
+
+    Cost: of a trajectory, `most` - 1 network rows per problem, not counted in the run's cost: it keeps states, so
+    the predictions are made again. Of a tree, none.
     """
     if result.tree is not None:
         return _in_tree(result, problem, most) if drawable(result.tree) else []
@@ -42,7 +50,8 @@ def best_path(result: Result, problem: int = 0, most: int = 11) -> list[Waypoint
     return _in_trajectory(result, problem, most) if any(isinstance(event, StepRecord) for event in past) else []
 
 
-def _in_tree(result: Result, problem: int, most: int) -> list[Waypoint]:
+def _in_tree(result: RunResult, problem: int, most: int) -> list[Waypoint]:
+    """The nodes on the path to the best leaf."""
     tree, stops = result.tree, []
     path = best_slots(tree, problem)
     with torch.no_grad():
@@ -54,7 +63,8 @@ def _in_tree(result: Result, problem: int, most: int) -> list[Waypoint]:
     return stops
 
 
-def _in_trajectory(result: Result, problem: int, most: int) -> list[Waypoint]:
+def _in_trajectory(result: RunResult, problem: int, most: int) -> list[Waypoint]:
+    """Predictions along the lineage of the best particle."""
     state, process = result.trajectory, result.process
     assert state is not None
     best = result.reward.argmax(1, keepdim=True).to(state.x.device)

@@ -1,19 +1,27 @@
-"""Methods compared: a row per method, and its spread over keys."""
+"""Methods compared: a row per method, and its spread over seeds."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from ..results.result import Result
+from .run_result import RunResult
+
+Run = TypeVar("Run", bound=RunResult)
+"""What a method returned: `steer.Result` in a comparison that `steer.compare` made."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One method of a comparison: means over keys, with standard errors of those means.
+    """One method of a comparison: means over seeds, as (mean, standard error of that mean).
 
-    reward: weighted mean reward. best: highest reward found. metrics: weighted means of the caller's own measures.
-    The ledger entries are per run, over all its problems.
+    Args:
+        method: Its name.
+        reward: Weighted mean reward.
+        best: Highest reward found.
+        ess: Effective sample size.
+        metrics: Weighted means of the caller's own measures, by name.
+        nfe, grads, rewards, decodes, seconds: The cost of one run, over all its problems. nfe in network rows.
     """
 
     method: str
@@ -29,25 +37,30 @@ class Row:
 
 
 @dataclass(frozen=True, eq=False)
-class Comparison:
-    """Methods at equal budget: `rows` in the order run, and every run's Result in `results[method][i]`.
+class Comparison(Generic[Run]):
+    """Methods at equal budget.
 
-    keys: how many keys every method has run; fewer than asked for where `interrupted`.
+    Args:
+        budget: NFE per problem that each run could spend, in network rows.
+        keys: How many seeds every method has run; fewer than asked for where `interrupted`.
+        rows: One for each method, in the order run.
+        results: By method, the run of each seed.
+        interrupted: Whether it was stopped early.
     """
 
     budget: int
     keys: int
     rows: tuple[Row, ...]
-    results: dict[str, tuple[Result, ...]]
+    results: dict[str, tuple[Run, ...]]
     interrupted: bool = False
 
     @property
-    def at(self) -> tuple[Comparison, ...]:
-        """The comparison at each budget, as of `Comparisons`: this one."""
+    def at(self) -> tuple[Comparison[Run], ...]:
+        """The comparison at each budget, as `Comparisons` has it: this one alone."""
         return (self,)
 
     def to_dict(self) -> dict[str, Any]:
-        """Budget, number of keys and rows as plain JSON types."""
+        """Budget, number of seeds and rows as plain JSON types."""
         from dataclasses import asdict
 
         return {"budget": self.budget, "keys": self.keys, "rows": [asdict(row) for row in self.rows]}
@@ -72,15 +85,20 @@ class Comparison:
 
 
 @dataclass(frozen=True, eq=False)
-class Comparisons:
-    """Methods at several budgets: `at` holds the comparison at each, the smallest budget first."""
+class Comparisons(Generic[Run]):
+    """Methods at several budgets.
 
-    at: tuple[Comparison, ...]
+    Args:
+        at: The comparison at each budget, the smallest first.
+        interrupted: Whether it was stopped early; the budgets finished until then are there.
+    """
+
+    at: tuple[Comparison[Run], ...]
     interrupted: bool = False
 
     @property
     def keys(self) -> int:
-        """Keys that every method has run at every budget."""
+        """Seeds that every method has run at every budget."""
         return min(comparison.keys for comparison in self.at)
 
     def to_dict(self) -> dict[str, Any]:

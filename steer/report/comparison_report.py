@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from PIL.Image import Image
-
-from ..files import write_atomically
 from . import plots
-from .comparison import Comparison, Comparisons
-from .page import card, img, number, page, table, whole, with_error
-from .run_report import _head
+from .comparison import Comparison, Comparisons, Row
+from .page import number, whole, with_error, write_page
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Measure = Callable[[Row], tuple[float, float]]
+"""What a table or plot shows of a method: (mean, standard error)."""
 
 
 def write_comparison(
@@ -25,48 +26,68 @@ def write_comparison(
     title: str = "A comparison at equal budget",
     about: Mapping[str, Any] | None = None,
 ) -> Path:
-    """report.html of a comparison: tables with standard errors, a plot of each measure, samples per method.
+    """Writes report.html of a comparison: tables with standard errors, a plot of each measure, samples per method.
 
-    Of a comparison at several budgets, each measure against network rows, and every table at the largest budget.
+    Of a comparison at several budgets, each measure against NFE, and every table at the largest budget.
+
+    Args:
+        comparison: What `steer.compare` returned.
+        directory: Where to write; it is made.
+        pictures: By method, one picture of its samples.
+        texts: By method, its samples as text.
+        title: Of the page.
+        about: Facts for its head, by name; `command` gets a line of its own.
+
+    Returns:
+        The file's path.
     """
     stages, last = comparison.at, comparison.at[-1]
-    picks: list[tuple[str, Any]] = [("mean reward", lambda row: row.reward), ("best reward", lambda row: row.best)]
-    picks += [(name, lambda row, name=name: row.metrics[name]) for name in last.rows[0].metrics]
-    heads = ["method", *(name for name, _ in picks), "ESS", "network rows", "gradients", "rewards", "seconds"]
-    rows = []
-    for row in last.rows:
-        measured = [with_error(*pick(row)) for _, pick in picks]
-        counted = [number(row.ess), *(whole(n) for n in (row.nfe, row.grads, row.rewards)), f"{row.seconds:.2f}"]
-        rows.append([row.method, *measured, *counted])
-    best = max(last.rows, key=lambda row: row.reward[0])
-    lead = (
-        f"At {whole(last.budget)} network rows each, <b>{escape(best.method)}</b> reaches the highest mean "
-        f"reward, <b>{number(best.reward[0])}</b>; unsteered samples have {number(last.rows[0].reward[0])}."
-    )
-    note = f'<p class="note">Means over {last.keys} keys ± standard error of the mean.</p>'
-    if len(stages) > 1:
-        curves = "".join(card(f"{name} against network rows", svg) for name, svg in plots.by_budget(stages, picks))
-        grid = "".join(card(name, _by_budget(stages, pick)) for name, pick in picks)
-        measures = f'<section><h2>Reward against network rows</h2>{note}<div class="plots">{curves}</div></section>'
-        measures += f'<section><h2>At every budget</h2><div class="plots wide">{grid}</div></section>'
-        methods = f"<section><h2>At {whole(last.budget)} network rows</h2>{table(heads, rows)}</section>"
-    else:
-        cards = "".join(card(name, svg) for name, svg in plots.by_method(last, picks))
-        measures = f'<section><h2>Measures</h2><div class="plots small">{cards}</div></section>'
-        methods = f"<section><h2>Methods</h2>{note}{table(heads, rows)}</section>"
-    parts = [measures, methods] if len(stages) > 1 else [methods, measures]
-    grids = "".join(card(name, img(image, name)) for name, image in (pictures or {}).items())
-    grids += "".join(card(name, f"<p>{escape(', '.join(words))}</p>") for name, words in (texts or {}).items())
-    samples = f'<section><h2>Samples of the first key</h2><div class="plots small">{grids}</div></section>'
-    body = "".join([_head(title, about or {}, False), f'<p class="lead">{lead}</p>', *parts, samples * bool(grids)])
-    facts = {"about": about or {}, **comparison.to_dict()}
-    return write_atomically(directory / "report.html", page(title, body, facts))
-
-
-def _by_budget(stages: Sequence[Comparison], pick: Callable[[Any], tuple[float, float]]) -> str:
-    """One measure: a row per method, a column per budget."""
-    rows = [
-        [method, *(with_error(*pick(stage.rows[i])) for stage in stages)]
-        for i, method in enumerate(row.method for row in stages[0].rows)
+    measures: list[tuple[str, Measure]] = [
+        ("mean reward", lambda row: row.reward),
+        ("best reward", lambda row: row.best),
     ]
-    return table(["", *(whole(stage.budget) for stage in stages)], rows)
+    measures += [(name, lambda row, name=name: row.metrics[name]) for name in last.rows[0].metrics]
+    several = len(stages) > 1
+    if several:
+        figures = [(f"{name} against NFE", svg) for name, svg in plots.by_budget(stages, measures)]
+    else:
+        figures = plots.by_method(last, measures)
+    return write_page(
+        "comparison.html.j2",
+        directory,
+        title=title,
+        about=about or {},
+        facts=comparison.to_dict(),
+        seeds=last.keys,
+        budget=last.budget,
+        best=max(last.rows, key=lambda row: row.reward[0]),
+        unsteered=last.rows[0],
+        heads=["method", *(name for name, _ in measures), "ESS", "NFE", "gradients", "rewards", "seconds"],
+        rows=[_row(row, measures) for row in last.rows],
+        figures=figures,
+        by_budget=[(name, *_by_budget(stages, measure)) for name, measure in measures] if several else [],
+        pictures=pictures or {},
+        texts=texts or {},
+    )
+
+
+def _row(row: Row, measures: Sequence[tuple[str, Measure]]) -> list[str]:
+    """A method in the table of all measures and costs."""
+    measured = [with_error(*measure(row)) for _, measure in measures]
+    return [
+        row.method,
+        *measured,
+        number(row.ess),
+        whole(row.nfe),
+        whole(row.grads),
+        whole(row.rewards),
+        f"{row.seconds:.2f}",
+    ]
+
+
+def _by_budget(stages: Sequence[Comparison], measure: Measure) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows of one measure: a row per method, a column per budget."""
+    rows = [
+        [row.method, *(with_error(*measure(stage.rows[i])) for stage in stages)] for i, row in enumerate(stages[0].rows)
+    ]
+    return ["", *(whole(stage.budget) for stage in stages)], rows

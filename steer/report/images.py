@@ -1,4 +1,4 @@
-"""Samples as pictures: PIL images, grids one can read, PNG bytes."""
+"""Samples as pictures: PIL images, grids of them, PNG bytes."""
 
 from __future__ import annotations
 
@@ -11,28 +11,43 @@ import torch
 from torch import Tensor
 
 from ..errors import ShapeError
+from .run_result import RunResult
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from ..results.result import Result
 
 SEPARATOR = 128  # a grey that shows on dark and on light pictures
-_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+_SEPARATORS = {
+    "L": SEPARATOR,
+    "RGB": (SEPARATOR, SEPARATOR, SEPARATOR),
+    "RGBA": (SEPARATOR, SEPARATOR, SEPARATOR, 255),
+}
+_CHANNELS = (1, 3, 4)
 
 
 def is_images(decoded: Tensor) -> bool:
-    """Whether decoded samples are images: floats (M, C, H, W) with 1, 3 or 4 channels."""
-    return decoded.ndim == 4 and decoded.shape[1] in _MODES and decoded.is_floating_point()
+    """Whether decoded samples are images: floats [M, C, H, W] with 1, 3 or 4 channels."""
+    return decoded.ndim == 4 and decoded.shape[1] in _CHANNELS and decoded.is_floating_point()
 
 
 def to_images(decoded: Tensor) -> list[Image]:
-    """PIL images of samples (M, C, H, W) in [0, 1]; what lies outside, as networks produce, is shown as 0 or 1."""
+    """Samples as PIL images.
+
+    Args:
+        decoded: [M, C, H, W] in [0, 1], C = 1, 3 or 4. Values outside, which networks do produce, are shown as 0 or 1.
+
+    Returns:
+        M images: grey, RGB or RGBA.
+
+    Raises:
+        ShapeError: The samples are no images.
+    """
     from PIL import Image
 
     if not is_images(decoded):
         raise ShapeError(
-            f"pictures are made from floats of shape (M, C, H, W) with C = 1, 3 or 4, got {decoded.dtype} of shape "
+            f"pictures need floats of shape (M, C, H, W) with C = 1, 3 or 4, got {decoded.dtype} of shape "
             f"{tuple(decoded.shape)}; give the process a decoder that returns images in [0, 1]"
         )
     levels = decoded.detach().float().clamp(0.0, 1.0).mul(255.0).round().to("cpu", torch.uint8)
@@ -53,10 +68,14 @@ def enlarged(image: Image, least: int = 48) -> Image:
 def grid(pictures: Tensor | Sequence[Image], columns: int | None = None, *, least: int = 48, gap: int = 2) -> Image:
     """One picture of many, row by row.
 
-    pictures: samples (M, C, H, W) in [0, 1], or PIL images of one size.
-    columns:  per row; None: as square as possible.
-    least:    small images are enlarged, pixels kept sharp, until their short side has this many pixels.
-    gap:      width of the separators.
+    Args:
+        pictures: Samples [M, C, H, W] in [0, 1], or PIL images of one size.
+        columns: Pictures per row; None for a grid as square as possible.
+        least: Small images are enlarged, pixels kept sharp, until their short side has this many pixels.
+        gap: Width of the separators, in pixels.
+
+    Raises:
+        ShapeError: There are no pictures, or samples that are no images.
     """
     from PIL import Image
 
@@ -67,7 +86,7 @@ def grid(pictures: Tensor | Sequence[Image], columns: int | None = None, *, leas
     rows = math.ceil(len(tiles) / columns)
     columns = min(columns, len(tiles))
     width, height = tiles[0].size
-    colour = SEPARATOR if tiles[0].mode == "L" else (SEPARATOR,) * 3 + (255,) * (tiles[0].mode == "RGBA")
+    colour = _SEPARATORS[tiles[0].mode]
     sheet = Image.new(tiles[0].mode, (columns * (width + gap) + gap, rows * (height + gap) + gap), colour)
     for i, tile in enumerate(tiles):
         sheet.paste(tile, (gap + i % columns * (width + gap), gap + i // columns * (height + gap)))
@@ -81,10 +100,16 @@ def to_png(image: Image) -> bytes:
     return buffer.getvalue()
 
 
-def preview(result: Result, most: int = 16) -> bytes | None:
-    """A PNG of the samples of largest weight, at most `most` per problem; None where samples are no images.
+def preview(result: RunResult, most: int = 16) -> bytes | None:
+    """A PNG of the samples of largest weight, for notebooks.
 
-    Samples of weight zero (what a search did not choose) are left out.
+    Args:
+        result: The run.
+        most: How many samples of each problem at most. Those of weight zero, which a search did not choose, are left
+            out.
+
+    Returns:
+        A PNG file; None where samples are no images.
     """
     weighted = int((result.log_weight > -torch.inf).sum(1).min())
     order = result.log_weight.argsort(dim=1, descending=True, stable=True)

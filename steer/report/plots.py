@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import io
 import math
 import re
@@ -12,29 +11,33 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .page import trusted
+from .run_result import RunResult
+
 if TYPE_CHECKING:
-    from ..results.result import Result
+    from markupsafe import Markup
+
     from .comparison import Comparison
 
 STEERED, UNSTEERED, BEST = "#2b8cbe", "#9a9a9a", "#e6822e"
 # Stand-ins while drawing: the page's text and rule colours, which differ between light and dark.
 _INK, _RULE = "#010203", "#040506"
 _WIDTH = 4.4
-_POINTS = 500  # of a line, or of a cloud: what a page of bearable size holds
+_POINTS = 500  # of a line or a scatter plot, at most: more would only make the page larger
 
 
-def effective_size(result: Result) -> str:
-    """ESS of the accumulated weights at each weighted level, one line per problem, as a share of N."""
+def effective_size(result: RunResult) -> str:
+    """ESS of the accumulated weights at each weighted step, one line per problem, as a share of N."""
     levels = [seen.k for seen in result.seen]
     shares = torch.stack([seen.ess / seen.score.shape[1] for seen in result.seen]).cpu()
     figure, axes = _figure()
     axes.plot(levels, shares, color=STEERED, lw=1.6, alpha=_faint(shares.shape[1]))
-    axes.set(ylim=(0, 1.05), xlabel="level (0 = noise)", ylabel="ESS / N")
-    return _svg(figure, "Effective sample size, as a share of the particles, over levels")
+    axes.set(ylim=(0, 1.05), xlabel="step (0 = noise)", ylabel="ESS / N")
+    return _svg(figure, "Effective sample size, as a share of the particles, over steps")
 
 
-def unique_ancestors(result: Result) -> str:
-    """How many starting particles still have descendants, level by level, one line per problem."""
+def surviving_ancestors(result: RunResult) -> str:
+    """How many starting particles still have descendants, step by step, one line per problem."""
     assert result.trajectory is not None
     particles = result.seen[0].score.shape[1]
     counts = result.trajectory.unique_roots()
@@ -44,13 +47,13 @@ def unique_ancestors(result: Result) -> str:
     figure, axes = _figure()
     axes.step(levels, lines, where="post", color=STEERED, lw=1.6, alpha=_faint(lines.shape[1]))
     axes.plot(levels[1:-1], lines[1:-1], "o", color=STEERED, ms=3, alpha=_faint(lines.shape[1]))
-    axes.set(ylim=(0, particles * 1.05), xlabel="level (0 = noise)", ylabel="unique ancestors")
-    return _svg(figure, "Number of starting particles that still have descendants, over levels")
+    axes.set(ylim=(0, particles * 1.05), xlabel="step (0 = noise)", ylabel="surviving ancestors")
+    return _svg(figure, "Number of starting particles that still have descendants, over steps")
 
 
-def reward_by_rows(result: Result, reference: Result | None) -> str:
-    """Mean and best reward against network rows spent: of the predictions at each level, or, where the method looked
-    at finished samples only, of the samples finished so far.
+def reward_by_rows(result: RunResult, reference: RunResult | None) -> str:
+    """Mean and best reward against NFE: of the predictions at each step, or, where the method scored finished samples
+    only, of the samples finished so far.
     """
     figure, axes = _figure()
     particles = result.reward.shape[1]
@@ -70,12 +73,12 @@ def reward_by_rows(result: Result, reference: Result | None) -> str:
     if reference is not None:
         level = _finite(reference.reward).mean().item()
         axes.axhline(level, color=UNSTEERED, lw=1.2, ls=(0, (4, 3)), label="unsteered mean")
-    axes.set(xlabel="network rows", ylabel="reward", xlim=(0, None))
+    axes.set(xlabel="NFE (network rows)", ylabel="reward", xlim=(0, None))
     axes.legend(**_LEGEND)
-    return _svg(figure, "Reward against network rows")
+    return _svg(figure, "Reward against NFE")
 
 
-def reward_histogram(result: Result, reference: Result | None) -> str:
+def reward_histogram(result: RunResult, reference: RunResult | None) -> str:
     """Rewards of the weighted population, beside those of unsteered samples."""
     figure, axes = _figure()
     groups = [(result, STEERED, "steered")] + ([(reference, UNSTEERED, "unsteered")] if reference else [])
@@ -90,7 +93,7 @@ def reward_histogram(result: Result, reference: Result | None) -> str:
     return _svg(figure, "Histogram of rewards, steered and unsteered")
 
 
-def samples_scatter(result: Result, reference: Result | None) -> str:
+def samples_scatter(result: RunResult, reference: RunResult | None) -> str:
     """Two-dimensional samples, area proportional to weight; of many, those of largest weight."""
     figure, axes = _figure(height=3.6)
     for run, colour, label in [(reference, UNSTEERED, "unsteered"), (result, STEERED, "steered")]:
@@ -106,7 +109,7 @@ def samples_scatter(result: Result, reference: Result | None) -> str:
     return _svg(figure, "Samples, steered and unsteered")
 
 
-def coordinate_histograms(result: Result, reference: Result | None, most: int = 3) -> list[str]:
+def coordinate_histograms(result: RunResult, reference: RunResult | None, most: int = 3) -> list[str]:
     """Histograms of the first coordinates of samples that are no pictures."""
     svgs = []
     for i in range(min(most, math.prod(result.x.shape[2:]))):
@@ -123,7 +126,7 @@ def coordinate_histograms(result: Result, reference: Result | None, most: int = 
 
 
 def by_method(comparison: Comparison, measures: Sequence[tuple[str, Any]]) -> list[tuple[str, str]]:
-    """(name, SVG) for each measure (name, Row -> (mean, standard error)): every key's run and the mean over them."""
+    """(name, SVG) for each measure (name, Row -> (mean, standard error)): means over seeds, with their errors."""
     names = [row.method for row in comparison.rows]
     places = list(range(len(names)))[::-1]
     svgs = []
@@ -142,7 +145,7 @@ def by_method(comparison: Comparison, measures: Sequence[tuple[str, Any]]) -> li
 
 
 def by_budget(stages: Sequence[Comparison], measures: Sequence[tuple[str, Any]]) -> list[tuple[str, str]]:
-    """(name, SVG) for each measure (name, Row -> (mean, standard error)): a line per method against network rows."""
+    """(name, SVG) for each measure (name, Row -> (mean, standard error)): a line per method against NFE."""
     svgs = []
     names = [row.method for row in stages[0].rows]
     steered = [name for name in names if name not in ("rollout", "best_of_n")]
@@ -160,18 +163,26 @@ def by_budget(stages: Sequence[Comparison], measures: Sequence[tuple[str, Any]])
             elif method == "best_of_n":
                 colour = BEST
             axes.errorbar(
-                spent, mean, yerr=error.nan_to_num(0.0), fmt="o", ls=style, color=colour, ms=3.5, lw=1.5, capsize=2,
+                spent,
+                mean,
+                yerr=error.nan_to_num(0.0),
+                fmt="o",
+                ls=style,
+                color=colour,
+                ms=3.5,
+                lw=1.5,
+                capsize=2,
                 elinewidth=1.0,
-            )  # fmt: skip
+            )
             axes.plot([], [], "o", ls=style, color=colour, ms=3.5, lw=1.5, label=method)
         if stages[-1].budget >= 3 * stages[0].budget:
             axes.set_xscale("log")
         ticks = [max(stage.rows[0].nfe, 1.0) for stage in stages]
         axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
         axes.minorticks_off()
-        axes.set(xlabel="network rows", ylabel=name)
+        axes.set(xlabel="NFE (network rows)", ylabel=name)
         figure.legend(loc="outside lower center", ncols=4, **_LEGEND)
-        svgs.append((name, _svg(figure, f"{name} against network rows by method, with standard errors")))
+        svgs.append((name, _svg(figure, f"{name} against NFE by method, with standard errors")))
     return svgs
 
 
@@ -179,6 +190,7 @@ _COLOURS = (STEERED, "#2ca25f", "#8856a7", "#c51b8a", "#8c6d31", "#1d4f91")
 
 
 def _figure(height: float = 2.3) -> tuple[Any, Any]:
+    """A matplotlib figure and its axes, in the page's colours."""
     from matplotlib.figure import Figure  # not pyplot: no window system, no global list of figures
 
     figure = Figure(figsize=(_WIDTH, height), layout="constrained")
@@ -196,7 +208,7 @@ def _figure(height: float = 2.3) -> tuple[Any, Any]:
 _LEGEND = {"frameon": False, "fontsize": 8, "labelcolor": _INK}
 
 
-def _svg(figure: Any, label: str) -> str:
+def _svg(figure: Any, label: str) -> Markup:
     """The figure as an inline SVG element: text as text, no metadata, no ids that two figures could share."""
     from matplotlib import rc_context
 
@@ -210,11 +222,12 @@ def _svg(figure: Any, label: str) -> str:
     svg = svg.replace(_INK, "currentColor").replace(_RULE, "var(--rule)")
     box = re.search(r'viewBox="[^"]*"', svg)
     assert box is not None
-    return f'<svg {box[0]} role="img" aria-label="{html.escape(label)}">' + svg[svg.index(">") + 1 :]
+    opening = trusted('<svg {} role="img" aria-label="{}">').format(trusted(box[0]), label)
+    return opening + trusted(svg[svg.index(">") + 1 :])
 
 
-def _rows_at(result: Result, k: int, particles: int) -> float:
-    """Network rows spent once the predictions at level k are there."""
+def _rows_at(result: RunResult, k: int, particles: int) -> float:
+    """NFE spent once the predictions of step k are made, in network rows."""
     per_level = result.reward.shape[0] * particles * result.process.rows
     return min(float((k + 1) * per_level), float(result.cost.nfe))
 
@@ -226,4 +239,5 @@ def _finite(scores: Tensor) -> Tensor:
 
 
 def _faint(lines: int) -> float:
+    """Opacity of lines that lie over one another."""
     return 1.0 if lines == 1 else max(0.15, 1.0 / math.sqrt(lines))

@@ -1,11 +1,9 @@
-"""Reports of a run and of a comparison: one HTML file each, with everything inside it."""
+"""The page of a run, and its numbers."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from datetime import datetime
-from html import escape
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,38 +12,55 @@ from torch import Tensor
 
 from ..core.population import weighted_mean
 from ..core.resampling import systematic
-from ..files import plain, write_atomically
-from ..key import as_key
-from ..processes.gaussian import decoded_alone
+from ..cost import Cost
+from ..files import plain
+from ..key import Key, as_key
+from ..processes.gaussian import decode_problem
 from . import plots
-from .best_chain import best_path
+from .best_chain import best_chain
 from .images import enlarged, is_images, to_images
-from .page import card, img, number, page, table, whole, with_error
-from .tree_assets import SCRIPT, STYLE
+from .page import number, whole, with_error, write_page
+from .run_result import RunResult
 from .tree_figure import tree_figure
 from .tree_layout import LEAVES, NODES, drawable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from ..cost import Cost
-    from ..results.result import Result
-
 Metrics = Mapping[str, Callable[[Tensor], Tensor]]
 """Name -> function of decoded samples (M, ...) to (M,): measures the run was not steered by."""
 
+_DIAGNOSTICS = {"split_rhat": "split R̂ of the start", "acceptance": "acceptance of the start"}
+_TREES = 4  # drawn of one run, at most
 
-def shown(result: Result, count: int, key: Any = 0) -> Tensor:
-    """Which particles to show, (B, count): drawn by weight, in order of falling reward."""
+
+def shown(result: RunResult, count: int, key: Key | int = 0) -> Tensor:
+    """Which particles to show: drawn by weight, in order of falling reward.
+
+    Args:
+        result: Of B problems.
+        count: How many of each problem.
+        key: Seed of the draw.
+
+    Returns:
+        Particle indices, [B, count].
+    """
     index = systematic(result.log_weight, as_key(key).fold("draw"), count)
     order = result.reward.gather(1, index).argsort(dim=1, descending=True, stable=True)
     return index.gather(1, order)
 
 
-def summary(result: Result, reference: Result | None = None, metrics: Metrics | None = None) -> dict[str, Any]:
-    """The numbers of a run as plain JSON types: rewards and metrics, unsteered ones beside them, and the ledger.
+def summary(result: RunResult, reference: RunResult | None = None, metrics: Metrics | None = None) -> dict[str, Any]:
+    """The numbers of a run as plain JSON types: rewards and metrics, with unsteered ones beside them, and the cost.
 
-    reward and metrics: weighted means over particles and problems. error: standard error of the unsteered mean.
+    Args:
+        result: The run.
+        reference: Unsteered samples of the same process and reward.
+        metrics: Name -> function of decoded samples [M, ...] to [M].
+
+    Returns:
+        By name. `reward` and each of `metrics` hold weighted means over particles and problems, `steered` and
+        `unsteered`, with `error`, the standard error of the unsteered mean.
     """
     variance = result.log_evidence_variance
     numbers: dict[str, Any] = {
@@ -59,7 +74,7 @@ def summary(result: Result, reference: Result | None = None, metrics: Metrics | 
         "log_evidence": result.log_evidence,
         "log_evidence_std": torch.where(variance >= 0, variance, torch.nan).sqrt(),
         "pareto_k": result.pareto_k,
-        "unique_roots": _unique_roots(result),
+        "unique_roots": _surviving_seeds(result),
         "forbidden": int((result.reward == -torch.inf).sum()),
         "diagnostics": dict(result.diagnostics),
         "cost": result.cost.to_dict(),
@@ -69,47 +84,66 @@ def summary(result: Result, reference: Result | None = None, metrics: Metrics | 
 
 
 def write_report(
-    result: Result,
+    result: RunResult,
     directory: Path,
     *,
-    reference: Result | None = None,
+    reference: RunResult | None = None,
     metrics: Metrics | None = None,
     index: Tensor | None = None,
     count: int = 16,
     title: str = "A steered run",
     about: Mapping[str, Any] | None = None,
 ) -> Path:
-    """report.html in the directory: samples beside unsteered ones, the way to the best one, the search tree, reward,
-    diagnostics over steps, the ledger.
+    """Writes report.html: samples beside unsteered ones, how the best came about, the search tree, plots, the cost.
 
-    reference: unsteered samples of the same process and reward.
-    metrics:   name -> function of decoded samples (M, ...) to (M,), such as a held-out judge.
-    index:     which particles to show (B, M); by default `count` drawn by weight.
-    about:     facts for the head of the page: model, reward, method, seed, command.
+    Args:
+        result: The run, of B problems.
+        directory: Where to write; it is made.
+        reference: Unsteered samples of the same process and reward.
+        metrics: Name -> function of decoded samples [M, ...] to [M], such as a held-out judge.
+        index: Which particles to show, [B, M]; by default `count` drawn by weight.
+        count: How many to show of each problem.
+        title: Of the page.
+        about: Facts for its head, by name: model, reward, method, seed; `command` gets a line of its own.
+
+    Returns:
+        The file's path.
+
+    Cost: ten network rows at most for each problem of a run that kept its states, not counted in the run's cost.
     """
     index = shown(result, min(count, result.reward.shape[1])) if index is None else index
     numbers = summary(result, reference, metrics)
-    body = "".join(
-        [
-            _head(title, about or {}, result.interrupted),
-            _headline(numbers, _searched(result)),
-            _samples(result, reference, index),
-            _way(result),
-            _trees(result),
-            _figures(result, reference),
-            '<section><h2>Account</h2><div class="plots">',
-            _ledger(result.cost, reference.cost if reference else None),
-            _known(result, numbers),
-            "</div></section>",
-        ]
+    trees = _trees(result)
+    costs = [result.cost] if reference is None else [result.cost, reference.cost, result.cost + reference.cost]
+    return write_page(
+        "run.html.j2",
+        directory,
+        title=title,
+        about=about or {},
+        facts=numbers,
+        interrupted=result.interrupted,
+        assets=["tree.css", "tree.js"] if trees else [],
+        problems=numbers["problems"],
+        reward=numbers["reward"],
+        metrics=numbers["metrics"],
+        cost=numbers["cost"],
+        unsteered=numbers["reward"].get("unsteered") is not None and numbers["reward"]["steered"] is not None,
+        tiles=_tiles(numbers, _selects(result)),
+        samples=_samples(result, reference, index),
+        chain=_chain(result),
+        trees=trees,
+        figures=_figures(result, reference),
+        cost_heads=["", "this run", "unsteered", "together"][: len(costs) + 1],
+        cost_rows=_cost_rows(costs),
+        selects=_selects(result),
+        diagnostics=list(_diagnostics(result, numbers)),
     )
-    facts = {"about": about or {}, **numbers}
-    style, script = (STYLE, SCRIPT) if '<div class="tree">' in body else ("", "")
-    return write_atomically(directory / "report.html", page(title, body, facts, style=style, script=script))
 
 
-def _measured(result: Result, reference: Result | None, f: Callable[[Tensor], Tensor] | None) -> dict[str, Any]:
-    def values(run: Result) -> Tensor:
+def _measured(result: RunResult, reference: RunResult | None, f: Callable[[Tensor], Tensor] | None) -> dict[str, Any]:
+    """A measure's weighted mean, beside that of unsteered samples; of the reward, where f is None."""
+
+    def values(run: RunResult) -> Tensor:
         if f is None:
             return run.reward
         with torch.no_grad():
@@ -123,221 +157,183 @@ def _measured(result: Result, reference: Result | None, f: Callable[[Tensor], Te
     return {"steered": steered, "unsteered": plain_values.mean(), "error": error}
 
 
-def _head(title: str, about: Mapping[str, Any], interrupted: bool) -> str:
-    facts = {**about, "date": datetime.now().strftime("%Y-%m-%d %H:%M")}
-    chips = "".join(
-        f"<li><span>{escape(str(name))}</span>{escape(str(fact))}</li>"
-        for name, fact in facts.items()
-        if fact is not None and name != "command"
-    )
-    stopped = '<p class="stopped">Stopped early: what was paid for until then is shown.</p>' if interrupted else ""
-    command = f"<pre>{escape(str(about['command']))}</pre>" if "command" in about else ""
-    return f"<header><h1>{escape(title)}</h1><ul class=chips>{chips}</ul>{command}{stopped}</header>"
+def _selects(result: RunResult) -> bool:
+    """Whether the method selects samples without importance weights: nothing was estimated, no population weighted."""
+    return result.trajectory is None and bool(result.log_evidence.isnan().all())
 
 
-def _headline(numbers: dict[str, Any], searched: bool) -> str:
-    reward, cost = numbers["reward"], numbers["cost"]
-    tiles = [_tile("mean reward", reward)]
-    tiles += [_tile(name, measured) for name, measured in numbers["metrics"].items()]
-    if searched:
-        tiles.append(_tile("best reward", {"steered": reward["best"]}, f"of {whole(numbers['particles'])}"))
-    else:
-        tiles.append(_tile("effective sample size", {"steered": numbers["ess"]}, f"of {whole(numbers['particles'])}"))
+def _surviving_seeds(result: RunResult) -> float:
+    """Distinct starting noises among the samples of positive weight, a mean over problems."""
+    counts = [len(root[w > -torch.inf].unique()) for root, w in zip(result.root, result.log_weight, strict=True)]
+    return sum(counts) / len(counts)
+
+
+def _tiles(numbers: dict[str, Any], selects: bool) -> list[tuple[str, str, str]]:
+    """(name, value, note) of the numbers that come first."""
+    reward, cost, particles = numbers["reward"], numbers["cost"], whole(numbers["particles"])
+    tiles = []
+    for name, measured in {"mean reward": reward, **numbers["metrics"]}.items():
+        beside = f"unsteered {with_error(measured['unsteered'], measured['error'])}" if "unsteered" in measured else ""
+        tiles.append((name, number(measured["steered"]), beside))
+    name, value = ("best reward", reward["best"]) if selects else ("effective sample size", numbers["ess"])
+    tiles.append((name, number(value), f"of {particles}"))
     spent = f"{cost['seconds'].get('total', 0.0):.1f} s, {whole(cost['rewards'])} rewards"
-    tiles.append(f'<div class="tile"><span>network rows</span><b>{whole(cost["nfe"])}</b><small>{spent}</small></div>')
-    if reward.get("unsteered") is not None and reward["steered"] is not None:
-        verb = "rose" if reward["steered"] >= reward["unsteered"] else "fell"
-        lead = (
-            f"Mean reward {verb} from {number(reward['unsteered'])} to <b>{number(reward['steered'])}</b>"
-            f" for {whole(cost['nfe'])} network rows."
-        )
-        for name, measured in numbers["metrics"].items():
-            before, after = number(measured["unsteered"]), number(measured["steered"])
-            lead += f" {escape(name[:1].upper() + name[1:])} went from {before} to <b>{after}</b>."
-    else:
-        lead = f"Mean reward <b>{number(reward['steered'])}</b> for {whole(cost['nfe'])} network rows."
-    return f'<p class="lead">{lead}</p><div class="tiles">{"".join(tiles)}</div>'
+    return [*tiles, ("NFE", whole(cost["nfe"]), spent)]
 
 
-def _tile(name: str, measured: dict[str, Any], note: str = "") -> str:
-    if "unsteered" in measured:
-        note = f"unsteered {with_error(measured['unsteered'], measured['error'])}"
-    value = number(measured["steered"])
-    return f'<div class="tile"><span>{escape(name)}</span><b>{value}</b><small>{escape(note)}</small></div>'
-
-
-def _samples(result: Result, reference: Result | None, index: Tensor) -> str:
+def _samples(result: RunResult, reference: RunResult | None, index: Tensor) -> dict[str, Any]:
+    """Samples as pictures in `panels`, as `texts`, or where they are neither as `plots`; the others are empty."""
     chosen = result.take(index)
+    empty: dict[str, Any] = {"panels": [], "texts": [], "plots": []}
     if getattr(result.process, "text", None) is not None:
-        return _texts(chosen, reference)
-    if not is_images(chosen.decoded):
-        if math.prod(result.x.shape[2:]) == 2:
-            figures = [("unsteered and steered", plots.samples_scatter(result, reference))]
-        else:
-            svgs = plots.coordinate_histograms(result, reference)
-            figures = [(f"coordinate {i}", svg) for i, svg in enumerate(svgs)]
-        cards = "".join(card(name, svg) for name, svg in figures)
-        return f'<section><h2>Samples</h2><div class="plots">{cards}</div></section>'
-    pairs = zip(index.flatten().tolist(), chosen.root.flatten().tolist(), strict=True)
-    notes = [f"particle {particle}, from noise {root}" for particle, root in pairs]
-    panels = [_panel("Steered", chosen, notes)]
-    if reference is not None:
-        # Those that began from the noise of the steered run's own first particles.
-        first = torch.arange(min(index.shape[1], reference.reward.shape[1]), device=index.device)
-        first = first.expand(index.shape[0], -1)
-        order = reference.reward.gather(1, first).argsort(dim=1, descending=True, stable=True)
-        panels.insert(0, _panel("Unsteered", reference.take(order), None))
-    return (
-        '<section><h2>Samples</h2><p class="note">Steered samples are drawn by weight, so a picture may come twice. '
-        "Both groups: best reward first; the number is the reward.</p>"
-        f'<div class="pair">{"".join(panels)}</div></section>'
-    )
+        return empty | {"texts": _texts(chosen, reference)}
+    if is_images(chosen.decoded):
+        return empty | {"panels": _panels(chosen, reference, index)}
+    if math.prod(result.x.shape[2:]) == 2:
+        return empty | {"plots": [("unsteered and steered", plots.samples_scatter(result, reference))]}
+    svgs = plots.coordinate_histograms(result, reference)
+    return empty | {"plots": [(f"coordinate {i}", svg) for i, svg in enumerate(svgs)]}
 
 
-def _texts(chosen: Result, reference: Result | None) -> str:
+def _texts(chosen: RunResult, reference: RunResult | None) -> list[tuple[str, list[list[str]]]]:
     """Samples of a process over tokens as text, best first."""
     runs = [("steered", chosen)]
     if reference is not None:
         count = min(chosen.reward.shape[1], reference.reward.shape[1])
         first = torch.arange(count, device=reference.root.device).expand(len(reference.root), -1)
         runs.insert(0, ("unsteered", reference.take(first)))
-    cards = []
+    groups = []
     for name, run in runs:
         best = run.take(run.ranked())
         pairs = zip(best.texts, best.reward.flatten().tolist(), strict=True)
-        cards.append(card(name, table(["sample", "reward"], [[text, number(score)] for text, score in pairs])))
-    return f'<section><h2>Samples</h2><div class="plots">{"".join(cards)}</div></section>'
+        groups.append((name, [[text, number(score)] for text, score in pairs]))
+    return groups
 
 
-def _panel(name: str, run: Result, notes: list[str] | None) -> str:
+def _panels(chosen: RunResult, reference: RunResult | None, index: Tensor) -> list[dict[str, Any]]:
+    """Pictures of the samples; unsteered ones, those from the seeds of the run's own first particles, come first."""
+    pairs = zip(index.flatten().tolist(), chosen.root.flatten().tolist(), strict=True)
+    panels = [_panel("Steered", chosen, [f"particle {particle}, from seed {root}" for particle, root in pairs])]
+    if reference is not None:
+        first = torch.arange(min(index.shape[1], reference.reward.shape[1]), device=index.device)
+        first = first.expand(index.shape[0], -1)
+        order = reference.reward.gather(1, first).argsort(dim=1, descending=True, stable=True)
+        beside = reference.take(order)
+        panels.insert(0, _panel("Unsteered", beside, [""] * beside.reward.numel()))
+    return panels
+
+
+def _panel(name: str, run: RunResult, notes: Sequence[str]) -> dict[str, Any]:
+    """A group of pictures, each with its reward and what a pointer over it says."""
     scores = run.reward.flatten().tolist()
     cells = [
-        f'<figure title="{escape(note)}">{img(_thumbnail(image), f"{name} sample, reward {score:.3g}")}'
-        f"<figcaption>{number(score)}</figcaption></figure>"
-        for image, score, note in zip(to_images(run.decoded), scores, notes or [""] * len(scores), strict=True)
+        (_thumbnail(image), number(score), note)
+        for image, score, note in zip(to_images(run.decoded), scores, notes, strict=True)
     ]
-    columns = min(8, math.ceil(math.sqrt(len(cells))))
-    return (
-        f'<div class="panel {name.lower()}"><h3>{name}</h3>'
-        f'<div class="grid" style="--columns:{columns}">{"".join(cells)}</div></div>'
-    )
+    return {"name": name, "columns": min(8, math.ceil(math.sqrt(len(cells)))), "cells": cells}
 
 
 def _thumbnail(image: Image, most: int = 256) -> Image:
+    """The image at a size for a page."""
     image = image.copy()
     image.thumbnail((most, most))  # shrinks only
     return enlarged(image, 64)
 
 
-def _figures(result: Result, reference: Result | None) -> str:
-    cards = [
-        ("Reward against cost", plots.reward_by_rows(result, reference)),
+def _figures(result: RunResult, reference: RunResult | None) -> list[tuple[str, str]]:
+    """(name, SVG) of every plot of the run."""
+    figures = [
+        ("Reward against NFE", plots.reward_by_rows(result, reference)),
         ("Rewards of the samples", plots.reward_histogram(result, reference)),
     ]
     if len(result.seen) > 1:
-        cards.append(("Effective sample size", plots.effective_size(result)))
+        figures.append(("Effective sample size", plots.effective_size(result)))
         if result.trajectory is not None:
-            cards.append(("Unique ancestors", plots.unique_ancestors(result)))
-    figures = "".join(card(name, svg) for name, svg in cards)
-    return f'<section><h2>Diagnostics</h2><div class="plots">{figures}</div></section>'
+            figures.append(("Surviving ancestors", plots.surviving_ancestors(result)))
+    return figures
 
 
-def _ledger(cost: Cost, reference: Cost | None) -> str:
-    runs = [cost] if reference is None else [cost, reference, cost + reference]
-    counts = [("network rows", "nfe"), ("rows differentiated", "grads"), ("rewards", "rewards"), ("decoded", "decodes")]
-    rows = [[label, *(whole(getattr(run, name)) for run in runs)] for label, name in counts]
-    rows += [[f"seconds, {kind}", *(f"{run.seconds.get(kind, 0.0):.2f}" for run in runs)] for kind in cost.seconds]
-    rows.append(["peak memory", *(f"{run.peak_bytes / 2**20:,.0f} MiB" for run in runs)])
-    heads = ["", "this run", "unsteered", "together"][: len(runs) + 1]
-    return card("what was spent", table(heads, rows))
+def _cost_rows(costs: Sequence[Cost]) -> list[list[str]]:
+    """What was spent, a column for each of the costs."""
+    counts = [
+        ("NFE (network rows)", "nfe"),
+        ("rows differentiated", "grads"),
+        ("rewards", "rewards"),
+        ("samples decoded", "decodes"),
+    ]
+    rows = [[label, *(whole(getattr(cost, name)) for cost in costs)] for label, name in counts]
+    for kind in costs[0].seconds:
+        rows.append([f"seconds, {kind}", *(f"{cost.seconds.get(kind, 0.0):.2f}" for cost in costs)])
+    return [*rows, ["peak memory", *(f"{cost.peak_bytes / 2**20:,.0f} MiB" for cost in costs)]]
 
 
-def _known(result: Result, numbers: dict[str, Any]) -> str:
-    """What the run knows of itself: the estimate of the normaliser, and how far its weights can be trusted."""
+def _diagnostics(result: RunResult, numbers: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """(name, value) of what the run estimated, and of what tells how far its weights can be trusted."""
     problems, particles = result.reward.shape
-    rows = [["temperature T", number(result.temperature)]]
-    note = "A search: it weighs what it chose equally and claims no law, so it has no evidence, ESS or Pareto k̂."
-    if not _searched(result):
-        note = (
-            "log E<sub>p</sub>[exp(r(x) / T)] in nats. For a log-probability at T = 1: the log of how common such "
-            "samples are under the model alone."
-        )
-        pairs = list(zip(numbers["log_evidence"], numbers["log_evidence_std"], strict=True))
-        for i, (z, s) in enumerate(pairs[:8]):
-            name = f"log evidence, problem {i}" if problems > 1 else "log evidence"
-            rows.append([name, "unknown: the start's normaliser is" if z is None else with_error(z, s)])
-        rows.append(["effective sample size", f"{number(numbers['ess'])} of {whole(particles)}"])
+    yield "temperature T", number(result.temperature)
+    if not _selects(result):
+        estimates = zip(numbers["log_evidence"], numbers["log_evidence_std"], strict=True)
+        for i, (estimate, error) in enumerate(list(estimates)[:8]):
+            name = f"log normalizing constant, problem {i}" if problems > 1 else "log normalizing constant"
+            unknown = "unknown: the start has no known normalizing constant"
+            yield name, unknown if estimate is None else with_error(estimate, error)
+        yield "effective sample size", f"{number(numbers['ess'])} of {whole(particles)}"
         tails = [k for k in numbers["pareto_k"] if k is not None]
         if tails:
+            name = "Pareto k̂ of the weights, worst" if len(tails) > 1 else "Pareto k̂ of the weights"
             doubt = ": too heavy a tail to trust" if max(tails) > 0.7 else ""
-            rows.append(["Pareto k̂ of the weights" + ", worst" * (len(tails) > 1), number(max(tails)) + doubt])
-    rows.append(["starting noises they descend from", number(numbers["unique_roots"])])
+            yield name, number(max(tails)) + doubt
+    yield "surviving ancestors", number(numbers["unique_roots"])
     forbidden, total = numbers["forbidden"], result.reward.numel()
-    rows.append(["forbidden samples", f"{whole(forbidden)} of {whole(total)}" if forbidden else "none"])
-    refused = [int((seen.score == -torch.inf).sum()) for seen in result.seen[:-1]]
-    if any(refused):
+    yield "forbidden samples", f"{whole(forbidden)} of {whole(total)}" if forbidden else "none"
+    refused = sum(int((seen.score == -torch.inf).sum()) for seen in result.seen[:-1])
+    if refused:
         scored = sum(seen.score.numel() for seen in result.seen[:-1])
-        rows.append(["forbidden on the way", f"{whole(sum(refused))} of {whole(scored)} predictions"])
+        yield "forbidden predictions", f"{whole(refused)} of {whole(scored)}"
     for name, value in result.diagnostics.items():
         doubt = ": the chains have not mixed" if name == "split_rhat" and bool((value > 1.1).any()) else ""
-        rows.append([_DIAGNOSTICS.get(name, name.replace("_", " ")), number(value.mean().item()) + doubt])
-    return card("what the run knows of itself", f'<p class="note">{note}</p>{table(["", ""], rows)}')
+        yield _DIAGNOSTICS.get(name, name.replace("_", " ")), number(value.mean().item()) + doubt
 
 
-_DIAGNOSTICS = {"split_rhat": "split R̂ of the start", "acceptance": "acceptance of the start"}
-
-
-def _searched(result: Result) -> bool:
-    """Whether the method chose samples and claims no law: it has no evidence, and no population carried weights."""
-    return result.trajectory is None and bool(result.log_evidence.isnan().all())
-
-
-def _unique_roots(result: Result) -> float:
-    """Distinct starting noises among the samples of positive weight, a mean over problems."""
-    counts = [len(root[w > -torch.inf].unique()) for root, w in zip(result.root, result.log_weight, strict=True)]
-    return sum(counts) / len(counts)
-
-
-def _way(result: Result) -> str:
-    """The way to the best sample of the first problem: pictures or texts of its predictions."""
-    stops = best_path(result)
+def _chain(result: RunResult) -> dict[str, Any] | None:
+    """How the best sample of the first problem came about; None where that is not known, or cannot be shown."""
+    stops = best_chain(result)
     if len(stops) < 2:
-        return ""
+        return None
     read = getattr(result.process, "text", None)
     clean = torch.stack([stop.clean for stop in stops])
+    texts: Sequence[str | None] = [None] * len(stops)
+    pictures: Sequence[Image | None] = [None] * len(stops)
     if read is not None:
-        shown_as = [f"<span>{escape(word)}</span>" for word in read(clean)]
+        texts = read(clean)
     else:
         with torch.no_grad():
-            decoded = decoded_alone(result.process, clean[None], 0)
+            decoded = decode_problem(result.process, clean[None], 0)
         if is_images(decoded):
-            shown_as = [img(_thumbnail(image, 128), "prediction") for image in to_images(decoded)]
+            pictures = [_thumbnail(image, 128) for image in to_images(decoded)]
         elif clean[0].numel() <= 4:
-            shown_as = [f"<span>({', '.join(map(number, x.flatten().tolist()))})</span>" for x in clean]
+            texts = [f"({', '.join(map(number, x.flatten().tolist()))})" for x in clean]
         else:
-            return ""
+            return None
     steps = result.process.steps
-    figures = "".join(
-        f"<figure>{content}<figcaption>{'data' if stop.level == steps else f'level {stop.level}'}"
-        f"<b>{number(stop.value)}</b></figcaption></figure>"
-        for content, stop in zip(shown_as, stops, strict=True)
-    )
     scored = result.tree is None or "look" in result.tree.nodes_at(1)
-    worth = "the reward of that prediction" if scored else "the value of the tree's node, at the end the reward"
-    whose = " of the first problem" if result.reward.shape[0] > 1 else ""
-    return (
-        f'<section><h2>How the best sample came about</h2><p class="note">What the model predicts on the way{whose}, '
-        f'and {worth}.</p><div class="strip">{figures}</div></section>'
-    )
+    return {
+        "measure": "the reward of that prediction" if scored else "the value of the tree's node, at the end the reward",
+        "stops": [
+            {
+                "name": "data" if stop.level == steps else f"step {stop.level}",
+                "value": stop.value,
+                "text": text,
+                "picture": picture,
+            }
+            for stop, text, picture in zip(stops, texts, pictures, strict=True)
+        ],
+    }
 
 
-def _trees(result: Result) -> str:
-    """The search tree of every problem, four at most; all but the first are folded."""
+def _trees(result: RunResult) -> list[str]:
+    """The search trees of the first problems, as HTML."""
     if result.tree is None or not drawable(result.tree):
-        return ""
-    count = min(4, result.reward.shape[0])
-    parts = [tree_figure(result, b, leaves=LEAVES // count, nodes=NODES // count) for b in range(count)]
-    folded = [
-        f"<details{' open' * (b == 0)}><summary>problem {b}</summary>{part}</details>" for b, part in enumerate(parts)
-    ]
-    return f"<section><h2>Search tree</h2>{''.join(folded) if count > 1 else parts[0]}</section>"
+        return []
+    count = min(_TREES, result.reward.shape[0])
+    return [tree_figure(result, b, leaves=LEAVES // count, nodes=NODES // count) for b in range(count)]

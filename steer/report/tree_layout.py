@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..results.result import Result
+from .run_result import RunResult
 
 LEAVES, NODES = 400, 1500
 """At most this many are drawn of one tree."""
@@ -19,7 +19,8 @@ LEAVES, NODES = 400, 1500
 class Drawable(Protocol):
     """What `Result.tree` must offer to be drawn. `search.Tree` does.
 
-    levels: the process's levels at which nodes are kept, for depths 1 to D; depth 0 is the root, depth D the leaves.
+    Args:
+        levels: The steps at which nodes are kept, for depths 1 to D; depth 0 is the root, depth D the leaves.
     """
 
     levels: Sequence[int]
@@ -35,12 +36,19 @@ class Drawable(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Shown:
-    """The part of a tree that is drawn. slots, columns: by depth, in the order from left to right.
+class VisibleTree:
+    """The part of a tree that is drawn, by depth from the root down, each depth from left to right.
 
-    above: index of each node's parent among those shown of the depth above. place: across, 0 to 1.
-    weight: of the shown leaves, where the run has weights. leaves, total: how many leaves and nodes the tree has.
-    best: index, by depth, of the path to the best leaf.
+    Args:
+        levels: Steps of the depths 1 to D.
+        slots: The nodes' places in the tree.
+        columns: What is known of the nodes, by name.
+        above: Index of each node's parent among those drawn of the depth above.
+        place: Where a node is across the figure, 0 to 1.
+        weight: Weights of the leaves, where the run has any.
+        leaves: How many leaves the whole tree has.
+        total: How many nodes the whole tree has.
+        best: Index, by depth, of the path to the best leaf.
     """
 
     levels: tuple[int, ...]
@@ -75,9 +83,11 @@ def drawable(tree: Any) -> bool:
     return offers and len(tree.nodes_at(len(tree.levels)).get("parent", ())) > 0
 
 
-def leaf_weights(result: Result, problem: int) -> Tensor | None:
-    """Weights (n,) of a tree's leaves; None where the result does not hold them one by one (after `take`, or where the
-    tree was grown further)."""
+def leaf_weights(result: RunResult, problem: int) -> Tensor | None:
+    """Weights of a tree's leaves, [n]; None where the result's particles are not its leaves one by one.
+
+    They are not after `take`, or where the tree was grown further.
+    """
     reward = result.tree.nodes_at(len(result.tree.levels), problem)["reward"]
     own = result.reward[problem, : len(reward)].cpu()
     return result.log_weight[problem, : len(reward)].exp().cpu() if torch.equal(own, reward.cpu()) else None
@@ -92,8 +102,22 @@ def best_slots(tree: Drawable, problem: int) -> list[int]:
     return path[::-1]
 
 
-def chosen(tree: Drawable, problem: int, weight: Tensor | None, leaves: int = LEAVES, nodes: int = NODES) -> Shown:
-    """The leaves of largest weight (of highest reward, where weights do not tell them apart), and the way to them."""
+def chosen(
+    tree: Drawable, problem: int, weight: Tensor | None, leaves: int = LEAVES, nodes: int = NODES
+) -> VisibleTree:
+    """The part of a tree to draw: its best leaves, and the paths to them.
+
+    Args:
+        tree: The trees of all problems.
+        problem: Which of them.
+        weight: Weights of its leaves, [n], if known. Leaves of largest weight are drawn; of highest reward, where
+            weights are unknown or all on one leaf.
+        leaves: How many leaves at most.
+        nodes: How many nodes at most.
+
+    Returns:
+        The nodes and their places. The leaf of highest reward is always among them.
+    """
     depth = len(tree.levels)
     columns = [tree.nodes_at(d, problem) for d in range(depth + 1)]
     reward = columns[-1]["reward"].double().cpu()
@@ -114,8 +138,8 @@ def chosen(tree: Drawable, problem: int, weight: Tensor | None, leaves: int = LE
 
 def _laid_out(
     tree: Drawable, problem: int, columns: list[Mapping[str, Tensor]], kept: list[Tensor], weight: Tensor | None
-) -> Shown:
-    """Siblings in order of the best reward below them, leaves equally spaced, parents amid their children."""
+) -> VisibleTree:
+    """Siblings in order of the best reward below them, leaves equally spaced, parents centred over their children."""
     depth = len(tree.levels)
     below = [columns[-1]["reward"].double().cpu()[kept[-1]]]
     for d in range(depth, 0, -1):
@@ -137,7 +161,7 @@ def _laid_out(
             ends.setdefault(owner, []).append(x)
         place.append([(ends[i][0] + ends[i][-1]) / 2.0 for i in range(len(slots[d - 1]))])
     path = best_slots(tree, problem)
-    return Shown(
+    return VisibleTree(
         levels=tuple(tree.levels),
         slots=slots,
         columns=[{name: c[name].cpu()[s].tolist() for name in c} for c, s in zip(columns, slots, strict=True)],
@@ -150,8 +174,18 @@ def _laid_out(
     )
 
 
-def clean_states(result: Result, depth: int, slots: Tensor, problem: int) -> Tensor:
-    """What nodes (W,) stand for, decoded, (W, ...): their predictions; leaves, themselves."""
+def clean_states(result: RunResult, depth: int, slots: Tensor, problem: int) -> Tensor:
+    """Clean states of nodes: their predictions; of leaves, the samples.
+
+    Args:
+        result: A run with a tree.
+        depth: Of the nodes.
+        slots: Their places in that depth, [W].
+        problem: Of which problem.
+
+    Returns:
+        [1, W, *event].
+    """
     process = result.process
     index = slots.expand(result.reward.shape[0], -1)
     kept = result.tree.states(depth, index, getattr(process, "device", None))
@@ -159,8 +193,8 @@ def clean_states(result: Result, depth: int, slots: Tensor, problem: int) -> Ten
     return clean[problem : problem + 1]
 
 
-def _ranked(tree: Shown, room: int) -> list[tuple[int, int]]:
-    """At most `room` nodes on the ways to the best leaves, the best leaf's first."""
+def ranked_nodes(tree: VisibleTree, room: int) -> list[tuple[int, int]]:
+    """At most `room` nodes on the paths to the best leaves, the best leaf's path first."""
     reward, found = tree.columns[-1]["reward"], dict[tuple[int, int], None]()
     for leaf in sorted(range(len(reward)), key=lambda i: -reward[i]):
         i = leaf

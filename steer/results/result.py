@@ -197,9 +197,13 @@ class Result:
             log_evidence_variance=torch.full_like(self.log_evidence, torch.nan),
         )
 
-    @cached_property
+    @property
     def decoded(self) -> Tensor:
-        """Samples as rewards see them, (B * N, ...)."""
+        """Samples as rewards see them, (B * N, ...). Decoded when first asked for, and kept."""
+        return self._decoded
+
+    @cached_property
+    def _decoded(self) -> Tensor:
         with torch.no_grad():
             return self.process.decode(self.x)
 

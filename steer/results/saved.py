@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.trajectory import ResamplingRecord
+from ..core.trajectory import LevelRecord, ResamplingRecord, Trajectory
 from ..cost import Cost
 from ..errors import SteerError
 from ..key import Key
@@ -46,9 +46,6 @@ class Saved:
 
     def result(self, process: ReverseProcess) -> Result:
         """The run again, on the process that made it (of the same steps): its lineage, without states and tree."""
-        from ..core.trajectory import LevelRecord, Trajectory
-        from .result import Result
-
         self._check(process)
         where = getattr(process, "device", "cpu")
         read = {name: tensor.to(where) for name, tensor in self.tensors.items()}
@@ -83,8 +80,6 @@ class Saved:
 
     def reference(self, process: ReverseProcess) -> Result | None:
         """The unsteered samples that were saved beside it."""
-        from .result import Result
-
         if "reference_x" not in self.tensors:
             return None
         self._check(process)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +13,7 @@ from torch.nn.functional import pad
 
 from ..core.trajectory import ResamplingRecord
 from ..files import to_json, versions, write_atomically
-
-if TYPE_CHECKING:
-    from .result import Result
+from ..report.run_result import RunResult
 
 SCHEMA = 1
 TENSORS, FACTS = "result.safetensors", "result.json"
@@ -23,10 +21,10 @@ _REFERENCE = ("reference_x", "reference_reward")
 
 
 def save_result(
-    result: Result,
+    result: RunResult,
     directory: Path,
     *,
-    reference: Result | None = None,
+    reference: RunResult | None = None,
     **notes: Any,
 ) -> Path:
     """The directory, now holding result.safetensors (numbers) and, written last, result.json (facts and digest).
@@ -48,7 +46,7 @@ def save_result(
     return directory
 
 
-def _tensors(result: Result, reference: Result | None) -> dict[str, Tensor]:
+def _tensors(result: RunResult, reference: RunResult | None) -> dict[str, Tensor]:
     tensors = {name: getattr(result, name) for name in ("x", "reward", "log_weight", "log_evidence", "root")}
     if result.seen:
         tensors["seen_levels"] = torch.tensor([seen.k for seen in result.seen])
@@ -72,7 +70,7 @@ def _stacked(levels: list[Tensor], blank: float) -> Tensor:
     return torch.stack([pad(level, (0, width - level.shape[-1]), value=blank) for level in levels])
 
 
-def _facts(result: Result) -> dict[str, Any]:
+def _facts(result: RunResult) -> dict[str, Any]:
     process, shares = result.process, result.log_weight.exp().tolist()
     scores, slots = result.reward.tolist(), result.root.tolist()
     problems, particles = result.reward.shape

@@ -1,4 +1,14 @@
-"""DAS: tempered SMC whose guidance looks one tempering step ahead."""
+"""DAS: tempered SMC whose guidance looks one tempering step ahead.
+
+    x ~ the prior, K particles of each of B problems
+    for every level i:
+        predict x0_hat and the gradient G of r(x0_hat) / T
+        weight by exp(lambda_i r(x0_hat) / T) over what was multiplied in before, and resample where the ESS is low
+        x' ~ the model's step moved by scale std^2 lambda_{i+1} G; weight by model(x') / proposal(x')
+    weight by exp(r(x_0) / T) over what was multiplied in before
+
+Kim et al. 2025, Algorithm 1.
+"""
 
 from __future__ import annotations
 
@@ -35,24 +45,35 @@ def das(
     keep_states: bool = False,
     on_step: OnStep | None = None,
 ) -> Result:
-    """Weighted samples of p(x) exp(r(x) / temperature) by guided steps under a reward that is turned on gradually.
+    """Weighted samples of p(x) exp(r(x) / temperature) by guided steps, with the reward turned on gradually.
 
     At level i the value counts lambda_i r(x0_hat) / temperature, lambda_i = min((1 + gamma)^i - 1, 1), and the step
     from there follows lambda_{i+1} times its gradient.
 
-    particles:   K per problem, 4 by default as in the paper; or budget, network rows per problem.
-    temperature: alpha in the paper, .005 (aesthetic), .01 (CLIP) and 1e-4 (PickScore) there.
-    gamma:       growth of lambda + 1 per level; by default such that lambda = 1 at 87 % of the way, which gives the
-                 paper's .008 at 100 steps and its .1 at 8.
-    lowest:      lambda_0, 0 in the paper; after an MCMC start at T_m, temperature / T_m (see `geometric_tempering`).
-    scale:       strength of the guidance; weights correct for any.
-    selection:   by default SSP resampling where the ESS falls below half.
-    Others as `steer.smc`, of which this is a setting: smc(weight=difference(tempering=...), proposal=...). For
-    exponents chosen by ESS use that with `adaptive_tempering`.
+    Args:
+        particles: K per problem, 4 by default as in the paper; or budget, network rows per problem.
+        temperature: alpha in the paper, .005 (aesthetic), .01 (CLIP) and 1e-4 (PickScore) there.
+        gamma: growth of lambda + 1 per level; by default such that lambda = 1 at 87 % of the way, which gives the
+            paper's .008 at 100 steps and its .1 at 8.
+        lowest: lambda_0, 0 in the paper; after an MCMC start at T_m, temperature / T_m (see `geometric_tempering`).
+        scale: strength of the guidance; weights correct for any.
+        selection: by default SSP resampling where the ESS falls below half of K.
+        Others: as `steer.smc`, of which this is a setting: smc(weight=difference(tempering=...), proposal=...). For
+            exponents chosen by ESS use that with `adaptive_tempering`.
 
-    Cost per problem: K network rows per step, and as many rewards and backward passes (none in the last step).
-    Source: Kim et al. 2025 (DAS, 2501.05803), Algorithm 1. Differs: gradient and twist move with their particles when
-    resampled, which the release forgets (and so samples another law); the weighted population is returned.
+    Returns:
+        Result as `steer.smc`.
+
+    Raises:
+        SteerError: where gamma is not positive, or lowest is outside [0, 1].
+        NotDifferentiableError: where reward or network have no gradient.
+        Others: as `steer.smc`.
+
+    Cost: per problem K network rows per step, and as many rewards and backward passes (none in the last step).
+
+    Source: Kim et al. 2025 (DAS, 2501.05803), Algorithm 1.
+    Differs: gradient and twist move with their particles when resampled, which the release forgets (and so samples
+    another distribution); the weighted population is returned.
     """
     if gamma is None:
         gamma = math.expm1(math.log(2.0) / (0.87 * process.steps))

@@ -1,4 +1,12 @@
-"""DriftLite: a drift, solved for at every step, that keeps the weights of a weighted SDE equal."""
+"""DriftLite: a drift, solved for at every step, that keeps the weights of a weighted SDE equal.
+
+    as `fkc`, but at every level, in every problem:
+        bases = grad rho, S_q and x at every particle; rate = what the log-weights gain without a drift
+        theta = least weighted variance of rate + theta . cost (VCG), or the Galerkin solution (ECG): 3 x 3
+        move along g^2 / 2 theta . bases, and weight for it
+
+Ren et al. 2025, Secs. 3 and 4.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +16,11 @@ from typing import Literal
 
 from torch import Tensor
 
-from ..core.event import OnStep
+from ..core.event import OnStep, of_pass
 from ..core.objective import num_problems
 from ..core.start import PreparedStart, Start, prior
 from ..core.trajectory import Trajectory
-from ..cost import affordable
+from ..cost import Cost, affordable
 from ..errors import SteerError
 from ..key import Key, as_key
 from ..particles.birth_death import BirthDeath
@@ -55,33 +63,42 @@ def driftlite(
 ) -> Result:
     """Weighted samples of prod_i q_i(x)^a_i exp(r(x) / temperature) that hardly need their weights.
 
-    At every step, in every problem, a drift b = g^2 / 2 (theta_1 grad rho + theta_2 S_q + theta_3 x) is chosen by a
-    3 x 3 linear system over the particles, and the weights account for it.
+    At every step, in every problem, a drift b = g^2 / 2 (theta_1 grad rho + theta_2 S_q + theta_3 x) is chosen by a 3 x
+    3 linear system over the particles, and the weights account for it.
 
-    control:   "vcg" minimises the variance of the weights' rate; "ecg" solves the energy form of the same problem, and
-               needs log q along the path (estimated; noise 1 only).
-    probes:    Rademacher probes for divergences, None for exact ones (D backward passes).
-    passes:    iterative refinement: a pass starts from the coefficients of the last one, with fresh noise, and corrects
-               them. All passes together stay within the budget; the last one is returned.
-    selection: `steer.resample(threshold=0)` is the paper's plain VCG and ECG, the default (half of N) its VCG-SMC.
-               For a reward tilt keep the default: three bases cannot make such weights equal.
-    Others as `steer.fkc`, of which this is the setting transport=vcg() or ecg().
+    Args:
+        control: "vcg" minimises the variance of the weights' rate; "ecg" solves the energy form of the same problem,
+            and needs log q along the path (estimated; noise 1 only).
+        probes: Rademacher probes for divergences, None for exact ones (D backward passes).
+        passes: iterative refinement: a pass starts from the coefficients of the last one, with fresh noise, and
+            corrects them. All passes together stay within the budget; the last one is returned. Events of pass i are
+            called "driftlite, pass i".
+        selection: `steer.resample(threshold=0)` is the paper's plain VCG and ECG, the default (half of N) its VCG-SMC.
+            For a reward tilt keep the default: three bases cannot make such weights equal.
+        Others: as `steer.fkc`, of which this is the setting transport=vcg() or ecg().
 
-    Returns what `fkc` does. The coefficients come from the particles they move, so evidence and means are biased by
-    O(1 / N), beside O(1 / steps).
-    Cost per problem and pass: N K rows per component, N (K - 1) backward passes per probe; with a reward another N
-    (K - 1) rows (unless the look-ahead needs no prediction) and N (K - 1) (1 + probes) backward passes.
-    Raises and warns as `fkc`.
-    Source: Ren et al. 2025 (DriftLite, 2509.21655), Secs. 3 and 4. Differs: centred moments, unit-diagonal scaling and
-    a ridge (see `vcg`, and `transports` for that of ECG); the state is a basis instead of f, which is proportional to
-    it and zero on variance-exploding paths; coefficients are integrated over steps.
+    Returns:
+        Result as `steer.fkc`. The coefficients come from the particles they move, so log_evidence and means are biased
+        by O(1 / N), beside O(1 / steps).
+
+    Raises:
+        SteerError: for an unknown control, passes below 1, or several passes from a Trajectory.
+        Others: as `steer.fkc`, which also says what it warns of.
+
+    Cost: per problem and pass N K network rows per component, N (K - 1) backward passes per probe; with a reward
+    another N (K - 1) rows (unless the look-ahead needs no prediction) and N (K - 1) (1 + probes) backward passes.
+
+    Source: Ren et al. 2025 (DriftLite, 2509.21655), Secs. 3 and 4.
+    Differs: centred moments, unit-diagonal scaling and a ridge (see `vcg`, and `transports` for that of ECG); the state
+    is a basis instead of f, which is proportional to it and zero on variance-exploding paths; coefficients are
+    integrated over steps.
     """
     if control not in ("vcg", "ecg"):
         raise SteerError(f'control is "vcg" or "ecg", got {control!r}')
     if passes < 1:
         raise SteerError(f"passes must be at least 1, got {passes}")
     if passes > 1 and isinstance(start, Trajectory):
-        raise SteerError("refinement begins every pass anew: give a start, not a Trajectory, or passes=1")
+        raise SteerError("every pass of a refinement begins at the noise: give a start, not a Trajectory, or passes=1")
     target = compose(process, exponent=exponent, unconditional=unconditional, guidance=guidance)
     transport, look_ahead, key = vcg() if control == "vcg" else ecg(), look_ahead or x0_hat(), as_key(key, seed)
     weight = FeynmanKac(probes)
@@ -92,7 +109,8 @@ def driftlite(
         particles = affordable(passes * per_pass, particles=particles, budget=budget, before=passes * before)
         budget, batch = None, num_problems(target, batch)
 
-    def run(key: Key, thetas: dict[int, Tensor] | None, name: str) -> tuple[Result, dict[int, Tensor]]:
+    def run(key: Key, thetas: dict[int, Tensor] | None, number: int, spent: Cost) -> tuple[Result, dict[int, Tensor]]:
+        name = "driftlite" if passes == 1 else f"driftlite, pass {number}"
         return weighted_loop(
             target,
             reward,
@@ -112,15 +130,15 @@ def driftlite(
             active=None,
             sigma_data=sigma_data,
             keep_states=keep_states,
-            on_step=on_step,
+            on_step=of_pass(on_step, name, spent),
             name=name,
         )
 
-    result, thetas = run(key, None, "driftlite" if passes == 1 else "driftlite, pass 1")
+    result, thetas = run(key, None, 1, Cost())
     for i in range(1, passes):
         if result.interrupted:
             break
         spent = result.cost
-        result, thetas = run(key.fold("pass", i), thetas, f"driftlite, pass {i + 1}")
+        result, thetas = run(key.fold("pass", i), thetas, i + 1, spent)
         result = replace(result, cost=spent + result.cost)
     return result

@@ -1,4 +1,14 @@
-"""Feynman-Kac correctors: annealed, multiplied, guided and reward-tilted models, with weights that make them exact."""
+"""Feynman-Kac correctors: annealed, multiplied, guided and reward-tilted models, with weights that make them exact.
+
+    x ~ N(0, sigma^2 / A), A the sum of the exponents
+    for every level:
+        predict with every model; score what the look-ahead asks about, and take the derivatives that are needed
+        weight for what the drift of the transport does not follow, and resample where the ESS is low
+        x' ~ a step of the weighted SDE (`weighted_sde.engine` has its equations)
+    weight by what exp(r(x_0) / T) is still owed
+
+Skreta et al. 2025, Props. 3.1 to 3.4.
+"""
 
 from __future__ import annotations
 
@@ -46,36 +56,51 @@ def fkc(
     keep_states: bool = False,
     on_step: OnStep | None = None,
 ) -> Result:
-    """Weighted samples of prod_i q_i(x)^a_i exp(r(x) / temperature), and the log of its normaliser.
+    """Weighted samples of prod_i q_i(x)^a_i exp(r(x) / temperature), and the log of its normalizing constant.
 
     fkc(process, exponent=2.0) anneals, fkc([a, b]) is a product, fkc(conditional, unconditional=other, guidance=w) the
-    law that classifier-free guidance means, other^(1 - w) conditional^w; a reward tilts any of them.
+    distribution that classifier-free guidance means, other^(1 - w) conditional^w; a reward tilts any of them.
 
-    process:       a process, several on one path and grid, or a `steer.Composite`. Their transition rules are not used.
-    exponent:      a_i: one number for all, one each, or a function of the Level that gives one each.
-    batch, particles, budget, temperature, key, keep_states, on_step: as `steer.smc`.
-    start:         `steer.prior`, a start that knows the reward (exponents must sum to 1), or a Trajectory.
-    transport:     `score_transport`, `half_transport`, `base_transport`, `flow_transport`, or a control (`vcg()`,
-                   `ecg()`; see `steer.driftlite`). By default the score where exponents sum to 1, else the flow.
-    weight:        `KernelRatio()` by default for a reward at noise 1 (not for flow and controls), else
-                   `FeynmanKac(probes=1)`. Kernel ratios need no derivative of the reward with `base_transport`.
-    noise:         v, injected noise over the models' own; weights are right for any (`FeynmanKac`).
-    look_ahead:    what the reward is asked about on the way: `x0_hat()`, `at_state()`, `ode_steps(n)`, `flow_map(f)`.
-    tempering:     exponent of the reward's value by level, as `steer.difference(tempering=...)`.
-    selection:     `steer.resample(...)`, below half of N by default, or `steer.birth_death()`.
-    active:        (low, high) of t outside which weights are dropped: biased, with a warning.
-    sigma_data:    standard deviation per coordinate that the step's integrals are exact for; any is right in the limit.
+    Args:
+        process: a process, several on one path and grid, or a `steer.Composite`. Their transition rules are not used.
+        reward: as `steer.smc`; None for the composite itself.
+        exponent: a_i: one number for all, one each, or a function of the Level that gives one each.
+        unconditional: a process; with guidance w the target is unconditional^(1 - w) process^w.
+        guidance: w, given with `unconditional`.
+        start: `steer.prior`, a start that knows the reward (exponents must sum to 1), or a Trajectory to resume.
+        transport: `score_transport`, `half_transport`, `base_transport`, `flow_transport`, or a control (`vcg()`,
+            `ecg()`; see `steer.driftlite`). By default the score where exponents sum to 1, else the flow.
+        weight: `KernelRatio()` by default for a reward at noise 1 (not for flow and controls), else
+            `FeynmanKac(probes=1)`. Kernel ratios need no derivative of the reward with `base_transport`.
+        noise: v, injected noise over the models' own; weights are right for any (`FeynmanKac`).
+        look_ahead: what the reward is asked about on the way: `x0_hat()`, `at_state()`, `ode_steps(n)`, `flow_map(f)`.
+        tempering: exponent of the reward's value by level, as `steer.difference(tempering=...)`.
+        selection: `steer.resample(...)`, below half of N by default, or `steer.birth_death()`.
+        active: (low, high) of t outside which weights are dropped: biased, with a warning.
+        sigma_data: standard deviation per coordinate that the step's integrals are exact for; any is right in the
+            limit.
+        Others: as `steer.smc`.
 
-    Returns x (B, N, *event), reward (B, N; zeros without one), log_weight (B, N), log_evidence (B,), the log of the
-    integral of the target. At finite steps both are biased by O(1 / steps); halve the steps to see by how much.
-    Cost per problem: N K rows per component, K = process.steps, and with FeynmanKac weights of a reward up to twice
-    that; backward passes where derivatives are needed: one per probe for a divergence, one for a gradient of the value.
-    Raises as `steer.smc`, and SteerError for parts that do not go together. Warns (UserWarning) of an active interval,
-    of noise v < 1 - 1 / A, and of targets that it can see are not normalisable.
-    Source: Skreta et al. 2025 (2503.02819), Props. 3.1 to 3.4 and 4.1. Differs: A != 1 moves along the probability
-    flow by default (weights of their score transport have no finite variance in the noise phase for A > 1.21);
-    systematic resampling by ESS instead of at every step; the evidence keeps its x-independent term; coefficients are
-    integrated over steps; the last step is the prediction; nothing is clamped.
+    Returns:
+        Result with x [B, N, *event], reward [B, N] (zeros without one), log_weight [B, N], and log_evidence [B], the
+        log of the integral of the target. At finite steps both are biased by O(1 / steps); halve the steps to see by
+        how much.
+
+    Raises:
+        SteerError: for parts that do not go together.
+        ModelError: for components on different paths or grids.
+        Others: as `steer.smc`. Warns (UserWarning) of an active interval, of noise v < 1 - 1 / A, and of targets that
+            it can see are not normalisable.
+
+    Cost: per problem N K network rows per component, K = process.steps, and with FeynmanKac weights of a reward up to
+    twice that; backward passes where derivatives are needed: one per probe for a divergence, one for a gradient of the
+    value.
+
+    Source: Skreta et al. 2025 (2503.02819), Props. 3.1 to 3.4 and 4.1.
+    Differs: A != 1 moves along the probability flow by default (weights of their score transport have no finite
+    variance in the noise phase for A > 1.21); systematic resampling by ESS instead of at every step; the normalizing
+    constant keeps its x-independent term; coefficients are integrated over steps; the last step is the prediction;
+    nothing is clamped.
     """
     target = compose(process, exponent=exponent, unconditional=unconditional, guidance=guidance)
     if transport is None:

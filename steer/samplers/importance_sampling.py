@@ -28,9 +28,18 @@ def importance_sampling(
 ) -> Result:
     """Unsteered samples weighted by exp(r(x) / temperature): self-normalised importance sampling.
 
-    The control every sampler should be compared with: exact as N grows, useless where the tilt is a rare event.
-    Arguments as `steer.smc`, of which it is the case without intermediate weights and without resampling.
-    Cost per problem: N K network rows and N rewards.
+    The control that every sampler should be compared with: exact as N grows, useless where the tilt is a rare event.
+
+    Args:
+        Others: as `steer.smc`, of which this is the case without intermediate weights and without resampling.
+
+    Returns:
+        Result as `steer.smc`; look at `ess` [B] and `pareto_k` [B] before trusting it.
+
+    Raises:
+        As `steer.smc`.
+
+    Cost: per problem N K network rows and N rewards.
     """
     return smc(
         process,

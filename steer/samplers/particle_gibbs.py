@@ -1,9 +1,14 @@
-"""Particle Gibbs: repeated SMC with one path pinned, which keeps the law of that path at any number of particles.
+"""Particle Gibbs: repeated SMC with one path pinned, which leaves the distribution of that path as it is, at any N.
 
-One run of SMC with few particles has a bias that falls like 1 / N. A run in which slot 0 is forced along a given path,
-and from which a new path is then drawn, is a Markov kernel that leaves p(path) exp(r(x_0) / T) as it is at every N >= 2
-(Andrieu, Doucet & Holenstein 2010). Repeating it repairs what one run got wrong, and new particles come from the prior
-each time, which repairs diversity.
+    path ~ plain SMC, unless one is given
+    for every further sweep:
+        run SMC with particle 0 on the path; multinomial resampling keeps particle 0's ancestor
+        path ~ the paths of that run, by its final weights
+
+One run of SMC with few particles has a bias that falls like 1 / N. A run in which particle 0 is forced along a given
+path, and from which a new path is then drawn, is a Markov kernel that leaves p(path) exp(r(x_0) / T) as it is at every
+N >= 2 (Andrieu, Doucet & Holenstein 2010). Repeating it repairs what one run got wrong, and new particles come from the
+prior each time, which repairs diversity.
 """
 
 from __future__ import annotations
@@ -14,7 +19,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..core.event import OnStep
+from ..core.event import OnStep, of_pass
 from ..core.objective import Objective, num_problems
 from ..core.resampling import Resampler, multinomial
 from ..core.start import Start, prior
@@ -23,7 +28,7 @@ from ..cost import Cost, affordable, check_counts
 from ..errors import ShapeError, StateSpaceError
 from ..key import Key, as_key
 from ..particles.potentials import Potential
-from ..particles.proposals import Proposal, bootstrap
+from ..particles.proposals import Proposal, ProposalFunction, bootstrap
 from ..particles.selection import resample
 from ..processes.gaussian import GaussianProcess, need_gaussian
 from ..processes.transitions import Redrawn
@@ -34,7 +39,7 @@ from .smc import smc
 
 @dataclass(frozen=True, eq=False)
 class PinnedRule:
-    """A transition rule under which slot 0 goes along a path (B, K + 1, *event)."""
+    """A transition rule under which particle 0 goes along a path [B, K + 1, *event]."""
 
     rule: Rule
     path: Tensor
@@ -50,7 +55,7 @@ class PinnedRule:
 
 @dataclass(frozen=True, eq=False)
 class PinnedPrior:
-    """A start of prior draws but for slot 0, which begins a path."""
+    """A start of prior draws but for particle 0, which begins a path."""
 
     path: Tensor
 
@@ -62,18 +67,29 @@ class PinnedPrior:
 
 
 def pinned(x: Tensor, state: Tensor) -> Tensor:
-    """Particles (B, N, *event) with the given state (B, *event) in slot 0."""
+    """Particles [B, N, *event] with the given state [B, *event] as particle 0."""
     return torch.cat([state[:, None], x[:, 1:]], 1)
 
 
 def conditional_multinomial(log_weight: Tensor, key: Key, count: int) -> Tensor:
-    """Multinomial resampling given that slot 0 descends from slot 0: the other slots are drawn as ever."""
+    """Multinomial resampling given that particle 0 descends from particle 0; the others are drawn as ever."""
     ancestors = multinomial(log_weight, key, count)
     return torch.cat([torch.zeros_like(ancestors[:, :1]), ancestors[:, 1:]], 1)
 
 
 def draw_path(trajectory: Trajectory, key: Key | int) -> Tensor:
-    """One path per problem, (B, K + 1, *event), drawn by the weights of a trajectory that kept its states."""
+    """One path per problem, drawn by the weights of a trajectory that kept its states.
+
+    Args:
+        trajectory: of a run with keep_states=True.
+        key: names the draw.
+
+    Returns:
+        States [B, K + 1, *event], noise first: what `particle_gibbs(path=...)` begins from.
+
+    Raises:
+        SteerError: where the trajectory kept no states.
+    """
     index = multinomial(trajectory.log_weight, as_key(key).fold("path"), 1)
     return trajectory.select(index).states()[:, 0]
 
@@ -90,7 +106,7 @@ def particle_gibbs(
     seed: int | None = None,
     sweeps: int = 4,
     path: Tensor | None = None,
-    proposal: Proposal = bootstrap,
+    proposal: Proposal | ProposalFunction = bootstrap,
     weight: Potential | None = None,
     threshold: float = 0.5,
     keep_states: bool = False,
@@ -98,24 +114,33 @@ def particle_gibbs(
 ) -> Result:
     """Weighted samples of p(x) exp(r(x) / temperature) from the last of several runs of SMC tied to one another.
 
-    particles: N >= 2 per problem and run, 16 by default; or budget, network rows per problem of all runs together.
-    sweeps:    runs. Without a path the first is plain SMC.
-    path:      states (B, K + 1, *event) to begin from, such as `draw_path` gives of a trajectory with kept states.
-    threshold: resample where the ESS falls below this share of N.
-    Others as `steer.smc`.
+    Args:
+        particles: N >= 2 per problem and run, 16 by default.
+        budget: network rows per problem of all runs together, never exceeded.
+        sweeps: number of runs. Without a path the first is plain SMC.
+        path: states [B, K + 1, *event] to begin from, such as `draw_path` gives of a trajectory with kept states.
+        threshold: resample where the ESS falls below this share of N.
+        Others: as `steer.smc`. Events of sweep i are called "particle_gibbs, sweep i".
 
-    Returns the weighted population of the last run, whose slot 0 is the path it was given. Once the path follows the
-    target, E[weighted mean of f] = E f at every N. log_evidence is that of the first, plain run, and NaN where a path
-    was given: pinned runs overestimate it. `result.trajectory.diagnostics["renewed"]` is the share of pinned runs
-    from which a path with another beginning was drawn, (B,); near 0, the runs are too small for the reward and the
-    result is still where it began.
-    Cost per problem: sweeps N K network rows (K = process.steps), and rewards and gradients as that many runs of `smc`.
-    Raises ShapeError for a path of another shape, StateSpaceError where there is no transition rule to pin, as on
-    processes that restart or are corrected between steps.
-    Source: Andrieu, Doucet & Holenstein 2010, Secs. 2.4.3 and 4.3 (conditional SMC, multinomial). Differs: resampling
-    by ESS, under which slot 0 keeps its ancestor as every slot does; the last population and not only one path.
-    Ancestor sampling is left out: its weights are densities of one pinned state given every particle, and in the
-    dimensions of an image they always choose the particle it came from.
+    Returns:
+        Result with the weighted population of the last run, whose particle 0 is the path it was given. Once the path
+        follows the target, E[weighted mean of f] = E f at every N. log_evidence and its variance are those of the
+        first, plain run, and NaN where a path was given: pinned runs overestimate the normalizing constant.
+        `result.trajectory.diagnostics["renewed"]` is the share of pinned runs from which a path with another beginning
+        was drawn, [B]; near 0, the runs are too small for the reward and the result is still where it began.
+
+    Raises:
+        ShapeError: for a path of another shape.
+        StateSpaceError: where there is no transition rule to pin, as on processes that restart or are corrected between
+            steps.
+        Others: as `steer.smc`.
+
+    Cost: per problem sweeps N K network rows (K = process.steps), and rewards and gradients as that many runs of `smc`.
+
+    Source: Andrieu, Doucet & Holenstein 2010, Secs. 2.4.3 and 4.3 (conditional SMC, multinomial).
+    Differs: resampling by ESS, under which particle 0 keeps its ancestor as every particle does; the last population
+    and not only one path. Ancestor sampling is left out: its weights are densities of one pinned state given every
+    particle, and in the dimensions of an image they always choose the particle it came from.
     """
     key, free = as_key(key, seed), cast(GaussianProcess, need_gaussian(process, "particle Gibbs, which pins steps,"))
     if len(set(free.levels)) < len(free.levels) or getattr(getattr(process, "hooks", None), "after", ()):
@@ -127,27 +152,28 @@ def particle_gibbs(
     count = affordable(sweeps * process.steps * process.rows, particles=particles, budget=budget)
     batch = num_problems(process, batch)
     _check_path(path, (batch, process.steps + 1, *process.event))
-    cost, sweep, first = Cost(), 0, None
-    renewed: list[Tensor] = []
-    pinned_first = path is not None
+    begins_pinned = path is not None
+    first: Result | None = None
+    cost, sweep, renewed = Cost(), 0, list[Tensor]()
     while True:
-        name, (run, begin, resampler) = key.fold("sweep", sweep), _tied(free, path)
+        of_sweep = key.fold("sweep", sweep)
+        tied, begin, resampler = _tied(free, path)
         result = smc(
-            run,
+            tied,
             reward,
             batch=batch,
             particles=count,
             temperature=temperature,
-            key=name,
+            key=of_sweep,
             start=begin,
             proposal=proposal,
             weight=weight,
             selection=resample(resampler, threshold),
             keep_states=keep_states or sweep < sweeps - 1,
-            on_step=_named(on_step, sweep),
+            on_step=of_pass(on_step, f"particle_gibbs, sweep {sweep + 1}", cost),
         )
         cost, state = cost + result.cost, cast(Trajectory, result.trajectory)
-        index = multinomial(result.log_weight, name.fold("path"), 1)
+        index = multinomial(result.log_weight, of_sweep.fold("path"), 1)
         if path is not None:
             renewed.append((state.root.gather(1, index)[:, 0] != 0).double())
         first = first or result
@@ -157,8 +183,8 @@ def particle_gibbs(
         path = state.select(index).states()[:, 0]
     nowhere = torch.full_like(result.log_evidence, torch.nan)
     share = torch.stack(renewed).mean(0) if renewed else nowhere
-    # Pinned runs overestimate the evidence, so it is the first run's, with its variance, unless that was pinned too.
-    evidence = (nowhere, nowhere) if pinned_first else (first.log_evidence, first.log_evidence_variance)
+    # Pinned runs overestimate the normalizing constant: it is the first run's, with its variance, unless that was one.
+    evidence = (nowhere, nowhere) if begins_pinned else (first.log_evidence, first.log_evidence_variance)
     process = cast(GaussianProcess, result.process).with_rule(free.rule)
     state = replace(state, process=process, diagnostics={**state.diagnostics, "renewed": share})
     return replace(
@@ -171,15 +197,8 @@ def particle_gibbs(
     )
 
 
-def _named(on_step: OnStep | None, sweep: int) -> OnStep | None:
-    """`on_step`, told which sweep it sees."""
-    if on_step is None:
-        return None
-    return lambda event: on_step(replace(event, run=f"particle_gibbs, sweep {sweep + 1}"))
-
-
 def _tied(process: GaussianProcess, path: Tensor | None) -> tuple[GaussianProcess, Start, Resampler]:
-    """The process, start and resampler of a run whose slot 0 goes along a path; of a free run without one."""
+    """Process, start and resampler of a run whose particle 0 goes along a path; of a free run without one."""
     if path is None:
         return process, prior, multinomial
     rule = PinnedRule(process.rule, path, process.levels)

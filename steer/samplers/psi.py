@@ -1,4 +1,10 @@
-"""Ψ-Sampler: MCMC on the tilted prior, then guided SMC from what it found."""
+"""Ψ-Sampler: MCMC on the tilted prior, then guided SMC from what it found.
+
+    C chains of pCNL on N(x; 0, sigma^2 I) exp(r(x0_predictor(x)) / T_m), N particles from the states that they keep
+    guided SMC from there, whose first weights count only what the start has not: r / T - r / T_m
+
+Yoon et al. 2025, Secs. 4-5.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +16,7 @@ from ..errors import BudgetError, SteerError
 from ..key import Key
 from ..particles.langevin import Langevin, pcnl
 from ..particles.potentials import Potential
-from ..particles.proposals import Proposal, guided
+from ..particles.proposals import Proposal, ProposalFunction, guided
 from ..particles.selection import Resample
 from ..results.result import Result
 from ..types import ReverseProcess, Reward
@@ -29,7 +35,7 @@ def psi(
     seed: int | None = None,
     start: Langevin | None = None,
     share: float = 0.5,
-    proposal: Proposal | None = None,
+    proposal: Proposal | ProposalFunction | None = None,
     weight: Potential | None = None,
     selection: Resample | None = None,
     keep_states: bool = False,
@@ -37,25 +43,34 @@ def psi(
 ) -> Result:
     """Weighted samples of p(x) exp(r(x) / temperature), from particles that begin where the reward is high.
 
-    particles: N of the SMC stage, 16 by default; MCMC then gets share / (1 - share) times its rows.
-    budget:    network rows per problem of both stages, never exceeded: N is what (1 - share) of it pays for, and MCMC
-               runs on the rest. Given with particles, MCMC runs on what they leave.
-    start:     `pcnl()` by default; `mala(...)` and `ula(...)`, or settings of their own: chains, step size,
-               x0_predictor, a temperature T_m other than the run's. burn_in and kept given there are kept to, and
-               share then says nothing; left at None they are half each of what MCMC can pay for.
-    share:     MCMC's share of the rows.
-    proposal:  `guided()` by default.
-    Others as `steer.smc`, of which this is a setting: smc(start=pcnl(...), proposal=guided()).
+    Args:
+        particles: N of the SMC stage, 16 by default; MCMC then gets share / (1 - share) times its network rows.
+        budget: network rows per problem of both stages, never exceeded: N is what (1 - share) of it pays for, and MCMC
+            runs on the rest. Given with particles, MCMC runs on what they leave.
+        start: `pcnl()` by default; `mala(...)` and `ula(...)`, or settings of their own: chains, step size,
+            x0_predictor, a temperature T_m other than the run's. burn_in and kept given there are kept to, and share
+            then says nothing; left at None they are half each of what MCMC can pay for.
+        share: MCMC's share of the network rows, in (0, 1).
+        proposal: `guided()` by default.
+        Others: as `steer.smc`, of which this is a setting: smc(start=pcnl(...), proposal=guided()).
 
-    Returns what `smc` does; log_evidence is NaN, because MCMC does not see the normaliser of the law it samples.
-    `result.trajectory.diagnostics` has acceptance, step size, split R-hat and gradient norm, see `pcnl`.
-    Cost per problem: C (1 + burn_in + kept) rows, rewards and gradients, then those of guided `smc`.
-    Raises BudgetError where two rows per chain and one particle cannot be paid for; else as `smc` and `pcnl`.
-    Source: Yoon et al. 2025 (Ψ-Sampler, 2506.01320), Secs. 4-5: pCNL at epsilon = .5, rows half and half; five chains
-    from the released configuration. Differs: the start's reward is not counted again in the first weights, ancestors
-    and weights are kept between resamplings, the last reward is that of x_0, the step size is adapted, the SMC's
-    transitions are the process's own (convert a flow with `steer.convert` for the paper's VP-SDE), and the weighted
-    population is returned (`result.best` is the paper's answer).
+    Returns:
+        Result as `steer.smc`; log_evidence is NaN, because MCMC does not see the normalizing constant of the
+        distribution that it samples. `result.trajectory.diagnostics` has acceptance, step size, split R-hat and
+        gradient norm, [B] each, see `pcnl`.
+
+    Raises:
+        BudgetError: where two network rows per chain and one particle cannot be paid for.
+        Others: as `steer.smc` and `pcnl`.
+
+    Cost: per problem C (1 + burn_in + kept) network rows, rewards and gradients, then those of guided `smc`.
+
+    Source: Yoon et al. 2025 (Ψ-Sampler, 2506.01320), Secs. 4-5: pCNL at epsilon = .5, network rows half and half; five
+    chains from the released configuration.
+    Differs: the start's reward is not counted again in the first weights, ancestors and weights are kept between
+    resamplings, the last reward is that of x_0, the step size is adapted, the SMC's transitions are the process's own
+    (convert a flow with `steer.convert` for the paper's VP-SDE), and the weighted population is returned (`result.best`
+    is the paper's answer).
     """
     if not 0.0 < share < 1.0:
         raise SteerError(f"share of the rows that MCMC gets must be in (0, 1), got {share}")

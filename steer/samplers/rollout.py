@@ -32,9 +32,21 @@ def rollout(
 ) -> Result:
     """Unsteered samples of the model, of equal weight, with the log-probability of every step.
 
-    Arguments as `steer.smc`; temperature is noted in the result and used for nothing. `result.trajectory.transitions()`
-    gives (k, x, x_next, log_prob, ...) along each chain; log-probs are sums over coordinates, float64.
-    Cost per problem: N K network rows and N rewards.
+    Args:
+        start: `prior`, or a start that knows the reward, which no weight corrects for here.
+        keep_states: keep every state and log-density; on by default.
+        Others: as `steer.smc`. temperature is noted in the result, and used by starts only.
+
+    Returns:
+        Result with x [B, N, *event], reward [B, N] and equal weights; log_evidence [B] is 0 after `prior` and NaN
+        elsewhere. `law` is "model" after `prior` and "none" after another start. `result.trajectory.transitions()`
+        gives (k, x, x_next, log_prob, ...) along each chain, log-probabilities summed over coordinates, float64.
+
+    Raises:
+        NonFiniteError, RewardError, ShapeError, BudgetError: as `steer.smc`.
+        CollapsedWeightsError: where every chain of a start met nothing but forbidden predictions.
+
+    Cost: per problem N K network rows and N rewards.
     """
     run = Run.open(
         "rollout",

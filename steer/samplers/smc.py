@@ -1,6 +1,12 @@
 """Sequential Monte Carlo on a reverse process: the one particle loop.
 
-A run is a choice of four parts that compose: a start, a proposal, a weight and a selection.
+    start       x ~ the prior, or another start, N particles of each of B problems
+    for every level k = 0, ..., K - 1:
+        weigh       predict x0_hat and score it; weight by the potential; resample where the ESS is low
+        move        x' ~ the proposal; weight by model(x') / proposal(x')
+    close       score x_0; weight by what exp(r(x_0) / T) is still owed
+
+A run is a choice of four parts that compose: a start, a proposal, a potential and a selection.
 """
 
 from __future__ import annotations
@@ -23,7 +29,7 @@ from ..errors import NotStochasticError, SteerError
 from ..key import Key
 from ..particles.path_mcmc import forget
 from ..particles.potentials import Potential, difference
-from ..particles.proposals import Proposal, bootstrap, predict_and_score, propose
+from ..particles.proposals import Proposal, ProposalFunction, bootstrap, predict_and_score, propose
 from ..particles.selection import Resample, check, resample, select
 from ..results.result import Result
 from ..types import ReverseProcess, Reward
@@ -40,34 +46,54 @@ def smc(
     key: Key | int = 0,
     seed: int | None = None,
     start: Start | Trajectory = prior,
-    proposal: Proposal = bootstrap,
+    proposal: Proposal | ProposalFunction = bootstrap,
     weight: Potential | None = None,
     selection: Resample | None = None,
     keep_states: bool = False,
     on_step: OnStep | None = None,
 ) -> Result:
-    """Weighted samples of p(x) exp(r(x) / temperature), and the log of its normaliser.
+    """Weighted samples of p(x) exp(r(x) / temperature), and the log of its normalizing constant.
 
-    batch:       B independent problems (a conditioned process fixes it).
-    particles:   N per problem, 16 by default; or budget, network rows per problem, never exceeded.
-    temperature: > 0, in units of the reward; inf ignores the reward.
-    start:       where particles begin: `prior`, another start (`pcnl`, `mala`, `ula`, `top_k_of_n`), whose cost comes
-                 out of the budget, or a Trajectory to go on from.
-    proposal:    `bootstrap`, or `guided(scale)` for the gradient of r(x0_hat).
-    weight:      potential at intermediate levels: `difference()` by default, `maximum()`, `total()`, `final_only()`.
-    selection:   `resample(resampler, threshold, at)`; systematic below half of N by default.
-    keep_states: remember every state and density (for `Trajectory.states` and `.transitions`).
-    on_step:     called with the Trajectory after each step; raising `Stop` ends the run with what there is.
+    Args:
+        process: the model as a reverse process; its weights are not changed.
+        reward: samples [M, ...] to scores [M], in any unit. Higher is better, -inf forbids a sample.
+        batch: B, independent problems; a process conditioned on prompts or labels has its own number.
+        particles: N per problem, 16 by default.
+        budget: network rows (NFE x batch rows) per problem, never exceeded; takes the place of `particles`, or checks
+            it.
+        temperature: > 0, in units of the reward; inf ignores the reward.
+        key: names all noise of the run, an integer or a `Key`.
+        seed: the same as `key`, for those who call it that; give one of them.
+        start: where particles begin: `prior`, another start (`pcnl`, `mala`, `ula`, `top_k_of_n`), whose cost comes out
+            of the budget, or a Trajectory to resume (`event.state` of `on_step`, `.partial` of an error).
+        proposal: what particles move by: `bootstrap`, the model's own transition; `guided(scale)`, along the gradient
+            of r(x0_hat); or one of yours, an object or a plain function (state, model) -> transition, which is
+            called at every step that draws noise.
+        weight: potential at intermediate levels: `difference()` by default, `maximum()`, `total()`, `final_only()`.
+        selection: `resample(resampler, threshold, at)`; systematic below half of N by default.
+        keep_states: keep every state and log-density, for `Trajectory.states` and `.transitions`; B N states per step.
+        on_step: called with an `Event` after each step; raising `Stop` ends the run with what there is.
 
-    Returns x (B, N, *event), reward (B, N), log_weight (B, N) that sum to one, log_evidence (B,), which is NaN after a
-    start of unknown normaliser.
-    Cost per problem: N K network rows (K = process.steps), N K rewards at the default weight; with guidance also up
+    Returns:
+        Result with x [B, N, *event], reward [B, N], log_weight [B, N] that sum to one, and log_evidence [B], which is
+        NaN after a start of unknown normalizing constant. `law` is "target".
+
+    Raises:
+        NonFiniteError: where the reward is NaN or +inf, or densities overflow.
+        CollapsedWeightsError: where the reward forbids every particle of a problem.
+        NotStochasticError: where copies would never separate, because the transition rule adds no noise.
+        NotDifferentiableError: where a proposal needs a gradient that reward or network do not have.
+        RewardError: where the reward raises, or does not return one number per sample.
+        ShapeError: where a trajectory to resume, or `batch`, does not fit the process.
+        BudgetError: where the budget does not pay for one particle. Each has what was computed before it in `.partial`.
+
+    Cost: per problem N K network rows (K = process.steps) and N K rewards at the default weight; with guidance also up
     to N K backward passes. One prediction per state serves its weight, its proposal and the next step.
-    Raises NonFiniteError, CollapsedWeightsError, NotStochasticError, NotDifferentiableError, RewardError, ShapeError;
-    each carries what was paid for in `.partial`.
-    Source: Del Moral 2004; Wu et al. 2023 (TDS), Alg. 1; Singhal et al. 2025 (FK steering). Differs: potentials close
-    on r(x_0); weights not used up by a resampling are carried; resampling precedes the proposal, so that copies of a
-    particle share its prediction and separate in the same step; the evidence is always returned.
+
+    Source: Del Moral 2004; Wu et al. 2023 (TDS), Alg. 1; Singhal et al. 2025 (FK steering).
+    Differs: potentials close on r(x_0); weights not used up by a resampling are carried on; resampling precedes the
+    proposal, so that copies of a particle share its prediction and separate in the same step; the normalizing constant
+    is always estimated.
     """
     run = Run.open("smc", process, reward, batch=batch, temperature=temperature, key=key, seed=seed, on_step=on_step)
     particle_filter = _ParticleFilter(run, proposal, weight or difference(), selection or resample())
@@ -87,10 +113,10 @@ def smc(
 
 @dataclass(frozen=True)
 class _ParticleFilter:
-    """What happens to a population between two levels."""
+    """The four parts of a run, and what they do to a population at a level."""
 
     run: Run
-    proposal: Proposal
+    proposal: Proposal | ProposalFunction
     weight: Potential
     selection: Resample
     history: list[LevelRecord] = field(default_factory=list)
@@ -98,7 +124,7 @@ class _ParticleFilter:
     def start(
         self, start: Start | Trajectory, particles: int | None, budget: int | None, batch: int, keep_states: bool
     ) -> Trajectory:
-        """The population to begin with."""
+        """The population that the run begins with."""
         run, moves = self.run, self.selection.moves
         if isinstance(start, Trajectory):
             state = check_resume(start, run.process, particles, batch, budget)
@@ -113,7 +139,7 @@ class _ParticleFilter:
         return self.begun(state)
 
     def begun(self, state: Trajectory) -> Trajectory:
-        """The state remembering what moves will need of its beginning."""
+        """The state with what moves need to know of its beginning."""
         moves = self.selection.moves
         if moves is None:
             return state
@@ -135,7 +161,7 @@ class _ParticleFilter:
         return moves.begin(state)
 
     def weigh(self, state: Trajectory) -> Trajectory:
-        """The state caching its prediction, reweighted and resampled where its level is."""
+        """Predicts, scores, reweights, and resamples where the ESS is low: the state, caching its prediction."""
         weighted = self.weight.active(state.k, state.process.steps)
         state, scores = self._predict(state, self.run.key, weighted)
         if scores is None:
@@ -144,14 +170,14 @@ class _ParticleFilter:
         return self._select(self.weight.apply(state, value), scores, value)
 
     def move(self, state: Trajectory) -> Trajectory:
-        """The state one level on."""
+        """Draws the next state from the proposal: the state one level on."""
         model = state.process.transition(state.x, required(state.cache.x0), state.k)
         drawn = propose(self.proposal, state, model)
         state = state.step(drawn, self.run.key.fold("step"), model=None if drawn is model else model)
         return state if self.selection.moves is None else self.selection.moves.record(state, model)
 
     def close(self, state: Trajectory) -> tuple[Trajectory, Tensor]:
-        """The finished state, weighted by its reward, and its scores."""
+        """Weights the finished state by its reward: the state, and its scores [B, N]."""
         with torch.no_grad():
             scores = self.run.objective(state.x)
         value = log_potential(scores, self.run.temperature)
@@ -167,7 +193,7 @@ class _ParticleFilter:
         return predict_and_score(state, self.run.objective, self.run.temperature, self.proposal, weighted, key)
 
     def _select(self, state: Trajectory, scores: Tensor, value: Tensor) -> Trajectory:
-        """The state resampled in the problems whose ESS is low, and its copies moved."""
+        """Resamples the problems whose ESS is low, and moves the copies."""
         before, moves = state, self.selection.moves
         state = select(state, scores, self.selection, self.run.key.fold("resample"), self.history)
         if moves is None or state is before or not self.selection.moving(state.k):
@@ -177,7 +203,7 @@ class _ParticleFilter:
         return moves(state, value, self._judge, self.run.key.fold("moves"))
 
     def _judge(self, state: Trajectory, key: Key) -> tuple[Trajectory, Tensor]:
-        """A moved state with what it caches, and its log-potential."""
+        """A moved state with what it caches, and its log-potential [B, M]."""
         if state.k == state.process.steps:
             with torch.no_grad():
                 scores = self.run.objective(state.x)

@@ -1,4 +1,14 @@
-"""The twisted diffusion sampler: the reward's gradient enters through the predicted x_0."""
+"""The twisted diffusion sampler: the reward's gradient enters through the predicted x_0.
+
+    x ~ the prior, K particles of each of B problems
+    for every level:
+        predict x0_hat and the gradient G of r(x0_hat) / T
+        weight by the twist exp(r(x0_hat) / T) over the twist before it, and resample where weights differ
+        x' ~ the model's step for the prediction x0_hat + scale (sigma^2 / alpha) G; weight by model(x') / proposal(x')
+    weight by exp(r(x_0) / T) over the last twist
+
+Wu et al. 2023, Algorithm 1.
+"""
 
 from __future__ import annotations
 
@@ -34,14 +44,26 @@ def tds(
     The twist is the likelihood exp(r / temperature) at the prediction x0_hat: give a log-likelihood as the reward and
     temperature 1 for a posterior.
 
-    particles: K per problem, 4 by default as in the released code; or budget, network rows per problem.
-    scale:     strength of the twist in the proposal; weights correct for any.
-    selection: by default systematic whenever weights differ, as released; `resample(threshold=0.5)` does so less often.
-    Others as `steer.smc`, of which this is a setting: smc(proposal=twisted()).
+    Args:
+        particles: K per problem, 4 by default as in the released code; or budget, network rows per problem.
+        scale: strength of the twist in the proposal; weights correct for any.
+        selection: by default systematic whenever weights differ, as released; `resample(threshold=0.5)` does so less
+            often.
+        Others: as `steer.smc`, of which this is a setting: smc(proposal=twisted()).
 
-    Cost per problem: K network rows per step, and as many rewards and backward passes (none in the last step).
-    Source: Wu et al. 2023 (2306.17775), Algorithm 1, with the released defaults. Differs: written for any
-    (alpha, sigma) and stochastic rule; the twisted prediction is not clamped; the last population is weighted.
+    Returns:
+        Result as `steer.smc`.
+
+    Raises:
+        NotDifferentiableError: where reward or network have no gradient.
+        StateSpaceError: where the process is not on a Gaussian path.
+        Others: as `steer.smc`.
+
+    Cost: per problem K network rows per step, and as many rewards and backward passes (none in the last step).
+
+    Source: Wu et al. 2023 (2306.17775), Algorithm 1, with the released defaults.
+    Differs: written for any (alpha, sigma) and stochastic rule; the twisted prediction is not clamped; the last
+    population is weighted.
     """
     return smc(
         process,

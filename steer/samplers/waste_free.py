@@ -1,4 +1,13 @@
-"""Waste-free SMC: few ancestors, and chains of MCMC moves on the paths of each."""
+"""Waste-free SMC: few ancestors, and chains of MCMC moves on the paths of each.
+
+    SMC on N particles; at the chosen levels, in place of its resampling:
+        draw N / chain ancestors by their weights
+        from each, chain - 1 times: path' = a pCN move of the noise that drove the path, replayed to this level;
+            accept it with probability min(1, exp(S' - S)), S the log-potential
+        keep every state of every chain
+
+Dau & Chopin 2022, Algorithm 2.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +18,7 @@ from ..core.resampling import Resampler, systematic
 from ..core.start import Start, prior
 from ..key import Key
 from ..particles.path_mcmc import path_moves
-from ..particles.proposals import Proposal, bootstrap
+from ..particles.proposals import Proposal, ProposalFunction, bootstrap
 from ..particles.selection import resample
 from ..results.result import Result
 from ..types import ReverseProcess, Reward
@@ -27,7 +36,7 @@ def waste_free(
     key: Key | int = 0,
     seed: int | None = None,
     start: Start = prior,
-    proposal: Proposal = bootstrap,
+    proposal: Proposal | ProposalFunction = bootstrap,
     chain: int = 2,
     smallest: float = 0.05,
     levels: Collection[int] | None = None,
@@ -37,18 +46,31 @@ def waste_free(
 ) -> Result:
     """Equally weighted samples of p(x) exp(r(x) / temperature) by SMC whose copies MCMC on whole paths tells apart.
 
-    particles: N per problem, 16 by default; or budget, network rows per problem.
-    chain:     states kept of each of the N / chain ancestors drawn at these levels.
-    smallest:  sizes of moves are log-uniform in [smallest, 1], see `steer.path_moves`.
-    levels:    where few ancestors are drawn and moved, numbered from noise; by default [K], K = process.steps, the
-               finished samples. With deterministic steps and threshold=0 that is MCMC on the noise of an ODE.
-    threshold: elsewhere particles are resampled as in `smc`, where the ESS is below this share of N.
-    Others as `steer.smc`, of which this is a setting: smc(selection=resample(moves=path_moves(levels))).
+    Args:
+        particles: N per problem, 16 by default; or budget, network rows per problem.
+        chain: states kept of each of the N / chain ancestors drawn at these levels, >= 2.
+        smallest: sizes of moves are log-uniform in [smallest, 1], see `steer.path_moves`.
+        levels: timesteps at which few ancestors are drawn and moved, numbered from noise; by default [K], K =
+            process.steps, the finished samples. With deterministic steps and threshold=0 that is MCMC on the noise of
+            an ODE.
+        resampler: log-weights [B, N] to ancestors [B, N / chain].
+        threshold: elsewhere particles are resampled as in `smc`, where the ESS is below this share of N.
+        Others: as `steer.smc`, of which this is a setting: smc(selection=resample(moves=path_moves(levels))).
 
-    `result.diagnostics` has the share of moves accepted at each level, (B,) each. log_evidence is unbiased as in `smc`;
-    its variance is not estimated (NaN), because moved particles no longer descend from their ancestor's noise.
-    Cost per problem: N K network rows, and N (1 - 1 / chain) min(k + 1, K) more for every level k.
-    Source: Dau & Chopin 2022 (2011.02328), Algorithm 2, on the noise of paths by pCN; see `steer.moves`.
+    Returns:
+        Result as `steer.smc`. `result.diagnostics` has the share of moves accepted at each level, [B] each.
+        log_evidence is unbiased as in `smc`; its variance is not estimated (NaN), because moved particles no longer
+        descend from their ancestor's noise.
+
+    Raises:
+        StateSpaceError: where paths cannot be replayed: no Gaussian prior, or steps that are not `steer.Normal`.
+        SteerError: for a weight that depends on the path, or levels that are not weighted.
+        Others: as `steer.smc`.
+
+    Cost: per problem N K network rows, and N (1 - 1 / chain) min(k + 1, K) more for every level k.
+
+    Source: Dau & Chopin 2022 (2011.02328), Algorithm 2.
+    Differs: moves are pCN on the noise of paths, see `steer.path_moves`.
     """
     moves = path_moves((process.steps,) if levels is None else levels, chain=chain, smallest=smallest)
     return smc(

@@ -26,14 +26,14 @@ Exponents = Callable[[Level], Sequence[float]]
 
 @dataclass(frozen=True, eq=False)
 class Composite:
-    """The path of laws prod_i q_i(x)^a_i, where q_i is component i's marginal at each level. A ReverseProcess.
+    """The path of distributions prod_i q_i(x)^a_i, where q_i is component i's marginal at each level. A ReverseProcess.
 
     components: processes on one schedule, time grid and event shape. The first decodes and knows the prompts.
     exponents:  a_i by level; their sum A must be positive.
-    meter:      the ledger of the run in progress.
+    meter:      counts the cost of the run in progress.
 
-    A power A of a noised law is noised by A times less variance: the prior is N(0, sigma^2 / A), and the prediction of
-    the data is the average sum_i a_i x0_i / A, for which the path's score is A (alpha x0 - x) / sigma^2.
+    A power A of a noised distribution is noised by A times less variance: the prior is N(0, sigma^2 / A), and the
+    prediction of the data is the average sum_i a_i x0_i / A, for which the path's score is A (alpha x0 - x) / sigma^2.
     """
 
     components: tuple[GaussianProcess, ...]
@@ -54,8 +54,8 @@ class Composite:
                 )
         if not min(self.total(k) for k in range(self.steps + 1)) > 0.0:
             raise SteerError(
-                "exponents of a composite must sum to more than 0 at every level, or the product has no normaliser; "
-                f"at the data they are {tuple(self.at(self.steps))}"
+                "exponents of a composite must sum to more than 0 at every level, or the product has no finite "
+                f"integral; at the data they are {tuple(self.at(self.steps))}"
             )
 
     def __repr__(self) -> str:
@@ -108,14 +108,14 @@ class Composite:
         return math.fsum(self.at(k))
 
     def prior(self, key: Key, batch: int, particles: int) -> Tensor:
-        """Starting states N(0, sigma^2 / A), (B, N, *event)."""
+        """Starting states N(0, sigma^2 / A), [B, N, *event]."""
         for component in self.components:
             component.check_batch(batch)
         if self.components[0].initial is not None and self.total(0) != 1.0:
             raise ModelError(
-                "this process starts from a law of its own, and powers of it are not known: only exponents that sum to "
-                f"1 can start there, got {self.total(0):.4g}; dataclasses.replace(process, initial=None) starts from "
-                "its path's own N(0, sigma^2) instead"
+                "this process starts from a distribution of its own, and powers of it are not known: only exponents "
+                f"that sum to 1 can start there, got {self.total(0):.4g}; dataclasses.replace(process, initial=None) "
+                "starts from its path's own N(0, sigma^2) instead"
             )
         return self.components[0].prior(key, batch, particles) / math.sqrt(self.total(0))
 
@@ -127,7 +127,7 @@ class Composite:
 
     @property
     def log_prior_mass(self) -> float:
-        """Log of the integral of prod_i N(x; 0, sigma^2)^a_i, the path's normaliser at level 0."""
+        """Log of the integral of prod_i N(x; 0, sigma^2)^a_i, the path's normalizing constant at level 0."""
         total, size = self.total(0), math.prod(self.event)
         log_scale = math.log(2.0 * math.pi * self.levels[0].sigma ** 2)
         return 0.5 * size * ((1.0 - total) * log_scale - math.log(total))
@@ -157,7 +157,7 @@ class Composite:
         return x0
 
     def transition(self, x: Tensor, x0: Tensor, k: int) -> Normal:
-        """The law of a step of the unweighted sampler: what guidance and annealing do without correction.
+        """A step of the unweighted sampler: what guidance and annealing do without correction.
 
         As `transitions.DDIM(1)` where A = 1. At the last step, the prediction.
         """
@@ -184,7 +184,7 @@ class Composite:
         return replace(self, components=tuple(component.only(problem) for component in self.components))
 
     def normalisable(self) -> bool | None:
-        """Whether the target has a finite normaliser; None where it is not known (learned models).
+        """Whether the target has a finite normalizing constant; None where it is not known (learned models).
 
         Every exponent >= 0 suffices where A >= 1. With a negative one the sum of a_i times the precisions decides, for
         analytic mixtures taken over their modes: in each direction the slowest tails must win.
@@ -215,13 +215,24 @@ def compose(
     unconditional: GaussianProcess | None = None,
     guidance: float | None = None,
 ) -> Composite:
-    """The composite that annealing, products and guidance ask for.
+    """The composite that annealing, products and guidance ask for: prod_i q_i(x)^a_i along a path.
 
-    process:       one process, several (their product), or a Composite as it is.
-    exponent:      of every component: a number for all, one each, or a function of the Level that gives one each.
-    unconditional: with guidance w, the target unconditional^(1 - w) process^w, raised to `exponent`.
-    Grids that start at pure noise (alpha = 0, as flow pipelines' do) start at `schedule.start` instead: at alpha = 0
-    the path has no finite drift.
+    Args:
+        process: one process, several (their product), or a Composite, returned as it is.
+        exponent: of every component: a number for all, one each, or a function of the Level that gives one each.
+        unconditional: with guidance w, the target is unconditional^(1 - w) process^w, raised to `exponent`.
+        guidance: w, given with `unconditional`.
+
+    Returns:
+        A reverse process for `steer.fkc`, and for every other sampler. Grids that start at pure noise (alpha = 0, as
+        flow pipelines' do) start at `schedule.start` instead: at alpha = 0 the path has no finite drift.
+
+    Raises:
+        StateSpaceError: for parts that are no GaussianProcess, whose noised distributions are not known.
+        ModelError: for components on different paths or grids.
+        SteerError: for exponents that do not fit, or do not sum to more than 0.
+
+    Cost: the network rows of one prediction are the sum over components.
     """
     if isinstance(process, Composite):
         if exponent != 1.0 or unconditional is not None or guidance is not None:
@@ -230,8 +241,8 @@ def compose(
     for part in process if isinstance(process, Sequence) else (process,):
         if not isinstance(part, GaussianProcess):
             raise StateSpaceError(
-                "powers and products are taken of the noised laws of a GaussianProcess, which are not known of a "
-                f"{type(part).__name__}; steer.smc runs on any process, and proposal=steer.follow(hooks) guides it"
+                "powers and products are taken of the noised distributions of a GaussianProcess, which are not known "
+                f"of a {type(part).__name__}; steer.smc runs on any process, and proposal=steer.follow(hooks) guides it"
             )
     components = tuple(map(_below_pure_noise, (process,) if isinstance(process, GaussianProcess) else process))
     if (unconditional is None) != (guidance is None):

@@ -22,10 +22,10 @@ from .look_ahead import LookAhead
 class Evaluation(NamedTuple):
     """A population at one level and the derivatives there: float64, events flat, zeros where not asked for.
 
-    x0:         average prediction (B, N, *event).     components: score of every model, (B, N, I, D).
-    score:      S_q = sum a_i s_i, (B, N, D).          divergence: of S_q, (B, N).
-    reward:     scores of the look-ahead, (B, N).      value:      rho, (B, N).
-    gradient:   of rho, (B, N, D).                     laplacian:  of rho, (B, N).
+    x0:         average prediction [B, N, *event].     components: score of every model, [B, N, I, D].
+    score:      S_q = sum a_i s_i, [B, N, D].          divergence: of S_q, [B, N].
+    reward:     scores of the look-ahead, [B, N].      value:      rho, [B, N].
+    gradient:   of rho, [B, N, D].                     laplacian:  of rho, [B, N].
     """
 
     x0: Tensor
@@ -38,7 +38,7 @@ class Evaluation(NamedTuple):
     laplacian: Tensor
 
     def tempered(self, exponent: Tensor) -> Evaluation:
-        """With rho times an exponent (B, N)."""
+        """With rho times an exponent [B, N]."""
         return self._replace(
             value=exponent * self.value,
             gradient=exponent[..., None] * self.gradient,
@@ -47,7 +47,7 @@ class Evaluation(NamedTuple):
 
 
 class RequiredDerivatives(NamedTuple):
-    """What of a Evaluation a level needs."""
+    """What of an Evaluation a level needs."""
 
     value: bool
     gradient: bool
@@ -57,7 +57,7 @@ class RequiredDerivatives(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class ValueDerivatives:
-    """Looks at a population: one prediction per state and component, and derivatives through it.
+    """Evaluates a population: one prediction per state and component, and derivatives through it.
 
     probes: Rademacher probes for traces (Hutchinson), None for the exact sum over coordinates.
     key:    names the probes.
@@ -71,7 +71,7 @@ class ValueDerivatives:
     key: Key
 
     def value(self, x: Tensor, x0: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Scores of the look-ahead and rho before tempering, (B, N) each."""
+        """Scores of the look-ahead and rho before tempering, [B, N] each."""
         if self.objective is None:
             nothing = torch.zeros(x.shape[:2], dtype=torch.float64, device=x.device)
             return nothing, nothing
@@ -84,7 +84,7 @@ class ValueDerivatives:
             return self.value(x, x0 if self.look_ahead.local else self.target.denoise(x, k + 1, self.key), k + 1)[1]
 
     def __call__(self, x: Tensor, k: int, needs: RequiredDerivatives) -> Evaluation:
-        """The population x (B, N, *event) at level k."""
+        """The population x [B, N, *event] at level k."""
         target = self.target
         nothing = torch.zeros(x.shape[:2], dtype=torch.float64, device=x.device)
         with torch.set_grad_enabled(needs.gradient or needs.divergence), _twice(needs.laplacian):
@@ -103,7 +103,14 @@ class ValueDerivatives:
             here, size = target.levels[k], score.shape[2]
             divergence = (self._trace(x0, x, k, True) * here.alpha - size) * (target.total(k) / here.sigma**2)
         return Evaluation(
-            x0.detach(), components, score, divergence, reward.detach(), value.detach(), gradient, laplacian
+            x0=x0.detach(),
+            components=components,
+            score=score,
+            divergence=divergence,
+            reward=reward.detach(),
+            value=value.detach(),
+            gradient=gradient,
+            laplacian=laplacian,
         )
 
     def _value_derivatives(self, value: Tensor, x: Tensor, k: int, second: bool) -> tuple[Tensor, Tensor]:
@@ -120,7 +127,7 @@ class ValueDerivatives:
         return gradient.detach().double().flatten(2), laplacian
 
     def _trace(self, field: Tensor, x: Tensor, k: int, through: bool) -> Tensor:
-        """Divergence (B, N) of a field of x's shape. through: whether it passes the network, for the ledger."""
+        """Divergence [B, N] of a field of x's shape. through: whether it passes the network, for the cost."""
         found = torch.zeros(x.shape[:2], dtype=torch.float64, device=x.device)
         if not field.requires_grad:
             return found

@@ -50,16 +50,19 @@ class KernelRatio:
 
     Every model's reverse kernel is F_i = N((x + Gamma s_i) / ratio, fade Gamma / ratio^2), whose mean is exact;
     particles are drawn from their composite, prod_i F_i^a_i B^(1 - A) with B the noising kernel, moved along grad rho.
+
     Source: TDS (Wu et al. 2023) for one model; RNE (2506.05668) for composites.
     """
 
 
 @dataclass(frozen=True)
 class FeynmanKac:
-    """Weights by (2), for any noise and drift. Its d_t rho costs one more prediction per state where rho needs one.
+    """Weights by (2) of this module, for any noise and drift.
 
-    probes: Rademacher probes (Hutchinson) for divergences where they are needed, one backward pass each; None sums
-    over all coordinates, which is exact. The noise of probes enters the exponent of the weights.
+    Its d_t rho costs one more prediction per state where rho needs one.
+
+    probes: Rademacher probes (Hutchinson) for divergences where they are needed, one backward pass each; None sums over
+    all coordinates, which is exact. The noise of probes enters the exponent of the weights.
     """
 
     probes: int | None = None
@@ -70,7 +73,7 @@ Noise = float | Callable[[Level, Level], float]
 
 
 class Terms(NamedTuple):
-    """The parts of (2) with b = 0, each integrated over a step: a number, and (B, N)."""
+    """The parts of (2) with b = 0, each integrated over a step: a number, and [B, N]."""
 
     normaliser: float  # (A - 1) div f
     models: Tensor  # g^2 / 2 (|S_q|^2 - sum a |s|^2)
@@ -81,7 +84,7 @@ class Terms(NamedTuple):
     exponents: Tensor  # sum a' log q
 
     def total(self) -> Tensor:
-        """What a step adds to the log-weight, (B, N)."""
+        """What a step adds to the log-weight, [B, N]."""
         first, *rest = self
         return sum(rest, torch.zeros_like(self.models)) + first
 
@@ -91,7 +94,7 @@ class WeightedSDE:
     """A run's choices, and its steps as methods on a Trajectory. Run by `weighted_loop`."""
 
     target: Composite
-    look: ValueDerivatives
+    derivatives: ValueDerivatives
     transport: Transport
     weight: KernelRatio | FeynmanKac
     noise: Noise
@@ -102,14 +105,14 @@ class WeightedSDE:
 
     @property
     def valued(self) -> bool:
-        return self.look.objective is not None
+        return self.derivatives.objective is not None
 
     @property
     def tracks_log_q(self) -> bool:
         return self.target.varying or self.transport.potentials
 
     def v(self, k: int) -> float:
-        """Noise share of the step from level k; 0 in the last."""
+        """Injected noise over the models' own, in the step from level k; 0 in the last."""
         if self.last(k):
             return 0.0
         return self.noise(self.target.levels[k], self.target.levels[k + 1]) if callable(self.noise) else self.noise
@@ -123,22 +126,25 @@ class WeightedSDE:
         return k == self.target.steps - 1
 
     def theta(self, k: int, like: Tensor) -> Tensor:
-        """Coefficients (B, 3) of the transport at level k before control, for log-weights like (B, N)."""
+        """Coefficients [B, 3] of the transport at level k before control, for log-weights like [B, N]."""
         return self.transport.start(k, self.target.total(k), self.v(k), like)
 
     def needs(self, state: Trajectory) -> RequiredDerivatives:
-        """What this run has to know of a population."""
+        """What this run has to know of a population at the state's level."""
         k, free = state.k, self.transport.control is not None or self.transport.memory is not None
         along_reward, along_score, _ = self.transport.theta(self.target.total(k), self.v(k))
         if isinstance(self.weight, KernelRatio):
             pushed = self.valued and not self.last(k) and self.push(k) != 0.0
             valued = pushed or (self.valued and self.potential.active(k, self.target.steps))
-            return RequiredDerivatives(valued, pushed, False, False)
+            return RequiredDerivatives(value=valued, gradient=pushed, laplacian=False, divergence=False)
         if self.last(k):
-            return RequiredDerivatives(self.valued, False, False, False)
+            return RequiredDerivatives(value=self.valued, gradient=False, laplacian=False, divergence=False)
         # b = -g^2 grad rho / 2 takes the Laplacian out of (2); a drift without S_q needs no divergence of it.
         return RequiredDerivatives(
-            self.valued, self.valued, self.valued and (free or along_reward != -1.0), free or along_score != 0.0
+            value=self.valued,
+            gradient=self.valued,
+            laplacian=self.valued and (free or along_reward != -1.0),
+            divergence=free or along_score != 0.0,
         )
 
     def push(self, k: int) -> float:
@@ -146,9 +152,9 @@ class WeightedSDE:
         return 1.0 + 0.5 * self.transport.theta(self.target.total(k), 1.0)[REWARD]
 
     def evaluate(self, state: Trajectory) -> tuple[Trajectory, Tensor, Tensor]:
-        """The state weighted by its value and ready to move; its scores (B, N); theta (B, 3), zero without a drift."""
+        """The state weighted by its value and ready to move; its scores [B, N]; theta [B, 3], zero without a drift."""
         k, needs = state.k, self.needs(state)
-        point = self.look(state.x, k, needs)
+        point = self.derivatives(state.x, k, needs)
         if state.path.exponent_counted is not None:  # Feynman-Kac steps count rho up to the state they lead to
             state = state.with_path_state(log_potential=state.path.exponent_counted * point.value)
         if needs.value and (isinstance(self.weight, FeynmanKac) or self.potential.active(k, self.target.steps)):
@@ -163,7 +169,7 @@ class WeightedSDE:
         if isinstance(self.weight, KernelRatio):
             push = self.push(k) * exponent[..., None] * point.gradient
             return state.with_step_cache(push=push), point.reward, nowhere
-        later = self.look.later_value(state.x, point.x0, k) if self.valued else point.value
+        later = self.derivatives.later_value(state.x, point.x0, k) if self.valued else point.value
         partial = exponent * (later - point.value)
         point = point.tempered(exponent)
         state, theta = self.drift(state, point, self.terms(state, point, partial))
@@ -171,7 +177,7 @@ class WeightedSDE:
         return state, point.reward, theta
 
     def model_terms(self, state: Trajectory, point: Evaluation) -> Terms:
-        """The parts of (2) that the models owe, for the step from a state."""
+        """The parts of (2) that come from the models, for the step from a state."""
         target, k, step = self.target, state.k, self.span(state.k)
         power, total = point.components.new_tensor(target.at(k)), target.total(k)
         # |S|^2 - sum a |s|^2 through the average score: differences of models are not lost among large numbers.
@@ -183,7 +189,15 @@ class WeightedSDE:
         if target.varying:
             change = required(state.path.log_q) @ (power.new_tensor(target.at(k + 1)) - power)
         normaliser = (total - 1.0) * point.score.shape[2] * step.log_ratio
-        return Terms(normaliser, models, nothing, nothing, nothing, nothing, change)
+        return Terms(
+            normaliser=normaliser,
+            models=models,
+            cross=nothing,
+            laplacian=nothing,
+            advection=nothing,
+            partial=nothing,
+            exponents=change,
+        )
 
     def terms(self, state: Trajectory, point: Evaluation, partial: Tensor) -> Terms:
         """The parts of (2) with b = 0 for the step from a state; partial is d_t rho over the step."""
@@ -196,7 +210,7 @@ class WeightedSDE:
         )
 
     def fields(self, state: Trajectory, point: Evaluation, gain: Tensor) -> ControlBasis:
-        """Bases and their costs for a control; gain is (2) with b = 0 over a step, (B, N)."""
+        """Bases and their costs for a control; gain is (2) with b = 0 over a step, [B, N]."""
         x = state.x.double().flatten(2)
         bases = torch.stack([point.gradient, point.score, x], 2)
         size = torch.full_like(point.divergence, float(x.shape[2]))
@@ -206,7 +220,8 @@ class WeightedSDE:
         if self.transport.potentials:
             log_q = required(state.path.log_q) @ point.components.new_tensor(self.target.at(state.k))
             potentials = torch.stack([point.value, log_q, 0.5 * x.square().sum(2)], 2)
-        return ControlBasis(bases, cost, gain / (0.5 * self.span(state.k).rate), potentials)
+        rate = gain / (0.5 * self.span(state.k).rate)
+        return ControlBasis(bases=bases, cost=cost, rate=rate, potentials=potentials)
 
     def drift(self, state: Trajectory, point: Evaluation, terms: Terms) -> tuple[Trajectory, Tensor]:
         """The state with its Feynman-Kac weight, carrying the direction u of the drift g^2 u / 2; and theta."""
@@ -242,23 +257,23 @@ class WeightedSDE:
         return Normal(((x + y) / step.ratio).to(x.dtype), math.sqrt(variance) / step.ratio)
 
     def step(self, state: Trajectory) -> Trajectory:
-        """The state one level on, with what its weights and memory owe to the step."""
+        """The state one level on, with the weight and the log q that the step adds."""
         noise = self.key.fold("step")
         if self.last(state.k):
             return state.step(Normal(required(state.cache.x0), 0.0), noise)
         if isinstance(self.weight, FeynmanKac):
             after = state.step(self.euler(state), noise)
             return self.followed(state, after)[0] if self.tracks_log_q else after
-        law, powers = self.composite_kernel(state), self.target.at(state.k)
-        after, forward, backward = self.followed(state, state.step(law, noise))
-        gain = forward @ forward.new_tensor(powers) + (1.0 - math.fsum(powers)) * backward - law.log_prob(after.x)
+        kernel, powers = self.composite_kernel(state), self.target.at(state.k)
+        after, forward, backward = self.followed(state, state.step(kernel, noise))
+        gain = forward @ forward.new_tensor(powers) + (1.0 - math.fsum(powers)) * backward - kernel.log_prob(after.x)
         if self.target.varying:
             change = forward.new_tensor(self.target.at(after.k)) - forward.new_tensor(powers)
             gain = gain + required(after.path.log_q) @ change
         return replace(self.weighted(replace(after, k=state.k), gain), k=after.k)
 
     def followed(self, before: Trajectory, after: Trajectory) -> tuple[Trajectory, Tensor, Tensor]:
-        """A step made: the state with log q_i moved on, log F_i (B, N, I) and log B (B, N) of it.
+        """A step made: the state with log q_i moved on, log F_i [B, N, I] and log B [B, N] of it.
 
         log q_i(x') - log q_i(x) = log F_i(x' | x) - log B(x | x') where F_i is the exact reverse kernel: the Ito
         estimator of SuperDiff (Skreta et al. 2025, 2412.17762), for noise v = 1.

@@ -19,7 +19,7 @@ Ramp = Callable[[Level], float]
 class LookAhead:
     """Maps a state and its prediction to what the reward is asked about. Any choice leaves the target as it is.
 
-    predict:     (process, x, x0, k, key) -> states (B, N, *event); differentiable where a transport follows the reward.
+    predict:     (process, x, x0, k, key) -> states [B, N, *event]; differentiable where a transport follows the reward.
     ramp:        strength of the value at a level; whatever it is, the last step ends on r(x_0) / temperature.
     evaluations: network predictions it costs beyond x0, at most.
     local:       whether it needs no prediction at all.
@@ -32,18 +32,45 @@ class LookAhead:
 
 
 def x0_hat(ramp: Ramp | None = None) -> LookAhead:
-    """The reward of the prediction E[x_0 | x]: the default."""
+    """The reward of the prediction E[x_0 | x]: the default.
+
+    Args:
+        ramp: strength of the value by Level; None for 1 throughout.
+
+    Returns:
+        What `steer.fkc(look_ahead=...)` takes.
+    """
     return LookAhead(lambda process, x, x0, k, key: x0, ramp or (lambda level: 1.0))
 
 
 def at_state(ramp: Ramp | None = None) -> LookAhead:
-    """The reward of the noisy state itself, by default times alpha^2 / (alpha^2 + sigma^2), which is 0 in the noise."""
+    """The reward of the noisy state itself; needs no prediction.
+
+    Args:
+        ramp: strength of the value by Level; None for alpha^2 / (alpha^2 + sigma^2), which is 0 in the noise.
+
+    Returns:
+        What `steer.fkc(look_ahead=...)` takes.
+    """
     own = ramp or (lambda level: level.alpha**2 / (level.alpha**2 + level.sigma**2))
     return LookAhead(lambda process, x, x0, k, key: x, own, local=True)
 
 
 def ode_steps(count: int, ramp: Ramp | None = None) -> LookAhead:
-    """The reward of where `count` deterministic steps lead, count - 1 predictions more than x0_hat, which is one."""
+    """The reward of where `count` deterministic steps lead.
+
+    Args:
+        count: steps, >= 1.
+        ramp: strength of the value by Level; None for 1 throughout.
+
+    Returns:
+        What `steer.fkc(look_ahead=...)` takes.
+
+    Raises:
+        SteerError: for count below 1.
+
+    Cost: count - 1 predictions per state more than `x0_hat`, which is one step.
+    """
     if count < 1:
         raise SteerError(f"a look-ahead takes at least one step, got {count}")
 
@@ -62,10 +89,20 @@ def stops(steps: int, k: int, count: int) -> list[int]:
 
 
 def flow_map(function: Callable[[Tensor, float], Tensor], ramp: Ramp | None = None) -> LookAhead:
-    """The reward of function(x, t), a distilled map from states to data; its evaluations are not in the ledger.
+    """The reward of function(x, t), a distilled map from states to data.
 
     With a ramp from 0 to 1, an exact flow map and `half_transport`, weights are (ramp' - ramp) r alone: nothing else
-    changes along the flow (the look-ahead of FMTT, 2511.22688).
+    changes along the flow.
+
+    Args:
+        function: states [B, N, *event] and a time t to clean states of that shape.
+        ramp: strength of the value by Level; None for 1 throughout.
+
+    Returns:
+        What `steer.fkc(look_ahead=...)` takes.
+
+    Cost: evaluations of `function` are not counted.
+    Source: the look-ahead of FMTT (2511.22688).
     """
     return LookAhead(
         lambda process, x, x0, k, key: function(x, process.levels[k].t), ramp or (lambda level: 1.0), local=True

@@ -1,4 +1,14 @@
-"""The loop of the weighted SDE: what `steer.fkc` and `steer.driftlite` run."""
+"""The loop of the weighted SDE: what `steer.fkc` and `steer.driftlite` run.
+
+    started     x ~ N(0, sigma^2 / A), or another start, N particles of each of B problems
+    for every level k = 0, ..., K - 1:
+        evaluate    predictions, values and their derivatives; the weight of the step to come, as far as it is known
+        selected    resampled where the ESS is low, or by birth-death clocks
+        step        x' by Euler-Maruyama with integrated coefficients, or the composite of reverse kernels
+    close       score x_0; weight by what exp(r(x_0) / T) is still owed
+
+`engine` has the equations.
+"""
 
 from __future__ import annotations
 
@@ -56,15 +66,15 @@ def weighted_loop(
     on_step: OnStep | None,
     name: str,
 ) -> tuple[Result, dict[int, Tensor]]:
-    """A weighted population of the composite's target, and the transport's coefficients (B, 3) by level.
+    """A weighted population of the composite's target, and the transport's coefficients [B, 3] by level.
 
-    Arguments as `steer.fkc`, all required.
+    Args: as `steer.fkc`, all required. name: of the method, for events.
     """
     run, objective = _opened(
         name, target, reward, batch=batch, temperature=temperature, key=key, seed=seed, on_step=on_step
     )
     target = cast(Composite, run.process)
-    look = ValueDerivatives(
+    derivatives = ValueDerivatives(
         target=target,
         objective=objective,
         temperature=run.temperature,
@@ -74,7 +84,7 @@ def weighted_loop(
     )
     engine = WeightedSDE(
         target=target,
-        look=look,
+        derivatives=derivatives,
         transport=transport,
         weight=weight,
         noise=noise,
@@ -128,7 +138,7 @@ def check_choices(
     noise: Noise,
     active: tuple[float, float] | None,
 ) -> None:
-    """Raises where parts do not go together, and warns where the law is not the one asked for."""
+    """Raises where parts do not go together, and warns where the result is not what was asked for."""
     own = not callable(noise) and noise == 1.0
     if not callable(noise) and not noise >= 0.0:
         raise SteerError(f"noise is the share v >= 0 of the models' own, got {noise}")
@@ -143,8 +153,8 @@ def check_choices(
         )
     if active is not None:
         _warn(
-            f"weights outside t in {active} are dropped: what is sampled is then no known law, and neither samples nor "
-            "evidence converge to the target as steps and particles grow"
+            f"weights outside t in {active} are dropped: what is sampled is then no known distribution, and neither "
+            "samples nor log_evidence converge to the target as steps and particles grow"
         )
     total = target.total(target.steps)
     if total > 1.0 and not transport.flow and not callable(noise) and noise < 1.0 - 1.0 / total:
@@ -155,14 +165,14 @@ def check_choices(
         )
     if target.normalisable() is False:
         _warn(
-            "the target has no finite normaliser, as far as its components' tails tell: one with a negative exponent "
-            "is narrower than the rest (guidance by a conditional model wider than the unconditional one); samples run "
-            "away however many particles there are"
+            "the target has no finite normalizing constant, as far as its components' tails tell: one with a negative "
+            "exponent is narrower than the rest (guidance by a conditional model wider than the unconditional one); "
+            "samples run away however many particles there are"
         )
 
 
 def _warn(message: str) -> None:
-    """A UserWarning to the caller of the public function: for choices whose law is biased or may not exist."""
+    """A UserWarning to the caller of the public function: for choices whose target is biased or may not exist."""
     warnings.warn(message, UserWarning, stacklevel=4)
 
 
@@ -173,13 +183,14 @@ def _opened(name: str, target: Composite, reward: Reward | None, **options: Any)
 
 
 def _nothing(samples: Tensor) -> Tensor:
+    """The reward where there is none."""
     return torch.zeros(len(samples), dtype=torch.float64, device=samples.device)
 
 
 def _started(
     engine: WeightedSDE, start: Start | Trajectory, batch: int, particles: int | None, budget: int | None, rows: int
 ) -> Trajectory:
-    """The population at its first level, with the path's normaliser there in its evidence."""
+    """The population at its first level, with the path's normalizing constant there in log_evidence."""
     target = engine.target
     if isinstance(start, Trajectory):
         each = -(-rows // (target.steps * target.rows))
@@ -192,9 +203,9 @@ def _started(
                     "starts that know the reward draw from the models' own prior N(0, sigma^2), and that of exponents "
                     f"that sum to {target.total(0):.4g} is another; leave start out, or use exponents that sum to 1"
                 )
-            start, before = start.prepare(target, engine.look.temperature)
+            start, before = start.prepare(target, engine.derivatives.temperature)
         count = affordable(rows, particles=particles, budget=budget, before=before)
-        objective = engine.look.objective
+        objective = engine.derivatives.objective
         if objective is None:
             if start is not prior:
                 raise SteerError("a start other than steer.prior needs a reward")
@@ -215,6 +226,7 @@ def _started(
 def _selected(
     state: Trajectory, scores: Tensor, selection: Resample | BirthDeath, key: Key, seen: list[LevelRecord]
 ) -> Trajectory:
+    """The state after its selection: resampled by ESS, or by birth-death clocks."""
     if isinstance(selection, BirthDeath):
         seen.append(LevelRecord(state.k, state.ess, scores))
         return selection(state, key.fold("clock"))

@@ -57,4 +57,5 @@ def span(here: Level, there: Level, sigma_data: float) -> StepIntegrals:
     ratio = here.alpha / there.alpha
     gamma = here.sigma**2 - (ratio * there.sigma) ** 2
     total = (here.alpha * sigma_data) ** 2 + here.sigma**2
-    return StepIntegrals(ratio, gamma, total, ratio**2 * ((there.alpha * sigma_data) ** 2 + there.sigma**2) / total)
+    fade = ratio**2 * ((there.alpha * sigma_data) ** 2 + there.sigma**2) / total
+    return StepIntegrals(ratio=ratio, gamma=gamma, total=total, fade=fade)

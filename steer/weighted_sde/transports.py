@@ -26,8 +26,8 @@ little that is left of one basis beside the other, and coefficients of 1e4 came 
 class ControlBasis(NamedTuple):
     """What a control sees of every particle at one level. Bases j = 0, 1, 2: grad rho, S_q and x.
 
-    bases: (B, N, 3, D). cost: b_j . S + div b_j, (B, N, 3). rate: what the weights gain with b = 0, in units of
-    g^2 / 2, (B, N). potentials: functions whose gradients the bases are, (B, N, 3); None where nobody needs them.
+    bases: [B, N, 3, D]. cost: b_j . S + div b_j, [B, N, 3]. rate: what the weights gain with b = 0, in units of g^2 /
+    2, [B, N]. potentials: functions whose gradients the bases are, [B, N, 3]; None where nobody needs them.
     """
 
     bases: Tensor
@@ -58,7 +58,7 @@ class Transport:
     memory: Mapping[int, Tensor] | None = None
 
     def start(self, k: int, total: float, v: float, like: Tensor) -> Tensor:
-        """Coefficients (B, 3) before control at level k, for log-weights like (B, N)."""
+        """Coefficients [B, 3] before control at level k, for log-weights like [B, N]."""
         if self.memory is not None and k in self.memory:
             return self.memory[k]
         return like.new_tensor(self.theta(total, v)).expand(like.shape[0], 3)
@@ -81,16 +81,32 @@ annealing and products, exact for Gaussians, at the price of the score's diverge
 def vcg(base: Transport = score_transport) -> Transport:
     """Variance-controlling guidance: theta minimises the weighted variance of the log-weights' rate.
 
-    Source: DriftLite, Sec. 4.1. Differs: rate and bases are centred by their weighted means (the paper writes raw
-    moments), scaled to a unit diagonal, and given a ridge of 1e-8, since score and state are collinear in the noise.
+    Args:
+        base: the drift that is corrected.
+
+    Returns:
+        What `steer.fkc(transport=...)` takes.
+
+    Source: DriftLite (Ren et al. 2025), Sec. 4.1.
+    Differs: rate and bases are centred by their weighted means (the paper writes raw moments), scaled to a unit
+    diagonal, and given a ridge of 1e-8, since score and state are collinear in the noise.
     """
     return Transport(base.theta, _least_variance, flow=True)
 
 
 def ecg(base: Transport = score_transport) -> Transport:
-    """Energy-controlling guidance: theta is the Galerkin solution of div(pi grad A) = -pi rate (DriftLite, Sec. 4.2).
+    """Energy-controlling guidance: theta is the Galerkin solution of div(pi grad A) = -pi rate.
 
     Needs log q along the path (an estimate, so only with noise v = 1), and its weights a divergence as VCG's do.
+
+    Args:
+        base: the drift that is corrected.
+
+    Returns:
+        What `steer.fkc(transport=...)` takes.
+
+    Source: DriftLite (Ren et al. 2025), Sec. 4.2.
+    Differs: a ridge of 1e-3 of the scaled system, see `transports.ENERGY_RIDGE`.
     """
     return Transport(base.theta, _least_energy, flow=True, potentials=True)
 
@@ -116,7 +132,7 @@ def _least_energy(fields: ControlBasis, log_weight: Tensor, theta: Tensor) -> Te
 
 
 def _solve(matrix: Tensor, right: Tensor, ridge: float) -> Tensor:
-    """Solutions (B, 3) of (scaled matrix + ridge) theta = right; a basis that is zero everywhere gets 0."""
+    """Solutions [B, 3] of (scaled matrix + ridge) theta = right; a basis that is zero everywhere gets 0."""
     size = matrix.diagonal(dim1=1, dim2=2).sqrt()
     scale = torch.where(size > 0.0, 1.0 / size, 0.0)
     eye = torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device)

@@ -181,7 +181,8 @@ def test_letters_run_at_their_own_steps(tmp_path):
     saved = load_result(tmp_path)
     assert (saved.cost.nfe, saved.facts["run"]["steps"]) == (6 * 8, 8)
     shown = saved.result(steer.load("letters")).take(torch.tensor(saved.facts["run"]["shown"])).texts
-    assert f"samples       {', '.join(shown)}" in done.stdout
+    assert f"samples      {', '.join(shown)}" in done.stdout
+    assert "NFE          48 network rows, and 32 for the unsteered samples" in done.stdout
     assert saved.tensors["reward"].max() >= 1.0
     assert not (tmp_path / "images.png").exists()
     refused = run("generate", "--model", "digits", "--reward", "letters:e", "--out", tmp_path / "no")
@@ -189,7 +190,7 @@ def test_letters_run_at_their_own_steps(tmp_path):
     done = run("compare", *words[:4], "--methods", "dts", "--set", "dts.levels=2", "--budget", "16,32", "--keys", 2,
                "--out", tmp_path / "c")  # fmt: skip
     assert done.exit_code == 0, done.output
-    assert "Samples of the first key" in (tmp_path / "c" / "report.html").read_text()
+    assert "Samples of the first seed" in (tmp_path / "c" / "report.html").read_text()
 
 
 def test_report_writes_a_saved_run_again(tmp_path):
@@ -255,7 +256,7 @@ def test_progress_without_a_terminal_is_a_line_every_tenth(tmp_path):
     done = generate(tmp_path, "--particles", 8, "--n", 2, "--reference", 0)
     lines = [line for line in done.stderr.splitlines() if "network rows" in line]
     assert len(lines) == 4
-    assert "smc: 32 of 32 network rows, level 4 of 4, ess" in lines[-1]
+    assert "smc: 32 of 32 network rows, step 4 of 4, ESS" in lines[-1]
     assert "best" in lines[0]
 
 
@@ -281,7 +282,7 @@ def test_compare_at_several_budgets(tmp_path):
     assert [stage["budget"] for stage in stages] == [24, 48]
     assert [{row["method"]: row["nfe"] for row in stage["rows"]}["smc"] for stage in stages] == [24, 48]
     page = (tmp_path / "report.html").read_text()
-    assert "mean reward against network rows" in page
+    assert "mean reward against NFE" in page
     assert "--budget 48,24" in page
     for bad, cure in ((["--budget", "24,many"], "500,1000,2000"), (["--set", "levels=1"], "METHOD.NAME=VALUE")):
         done = run("compare", *QUICK, *words, *bad)

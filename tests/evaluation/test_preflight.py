@@ -46,11 +46,30 @@ def test_on_digits():
     assert found.cost.rewards == 16 * 9 + 1
     assert (found.method, found.budget) == ("smc", 16 * 30)
     text = str(found)
-    for name in ("draw noise", "rank correlation", "gradient", "milliseconds", 'method="smc", budget=480'):
+    for name in ("draw noise", "rank correlation", "gradient", "milliseconds", 'method="smc", budget=480 NFE'):
         assert name in text
     assert max(map(len, text.splitlines())) < 200
     again = steer.preflight(digits(30), rewards.DigitLogProb(3), samples=16)
     assert (again.mean, again.sights, again.gradient) == (found.mean, found.sights, found.gradient)
+
+
+def test_hooks_draw_by_the_key_of_the_call():
+    """Noise of hooks, in the chain and in the gradient's prediction: another key, other noise; the same, the same."""
+
+    def drawn(key):
+        seen = []
+
+        def drawing(at):
+            seen.append(at.key.normal(at.x.shape))
+            return at.x0
+
+        steer.preflight(steer.guide(gaussian(6), steer.Hooks(x0=(drawing,))), first, samples=4, key=key)
+        return seen
+
+    one, same, other = drawn(1), drawn(1), drawn(2)
+    assert len(one) == len(other) == 7
+    assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def test_the_recommendation_runs():
@@ -145,7 +164,7 @@ def test_a_reward_that_raises_costs_next_to_nothing():
 
 
 def test_bad_scores_are_not_passed_over():
-    with pytest.raises(steer.NonFiniteError, match="level 0"):
+    with pytest.raises(steer.NonFiniteError, match="step 0"):
         steer.preflight(gaussian(), lambda x: x[:, 0] * torch.nan)
     with pytest.raises(steer.BudgetError, match="at least 4"):
         steer.preflight(gaussian(), first, samples=2)

@@ -219,6 +219,26 @@ def test_rare_modes_score_high():
     assert torch.equal(score, minority_score(chain(), points, draws=50)[0])
 
 
+def test_the_score_draws_noise_of_hooks_by_its_own_key():
+    """Once per draw: another key, other noise; the same, the same; no two draws alike."""
+
+    def drawn(key):
+        seen = []
+
+        def drawing(at):
+            seen.append(at.key.normal(at.x.shape))
+            return at.x0
+
+        guided = steer.guide(chain(), steer.Hooks(x0=(drawing,)))
+        minority_score(guided, torch.zeros(1, 3, SIZE, dtype=torch.float64), draws=4, key=key)
+        return seen
+
+    one, same, other = drawn(1), drawn(1), drawn(2)
+    assert len({float(noise.sum()) for noise in one}) == 4
+    assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
 def test_quantiles_within_a_class():
     score = torch.tensor([5.0, 1.0, 3.0, 2.0, 60.0, 20.0, 40.0, 30.0])
     classes = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])

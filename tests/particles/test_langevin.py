@@ -14,7 +14,7 @@ from steer.core.objective import open_objective
 from steer.key import Key
 from steer.particles import langevin
 from steer.particles.langevin import crank_nicolson, euler, log_acceptance
-from steer.particles.tilted_prior import Tilt, Tilted, prior_moments
+from steer.particles.tilted_prior import TiltedPrior, TiltedState, prior_moments
 
 MOVES = {"pcnl": crank_nicolson, "mala": euler}
 
@@ -46,7 +46,7 @@ def bumpy(x):
     scale = 1.0 / math.sqrt(x.shape[2])
     value = (torch.sin(x) + 0.3 * torch.tanh(x) ** 2).sum(2) * scale
     slope = (torch.cos(x) + 0.6 * torch.tanh(x) / torch.cosh(x) ** 2) * scale
-    return Tilted(x, value, slope)
+    return TiltedState(x, value, slope)
 
 
 # --- the acceptance ratio ---------------------------------------------------------------------------------------------
@@ -93,7 +93,7 @@ def test_pcnl_accepts_every_step_under_a_linear_reward(step):
     """log A is zero for every step size; what is left is rounding, 1e-11 of terms of size |G| |x|."""
     move, slope = crank_nicolson(torch.full((1,), step, dtype=torch.float64)), 3.0 * Key(4).normal((1, 1, 4096))
     here, there = (
-        Tilted(x, (x * slope).sum(2), slope.expand_as(x))
+        TiltedState(x, (x * slope).sum(2), slope.expand_as(x))
         for x in (Key(5).normal((1, 8, 4096)), Key(6).normal((1, 8, 4096)))
     )
     assert float(log_acceptance(move, here, there).abs().max()) < 1e-9
@@ -108,7 +108,7 @@ def acceptance(move, rank, size, step, count, key):
     def tilted(x):
         slope = torch.zeros_like(x)
         slope[..., :rank] = 2.0 - x[..., :rank]
-        return Tilted(x, -0.5 * slope.square().sum(2), slope)
+        return TiltedState(x, -0.5 * slope.square().sum(2), slope)
 
     move = move(torch.full((1,), step, dtype=torch.float64))
     x = key.fold("x").normal((1, count, size))
@@ -156,7 +156,7 @@ def test_stationary_law_of_a_rank_ten_tilt(start):
         # over coordinates of a problem first: replicates are problems
         assert abs(z(values.mean(1))) < LIMIT
     assert abs(float(state.diagnostics["acceptance"].mean()) - 0.57) < 0.1
-    torch.testing.assert_close(state.memory["spent"][:, 0], RankTen()(x))
+    torch.testing.assert_close(state.path.log_potential[:, 0], RankTen()(x))
 
 
 def test_stationary_law_of_a_prior_with_moments_of_its_own():
@@ -203,14 +203,14 @@ def test_clipping_keeps_the_law():
 def test_clipping_looks_at_one_state_only():
     """A gradient clipped by its neighbours' norms would not be a function of the state, and the chain not exact."""
     _, objective, _ = open_objective(flat_process(30), RankTen())
-    tilt = Tilt(objective, None, 1.0, torch.float64, 1.0, clip=5.0)
+    tilt = TiltedPrior(objective, None, 1.0, torch.float64, 1.0, clip=5.0)
     x = 3.0 * torch.arange(4.0)[:, None] * Key(10).normal((1, 4, 30))
     together, _ = tilt(x)
     norms = together.gradient.norm(dim=2)
     assert float(norms.max()) == pytest.approx(5.0)
     for n in range(4):
         torch.testing.assert_close(together.gradient[:, n : n + 1], tilt(x[:, n : n + 1])[0].gradient)
-    free, _ = Tilt(objective, None, 1.0, torch.float64, 1.0)(x)
+    free, _ = TiltedPrior(objective, None, 1.0, torch.float64, 1.0)(x)
     assert float(free.gradient.norm(dim=2).min()) > 5.0  # all of them are clipped
 
 
@@ -266,7 +266,7 @@ def test_particles_are_thinned_evenly(particles):
     for n in range(particles):
         step = math.ceil((n // chains + 1) * kept / rounds) - 1
         assert torch.equal(some.x[:, n], every.x[:, chains * step + n % chains])
-        assert torch.equal(some.memory["spent"][:, n], every.memory["spent"][:, chains * step + n % chains])
+        assert torch.equal(some.path.log_potential[:, n], every.path.log_potential[:, chains * step + n % chains])
 
 
 def test_split_rhat():
@@ -335,7 +335,7 @@ def test_bf16_states_run_their_chains_in_float32(monkeypatch):
     assert seen == {torch.bfloat16}  # the network has the model's dtype
     assert decided == {torch.float32}
     assert state.x.dtype == torch.bfloat16
-    torch.testing.assert_close(state.memory["spent"][:, 0], RankTen()(state.x[:, 0]))
+    torch.testing.assert_close(state.path.log_potential[:, 0], RankTen()(state.x[:, 0]))
     assert abs(z((state.x[:, 0, :10].double() - 1.0).mean(1))) < LIMIT
 
 
@@ -412,6 +412,6 @@ def test_top_k_takes_the_best_draws():
     state, cost = run(steer.top_k_of_n(50), process, reward, batch=3, particles=10)
     draws = process.prior(Key(0).fold("prior"), 3, 50)
     scores = reward(draws.flatten(0, 1)).view(3, 50)
-    torch.testing.assert_close(state.memory["spent"], scores.topk(10, dim=1).values)
-    torch.testing.assert_close(reward(state.x.flatten(0, 1)).view(3, 10), state.memory["spent"])
+    torch.testing.assert_close(state.path.log_potential, scores.topk(10, dim=1).values)
+    torch.testing.assert_close(reward(state.x.flatten(0, 1)).view(3, 10), state.path.log_potential)
     assert (cost.nfe, cost.rewards, cost.grads) == (150, 150, 0)

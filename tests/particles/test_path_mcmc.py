@@ -75,17 +75,20 @@ class Everything(PathMoves):
     """Accepts every move."""
 
     def __call__(self, state, value, judge, key):
-        return super().__call__(state, value, lambda at: (judge(at)[0], torch.full_like(judge(at)[1], 1e9)), key)
+        def judged(at, key):
+            at, found = judge(at, key)
+            return at, torch.full_like(found, 1e9)
+
+        return super().__call__(state, value, judged, key)
 
 
 class Inflating(PathMoves):
     """Proposes noise + beta xi, which does not leave the normal as it is."""
 
     def _proposed(self, state, judge, key):
-        def judged(at):
-            grown = {name: t * 1.1 if name.startswith("noise of ") else t for name, t in at.memory.items()}
-            x = at.x * 1.05
-            return judge(steer.Trajectory._with(at, memory=grown, x=x))
+        def judged(at, key):
+            grown = {name: t * 1.1 for name, t in at.path.driving_noise.items()}
+            return judge(replace(at.with_path_state(driving_noise=grown), x=at.x * 1.05), key)
 
         return super()._proposed(state, judged, key)
 
@@ -94,7 +97,11 @@ class Halved(PathMoves):
     """Compares half the log-potentials, as where a temperature is applied twice."""
 
     def __call__(self, state, value, judge, key):
-        return super().__call__(state, 0.5 * value, lambda at: (judge(at)[0], 0.5 * judge(at)[1]), key)
+        def judged(at, key):
+            at, found = judge(at, key)
+            return at, 0.5 * found
+
+        return super().__call__(state, 0.5 * value, judged, key)
 
 
 class Slots(PathMoves):
@@ -211,7 +218,7 @@ def test_waste_free_is_smc_with_moves():
     assert list(rates) == ["acceptance of moves at level 4", "acceptance of moves at level 8"]
     assert all(bool(((rate > 0) & (rate <= 1)).all()) for rate in rates.values())
     assert bool(ours.log_evidence_variance.isnan().all())
-    assert not any(name.startswith("noise of") for name in ours.trajectory.memory)
+    assert ours.trajectory.path.driving_noise == {}
     assert ours.cost.nfe == 2 * (12 * 8 + 8 * (5 + 8))
     torch.testing.assert_close(ours.log_weight, torch.full((2, 12), -math.log(12.0), dtype=torch.float64))
     torch.testing.assert_close(ours.reward, reward(ours.x.flatten(0, 1)).view(2, 12))

@@ -5,10 +5,12 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
+from markupsafe import escape
+from PIL import Image
 
 import steer
 from steer import search
-from steer.report.best_chain import best_path
+from steer.report.best_chain import best_chain
 from steer.report.comparison_report import write_comparison
 from steer.report.page import number, with_error
 from steer.report.run_report import shown, summary, write_report
@@ -146,8 +148,32 @@ def test_no_string_of_the_user_becomes_markup(tmp_path):
     page = write_report(result, tmp_path, metrics={evil: lambda x: x[:, 0]}, title=evil, about=about).read_text()
     check(page)
     assert "<script>alert" not in page
-    assert "&lt;script&gt;alert(&quot;&amp;&quot;)" in page
+    assert page.count("&lt;script&gt;alert(&#34;&amp;&#34;)") >= 6  # title twice, three facts, tile; labels of plots
     assert numbers_in(page)["about"]["reward"] == evil
+
+
+EVIL = "</title></script><script>alert('&')</script><img src=x onerror=alert(1)>"
+
+
+def test_no_sample_that_is_text_becomes_markup(tmp_path):
+    """Texts of samples stand in tables, in the strip of predictions, in tooltips of the tree, on cards."""
+    process = steer.from_logits(
+        lambda x, t: torch.zeros(*x.shape, 5), 3, length=4, vocabulary=5, text=lambda x: [EVIL] * len(x)
+    )
+    result = search.dts(process, many_e, budget=24, levels=2, key=1)
+    page = result.report(tmp_path / "run", reference=steer.rollout(process, many_e, particles=3)).read_text()
+    check(page, scripts=("application/json", None))
+    assert page.count(str(escape(EVIL))) > len(result.reward[0])
+
+    def evil(process, reward, **options):
+        return steer.smc(process, reward, **options)
+
+    evil.__name__ = name = "<script>1</script>"
+    comparison = steer.compare(plane(), score, methods=[evil], budget=24, keys=2)
+    page = write_comparison(comparison, tmp_path, texts={name: [EVIL]}, pictures={name: Image.new("L", (2, 2))})
+    check(page.read_text())
+    assert str(escape(EVIL)) in page.read_text()
+    assert page.read_text().count(str(escape(name))) >= 4  # table, two cards, alt text; a plot has its own escapes
 
 
 def test_forbidden_and_constant_rewards_do_not_break_the_figures(tmp_path):
@@ -222,12 +248,12 @@ def test_what_a_run_knows_of_itself(tmp_path):
     numbers = numbers_in(page)
     assert 0 < numbers["forbidden"] < 64
     assert f"{numbers['forbidden']} of 64" in page
-    assert "log evidence" in page
+    assert "log normalizing constant" in page
     page = steer.psi(plane(), score, particles=8).report(tmp_path).read_text()
     assert "split R̂ of the start" in page
-    assert "the start&#x27;s normaliser" in page
+    assert "the start has no known normalizing constant" in page
     page = search.beam(plane(), score, particles=4, candidates=2).report(tmp_path).read_text()
-    assert "A search: it weighs" in page
+    assert "selects samples; no importance weights" in page
     assert "effective sample size" not in page
     assert "best reward" in page
     assert "NaN" not in page
@@ -282,7 +308,7 @@ def test_a_large_tree_is_cut_to_its_heaviest_leaves_and_says_so():
             assert min(below) <= tree.place[d - 1][i] <= max(below)
         assert tree.place[d] == sorted(tree.place[d])
     assert sum(map(len, chosen(result.tree, 0, weight, leaves=300, nodes=60).slots)) <= 60
-    assert "20 leaves, of " in tree_figure(result, leaves=20)
+    assert "20 of 300 leaves, those of largest weight" in tree_figure(result, leaves=20)
 
 
 def test_leaves_without_weights_are_ranked_by_reward():
@@ -323,7 +349,7 @@ def test_the_way_of_a_trajectory_follows_its_lineage(process):
     result = steer.smc(
         process(), reward, particles=12, keep_states=True, key=4, selection=steer.resample(threshold=1.0)
     )
-    stops, best = best_path(result), int(result.reward[0].argmax())
+    stops, best = best_chain(result), int(result.reward[0].argmax())
     assert result.trajectory is not None
     assert [stop.level for stop in stops] == [*range(result.process.steps), result.process.steps]
     assert torch.equal(stops[-1].clean, result.x[0, best])
@@ -336,12 +362,12 @@ def test_the_way_of_a_trajectory_follows_its_lineage(process):
             assert stop.value == pytest.approx(float(reward(clean[0])), rel=1e-4, abs=1e-5)
     assert [stop.value for stop in stops].count(None) <= 1
     assert stops[-1].value == pytest.approx(float(result.reward.max()))
-    assert len(best_path(result, most=3)) == 3
+    assert len(best_chain(result, most=3)) == 3
 
 
 def test_the_way_through_a_tree_is_its_path():
     result = search.dts(plane(), score, particles=30, levels=3, batch=2, key=3)
-    stops = best_path(result, problem=1)
+    stops = best_chain(result, problem=1)
     assert [stop.level for stop in stops] == list(result.tree.levels)
     for stop in stops:
         assert stop.value == pytest.approx(float(score(stop.clean[None])), rel=1e-4)
@@ -349,8 +375,8 @@ def test_the_way_through_a_tree_is_its_path():
 
 
 def test_no_way_where_nothing_was_kept():
-    assert best_path(steer.smc(plane(), score, particles=4)) == []
-    assert best_path(search.best_of_n(plane(), score, particles=4)) == []
+    assert best_chain(steer.smc(plane(), score, particles=4)) == []
+    assert best_chain(search.best_of_n(plane(), score, particles=4)) == []
 
 
 def test_numbers_as_text():

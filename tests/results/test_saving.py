@@ -142,7 +142,7 @@ def test_a_saved_run_is_a_result_again(run, tmp_path):
     beside = saved.reference(mixture())
     assert beside is not None
     assert torch.equal(beside.x, reference.x)
-    assert "Unique ancestors" in again.report(tmp_path).read_text()
+    assert "Surviving ancestors" in again.report(tmp_path).read_text()
     with pytest.raises(steer.SteerError, match="8 steps"):
         saved.result(mixture(steps=9))
 

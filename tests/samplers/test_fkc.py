@@ -129,11 +129,11 @@ def test_parts_that_do_not_go_together_are_refused():
 
 
 def test_laws_that_are_biased_or_may_not_exist_are_warned_of():
-    with pytest.warns(UserWarning, match="no known law"):
+    with pytest.warns(UserWarning, match="no known distribution"):
         steer.fkc(process(), exponent=2.0, particles=2, active=(0.3, 0.7))
     with pytest.warns(UserWarning, match="finite variance"):
         steer.fkc(process(), exponent=3.0, particles=2, transport=steer.score_transport, noise=1.0 / 3.0)
-    with pytest.warns(UserWarning, match="no finite normaliser") as caught:
+    with pytest.warns(UserWarning, match="no finite normalizing constant") as caught:
         steer.fkc(gaussian(0, 2.0), unconditional=gaussian(0, 1.0), guidance=3.0, particles=2)
     assert caught[0].filename == __file__
 
@@ -156,7 +156,7 @@ def test_an_active_interval_biases():
     options = {"exponent": 2.0, "batch": 8, "particles": 32, "sigma_data": 2.0}
     exact = -2.0 * (math.log(2.0 * math.pi * 4.0) + math.log(2.0))
     assert float((steer.fkc(model, **options).log_evidence - exact).abs().max()) < 0.1
-    with pytest.warns(UserWarning, match="no known law"):
+    with pytest.warns(UserWarning, match="no known distribution"):
         biased = steer.fkc(model, active=(0.3, 1.0), **options)
     assert float((biased.log_evidence - exact).abs().min()) > 0.5
 
@@ -170,18 +170,18 @@ class ByTally(BirthDeath):
     def __call__(self, state, key):
         excess = state.log_weight - state.log_weight.mean(1, keepdim=True)
         batch, particles = excess.shape
-        if "tally" not in state.memory:
-            state = state.remember(
+        if state.path.deadline is None:
+            state = state.with_path_state(
                 clock=torch.zeros_like(excess), tally=excess.new_zeros(batch, particles, particles),
                 deadline=self._deadline(state, key.fold("first")),
             )  # fmt: skip
-        clock = state.memory["clock"] + (-excess).clamp(min=0.0)
-        tally = state.memory["tally"] + excess.clamp(min=0.0)[:, None]
-        dies = (clock >= state.memory["deadline"]) & (tally.sum(2) > 0.0)
+        clock = state.path.clock + (-excess).clamp(min=0.0)
+        tally = state.path.extra["tally"] + excess.clamp(min=0.0)[:, None]
+        dies = (clock >= state.path.deadline) & (tally.sum(2) > 0.0)
         source = (tally.log() + key.at(state.k).gumbel(tally.shape)).argmax(2)
-        deadline = torch.where(dies, self._deadline(state, key.at(state.k).fold("next")), state.memory["deadline"])
+        deadline = torch.where(dies, self._deadline(state, key.at(state.k).fold("next")), state.path.deadline)
         state = state.resample(torch.where(dies, source, torch.arange(particles).expand(batch, particles)))
-        return state.remember(
+        return state.with_path_state(
             clock=clock.masked_fill(dies, 0.0), tally=tally.masked_fill(dies[..., None], 0.0), deadline=deadline
         )
 
@@ -202,16 +202,16 @@ def test_birth_death_clocks_keep_the_law(selection, kept):
 def test_a_clock_kills_at_its_deadline_and_not_before():
     state = steer.Trajectory.begin(process(), torch.arange(8.0, dtype=torch.float64).view(1, 4, 2), k=0)
     weights = torch.tensor([[0.5, 1.0, 1.0, 1.5]], dtype=torch.float64)  # of mean 1
-    state = state.remember(clock=torch.zeros(1, 4).double(), deadline=torch.full((1, 4), 1.0).double())
+    state = state.with_path_state(clock=torch.zeros(1, 4).double(), deadline=torch.full((1, 4), 1.0).double())
     once = birth_death()(state.reweight((3.0 * weights).log()), steer.Key(0))
     assert torch.equal(once.x, state.x)
-    torch.testing.assert_close(once.memory["clock"], torch.tensor([[math.log(2.0), 0.0, 0.0, 0.0]]).double())
+    torch.testing.assert_close(once.path.clock, torch.tensor([[math.log(2.0), 0.0, 0.0, 0.0]]).double())
     twice = birth_death()(once.reweight(weights.log()), steer.Key(0))
     assert torch.equal(twice.x[0, 0], state.x[0, 3])  # the only one above the mean
     assert torch.equal(twice.x[0, 1:], state.x[0, 1:])
-    assert float(twice.memory["clock"].abs().max()) < 1e-12
-    assert float(twice.memory["deadline"][0, 0]) != 1.0
-    assert twice.memory["deadline"][0, 1:].tolist() == [1.0, 1.0, 1.0]
+    assert float(twice.path.clock.abs().max()) < 1e-12
+    assert float(twice.path.deadline[0, 0]) != 1.0
+    assert twice.path.deadline[0, 1:].tolist() == [1.0, 1.0, 1.0]
     assert float(twice.log_weight.abs().max()) == 0.0
     assert float(twice.log_evidence) == pytest.approx(math.log(3.0))
 
@@ -242,9 +242,9 @@ def test_tempering_leaves_the_law():
 
 def test_a_run_goes_on_from_where_it_stood():
     for options in ({}, {"weight": steer.FeynmanKac(probes=1)}, {"exponent": 2.0}):
-        states = []
-        whole = steer.fkc(process(), REWARD, particles=8, key=3, on_step=states.append, **options)
-        resumed = steer.fkc(process(), REWARD, key=3, start=states[9], **options)
+        events = []
+        whole = steer.fkc(process(), REWARD, particles=8, key=3, on_step=events.append, **options)
+        resumed = steer.fkc(process(), REWARD, key=3, start=events[9].state, **options)
         assert torch.equal(resumed.x, whole.x)
         assert torch.equal(resumed.log_weight, whole.log_weight)
         assert torch.equal(resumed.log_evidence, whole.log_evidence)

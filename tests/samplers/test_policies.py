@@ -157,7 +157,7 @@ def test_twisted_steps_are_those_of_the_twisted_prediction(rule, path):
         x, gradient = Key(1).at(k).normal((2, 3, 2)), Key(2).at(k).normal((2, 3, 2))
         x0, here = process.denoise(x, k), process.levels[k]
         model = process.transition(x, x0, k)
-        state = trajectory.Trajectory.begin(process, x, k=k).carry(x0=x0, gradient=gradient)
+        state = trajectory.Trajectory.begin(process, x, k=k).with_step_cache(x0=x0, gradient=gradient)
         asked = process.transition(x, x0 + here.sigma**2 / here.alpha * gradient, k)
         torch.testing.assert_close(steer.twisted()(state, model).mean, asked.mean, rtol=1e-9, atol=1e-9)
         seen += 1
@@ -169,7 +169,7 @@ def test_twisted_and_guided_agree_in_small_steps_and_not_in_large_ones():
         process = steer.models.gaussian([0.0], 1.0, steps=steps, dtype=torch.float64)
         k = steps // 2
         x = Key(1).normal((1, 4, 1))
-        state = trajectory.Trajectory.begin(process, x, k=k).carry(x0=x, gradient=torch.ones_like(x))
+        state = trajectory.Trajectory.begin(process, x, k=k).with_step_cache(x0=x, gradient=torch.ones_like(x))
         model = process.transition(x, process.denoise(x, k), k)
         shifts = [(proposal(state, model).mean - model.mean).mean() for proposal in (steer.twisted(), steer.guided())]
         return float(shifts[0] / shifts[1])
@@ -212,8 +212,7 @@ def test_released_das_is_rejected(monkeypatch, temperature):
 
     def stale(self, *args):
         moved = take(self, *args)
-        carried = {**moved.carried, "gradient": self.carried["gradient"]}
-        return dataclasses.replace(moved, memory=self.memory, carried=carried)
+        return dataclasses.replace(moved, path=self.path, cache=moved.cache.replace(gradient=self.cache.gradient))
 
     monkeypatch.setattr(trajectory.Trajectory, "_take", stale)
     selection = steer.resample(steer.ssp, 1.0 if temperature == 1.0 else 0.5)
@@ -227,7 +226,7 @@ def test_das_tempers_and_looks_one_level_ahead():
     seen = []
     process = steer.models.gaussian([0.0], 1.0, steps=100, dtype=torch.float64)
     steer.das(process, Linear([1.0]), on_step=seen.append, selection=steer.resample(threshold=0.0))
-    exponents = [float(state.memory["exponent"][0, 0]) for state in seen[:-1]]
+    exponents = [float(event.state.path.exponent[0, 0]) for event in seen[:-1]]
     assert exponents[0] == 0.0
     assert exponents[10] == pytest.approx(1.008**10 - 1.0, rel=1e-3)
     assert exponents[86] < 1.0
@@ -235,12 +234,13 @@ def test_das_tempers_and_looks_one_level_ahead():
     gamma = math.expm1(math.log(2.0) / (0.87 * 8))
     assert gamma == pytest.approx(0.1, abs=0.01)  # the paper's choice for 8 steps
 
-    from steer.particles.proposals import Ahead
+    from steer.particles.proposals import TemperedGuided
 
     x = Key(1).normal((1, 4, 1))
-    state = trajectory.Trajectory.begin(process, x, k=50).carry(x0=x, gradient=torch.ones_like(x))
+    state = trajectory.Trajectory.begin(process, x, k=50).with_step_cache(x0=x, gradient=torch.ones_like(x))
     model = process.transition(x, x, 50)
-    moved = Ahead(steer.geometric_tempering(0.008), 2.0)(state.remember(exponent=torch.zeros(1, 4)), model)
+    proposal = TemperedGuided(steer.geometric_tempering(0.008), 2.0)
+    moved = proposal(state.with_path_state(exponent=torch.zeros(1, 4)), model)
     expected = 2.0 * (1.008**51 - 1.0) * model.std**2
     torch.testing.assert_close(moved.mean - model.mean, torch.full_like(x, expected))
 

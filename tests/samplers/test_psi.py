@@ -105,14 +105,15 @@ def test_weights_of_the_first_level():
     """Nothing is due there at T_m = T, however strong the reward, and r / T - r / T_m at another temperature."""
     process = dataclasses.replace(exact_chain(DATA, "vp", 2), denoiser=lambda x, t: 0.8 * x)
     for start_temperature, share in ((None, 0.0), (0.5, 0.0), (1.0, 0.5), (0.25, -1.0)):
-        states = []
+        events = []
         steer.smc(
             process, lambda x: 30.0 * x[:, 0], start=steer.pcnl(temperature=start_temperature), particles=8,
-            temperature=0.5, on_step=states.append, selection=steer.resample(threshold=0.0),
+            temperature=0.5, on_step=events.append, selection=steer.resample(threshold=0.0),
         )  # fmt: skip
-        value = states[0].memory["spent"]  # r / T, now that it has been weighted by
+        state = events[0].state
+        value = state.path.log_potential  # r / T, now that it has been weighted by
         assert float(value.std()) > 1.0
-        torch.testing.assert_close(states[0].log_weight, share * value, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(state.log_weight, share * value, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("temperatures", [(1.0, 1.0), (1.0, 2.5)])
@@ -120,7 +121,7 @@ def test_mutant_reward_counted_twice_is_rejected(monkeypatch, temperatures):
     """Released Ψ-Sampler (init_weight_method: reward): weight exp(r / T) after MCMC on exp(r / T_m)."""
 
     def forgetful(state):
-        return dataclasses.replace(state, memory={})
+        return state.with_path_state(log_potential=None)
 
     assert score(monkeypatch, "vp", "linear", *temperatures, spoil=forgetful)[0] > LIMIT
 
@@ -129,7 +130,7 @@ def test_mutant_uniform_first_weights_are_rejected(monkeypatch):
     """Released Ψ-Sampler (init_weight_method: original) where T_m != T: as if the start had been at T."""
 
     def pretending(state):
-        return state.remember(spent=2.5 * state.memory["spent"])
+        return state.with_path_state(log_potential=2.5 * state.path.log_potential)
 
     assert score(monkeypatch, "vp", "linear", 1.0, 2.5, spoil=pretending)[0] > LIMIT
 

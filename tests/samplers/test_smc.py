@@ -75,9 +75,9 @@ def test_smc_written_out_by_hand():
 
 def test_a_run_can_go_on_from_where_it_stood():
     """Stopped after three steps and continued from the trajectory: the same samples, bitwise."""
-    states = []
-    whole = steer.smc(process(), REWARD, particles=8, key=3, on_step=states.append)
-    resumed = steer.smc(process(), REWARD, key=3, start=states[2])
+    events = []
+    whole = steer.smc(process(), REWARD, particles=8, key=3, on_step=events.append)
+    resumed = steer.smc(process(), REWARD, key=3, start=events[2].state)
     assert torch.equal(resumed.x, whole.x)
     assert torch.equal(resumed.log_weight, whole.log_weight)
     assert torch.equal(resumed.log_evidence, whole.log_evidence)
@@ -151,7 +151,7 @@ def test_errors_keep_what_was_paid_for():
     with pytest.raises(steer.RewardError, match="server gone") as caught:
         steer.smc(process(), breaks_later, particles=4)
     assert caught.value.partial.k == 2
-    assert "x0" in caught.value.partial.carried
+    assert caught.value.partial.cache.x0 is not None
 
 
 def test_an_interrupt_from_the_keyboard_is_a_result():
@@ -204,13 +204,13 @@ def test_a_start_that_spends_rows_is_paid_from_the_budget(method):
 
 def test_every_level_of_a_run_can_be_gone_on_from_but_its_end_cannot():
     at, chain = {}, process()
-    whole = steer.smc(chain, REWARD, particles=8, on_step=lambda state: at.__setitem__(state.k, state))
+    whole = steer.smc(chain, REWARD, particles=8, on_step=lambda event: at.__setitem__(event.level, event.state))
     for k, state in at.items():
         if k < chain.steps:
             assert torch.equal(steer.smc(chain, REWARD, start=state).log_weight, whole.log_weight), k
 
-    def stop(state):
-        if state.k == 3:
+    def stop(event):
+        if event.level == 3:
             raise steer.Stop
 
     for ended in (whole, steer.smc(chain, REWARD, particles=8, on_step=stop), steer.fkc(chain, REWARD, particles=8)):

@@ -343,12 +343,12 @@ def test_log_q_along_the_path():
     errors = []
     for steps in (100, 400):
         model = process(THREE, "vp", steps)
-        states = []
+        events = []
         steer.fkc(
             model, exponent=lambda level: (1.0 + 1e-9 * level.sigma,), transport=SCORE, batch=4, particles=64,
-            selection=steer.resample(threshold=0.0), on_step=states.append,
+            selection=steer.resample(threshold=0.0), on_step=events.append,
         )  # fmt: skip
-        last = states[-2]
+        last = events[-2].state
         exact = THREE.log_prob(last.x, last.process.levels[last.k])
-        errors.append(float((last.memory["log_q"][..., 0] - exact).square().mean().sqrt()))
+        errors.append(float((last.path.log_q[..., 0] - exact).square().mean().sqrt()))
     assert errors[1] < 0.65 * errors[0] < 0.4

@@ -1,45 +1,13 @@
-"""How a page draws and moves the trees of `tree_figure`: a style, and a script that needs nothing from outside."""
+// Search trees that pan, zoom and show the node under the pointer. Without it every node still has its facts as a
+// tooltip. Positions are those of tree.html.j2; data-p is the position of a node's parent, data-i its thumbnail's cell.
+"use strict";
 
-SHADES = 8
-
-STYLE = """
-.tree{background:var(--card);border:1px solid var(--rule);border-radius:10px;overflow:hidden;
-  display:grid;grid-template-columns:minmax(0,1fr) 190px}
-.tree svg{display:block;width:100%;min-width:620px;height:auto;cursor:grab;outline-offset:-2px;
-  touch-action:pan-x pan-y}
-.tree svg text{font-size:13px;fill:var(--soft)}
-.tree svg path{fill:none;vector-effect:non-scaling-stroke}
-.tree .rule{stroke:var(--rule);stroke-width:.6}
-.tree .edge{stroke:var(--soft);stroke-width:.7;opacity:.45}
-.tree .best{stroke:var(--best);stroke-width:2.4}
-.tree .trail{stroke:var(--ink);stroke-width:1.6}
-.tree circle{fill:var(--steered)}
-.tree circle.on{stroke:var(--best);stroke-width:1.6;vector-effect:non-scaling-stroke}
-.tree circle.at{stroke:var(--ink);stroke-width:2;vector-effect:non-scaling-stroke}
-.node{border-left:1px solid var(--rule);padding:.8rem .9rem;font-size:.85rem}
-.node:empty{display:none}
-.tree:not(:has(.node:not(:empty))){grid-template-columns:1fr}
-.node canvas{display:block;width:112px;height:112px;image-rendering:pixelated;border-radius:4px;margin-bottom:.6rem}
-.node b{display:block;margin-bottom:.3rem}
-.node dl{display:grid;grid-template-columns:auto 1fr;gap:.1rem .7rem;margin:0 0 .7rem;font-variant-numeric:tabular-nums}
-.node dt{color:var(--soft)}.node dd{margin:0;text-align:right;overflow-wrap:anywhere}
-.node button{font:inherit;color:inherit;background:none;border:1px solid var(--rule);border-radius:6px;
-  padding:.1rem .6rem;margin:0 .3rem .3rem 0;cursor:pointer}
-@media(max-width:720px){.tree{grid-template-columns:minmax(0,1fr)}
-  .node{border-left:0;border-top:1px solid var(--rule);display:grid;grid-template-columns:auto 1fr;gap:0 1rem}
-  .node canvas{grid-row:span 3}}
-""" + "\n".join(
-    f".tree .v{i}{{fill:color-mix(in srgb,var(--steered) {share}%,var(--{other}))}}"
-    for i, (share, other) in enumerate([*((14 + 12 * i, "card") for i in range(SHADES - 1)), (84, "ink")])
-)
-
-SCRIPT = """
 for (const box of document.querySelectorAll(".tree")) {
   const svg = box.querySelector("svg"), panel = box.querySelector(".node"), trail = svg.querySelector(".trail");
   const sheet = box.querySelector("img[data-side]"), side = sheet ? +sheet.dataset.side : 0;
   const full = svg.getAttribute("viewBox").split(" ").map(Number);
   const nodes = [...svg.querySelectorAll("circle")].map((dot, i) => {
-    const title = dot.querySelector("title"), facts = title.textContent.split("\\n");
+    const title = dot.querySelector("title"), facts = title.textContent.split("\n");
     title.remove();
     return {i, dot, facts, x: +dot.getAttribute("cx"), y: +dot.getAttribute("cy"),
       up: "p" in dot.dataset ? +dot.dataset.p : -1, cell: "i" in dot.dataset ? +dot.dataset.i : -1};
@@ -111,7 +79,7 @@ for (const box of document.querySelectorAll(".tree")) {
     svg.style.touchAction = wide < full[2] ? "none" : "";
     look();
   };
-  for (const [text, name, act] of [["+", "zoom in", () => zoom(.6)], ["\\u2212", "zoom out", () => zoom(1 / .6)],
+  for (const [text, name, act] of [["+", "zoom in", () => zoom(.6)], ["\u2212", "zoom out", () => zoom(1 / .6)],
       ["all", "show all", () => zoom(1e9)], ["best", "the best leaf", () => pin(best())]]) {
     const button = make("button", text);
     button.type = "button";
@@ -156,4 +124,3 @@ for (const box of document.querySelectorAll(".tree")) {
   if (sheet && !sheet.complete) sheet.addEventListener("load", () => show(at));
   show(best());
 }
-"""
