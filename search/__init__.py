@@ -1,4 +1,8 @@
-"""Searches for samples of high reward, on steer's processes."""
+"""Searches for samples of high reward, on steer's processes.
+
+population/: lock-step chains of which the best go on. chains/: chains that move at their own pace. noise/: search over
+the noise that a sampler is given. trees/: trees of chains that share their beginnings.
+"""
 
 from . import selection, values
 from .chains.depth_first import depth_first

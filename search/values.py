@@ -1,7 +1,7 @@
 """What a noisy state is worth to a search: estimates of the reward that its sample will have.
 
-A value is a small frozen callable. Searches carry each state's prediction along with the state, so a value is asked
-once per state and never twice for the same prediction.
+A value is a small frozen callable. A search evaluates it once per state, together with the prediction of that state,
+which the state then takes along to its next step.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from steer.weighted_sde.look_ahead import ode_steps, stops
 
 
 class Value(Protocol):
-    """An estimate of the final reward of states (B, N, *event) at level k: scores (B, N), float64."""
+    """An estimate, from a noisy state, of the reward that its sample will have."""
 
     @property
     def predicts(self) -> bool:
@@ -32,12 +32,23 @@ class Value(Protocol):
         ...
 
     def extra(self, process: ReverseProcess, k: int) -> int:
-        """Predictions it makes per state at level k, beyond x0."""
+        """Predictions (NFE) it makes per state at level k, beyond x0."""
         ...
 
-    def __call__(
-        self, objective: Objective, x: Tensor, k: int, x0: Tensor | None, key: Key | None = None
-    ) -> Tensor: ...
+    def __call__(self, objective: Objective, x: Tensor, k: int, x0: Tensor | None, key: Key | None = None) -> Tensor:
+        """Values of states, higher is better.
+
+        Args:
+            objective: the run's reward on its process: clean states [B, N, *event] to scores [B, N].
+            x: states, [B, N, *event].
+            k: their level, 0 = noise, less than K = `objective.process.steps`.
+            x0: their predictions, [B, N, ...]; None where `predicts` is false.
+            key: names whatever is drawn on the way, at the slots of these states.
+
+        Returns:
+            Values, [B, N] float64, in units of the reward.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -80,21 +91,34 @@ class Learned:
     predicts: bool = False
 
     def extra(self, process: ReverseProcess, k: int) -> int:
-        """None: what the function costs is not the model's, and the ledger does not count it."""
+        """None: the function is not the model, and its evaluations are not counted in the cost."""
         return 0
 
     def __call__(self, objective: Objective, x: Tensor, k: int, x0: Tensor | None, key: Key | None = None) -> Tensor:
         values = self.function(x.flatten(0, 1), k)
         if values.shape != (x.shape[0] * x.shape[1],):
             raise ShapeError(
-                f"a learned value gives one number per state, shape ({x.shape[0] * x.shape[1]},), for states of shape "
-                f"{tuple(x.flatten(0, 1).shape)}; got {tuple(values.shape)}"
+                f"a learned value must return one number per state, shape ({x.shape[0] * x.shape[1]},), for states of "
+                f"shape {tuple(x.flatten(0, 1).shape)}, got {tuple(values.shape)}"
             )
         return values.to(torch.float64).view(x.shape[:2])
 
 
 def evaluate(run: Run, x: Tensor, k: int, value: Value) -> tuple[Tensor | None, Tensor]:
-    """Predictions, where the value reads them, and values [B, n] of states at level k: one network call per state."""
+    """Predictions and values of states, in chunks of `run.chunk`, one prediction per state.
+
+    Args:
+        run: the run.
+        x: states, [B, n, *event].
+        k: their level.
+        value: what they are judged by.
+
+    Returns:
+        Predictions [B, n, ...], None where the value reads none, and values [B, n].
+
+    Raises:
+        NonFiniteError: where a value is NaN or +inf.
+    """
     predictions, values = [], []
     for part, key in run.parts(x):
         x0 = run.process.denoise(part, k, key) if value.predicts else None
@@ -106,26 +130,49 @@ def evaluate(run: Run, x: Tensor, k: int, value: Value) -> tuple[Tensor | None, 
 
 
 def x0_hat() -> X0Hat:
-    """r(x0_hat), the posterior-mean value: the default. One reward per state, no prediction beyond x0."""
+    """r(x0_hat), the reward of the prediction (the posterior-mean value): the default of `svdd` and `beam`.
+
+    Returns:
+        A value for `svdd(value=)` and `beam(value=)`.
+
+    Cost: one reward per state, no prediction beyond x0.
+    """
     return X0Hat()
 
 
 def look_ahead(count: int) -> RewardAhead:
     """The reward of the prediction after `count` deterministic (DDIM) steps over what is left of the path.
 
-    Costs `count` predictions per state and one reward. On Gaussian paths only, StateSpaceError elsewhere.
-    Source: Oshima et al. 2025 (DLBS, 2501.19252), whose look-ahead is 6. Differs: the steps end on a prediction, so
-    that `count` = 0 would be `x0_hat`.
+    Args:
+        count: steps, at least 1; each makes one prediction more. Near the data there are fewer.
+
+    Returns:
+        A value for `svdd(value=)` and `beam(value=)`, for processes on a Gaussian path; others raise StateSpaceError.
+
+    Raises:
+        SteerError: where `count` is less than 1.
+
+    Cost: `count` predictions per state beyond x0, and one reward.
+    Source: Oshima et al. 2025 (DLBS, 2501.19252), whose look-ahead is 6.
+    Differs: the steps end on a prediction, so that `count` = 0 would be `x0_hat`.
     """
     if count < 1:
-        raise SteerError(f"a look-ahead makes at least one prediction, got {count}; none is values.x0_hat()")
+        raise SteerError(f"a look-ahead makes at least one prediction, got {count}; use values.x0_hat() for none")
     return RewardAhead(count)
 
 
 def learned(function: Callable[[Tensor, int], Tensor]) -> Learned:
-    """A value of one's own: function(x, k) -> (M,) for states x (M, *event) at level k, higher is better.
+    """A value computed from the noisy state alone, by a function of yours.
 
-    A search then predicts only the states it keeps: T network rows instead of M T. `fit` trains one.
+    Args:
+        function: (x, k) -> values [M] of states x [M, *event] at level k; higher is better, in units of the reward.
+            `fit` trains one.
+
+    Returns:
+        A value for `svdd(value=)` and `beam(value=)`. A function that returns another shape raises ShapeError.
+
+    Cost: a search predicts only the states it keeps, K network rows per chain instead of M K; what the function
+        itself costs is not counted.
     """
     return Learned(function)
 
@@ -144,17 +191,32 @@ def fit(
     key: Key | int = 0,
     seed: int | None = None,
 ) -> Learned:
-    """A learned value: `network` regressed on the rewards that rollouts of the model ended with. Trains in place.
+    """A learned value: `network`, trained in place on the rewards that rollouts of the model end with.
 
-    network:     module (x (M, *event), k) -> (M,); x in the process's dtype, k a tensor (M,) of levels.
-    particles:   rollouts per problem; K particles network rows and `particles` rewards are spent.
-    temperature: None regresses the mean reward E[r | x], as the released code does; a number T regresses the soft
-                 value T log E[exp(r / T) | x] by least squares on exp(r / T), as the paper writes it, which at small T
-                 hears only the best rollouts.
-    epochs, rate, size: Adam on minibatches of `size` states of mixed levels. The order is drawn from `key`; the
-                 network's initial weights are the caller's.
+    Args:
+        process: the model.
+        reward: samples [M, ...] to scores [M].
+        network: module (x [M, *event], k) -> values [M]; x in the process's dtype, k a tensor [M] of levels.
+        particles: rollouts per problem.
+        temperature: None regresses the mean reward E[r | x], as the released code does. A number T, in units of the
+            reward, regresses the soft value T log E[exp(r / T) | x] by least squares on exp(r / T), as the paper writes
+            it, which at small T is dominated by the best rollouts.
+        epochs: passes over all states of the rollouts.
+        rate: learning rate of Adam.
+        size: states per minibatch, of mixed levels.
+        batch: B, independent problems; a process conditioned on prompts has its own number.
+        key: names the noise of the rollouts and the order of the minibatches; the initial weights are the caller's.
+        seed: the same as `key`, by its usual name; give one of them.
 
-    Source: Li et al. 2024 (SVDD, 2408.08252), Monte Carlo regression; code: rate 1e-3, 10 epochs, minibatches of 16.
+    Returns:
+        The value, which calls `network` in evaluation mode.
+
+    Raises:
+        NonFiniteError, RewardError, ShapeError: as `steer.rollout`.
+
+    Cost: K network rows and one reward per rollout, K = process.steps; training is not counted.
+    Source: Li et al. 2024 (SVDD, 2408.08252), Monte Carlo regression; its code has rate 1e-3, 10 epochs, minibatches
+        of 16.
     """
     key = as_key(key, seed)
     runs = rollout(process, reward, batch=num_problems(process, batch), particles=particles, key=key)

@@ -1,4 +1,4 @@
-"""Depth-first search: a chain that falls behind is noised back and tries again."""
+"""Depth-first search: a chain whose prediction scores too low is noised back and tries again."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from steer.results.result import Result
 from steer.types import ReverseProcess, Reward
 
 from ..budget import split_evenly
-from .batched_chains import BestSoFar, Chain, EvaluationRequest, Name, begin, draw, renoise, run_in_lockstep
+from .batched_chains import BestSoFar, Chain, ChainId, EvaluationRequest, begin, draw, renoise, run_in_lockstep
 
 
 def depth_first(
@@ -35,24 +35,52 @@ def depth_first(
     chunk: int = 256,
     on_step: OnStep | None = None,
 ) -> Result:
-    """The best samples of N chains that go back `back` levels where r(x0_hat) is at or below a threshold.
+    """The best samples of N chains, each noised back wherever its prediction scores at or below a threshold.
 
-    particles: N independent chains per problem; 1 by default.
-    budget:    network rows per problem; default 16 chains' worth. All are used, but for less than one per chain: a
-               chain that reaches the data is noised back too, and its best sample is kept.
-    threshold: a reward, or a function of the level. None is the value that the chain's best sample so far had at that
-               level, so that only those are followed that do better (nothing is given up before the first sample).
-    every:     levels between looks at the threshold; K / 4 by default, and never at level 0.
-    back:      levels to go back by; K / 2 by default. The paper wants at least K / 4.
-    keep:      how many of the N chains' best share the weight. temperature changes nothing.
-    chunk, on_step: as `search.rbf`. Stopped early, chains return their best samples, or their predictions.
+        for each chain, until its budget is spent:
+            predict x0_hat at level k
+            if k is a level to test at, and r(x0_hat) <= threshold(k):    noise back by `back` levels
+            else:                                                         step to level k + 1
+            at the data:    keep the sample if it is the best so far, and noise the best back by `back` levels
 
-    Returns x (B, N, *event), reward, log_weight (B, N); log_evidence NaN.
-    Cost per problem: budget network rows and as many rewards: every prediction is scored.
-    Runs on any process, also deterministic ones: going back is what draws.
-    Raises BudgetError, NonFiniteError, RewardError; ShapeError as `search.rbf`.
-    Source: Zhang et al. 2025 (2505.23614), depth-first search. Differs: the threshold's default; the budget is used up,
-    where the paper stops at the first sample that passes; a chain goes back only where it can still reach the data.
+    Args:
+        process: the model as a reverse process; its weights are not changed.
+        reward: samples [M, ...] to scores [M], in any unit. Higher is better, -inf forbids a sample.
+        batch: B, independent problems; a process conditioned on prompts or labels has its own number.
+        particles: N independent chains per problem, 1 by default.
+        budget: network rows (NFE x batch rows) per problem; by default what 16 samples per chain cost. All are used, up
+            to less than one per chain: a chain that reaches the data is noised back too, and its best sample is kept.
+        temperature: accepted as by every method, in units of the reward; changes nothing.
+        key: names all noise of the run, an integer or a `Key`.
+        seed: the same as `key`, by its usual name; give one of them.
+        threshold: a reward, or a function of the level. None is the value that the chain's best sample so far had at
+            that level, so that only paths are followed that do better (none is given up before the first sample).
+        every: levels between tests against the threshold, K / 4 by default; level 0 is never tested.
+        back: levels to go back by, K / 2 by default. The paper wants at least K / 4.
+        keep: how many of the N chains' samples, the best, share the weight.
+        chunk: states evaluated at once.
+        on_step: called after every network call with an `Event` for each problem whose chains it moved: the states
+            about to be valued next, at the noisiest level of them; as `x0` and `scores`, what their chains would return
+            now. Raising `Stop`, or Ctrl-C, ends the search with every chain's best sample, or its prediction.
+
+    Returns:
+        Result with x [B, N, *event], reward [B, N], and log_weight [B, N]: equal weights on the `keep` best, zero on
+        the rest. `law` is "none", log_evidence [B] is NaN.
+
+    Raises:
+        BudgetError: where the budget does not pay for one sample per chain.
+        NonFiniteError: where a reward is NaN or +inf.
+        RewardError: where the reward raises, or returns something that is not one number per sample.
+        ShapeError: where the reward returns another shape, `batch` does not fit the process, or a denoiser conditioned
+            on several problems cannot be asked about one (see `GaussianProcess.only`). Each error of a run under way
+            has in `.partial` what its chains would return, a Result, or before that their starting states, a
+            Trajectory.
+
+    Cost: per problem `budget` network rows and as many rewards: every prediction is scored. It runs on deterministic
+        processes too: going back draws noise.
+    Source: Zhang et al. 2025 (2505.23614), depth-first search.
+    Differs: the threshold's default; the budget is used up, where the paper stops at the first sample that passes; a
+        chain goes back only where it can still reach the data.
     """
     check_counts(keep=keep, every=every, back=back)
     run = Run.open(
@@ -75,53 +103,57 @@ def depth_first(
     calls = split_evenly(budget // rows, particles or 1)
     limit = threshold if callable(threshold) or threshold is None else lambda k: float(threshold)
 
-    def chain(run: Run, name: Name) -> Chain:
-        return _chain(run, name, len(calls), calls[name[1]], limit, every, back)
+    def chain(run: Run, chain_id: ChainId) -> Chain:
+        return _depth_first_chain(run, chain_id, len(calls), calls[chain_id.slot], limit, every, back)
 
     return run_in_lockstep(run, len(calls), chain, keep)
 
 
-def _chain(
-    run: Run, name: Name, count: int, left: int, limit: Callable[[int], float] | None, every: int, back: int
+def _depth_first_chain(
+    run: Run, chain_id: ChainId, count: int, left: int, limit: Callable[[int], float] | None, every: int, back: int
 ) -> Chain:
-    """Chain `slot` of `count`, `left` predictions to spend. The v-th visit to a level has noise slot v count + slot."""
-    process, steps, slot = run.process, run.process.steps, name[1]
+    """One of `count` chains, with `left` predictions to spend. Its v-th visit to a level has noise slot v count + slot.
+
+    limit: the threshold by level; None for the values of the chain's best sample. every, back: as `depth_first`.
+    """
+    process, steps, slot = run.process, run.process.steps, chain_id.slot
     visits, returns = [0] * steps, 0
-    values: dict[int, float] = {}  # of the path under way, by level
-    to_beat: dict[int, float] = {}  # of the best sample's path
+    values: dict[int, float] = {}  # by level, of the path under way
+    to_beat: dict[int, float] = {}  # by level, of the best sample's path
     best: BestSoFar | None = None
-    x, k = begin(run, name, range(slot, slot + 1)), 0
-    shown: BestSoFar | None = None
+    predicted: BestSoFar | None = None
+    x, k = begin(run, chain_id, range(slot, slot + 1)), 0
     while True:  # always left >= steps - k: the data can be reached
-        x0, (score,) = yield EvaluationRequest(x, k, best or shown)
+        x0, (score,) = yield EvaluationRequest(x, k, best or predicted)
         left -= 1
         values[k] = score
-        shown = BestSoFar(process.complete(x, x0), score, slot)
-        bar = limit(k) if limit is not None else to_beat.get(k, -math.inf)
-        target = _noisier(process, max(0, k - back), k)
-        if k > 0 and k % every == 0 and score <= bar and left >= steps - target:
-            x, k = renoise(run, name, returns * count + slot, x, k, target), target
+        predicted = BestSoFar(process.complete(x, x0), score, slot)
+        threshold = limit(k) if limit is not None else to_beat.get(k, -math.inf)
+        target = _no_cleaner(process, max(0, k - back), k)
+        if k > 0 and k % every == 0 and score <= threshold and left >= steps - target:
+            x, k = renoise(run, chain_id, returns * count + slot, x, k, target), target
             returns += 1
             continue
-        at = visits[k] * count + slot
-        x = draw(run, name, range(at, at + 1), x, x0, k)
+        visit = visits[k] * count + slot
+        x = draw(run, chain_id, range(visit, visit + 1), x, x0, k)
         visits[k] += 1
         k += 1
         if k < steps:
             continue
-        if process.stochastic(k - 1) or not torch.equal(x, shown.clean):
-            _, (score,) = yield EvaluationRequest(x, k, best or shown)
+        if process.stochastic(k - 1) or not torch.equal(x, predicted.clean):
+            _, (score,) = yield EvaluationRequest(x, k, best or predicted)
         if best is None or score > best.score:
             best, to_beat = BestSoFar(x, score, slot), dict(values)
         if left == 0:
             return best
-        target = _noisier(process, steps - min(back, left), steps)
-        x, k, values = renoise(run, name, returns * count + slot, best.clean, steps, target), target, dict(to_beat)
+        target = _no_cleaner(process, steps - min(back, left), steps)
+        x = renoise(run, chain_id, returns * count + slot, best.clean, steps, target)
+        k, values = target, dict(to_beat)
         returns += 1
 
 
-def _noisier(process: ReverseProcess, target: int, k: int) -> int:
-    """The last level up to `target` that is no less noisy than level k: chains that restart do not only get cleaner."""
+def _no_cleaner(process: ReverseProcess, target: int, k: int) -> int:
+    """The last level up to `target` that is at least as noisy as level k: restarts make chains noisier on the way."""
     visits = process.visits
     while visits[target] > visits[k]:
         target -= 1

@@ -30,19 +30,38 @@ def noise_search(
 ) -> Result:
     """The best samples of N searches over noise.
 
-    particles: N searches per problem, independent but for `paths`, which compete; 1 by default, 2 for `paths`.
-    budget:    network rows per problem, never exceeded, used but for less than the strategy's smallest move per chain;
-               by default what 16 samples per chain cost.
-    strategy:  `zero_order()` by default; `random_search()`, `paths()`, `epsilon_greedy()`.
-    keep:      how many of the samples returned share the weight. temperature changes nothing.
-    chunk:     states evaluated at once. on_step: called after every step; `Stop` or an interrupt returns the best
-               samples so far, or predictions where there are none.
+    Args:
+        process: the model as a reverse process; its weights are not changed.
+        reward: samples [M, ...] to scores [M], in any unit. Higher is better, -inf forbids a sample.
+        batch: B, independent problems; a process conditioned on prompts or labels has its own number.
+        particles: N searches per problem, independent except under `paths`, which compete; 1 by default, 2 for `paths`.
+        budget: network rows (NFE x batch rows) per problem, never exceeded, and used up to less than the strategy's
+            smallest move per chain; by default what 16 samples per chain cost.
+        temperature: accepted as by every method, in units of the reward; changes nothing.
+        key: names all noise of the run, an integer or a `Key`.
+        seed: the same as `key`, by its usual name; give one of them.
+        strategy: how noises are tried: `zero_order()` by default, `random_search()`, `paths()` or `epsilon_greedy()`.
+        keep: how many of the samples returned, the best, share the weight.
+        chunk: states evaluated at once.
+        on_step: called with an `Event` after every step. Raising `Stop`, or Ctrl-C, ends the search with the best
+            samples so far, or with predictions where there are none.
 
-    random_search, zero_order and paths run on deterministic processes by design, epsilon_greedy searches the noise of
-    the steps and needs it.
-    Returns x (B, n, *event), reward, log_weight (B, n); log_evidence NaN.
-    Raises BudgetError, StateSpaceError (zero_order, epsilon_greedy on states without Gaussian noise),
-    NotStochasticError, NonFiniteError, RewardError.
+    Returns:
+        Result with x [B, n, *event], reward [B, n], and log_weight [B, n]: equal weights on the `keep` best, zero on
+        the rest. n is N; under `random_search` it is the number of all samples. `law` is "none", log_evidence [B] is
+        NaN.
+
+    Raises:
+        BudgetError: where the budget does not pay for the strategy's first samples.
+        StateSpaceError: where `zero_order` or `epsilon_greedy` is to move noise that is not Gaussian.
+        NotStochasticError: where `epsilon_greedy` searches the noise of steps that draw none; the others run on
+            deterministic processes by design.
+        NonFiniteError: where a reward is NaN or +inf.
+        RewardError: where the reward raises, or returns something that is not one number per sample.
+        ShapeError: where the reward returns another shape, or `batch` does not fit the process. Each error of a run
+            under way has the samples or predictions last made in `.partial`, a Trajectory.
+
+    Cost: per problem at most `budget` network rows; rewards as each strategy says.
     Source: Ma et al. 2025 (2501.09732); Ramesh & Mardani 2025 (2506.03164) for epsilon_greedy.
     """
     check_counts(keep=keep)

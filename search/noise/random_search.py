@@ -21,7 +21,7 @@ class RandomSearch:
         return process.steps
 
     def __call__(self, run: Run, particles: int, calls: int) -> StrategyResult:
-        """As many samples as are paid for, all returned."""
+        """As many samples as the calls pay for, in chunks."""
         count = particles * (calls // run.process.steps)
         parts: list[StrategyResult] = []
         for first in range(0, count, run.chunk):
@@ -40,5 +40,12 @@ class RandomSearch:
 
 
 def random_search() -> RandomSearch:
-    """Independent noises: best-of-N by another name, all samples returned. The smallest move is one sample."""
+    """Independent noises: best-of-N as a strategy, with all samples returned.
+
+    Returns:
+        A strategy for `noise_search(strategy=)`.
+
+    Cost: K network rows (K = process.steps) and one reward per sample; the smallest move is one sample.
+    Source: Ma et al. 2025 (2501.09732), random search.
+    """
     return RandomSearch()

@@ -17,7 +17,13 @@ from steer.types import ReverseProcess
 
 
 class StrategyResult(NamedTuple):
-    """What a strategy ends with: samples (B, n, *event), rewards (B, n), slots of their starting noise (B, n)."""
+    """What a strategy ends with.
+
+    x:           clean states, [B, n, *event].
+    reward:      their scores, [B, n].
+    root:        index of the starting noise that each came from, [B, n].
+    interrupted: whether the search was stopped early.
+    """
 
     x: Tensor
     reward: Tensor
@@ -38,7 +44,13 @@ class Strategy(Protocol):
         ...
 
     def __call__(self, run: Run, particles: int, calls: int) -> StrategyResult:
-        """Searches with `calls` predictions per chain, on `particles` chains per problem."""
+        """The samples found.
+
+        Args:
+            run: of `noise_search`.
+            particles: N chains per problem.
+            calls: predictions that each chain may spend.
+        """
         ...
 
 
@@ -53,7 +65,7 @@ def gaussian_prior(process: ReverseProcess, cure: str) -> tuple[Tensor | None, f
 
 
 def prior_of(process: ReverseProcess, like: Tensor, cure: str) -> Normal:
-    """The prior N(mean, std^2) of a process, for states shaped like these."""
+    """The prior N(mean, std^2) of a process, for states of the shape of `like`."""
     mean, std = gaussian_prior(process, cure)
     return Normal(torch.zeros_like(like) + (0.0 if mean is None else mean), std)
 
@@ -65,9 +77,12 @@ def concat(*parts: StrategyResult) -> StrategyResult:
 
 
 def sample_and_score(run: Run, x: Tensor, chains: int | None) -> StrategyResult:
-    """Samples from starting states x (B, M N, *event), scored; stopped early, scored predictions.
+    """Samples from starting states, scored; where the run is stopped, the scored predictions.
 
-    chains: N where the M candidates of a chain share its noise, None where nobody does.
+    Args:
+        run: the run.
+        x: starting states, [B, M N, *event].
+        chains: N where the M candidates of a chain share the noise of its steps, None where each has its own.
     """
     loop = Loop(run)
     with loop.keeping_partial(), torch.no_grad():

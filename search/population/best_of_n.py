@@ -35,12 +35,39 @@ def best_of_n(
 ) -> Result:
     """N unsteered samples, ranked by final reward; the `keep` best share the weight.
 
-    particles: N per problem, 16 by default; or budget, network rows per problem, never exceeded.
-    chunk:     samples per problem run at once. Memory and speed depend on it, results do not: noise is named by slot.
-    on_step:   called after every step. Raising `Stop`, or an interrupt, ends the search with the samples finished so
-               far and the predictions of the chunk under way: it is anytime.
-    temperature is accepted for a common signature and changes nothing. log_evidence is NaN.
-    Cost per problem: N K network rows and N rewards.
+        for n = 1..N:    x_0 ~ prior,    x_(k+1) ~ p(x_(k+1) | x_k) for k < K,    r_n = r(x_K)
+
+    Args:
+        process: the model as a reverse process; its weights are not changed.
+        reward: samples [M, ...] to scores [M], in any unit. Higher is better, -inf forbids a sample.
+        batch: B, independent problems; a process conditioned on prompts or labels has its own number.
+        particles: N per problem, 16 by default.
+        budget: network rows (NFE x batch rows) per problem, never exceeded; takes the place of `particles`, or checks
+            it.
+        temperature: accepted as by every method, in units of the reward; changes nothing, unless `start` reads it.
+        key: names all noise of the run, an integer or a `Key`.
+        seed: the same as `key`, by its usual name; give one of them.
+        keep: how many of the N samples, the best, share the weight.
+        chunk: samples per problem run at once. Memory and speed depend on it, results do not: every sample's noise is
+            named by its index.
+        start: where chains begin: `steer.prior`, or another start (`pcnl`, `mala`, `ula`, `top_k_of_n`), whose cost
+            comes out of the budget; chains are then run in one chunk.
+        on_step: called with an `Event` after every step of every chunk. Raising `Stop`, or Ctrl-C, ends the search with
+            the samples finished so far and the predictions of the chunk under way; before any there is nothing to
+            return, and it goes on to the caller.
+
+    Returns:
+        Result with x [B, N, *event], reward [B, N], and log_weight [B, N]: equal weights on the `keep` best, zero on
+        the rest. `law` is "none", log_evidence [B] is NaN.
+
+    Raises:
+        BudgetError: where the budget does not pay for one sample.
+        NonFiniteError: where a reward is NaN or +inf.
+        RewardError: where the reward raises, or returns something that is not one number per sample.
+        ShapeError: where the reward returns another shape, or `batch` does not fit the process. Each has the samples
+            so far in `.partial`, a Trajectory.
+
+    Cost: per problem N K network rows (K = process.steps) and N rewards.
     """
     check_counts(keep=keep)
     run = Run.open(
@@ -57,14 +84,15 @@ def best_of_n(
     )
     ready, count = prepared(start, run.process, run.temperature, particles=particles, budget=budget)
     if ready is not start or run.objective.groupwise:
-        chunk = count  # a start that spends rows of its own is paid for once, and a group is scored in one call
+        chunk = count  # a start that spends rows is run once, and a groupwise reward scores its group in one call
     samples, scores, interrupted = [], [], False
     for first in range(0, count, chunk):
         here = replace(run, key=run.key.shifted(slot=first), chunk=chunk)
         try:
             state = ready(run.process, run.objective, here.key, run.problems, min(chunk, count - first))
             loop = Loop(here, state)
-            state = run_chain(loop, state, chunk=first)
+            with loop.keeping_partial():
+                state = run_chain(loop, state, chunk=first)
         except (Stop, KeyboardInterrupt):
             if not samples:
                 raise

@@ -1,4 +1,8 @@
-"""Population search: in every block, draw candidates of each chain, evaluate them, keep N."""
+"""Population search: in every block, draw candidates of each chain, evaluate each once, keep N.
+
+The noise of candidate m of chain n is named by slot m N + n: more candidates, another number of them per level, or
+larger chunks rename none of the others.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +26,16 @@ def population_search(run: Run, plan: CandidatePlan, value: Value, selection: Se
         run: the method's run.
         plan: N chains and the blocks they go through.
         value: what candidates are judged by.
-        selection: which of them go on.
+        selection: which of them are kept.
         keep: how many of the finished samples share the weight; None: all.
+
+    Returns:
+        Result with the N samples of every problem, or where it was stopped their predictions.
     """
     history: list[LevelRecord] = []
     count, noise = plan.particles, run.key.fold("step")
     state = run.begin(count * plan.blocks[0].width)
-    loop = Loop(run)
+    loop = Loop(run, state)
 
     def step(state: Trajectory) -> Trajectory:
         model = run.process.transition(state.x, required(state.cache.x0), state.k)
@@ -43,16 +50,19 @@ def population_search(run: Run, plan: CandidatePlan, value: Value, selection: Se
                 for _ in range(block.first, block.last):
                     state = step(loop.predicted(run.predicted(state)))
                 next_choice = plan.blocks[min(i + 1, len(plan.blocks) - 1)].last
-                state = _select(run, state, loop.last_predicted, value, selection, count, next_choice, history)
+                state = _select_candidates(
+                    run, state, loop.last_predicted, value, selection, count, next_choice, history
+                )
         if loop.interrupted:
-            last = _required(loop.last_predicted)
+            last = loop.last_predicted
+            assert last is not None  # else the interrupt would have gone on to the caller
             x = completed(last).x
             scores = run.score(x, "of the predictions") if last.cache.score is None else last.cache.score
             return Result.from_search(run, x, scores, last.root, keep=keep, seen=history, interrupted=True)
     return Result.from_search(run, state.x, required(state.path.value), state.root, keep=keep, seen=history[:-1])
 
 
-def _select(
+def _select_candidates(
     run: Run,
     state: Trajectory,
     before: Trajectory | None,
@@ -62,7 +72,7 @@ def _select(
     next_choice: int,
     history: list[LevelRecord],
 ) -> Trajectory:
-    """The candidates that go on to the choice at level `next_choice`, N per problem, with their predictions."""
+    """N of the candidates, with their predictions. next_choice: level of the choice after this one."""
     process, k = run.process, state.k
     if k == process.steps:
         scores = _final_scores(run, state, before)
@@ -99,8 +109,3 @@ def _copies(state: Trajectory, width: int) -> Trajectory:
         return state
     index = torch.arange(state.x.shape[1], device=state.x.device).repeat(width)
     return state.select(index.expand(state.x.shape[0], -1))
-
-
-def _required(state: Trajectory | None) -> Trajectory:
-    assert state is not None
-    return state

@@ -190,7 +190,7 @@ def test_epsilon_greedy_keeps_to_the_radius_unless_fresh():
     run = Run.open("test", process(), REWARD, batch=2, temperature=1.0, key=1)
     centre = torch.cat([pivot] * 4, 1)
     for epsilon, radius in ((0.0, 0.15), (0.0, 2.0), (1.0, 0.15)):
-        noise = search.epsilon_greedy(epsilon=epsilon, radius=radius)._near(run, pivot, 1, 0, 4)
+        noise = search.epsilon_greedy(epsilon=epsilon, radius=radius)._draw_near(run, pivot, 1, 0, 4)
         length = (noise - centre).norm(dim=2)
         assert noise.shape == (2, 12, 8)
         assert len(torch.unique(length)) == 24

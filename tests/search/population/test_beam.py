@@ -117,8 +117,8 @@ def test_scores():
     assert selection.current(values, path).tolist() == [[1.0, -math.inf, 2.0]]
     assert selection.difference(values, path).tolist() == [[-2.0, -math.inf, 2.0]]
     assert selection.highest(values, path).tolist() == [[3.0, 0.5, 2.0]]
-    assert torch.equal(selection.difference(values, {}), values)
-    assert torch.equal(selection.highest(values, {}), values)
+    assert torch.equal(selection.difference(values, PathState()), values)
+    assert torch.equal(selection.highest(values, PathState()), values)
 
 
 def test_tempers():
