@@ -390,11 +390,9 @@ def test_arguments_are_checked():
 
 
 def test_a_process_without_a_gaussian_prior_is_refused():
-    class Tokens:
-        """States that are not on a Gaussian path."""
-
-    with pytest.raises(steer.StateSpaceError, match="Gaussian prior, which Tokens does not have"):
-        prior_moments(Tokens())
+    tokens = steer.from_logits(lambda x, t: torch.zeros(*x.shape, 3), 2, length=2, vocabulary=3)
+    with pytest.raises(steer.StateSpaceError, match="Gaussian prior, which MaskedProcess does not have"):
+        prior_moments(tokens)
     with pytest.raises(steer.StateSpaceError, match="starts from given latents"):
         prior_moments(replace(flat_process(2), initial=(torch.zeros(1, 1, 2), 0.0)))
 
