@@ -68,14 +68,14 @@ class Key:
         """Standard normals. Entry (b, n) depends on its slots and on the event shape only.
 
         Args:
-            shape: (B, N, *event).
+            shape: [B, N, *event].
             dtype: of the result; draws are made in float64 and rounded once.
             device: of the result.
         """
         return self._draw("normal", shape, dtype, device, steps=1)
 
     def uniform(self, shape: Sequence[int], *, device: torch.device | str = "cpu") -> Tensor:
-        """Uniforms in the open interval (0, 1), on a grid of 2**-32, float64, of shape (B, N, *event)."""
+        """Uniforms in the open interval (0, 1), on a grid of 2**-32, float64, of shape [B, N, *event]."""
         return self._draw("uniform", shape, torch.float64, device, steps=1)
 
     def gumbel(self, shape: Sequence[int], *, device: torch.device | str = "cpu") -> Tensor:
@@ -89,7 +89,7 @@ class Key:
 
         Args:
             kind: "normal" or "uniform".
-            shape: (B, N, *event).
+            shape: [B, N, *event].
         """
         steps, width, size = 1, shape[1], math.prod(shape[2:])
         for width in (max(shape[1], self.columns), shape[1]):

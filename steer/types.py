@@ -44,7 +44,7 @@ class Schedule(Protocol):
 
 
 class Denoiser(Protocol):
-    """E[x_0 | x_t] for x of shape (B, N, *event) at a scalar t; conditioning is closed over, aligned with axis 0."""
+    """E[x_0 | x_t] for x of shape [B, N, *event] at a scalar t; conditioning is closed over, aligned with axis 0."""
 
     def __call__(self, x: Tensor, t: float) -> Tensor: ...
 
@@ -71,7 +71,7 @@ class RewardSpec:
 
 
 class Reward(Protocol):
-    """Scores of samples (M, *event) or images (M, 3, H, W), shape (M,). Higher is better; -inf forbids a sample.
+    """Scores of samples [M, *event] or images [M, 3, H, W], shape [M]. Higher is better; -inf forbids a sample.
 
     A reward that wants the prompts of its samples names a keyword `prompts` (a sequence of M strings).
     """
@@ -81,7 +81,7 @@ class Reward(Protocol):
 
 @runtime_checkable
 class Transition(Protocol):
-    """The law of one step, x' given x, for every particle: shape (B, N, *event).
+    """The law of one step, x' given x, for every particle: shape [B, N, *event].
 
     Laws on a Gaussian path also have `mean`, `std` (0 for a deterministic step) and `shift(delta)`, for proposals.
     """
@@ -94,7 +94,7 @@ class Transition(Protocol):
     def sample(self, key: Key) -> Tensor: ...
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Log-density of x, summed over the event: (B, N), float64. NotStochasticError where nothing is drawn."""
+        """Log-density of x, summed over the event: [B, N], float64. NotStochasticError where nothing is drawn."""
         ...
 
 
@@ -207,7 +207,7 @@ class ReverseProcess(Protocol):
         ...
 
     def complete(self, x: Tensor, x0: Tensor) -> Tensor:
-        """The clean state (B, N, *event) that a prediction stands for, which rewards can score."""
+        """The clean state [B, N, *event] that a prediction stands for, which rewards can score."""
         ...
 
     def transition(self, x: Tensor, x0: Tensor, k: int) -> Transition: ...
@@ -274,7 +274,7 @@ class GaussianPath(NoiseLevels, Protocol):
 
 
 class QuadraticForm(NamedTuple):
-    """A reward r(x) = -x'Ax/2 + b'x + c on flattened events, A (D, D), b (D,): analytic models tilt by it."""
+    """A reward r(x) = -x'Ax/2 + b'x + c on flattened events, A [D, D], b (D,): analytic models tilt by it."""
 
     matrix: Tensor
     vector: Tensor

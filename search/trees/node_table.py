@@ -54,7 +54,7 @@ class NodeTable:
 
     @property
     def filled(self) -> Tensor:
-        """Which slots hold nodes, (B, size)."""
+        """Which slots hold nodes, [B, size]."""
         return torch.from_numpy(np.arange(self.size) < self.count[:, None])
 
     def places(self, problem: Slots, slots: Slots) -> Slots:
@@ -66,9 +66,9 @@ class NodeTable:
         return self.facts[name].reshape(-1)
 
     def append(self, live: NDArray[np.bool_] | None, parent: Slots, **values: float | NDArray[Any] | Tensor) -> Slots:
-        """New nodes below parents (B, W), where live (B, W), None for everywhere: their slots, (B, W).
+        """New nodes below parents [B, W], where live [B, W], None for everywhere: their slots, [B, W].
 
-        values: of their columns, (B, W, ...) or one number for all.
+        values: of their columns, [B, W, ...] or one number for all.
         """
         values = {"parent": parent, **values}
         if live is None and self.even:  # the common case is a block
@@ -95,7 +95,7 @@ class NodeTable:
         return slots
 
     def resize(self, count: Slots) -> None:
-        """Says how many slots are filled, (B,)."""
+        """Says how many slots are filled, [B]."""
         self.count, self.size = count, int(count.max())
         self.even = int(count.min()) == self.size
 
@@ -171,7 +171,7 @@ class ChildIndex:
         length[owner] = before + more
 
     def of(self, problem: Slots, node: Slots) -> tuple[Slots, Slots, Slots]:
-        """All children of some nodes (M,), node by node: their slots, where each node's begin, and how many."""
+        """All children of some nodes [M], node by node: their slots, where each node's begin, and how many."""
         length = self.length[problem, node]
         return self.pool[ranges(self.start[problem, node], length)], length.cumsum() - length, length
 
@@ -187,7 +187,7 @@ def _doubled(need: int) -> int:
 
 
 def _widened(column: NDArray[Any], room: int) -> NDArray[Any]:
-    """A column (B, n) with room for more."""
+    """A column [B, n] with room for more."""
     wide = np.zeros((len(column), room), dtype=column.dtype)
     wide[:, : column.shape[1]] = column
     return wide

@@ -12,12 +12,12 @@ Slots = NDArray[np.int64]
 
 
 def each_problem(problems: int) -> Slots:
-    """0, 1, ..., B - 1 down axis 0, (B, 1), to go with slots (B, W)."""
+    """0, 1, ..., B - 1 down axis 0, [B, 1], to go with slots [B, W]."""
     return np.arange(problems)[:, None]
 
 
 class Groups(NamedTuple):
-    """Entries (M,) of which some are equal, group by group.
+    """Entries [M] of which some are equal, group by group.
 
     ids: what each group's entries are. order: positions of the entries, one group after the other, in order within it.
     first, size: where a group begins in `order`, and how many it has.
@@ -30,12 +30,12 @@ class Groups(NamedTuple):
 
     @property
     def which(self) -> Slots:
-        """Each entry's group, (M,)."""
+        """Each entry's group, [M]."""
         return self.scatter(np.arange(len(self.ids)).repeat(self.size))
 
     @property
     def rank(self) -> Slots:
-        """How many entries of its group come before each entry, (M,)."""
+        """How many entries of its group come before each entry, [M]."""
         return self.scatter(np.arange(len(self.order)) - self.first.repeat(self.size))
 
     def scatter(self, ordered: NDArray[Any]) -> NDArray[Any]:
@@ -46,7 +46,7 @@ class Groups(NamedTuple):
 
 
 def grouped(ids: Slots) -> Groups:
-    """Equal entries of ids (M,) side by side."""
+    """Equal entries of ids [M] side by side."""
     order = ids.argsort(kind="stable")
     ordered = ids[order]
     begins = np.ones(len(ids), dtype=np.bool_)

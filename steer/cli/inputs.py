@@ -71,7 +71,7 @@ def open_reward(spec: str, process: Any = None) -> Callable[..., Any]:
     from ..errors import SteerError
 
     try:
-        return rewards.from_spec(spec, process.text)
+        return rewards.from_spec(spec, None if process is None else process.text)
     except SteerError as error:
         raise typer.BadParameter(str(error), param_hint="--reward") from error
 

@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def evidence_variance(log_weight: Tensor, root: Tensor, resamplings: Tensor) -> Tensor:
-    """Estimate of Var(Z_hat) / Z^2, which is Var(log Z_hat) to first order, from one run: (B,).
+    """Estimate of Var(Z_hat) / Z^2, which is Var(log Z_hat) to first order, from one run: [B].
 
-    log_weight: final weights (B, N). root: index of each particle's ancestor at the start, (B, N). resamplings: how
-    often each problem was resampled, (B,).
+    log_weight: final weights [B, N]. root: index of each particle's ancestor at the start, [B, N]. resamplings: how
+    often each problem was resampled, [B].
     Source: Lee & Whiteley 2018, V = 1 - (N / (N - 1))^(R + 1) (1 - sum_n S_n^2) with S_n the weight that
     descends from root n. Unbiased for multinomial resampling; an overestimate for the others. It degenerates to 1 once
     one root is left; there is no fixed-lag remedy, since every generation adds to the variance of the evidence.
@@ -84,7 +84,7 @@ def pareto_k(log_weight: Tensor) -> Tensor:
 
 
 def split_rhat(traces: Tensor) -> Tensor:
-    """Split R-hat of traces (B, steps, C), (B,): root of total over within-chain variance, halves counted as chains.
+    """Split R-hat of traces [B, steps, C], [B]: root of total over within-chain variance, halves counted as chains.
 
     Near 1 where chains agree; above 1.01 (long chains) or 1.1 (short ones) they do not. NaN below 4 steps, and where
     nothing moves. Source: Gelman et al. 2013, Sec. 11.4; without the rank normalisation of Vehtari et al. 2021.

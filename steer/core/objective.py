@@ -18,7 +18,7 @@ from ..types import ReverseProcess, RewardSpec
 
 @dataclass(frozen=True, eq=False)
 class Objective:
-    """A reward as samplers use it: clean states (B, N, *event) to scores (B, N), float64, on the states' device.
+    """A reward as samplers use it: clean states [B, N, *event] to scores [B, N], float64, on the states' device.
 
     Built by `open_objective`. What it checks at once: the reward's exceptions, type and shape. NaN and +inf are looked
     for by `check_finite`, where reading the scores does not stall the device. A groupwise reward is called once per

@@ -122,22 +122,22 @@ def log_potential(scores: Tensor, temperature: float) -> Tensor:
 
 
 def gather(tensor: Tensor, index: Tensor) -> Tensor:
-    """Particles index (B, M) of a tensor (B, N, ...): (B, M, ...)."""
+    """Particles index [B, M] of a tensor [B, N, ...]: [B, M, ...]."""
     return Gather(index, tensor.shape[1])(tensor)
 
 
 def broadcast_like(values: Tensor, like: Tensor) -> Tensor:
-    """Values (B, N), or (B, 1), with an axis for every axis of states (B, N, *event)."""
+    """Values [B, N], or [B, 1], with an axis for every axis of states [B, N, *event]."""
     return values.reshape(*values.shape, *(1 for _ in like.shape[values.ndim :]))
 
 
 def per_particle(values: Tensor, like: Tensor) -> Tensor:
-    """Values (B, N) shaped and typed to multiply states (B, N, *event)."""
+    """Values [B, N] shaped and typed to multiply states [B, N, *event]."""
     return broadcast_like(values.to(like.dtype), like)
 
 
 class Gather:
-    """Takes particles index (B, M) out of any number of tensors (B, N, ...)."""
+    """Takes particles index [B, M] out of any number of tensors [B, N, ...]."""
 
     def __init__(self, index: Tensor, particles: int) -> None:
         self.shape, rows = index.shape, index
@@ -156,7 +156,7 @@ def positions(count: int, step: int, device: torch.device) -> Tensor:
 
 
 def ancestors(parents: Sequence[Tensor], like: Tensor) -> Tensor:
-    """Index (B, N) of the ancestor before a number of rearrangements, oldest first, of particles like (B, N)."""
+    """Index [B, N] of the ancestor before a number of rearrangements, oldest first, of particles like [B, N]."""
     index = torch.arange(like.shape[1], device=like.device).expand(like.shape)
     for parent in reversed(parents):
         index = parent.gather(1, index)
@@ -164,6 +164,6 @@ def ancestors(parents: Sequence[Tensor], like: Tensor) -> Tensor:
 
 
 def count_distinct(index: Tensor) -> Tensor:
-    """How many different entries each problem has: (B, N) -> (B,)."""
+    """How many different entries each problem has: [B, N] -> [B]."""
     ordered = index.sort(1).values
     return 1 + (ordered[:, 1:] != ordered[:, :-1]).sum(1)

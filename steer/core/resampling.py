@@ -1,4 +1,4 @@
-"""Resamplers: log-weights (B, N) and a key to ancestor indices (B, count), batched over problems, no host reads.
+"""Resamplers: log-weights [B, N] and a key to ancestor indices [B, count], batched over problems, no host reads.
 
 Every one is unbiased, E[number of copies of n] = count W_n, never picks a particle of weight zero, and returns
 ancestors in rising order (except `killing` and `multinomial`). Systematic, stratified, SSP and killing leave a
@@ -16,7 +16,7 @@ from ..errors import ShapeError
 from ..key import Key
 
 Resampler = Callable[[Tensor, Key, int], Tensor]
-"""(log_weight (B, N), key, count) -> ancestors (B, count), int64."""
+"""(log_weight [B, N], key, count) -> ancestors [B, count], int64."""
 
 
 def systematic(log_weight: Tensor, key: Key, count: int) -> Tensor:
@@ -143,7 +143,7 @@ def _pick(log_weight: Tensor, points: Tensor) -> Tensor:
 
 
 def _slots(below: Tensor, count: int) -> Tensor:
-    """Ancestors (B, count) from the cumulative numbers of copies (B, N): slot j belongs to the first n above it."""
+    """Ancestors [B, count] from the cumulative numbers of copies [B, N]: slot j belongs to the first n above it."""
     ends = below.new_zeros((below.shape[0], count + 1)).scatter_add_(1, below, _ones(below))
     return ends.cumsum(1)[:, :count]
 

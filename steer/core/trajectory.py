@@ -20,7 +20,7 @@ Fields = TypeVar("Fields", bound="ParticleFields")
 
 
 class ResamplingRecord(NamedTuple):
-    """Particles were rearranged at level k: particle m came from parent[:, m]. happened: which problems, (B,)."""
+    """Particles were rearranged at level k: particle m came from parent[:, m]. happened: which problems, [B]."""
 
     k: int
     parent: Tensor
@@ -28,7 +28,7 @@ class ResamplingRecord(NamedTuple):
 
 
 class StepRecord(NamedTuple):
-    """A step from level k: the state before it and the log-densities, (B, N), of the state that was drawn.
+    """A step from level k: the state before it and the log-densities, [B, N], of the state that was drawn.
 
     log_prob: under the model's own transition. log_behaviour: under what drew it (guided proposals differ). Both are
     None for a step without noise.
@@ -41,7 +41,7 @@ class StepRecord(NamedTuple):
 
 
 class LevelRecord(NamedTuple):
-    """What a sampler saw at level k: the ESS of accumulated weights (B,) and the scores (B, N) it weighted by."""
+    """What a sampler saw at level k: the ESS of accumulated weights [B] and the scores [B, N] it weighted by."""
 
     k: int
     ess: Tensor
@@ -158,15 +158,15 @@ class Trajectory:
     """Particles of B problems at level k. Every verb returns a new Trajectory.
 
     process:      what moves it.
-    x:            states, (B, N, *event).
+    x:            states, [B, N, *event].
     k:            level, 0 = noise, process.steps = data.
-    log_weight:   accumulated since the last resampling, (B, N) float64, not normalised.
-    log_evidence: log of the evidence collected at resamplings, (B,) float64.
+    log_weight:   accumulated since the last resampling, [B, N] float64, not normalised.
+    log_evidence: log of the evidence collected at resamplings, [B] float64.
     cache:        what was computed at these states: predictions, gradients. Ends with the next step.
     path:         what each particle's path remembers: statistics of the values seen so far.
     past:         what happened, oldest first: rearrangements always, steps where `keep_states`.
     keep_states:  whether steps remember states and densities (memory: one population per step).
-    diagnostics:  what the start or the sampler measured of itself, (B,) each: acceptance, step size, split R-hat.
+    diagnostics:  what the start or the sampler measured of itself, [B] each: acceptance, step size, split R-hat.
     moved:        whether MCMC has replaced whole paths, after which ancestors do not say where particles come from.
     biased_start: whether it began where no weight corrects for: in the best of many draws, or at chosen latents.
     """
@@ -186,7 +186,7 @@ class Trajectory:
 
     @classmethod
     def begin(cls, process: ReverseProcess, x: Tensor, *, k: int = 0, keep_states: bool = False) -> Trajectory:
-        """A population of equal weights at states x (B, N, *event) of level k."""
+        """A population of equal weights at states x [B, N, *event] of level k."""
         if x.ndim < 2 or tuple(x.shape[2:]) != tuple(process.event):
             raise ShapeError(
                 f"states must have shape (B, N, *event) with event {tuple(process.event)}, got {tuple(x.shape)}"
@@ -200,17 +200,17 @@ class Trajectory:
 
     @cached_property
     def log_total(self) -> Tensor:
-        """Log of the sum of the weights carried, (B,); -inf where all are zero."""
+        """Log of the sum of the weights carried, [B]; -inf where all are zero."""
         return population.log_sum_exp(self.log_weight)
 
     @property
     def log_normaliser(self) -> Tensor:
-        """Estimate of log Z so far: evidence collected plus the mean of the weights carried, (B,)."""
+        """Estimate of log Z so far: evidence collected plus the mean of the weights carried, [B]."""
         return self.log_evidence + (self.log_total - math.log(self.log_weight.shape[1]))
 
     @property
     def ess(self) -> Tensor:
-        """Effective sample size of the weights carried, (B,); NaN where all are zero."""
+        """Effective sample size of the weights carried, [B]; NaN where all are zero."""
         return population.ess(self.log_weight)
 
     def reset_weights(self) -> Trajectory:
@@ -233,7 +233,7 @@ class Trajectory:
         return self._with(log_weight=self.log_weight + log_increment, path=state)
 
     def resample(self, ancestors: Tensor, where: Tensor | None = None) -> Trajectory:
-        """With particles replaced by copies of their ancestors (B, M), in the problems (B,) `where` is true.
+        """With particles replaced by copies of their ancestors [B, M], in the problems [B] `where` is true.
 
         There the mean weight moves into the evidence and weights start again from 1; elsewhere nothing changes.
         """
@@ -259,7 +259,7 @@ class Trajectory:
         return self.select(index.expand(self.x.shape[0], -1))
 
     def select(self, index: Tensor) -> Trajectory:
-        """With the particles at index (B, M) only, weights kept: for searches, which do not claim a law."""
+        """With the particles at index [B, M] only, weights kept: for searches, which do not claim a law."""
         everywhere = torch.ones_like(self.log_evidence, dtype=torch.bool)
         return self._take(index, everywhere, self.log_weight.gather(1, index))
 
@@ -296,11 +296,11 @@ class Trajectory:
 
     @property
     def root(self) -> Tensor:
-        """Index of each particle's ancestor at the start, (B, N)."""
+        """Index of each particle's ancestor at the start, [B, N]."""
         return self.ancestor()
 
     def lineages(self) -> Iterator[tuple[StepRecord, Tensor]]:
-        """Remembered steps, newest first, each with the index (B, N) of today's particles in it."""
+        """Remembered steps, newest first, each with the index [B, N] of today's particles in it."""
         index = population.ancestors([], self.log_weight)
         for event in reversed(self.past):
             if isinstance(event, ResamplingRecord):
@@ -326,7 +326,7 @@ class Trajectory:
         return steps[::-1]
 
     def unique_roots(self) -> list[tuple[int, Tensor]]:
-        """After each rearrangement, (k, number of distinct starting particles that still have descendants (B,))."""
+        """After each rearrangement, (k, number of distinct starting particles that still have descendants [B])."""
         roots, counts = None, []
         for event in self.past:
             if isinstance(event, ResamplingRecord):
@@ -335,7 +335,7 @@ class Trajectory:
         return counts
 
     def resamplings(self) -> Tensor:
-        """How often each problem was rearranged, (B,)."""
+        """How often each problem was rearranged, [B]."""
         count = torch.zeros(self.x.shape[0], dtype=torch.int64, device=self.x.device)
         return sum((event.happened.long() for event in self.past if isinstance(event, ResamplingRecord)), count)
 

@@ -169,7 +169,7 @@ def tree_steps(process: GaussianProcess, paths: LeafPaths) -> list[RecordedStep]
 
 
 def _recorded(process: GaussianProcess, result: Result) -> tuple[list[RecordedStep], Tensor | None, Tensor]:
-    """Stored steps of a result's rows, their ancestors (P, N, K) at every level, and their parents (P, N)."""
+    """Stored steps of a result's rows, their ancestors [P, N, K] at every level, and their parents [P, N]."""
     state, row = result.trajectory, torch.arange(result.reward.shape[1], device=result.x.device)
     row = row.expand(result.reward.shape)
     if state is not None and not (state.keep_states and _policy_ran(process, result)):

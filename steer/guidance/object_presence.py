@@ -13,7 +13,7 @@ from ..errors import RewardError, SteerError
 from ..types import RewardSpec
 
 Detector = Callable[[Tensor], Tensor]
-"""Images (M, ...) -> probability (M, O) that each of O objects is in the picture."""
+"""Images [M, ...] -> probability [M, O] that each of O objects is in the picture."""
 
 
 @dataclass(frozen=True)

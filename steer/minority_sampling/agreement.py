@@ -15,7 +15,7 @@ from ..types import RewardSpec
 from .metrics import knn_distance
 
 Features = Callable[[Tensor], Tensor]
-"""Samples (M, ...) -> features (M, F), in which distances are taken."""
+"""Samples [M, ...] -> features [M, F], in which distances are taken."""
 
 
 class Space(NamedTuple):

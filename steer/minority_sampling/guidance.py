@@ -16,7 +16,7 @@ from .score import Distance, euclidean
 from .signal_level import level_near, log_snr, share, size
 
 Classifier = Callable[[Tensor, float], Tensor]
-"""(x (M, *event) / sqrt(alpha^2 + sigma^2), log(alpha^2 / sigma^2)) -> logits (M, L), on any Gaussian path."""
+"""(x [M, *event] / sqrt(alpha^2 + sigma^2), log(alpha^2 / sigma^2)) -> logits [M, L], on any Gaussian path."""
 
 
 @dataclass(frozen=True)

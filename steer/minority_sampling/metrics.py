@@ -142,7 +142,7 @@ def in_balls(x: Tensor, points: Tensor, k: int = 3) -> Tensor:
 
 
 def _nearest(x: Tensor, points: Tensor, k: int, *, itself: bool = False) -> tuple[Tensor, Tensor]:
-    """Distances to the k nearest points, rising, and their indices, (M, k) each; itself: x are the points."""
+    """Distances to the k nearest points, rising, and their indices, [M, k] each; itself: x are the points."""
     distances, indices, first = [], [], 0
     for block in _distances(x, points):
         if itself:  # by place, not by rank: a copy of a point is a neighbour

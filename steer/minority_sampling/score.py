@@ -15,7 +15,7 @@ from .signal_level import level_near
 
 _CURE = "score by the process without own_solver; of tokens, take the log-probability"
 Distance = Callable[[Tensor, Tensor], Tensor]
-"""(M, *event), (M, *event) -> (M,): how different two clean states are; differentiable in both for guidance."""
+"""[M, *event], [M, *event] -> [M]: how different two clean states are; differentiable in both for guidance."""
 
 
 def euclidean(a: Tensor, b: Tensor) -> Tensor:

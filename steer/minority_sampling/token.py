@@ -16,7 +16,7 @@ from .score import Distance, euclidean
 from .signal_level import level_near, share
 
 Conditional = Callable[[Tensor, float, Tensor], Tensor]
-"""(x (B, N, *event), t, text (B N, L, width)) -> E[x_0 | x, text], differentiable in the text."""
+"""(x [B, N, *event], t, text (B N, L, width)) -> E[x_0 | x, text], differentiable in the text."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +61,7 @@ class NewToken:
         return cls(encoder=encoder, plain=ids, ids=longer, slot=slot, initial=row.clone())
 
     def encode(self, rows: Tensor) -> Tensor:
-        """Hidden states (M, L, width) of the prompt with M different rows (M, width) for the token."""
+        """Hidden states [M, L, width] of the prompt with M different rows [M, width] for the token."""
 
         def write(module: Any, inputs: Any, found: Tensor) -> Tensor:
             del module, inputs
@@ -74,7 +74,7 @@ class NewToken:
             handle.remove()
 
     def encode_plain(self, count: int) -> Tensor:
-        """Hidden states (M, L, width) of the prompt without the token."""
+        """Hidden states [M, L, width] of the prompt without the token."""
         with torch.no_grad():
             return self.encoder(self.plain)[0].expand(count, -1, -1)
 

@@ -198,12 +198,12 @@ def _some(state: Trajectory, count: int) -> Trajectory:
 
 
 def _either(choice: Tensor, a: Trajectory, b: Trajectory) -> Trajectory:
-    """Particles of a where choice (B, M), else of b."""
+    """Particles of a where choice [B, M], else of b."""
     return _mapped(lambda left, right: torch.where(broadcast_like(choice, left), left, right), a, b)
 
 
 def _joined(state: Trajectory, kept: Sequence[Trajectory], where: Tensor) -> Trajectory:
-    """States of chains, turn by turn, in place of the particles of the problems (B,) `where` is true."""
+    """States of chains, turn by turn, in place of the particles of the problems [B] `where` is true."""
 
     def joined(old: Tensor, *turns: Tensor) -> Tensor:
         return torch.where(broadcast_like(where[:, None], old), torch.cat(turns, 1), old)

@@ -67,8 +67,10 @@ def resample(
         What `steer.smc(selection=...)` takes.
 
     Raises:
-        SteerError: for a threshold outside [0, 1].
+        SteerError: for a threshold outside [0, 1], or a resampler that is no function.
     """
+    if not callable(resampler):
+        raise SteerError(f"a resampler is a function, for instance steer.systematic or steer.ssp, got {resampler!r}")
     if not 0.0 <= threshold <= 1.0:
         raise SteerError(f"threshold is a share of N in [0, 1], got {threshold}")
     return Resample(resampler, threshold, None if at is None else frozenset(at), moves)

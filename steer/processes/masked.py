@@ -26,9 +26,9 @@ from .parameterization import only
 from .unmasking import Ancestral, MaskLevel, Unmasking, UnmaskRule
 
 Logits = Callable[[Tensor, float], Tensor]
-"""(tokens (B, N, L) with masks, share of masks t) -> logits (B, N, L, V); conditioning closed over."""
+"""(tokens [B, N, L] with masks, share of masks t) -> logits [B, N, L, V]; conditioning closed over."""
 Completion = Callable[[Tensor, Tensor], Tensor]
-"""(tokens (B, N, L), log-probs (B, N, L, V)) -> tokens (B, N, L) without masks where there were masks."""
+"""(tokens [B, N, L], log-probs [B, N, L, V]) -> tokens [B, N, L] without masks where there were masks."""
 
 
 @dataclass(frozen=True, eq=False)

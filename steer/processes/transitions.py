@@ -65,7 +65,7 @@ class Normal:
 
 @dataclass(frozen=True, eq=False)
 class TransformedTransition:
-    """A law whose draws (B, N, *event) go through a function before anyone sees them; all else is the law's."""
+    """A law whose draws [B, N, *event] go through a function before anyone sees them; all else is the law's."""
 
     law: GaussianTransition
     change: Callable[[Tensor], Tensor]

@@ -19,7 +19,7 @@ from ..errors import NotStochasticError, ShapeError, SteerError
 from ..key import Key
 
 Order = Callable[[Tensor, Tensor], Tensor]
-"""(tokens (B, N, L), log-probs (B, N, L, V)) -> scores (B, N, L): the masked position of highest score comes first."""
+"""(tokens [B, N, L], log-probs [B, N, L, V]) -> scores [B, N, L]: the masked position of highest score comes first."""
 
 
 class MaskLevel(NamedTuple):

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Metrics = Mapping[str, Callable[[Tensor], Tensor]]
-"""Name -> function of decoded samples (M, ...) to (M,): measures the run was not steered by."""
+"""Name -> function of decoded samples [M, ...] to [M]: measures the run was not steered by."""
 
 _DIAGNOSTICS = {"split_rhat": "split R̂ of the start", "acceptance": "acceptance of the start"}
 _TREES = 4  # drawn of one run, at most

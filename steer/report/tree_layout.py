@@ -31,7 +31,7 @@ class Drawable(Protocol):
         ...
 
     def states(self, depth: int, slots: Tensor, device: Any = None) -> Mapping[str, Tensor]:
-        """States of nodes (B, W): x (B, W, *event), and but for leaves the prediction x0."""
+        """States of nodes [B, W]: x [B, W, *event], and but for leaves the prediction x0."""
         ...
 
 

@@ -34,12 +34,12 @@ class Result:
     """The weighted population a run ends with.
 
     process:      what made it.
-    x:            clean states, (B, N, *event).
-    reward:       scores, (B, N) float64.
-    log_weight:   log-weights that sum to one within each problem, (B, N) float64. Samplers: of the law they target.
+    x:            clean states, [B, N, *event].
+    reward:       scores, [B, N] float64.
+    log_weight:   log-weights that sum to one within each problem, [B, N] float64. Samplers: of the law they target.
                   Searches: equal weights on what they chose, zero on the rest.
-    log_evidence: estimate of log E_p[exp(r / temperature)], (B,); NaN for searches, which estimate none.
-    root:         slot of the noise each sample began from, (B, N).
+    log_evidence: estimate of log E_p[exp(r / temperature)], [B]; NaN for searches, which estimate none.
+    root:         slot of the noise each sample began from, [B, N].
     key:          what names all the noise of the run.
     cost:         the ledger.
     temperature:  what rewards were divided by.
@@ -49,7 +49,7 @@ class Result:
     tree:         the search tree, which can be grown further, where the method grows one.
     law:          what weighted means estimate: "target", p(x) exp(r(x) / temperature); "model", p(x); "none", where a
                   search chose the samples, or a start that no weight corrects for.
-    log_evidence_variance: estimated variance of log_evidence, (B,), from the same run; NaN where there is none.
+    log_evidence_variance: estimated variance of log_evidence, [B], from the same run; NaN where there is none.
     """
 
     process: ReverseProcess
@@ -145,36 +145,36 @@ class Result:
 
     @property
     def best(self) -> Tensor:
-        """The sample of highest reward of each problem, (B, *event)."""
+        """The sample of highest reward of each problem, [B, *event]."""
         return gather(self.x, self.reward.argmax(1, keepdim=True))[:, 0]
 
     @property
     def ess(self) -> Tensor:
-        """Effective sample size of the final weights, (B,)."""
+        """Effective sample size of the final weights, [B]."""
         return population.ess(self.log_weight)
 
     @property
     def pareto_k(self) -> Tensor:
-        """Pareto k-hat of the final weights, (B,): above .7 their tail is too heavy to trust (`weights.pareto_k`)."""
+        """Pareto k-hat of the final weights, [B]: above .7 their tail is too heavy to trust (`weights.pareto_k`)."""
         return diagnostics.pareto_k(self.log_weight)
 
     @property
     def diagnostics(self) -> Mapping[str, Tensor]:
-        """What the start or the sampler measured of itself, (B,) each: acceptance, step size, split R-hat."""
+        """What the start or the sampler measured of itself, [B] each: acceptance, step size, split R-hat."""
         return {} if self.trajectory is None else self.trajectory.diagnostics
 
     @property
     def mean_reward(self) -> Tensor:
-        """Weighted mean reward, (B,)."""
+        """Weighted mean reward, [B]."""
         return population.weighted_mean(self.log_weight, self.reward)
 
     def mean(self, f: Callable[[Tensor], Tensor]) -> Tensor:
-        """Weighted mean over particles of f, a function of states (M, *event) to (M, ...): (B, ...)."""
+        """Weighted mean over particles of f, a function of states [M, *event] to [M, ...]: [B, ...]."""
         values = f(self.x.flatten(0, 1))
         return population.weighted_mean(self.log_weight, values.reshape(*self.reward.shape, *values.shape[1:]))
 
     def ranked(self) -> Tensor:
-        """Particle indices from highest to lowest reward, (B, N)."""
+        """Particle indices from highest to lowest reward, [B, N]."""
         return torch.sort(self.reward, dim=1, descending=True, stable=True).indices
 
     def draw(self, count: int, key: Key | int = 0, *, seed: int | None = None) -> Result:
@@ -184,7 +184,7 @@ class Result:
         return replace(self.take(index), law=self.law)
 
     def take(self, index: Tensor) -> Result:
-        """The particles at index (B, M), with equal weights and the same cost; lineage and `law` are left behind."""
+        """The particles at index [B, M], with equal weights and the same cost; lineage and `law` are left behind."""
         equal = torch.zeros_like(index, dtype=torch.float64)
         return replace(
             self,
@@ -209,7 +209,7 @@ class Result:
 
     @property
     def images(self) -> list[Image]:
-        """Samples as PIL images, problem by problem; for processes that decode to images (M, C, H, W) in [0, 1]."""
+        """Samples as PIL images, problem by problem; for processes that decode to images [M, C, H, W] in [0, 1]."""
         from ..report.images import to_images
 
         return to_images(self.decoded)

@@ -100,7 +100,7 @@ class Saved:
             )
 
     def slots(self) -> Tensor:
-        """The slot each final particle's noise was drawn at, step by step: (B, N, steps).
+        """The slot each final particle's noise was drawn at, step by step: [B, N, steps].
 
         With it a single candidate is made again alone: start at `key.fold("prior").shifted(problem=b, slot=s[0])`,
         then step k draws with `key.fold("step").shifted(problem=b, slot=s[k]).at(k)`.

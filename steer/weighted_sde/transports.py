@@ -37,7 +37,7 @@ class ControlBasis(NamedTuple):
 
 
 Control = Callable[[ControlBasis, Tensor, Tensor], Tensor]
-"""(fields, log_weight (B, N), theta (B, 3) so far) -> correction of theta (B, 3)."""
+"""(fields, log_weight [B, N], theta [B, 3] so far) -> correction of theta [B, 3]."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +48,7 @@ class Transport:
     control:    chooses a correction of them at every step; None for a fixed drift.
     flow:       whether without noise the drift is meant to be the probability flow: tells the step's integrals.
     potentials: whether the control needs log q_i along the path.
-    memory:     level -> coefficients (B, 3) of an earlier pass, which replace `theta` (iterative refinement).
+    memory:     level -> coefficients [B, 3] of an earlier pass, which replace `theta` (iterative refinement).
     """
 
     theta: Callable[[float, float], tuple[float, float, float]]

@@ -234,3 +234,8 @@ def test_order_of_variances():
     assert variance(residual) < 0.9 * worst
     assert variance(killing) < 1.1 * worst
     assert variance(one_for_all) > 10.0 * worst
+
+
+def test_a_resampler_by_name_is_refused():
+    with pytest.raises(steer.SteerError, match="is a function, for instance steer.systematic.*got 'ssp'"):
+        steer.resample("ssp")

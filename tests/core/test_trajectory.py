@@ -116,6 +116,7 @@ def test_every_field_moves_with_its_particle(verb):
         "keep_states",
         "diagnostics",
         "moved",
+        "biased_start",
     }
     check_unchanged(state, before, 0)
 
