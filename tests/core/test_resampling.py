@@ -237,5 +237,5 @@ def test_order_of_variances():
 
 
 def test_a_resampler_by_name_is_refused():
-    with pytest.raises(steer.SteerError, match="is a function, for instance steer.systematic.*got 'ssp'"):
+    with pytest.raises(steer.SteerError, match=r"is a function, for instance steer.systematic.*got 'ssp'"):
         steer.resample("ssp")
