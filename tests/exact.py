@@ -1,8 +1,6 @@
 """Closed-form references and the one statistical test all samplers of a law are put to.
 
-Every estimate below is exactly unbiased, at any number of particles: for a weighted population with evidence
-estimate Z_hat and weighted mean f_hat, E[Z_hat (f_hat - E f)] = 0 and E[Z_hat] = Z. Replicates are the problems of
-one batch; they are independent, so z = mean / (sd / sqrt(replicates)) is a standard normal up to the central limit.
+The statistics themselves are public, in `steer.testing`.
 """
 
 from __future__ import annotations
@@ -13,38 +11,11 @@ import torch
 from torch import Tensor
 
 import steer
-from steer.models import Exact, GaussianMixture
+from steer.models import GaussianMixture
 from steer.results.result import Result
+from steer.testing import LIMIT, worst, z, z_scores
 
-LIMIT = 4.0  # |z| above this fails: 6e-5 two-sided for one normal
-
-
-def z_scores(result: Result, target: Exact, mixture: GaussianMixture | None = None) -> dict[str, float]:
-    """z of evidence, means, second moments and (given the mixture) mode masses, over the problems of a result."""
-    relative = (result.log_evidence - target.log_evidence).exp()
-    centred = result.mean(lambda x: x.double().flatten(1) - target.mean)
-    square = result.mean(lambda x: (x.double().flatten(1) - target.mean).square() - target.cov.diagonal())
-    columns = {"evidence": relative - 1.0}
-    columns |= {f"mean{i}": relative * centred[:, i] for i in range(centred.shape[1])}
-    columns |= {f"variance{i}": relative * square[:, i] for i in range(square.shape[1])}
-    if mixture is not None:
-        tilted = GaussianMixture(target.means, target.covs, target.weights)
-        masses = result.mean(lambda x: tilted.responsibilities(x.double().flatten(1)) - target.weights)
-        columns |= {f"mass{i}": relative * masses[:, i] for i in range(masses.shape[1])}
-    return {name: z(column) for name, column in columns.items()}
-
-
-def z(values: Tensor) -> float:
-    """Mean over its standard error. A column without spread passes only at exactly zero."""
-    error = values.std() / math.sqrt(len(values))
-    if error == 0.0:
-        return 0.0 if bool((values.abs() < 1e-12).all()) else math.inf
-    return float(values.mean() / error)
-
-
-def worst(scores: dict[str, float]) -> tuple[float, str]:
-    """The largest |z| and its name; NaN counts as infinite."""
-    return max((math.inf if math.isnan(value) else abs(value), name) for name, value in scores.items())
+__all__ = ["LIMIT", "worst", "z", "z_scores"]  # and what stands below
 
 
 class Linear:
