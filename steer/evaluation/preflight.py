@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.objective import Objective, check_finite, check_temperature, num_problems, open_objective
+from ..core.loop import Loop
+from ..core.objective import Objective, check_finite
+from ..core.run import Run
+from ..core.trajectory import Trajectory
 from ..cost import Cost
 from ..errors import BudgetError, NotDifferentiableError
-from ..key import Key, as_key
+from ..key import Key
 from ..processes.gaussian import has_levels, is_gaussian
 from ..types import GaussianTransition, ReverseProcess, Reward
 
@@ -178,6 +181,7 @@ def preflight(
         batch: Independent problems; a conditioned process fixes it.
         temperature: > 0; scales the gradient that is reported.
         key: Random seed.
+        seed: Another name for `key`.
 
     Returns:
         The measurements, and a recommended method and budget. `print` it.
@@ -190,29 +194,32 @@ def preflight(
     Cost: per problem, samples * K NFE (K = process.steps; times process.rows), one prediction with a backward pass,
     and as many rewards as `samples` at no more than nine steps.
     """
-    temperature, key = check_temperature(temperature), as_key(key, seed)
     if samples < 4:
         raise BudgetError(f"preflight ranks samples, and needs at least 4 of them; got samples={samples}")
-    process, objective, meter = open_objective(process, reward, groupwise=True)
-    batch = num_problems(process, batch)
+    run = Run.open(
+        "preflight", process, reward, batch=batch, temperature=temperature, key=key, seed=seed, groupwise=True
+    )
+    process, objective, meter, key, batch = run.process, run.objective, run.meter, run.key, run.problems
     drawing = [k for k in range(process.steps) if process.stochastic(k)]
     x = process.prior(key.fold("prior"), batch, samples)
     if drawing:
         x = x[:, torch.arange(samples, device=x.device) // 2]  # two chains from every starting noise
     start, middle = x, next((k for k in drawing if k >= process.steps // 2), process.steps // 2)
-    halfway, seen = x, {}
-    with torch.no_grad():
+    halfway, seen, loop = x, {}, Loop(run)
+    with loop.keeping_partial(), torch.no_grad():
         for k in range(process.steps):
+            loop.partial = Trajectory.begin(process, x, k=k)
             halfway = x if k == middle else halfway
             x0 = process.denoise(x, k, key)
             if k in _probed(process.steps):
                 seen[k] = objective(process.complete(x, x0))
                 check_finite(seen[k], f"of predictions at step {k} of {process.steps}")
             x = process.transition(x, x0, k).sample(key.fold("step").at(k))
+        loop.partial = Trajectory.begin(process, x, k=process.steps)
         final = objective(x)
         check_finite(final, "of the finished samples")
     spent = meter.cost()  # before the gradient, whose forward pass takes longer
-    slope = _gradient(process, objective, halfway, middle, temperature, key)
+    slope = _gradient(process, objective, halfway, middle, run.temperature, key)
     seed_effect, noise_effect = _effects(process, x, start, bool(drawing))
     finite = final[final.isfinite()]
     found = Preflight(

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from ..core.chain import run_chain
+from ..core.loop import Loop
+from ..core.run import Run
 from ..cost import Cost, Meter
 from ..errors import ShapeError, StateSpaceError, SteerError
 from ..key import Key, as_key
@@ -141,16 +145,15 @@ def adaptive(
     """
     if not -1.0 <= similar <= 1.0:
         raise SteerError(f"similar is a cosine in [-1, 1], got {similar}")
-    meter = Meter()
-    key = as_key(key, seed).fold("adaptive")
-    pilot = classifier_free(conditional, unconditional, weight, damped=damped).metered(meter)
-    batch = pilot.problems or batch
-    x = pilot.prior(key.fold("prior"), batch, particles)
-    with torch.no_grad():
-        for k in range(pilot.steps):
-            x = pilot.transition(x, pilot.denoise(x, k, key), k).sample(key.fold("step").at(k))
-    until = settled(pilot.log, similar)
-    return classifier_free(conditional, unconditional, weight, damped=damped, until=until), meter.cost()
+    guided = classifier_free(conditional, unconditional, weight, damped=damped)
+    run = Run.open("adaptive", guided, _nothing, batch=batch, temperature=1.0, key=as_key(key, seed).fold("adaptive"))
+    run_chain(Loop(run), run.begin(particles))
+    until = settled(cast(GuidedProcess, run.process).log, similar)
+    return classifier_free(conditional, unconditional, weight, damped=damped, until=until), run.meter.cost()
+
+
+def _nothing(samples: Tensor) -> Tensor:
+    return torch.zeros(len(samples), device=samples.device)
 
 
 def settled(log: Log, similar: float = 0.991) -> int:

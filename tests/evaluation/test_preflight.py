@@ -225,3 +225,15 @@ def test_the_command_line():
     assert {"method", "budget", "advice", "sights", "gradient", "cost", "usable_from"} <= set(facts)
     assert CliRunner().invoke(app.app, [*words[:-1], "0"]).exit_code == 2
     assert CliRunner().invoke(app.app, ["preflight", "--model", "digits", "--reward", "nothing"]).exit_code == 2
+
+
+def test_an_error_leaves_the_states_it_came_at():
+    def reward(x):
+        scores = x[:, 0].clone()
+        scores[1] = torch.nan
+        return scores
+
+    with pytest.raises(steer.NonFiniteError) as error:
+        steer.preflight(steer.models.gaussian([0.0, 0.0], [[1.0, 0.0], [0.0, 1.0]], steps=4), reward)
+    assert isinstance(error.value.partial, steer.Trajectory)
+    assert error.value.partial.x.shape == (1, 4, 2)
