@@ -178,6 +178,7 @@ def preflight(
         batch: Independent problems; a conditioned process fixes it.
         temperature: > 0; scales the gradient that is reported.
         key: Random seed.
+        seed: The same as `key`; give one of them.
 
     Returns:
         The measurements, and a recommended method and budget. `print` it.
