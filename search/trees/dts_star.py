@@ -53,7 +53,7 @@ def dts_star(
 ) -> Result:
     """The leaves of a tree grown towards high reward, the weight on the best.
 
-    Anytime: stopped early, it returns the best so far. Arguments that are not listed are as in `search.dts`.
+    Anytime: stopped early, it returns the best so far.
 
     Args:
         particles: simulations per tree, 16 by default; every one makes a new leaf.
@@ -66,6 +66,7 @@ def dts_star(
         keep: how many of the leaves share the weight.
         backup: rule of `search/trees/backup.py`, or of yours, by which the value of a node (to which the bonus is
             added) follows from the rewards below it; by default the best of them.
+        Others: as `search.dts`.
 
     Returns:
         Every leaf x [B, N, *event], reward [B, N], log_weight [B, N] that is equal at the `keep` best leaves and -inf

@@ -87,9 +87,14 @@ def residual(log_weight: Tensor, key: Key, count: int) -> Tensor:
 
 
 def ssp(log_weight: Tensor, key: Key, count: int) -> Tensor:
-    """Srinivasan sampling process: copies are floor or ceiling of count W, pairs of fractions rounded against each
-    other (Gerber, Chopin & Whiteley 2019). Lower variance than systematic, consistent for any order of particles;
-    a loop over particles, so meant for N up to about a thousand.
+    """Srinivasan sampling process: floor or ceiling of count W copies, pairs of fractions rounded against each other.
+
+    Lower variance than systematic, and consistent for any order of particles.
+
+    Args, Returns: as `systematic`.
+
+    Cost: a loop over particles, so meant for N up to about a thousand.
+    Source: Gerber, Chopin & Whiteley 2019.
     """
     problems, particles = log_weight.shape
     share = torch.softmax(log_weight, 1) * count
@@ -121,7 +126,12 @@ def ssp(log_weight: Tensor, key: Key, count: int) -> Tensor:
 def killing(log_weight: Tensor, key: Key, count: int) -> Tensor:
     """Particle n survives in place with probability W_n / max W, else is replaced by a multinomial draw.
 
-    Keeps survivors in their slots; needs count = N. Source: Del Moral 2004.
+    Args, Returns: as `systematic`; `count` must be N. Survivors keep their slots, so ancestors are in no order.
+
+    Raises:
+        ShapeError: a count other than N.
+
+    Source: Del Moral 2004.
     """
     problems, particles = log_weight.shape
     if count != particles:

@@ -37,7 +37,23 @@ class PreparedStart(Protocol):
 
 
 def prior(process: ReverseProcess, objective: Objective, key: Key, batch: int, particles: int) -> Trajectory:
-    """The start every chain has by default: draws of the process's prior."""
+    """The start every chain has by default: draws of the process's prior.
+
+    Args:
+        process: the model.
+        objective: the run's reward on it, which this start does not use.
+        key: names the draws.
+        batch: B, independent problems.
+        particles: N per problem.
+
+    Returns:
+        A trajectory at level 0 with states [B, N, *event] of equal weight.
+
+    Raises:
+        ShapeError: the process is conditioned on another number of problems.
+
+    Cost: none.
+    """
     del objective
     return Trajectory.begin(process, process.prior(key.fold("prior"), batch, particles))
 

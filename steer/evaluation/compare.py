@@ -76,6 +76,7 @@ def compare(
         temperature: > 0; divides rewards.
         batch: Independent problems; a conditioned process fixes it.
         key: Random seed of the whole comparison. All methods share the noise of a repeat.
+        seed: The same as `key`; give one of them.
         keys: How many seeds to run: independent repeats, whose spread gives the standard errors.
         metrics: Name -> function of decoded samples [M, ...] to [M], shown as weighted means: a held-out reward, say.
         options: Method name -> that method's own keyword arguments.

@@ -76,11 +76,24 @@ def sample(
 ) -> Result:
     """Samples that follow the reward, by any method.
 
-    method:      a name (see `steer.methods()`) or a sampler itself.
-    budget:      denoiser rows per problem, never exceeded; without it the method's own default number of particles.
-    temperature: divides rewards; for samplers of a law the target is p(x) exp(r(x) / temperature).
-    batch:       independent problems; a conditioned process fixes it.
-    options:     the method's own, by keyword.
+    Args:
+        process: the model as a reverse process.
+        reward: samples [M, ...] to scores [M]. Higher is better.
+        method: a name (see `steer.methods()`) or a sampler itself.
+        budget: network rows (NFE x batch rows) per problem, never exceeded; without it the method's own default number
+            of particles.
+        temperature: divides rewards; where a method samples a distribution, that is p(x) exp(r(x) / temperature).
+        batch: independent problems; a conditioned process fixes it.
+        key: names all noise of the run, an integer or a `Key`.
+        seed: the same as `key`; give one of them.
+        **options: the method's own, by keyword.
+
+    Returns:
+        The method's Result.
+
+    Raises:
+        SteerError: no method of that name, or both `key` and `seed`.
+        Others: those of the method.
     """
     return resolve(method)(
         process, reward, budget=budget, temperature=temperature, batch=batch, key=as_key(key, seed), **options

@@ -132,8 +132,11 @@ def adaptive(
 
     Args:
         similar: cosine of the two noises above which the unconditional pass is dropped.
+        batch: problems of the pilot run; a conditioned process has its own number.
         particles: of the pilot population, per problem.
-        others: as `classifier_free`.
+        key: names the noise of the pilot run.
+        seed: the same as `key`; give one of them.
+        Others: as `classifier_free`.
 
     Returns:
         The guided process, and the cost of the pilot run.
@@ -157,9 +160,17 @@ def _nothing(samples: Tensor) -> Tensor:
 
 
 def settled(log: Log, similar: float = 0.991) -> int:
-    """The first level from which, in the log of a run of `classifier_free`, the mean cosine stays above `similar`.
+    """The first level from which the mean cosine stays above `similar`: what `until` of `classifier_free` takes.
 
-    What `until` takes. SteerError where the log has no "similarity": the run was of another process.
+    Args:
+        log: of a run of `classifier_free`, `result.process.log`.
+        similar: cosine of the conditional and the unconditional noise, in [-1, 1].
+
+    Returns:
+        The level, 0 where the cosine is above `similar` throughout.
+
+    Raises:
+        SteerError: where the log has no "similarity": the run was of another process.
     """
     table = log.table("similarity")
     if not table:

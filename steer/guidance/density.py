@@ -34,12 +34,35 @@ def snr_span(process: NoiseLevels) -> float:
 
 
 def delta_of(process: NoiseLevels, q: float) -> float:
-    """The closed form: density guidance at q changes log p_0 by sqrt(2 D) / 2 Phi^-1(q) (lambda_max - lambda_min)."""
+    """Change of log p_0 by density guidance at q: sqrt(2 D) / 2 Phi^-1(q) (lambda_max - lambda_min).
+
+    Args:
+        process: its event has D numbers, its grid spans the log-SNR lambda from the first level with signal to the last
+            with noise.
+        q: probability in (0, 1); above 1/2 samples become more likely.
+
+    Returns:
+        The change in nats, by the closed form.
+
+    Raises:
+        StateSpaceError: where states are on no Gaussian path.
+    """
     return 0.5 * math.sqrt(2.0 * math.prod(process.event)) * _NORMAL.inv_cdf(q) * snr_span(process)
 
 
 def quantile_of(process: NoiseLevels, delta_logp: float) -> float:
-    """The q that changes log p_0 by delta_logp nats on a process's grid: `delta_of` solved for q."""
+    """The q that changes log p_0 by delta_logp nats on a process's grid: `delta_of` solved for q.
+
+    Args:
+        process: its event and grid enter the closed form.
+        delta_logp: change of log p_0 asked for, in nats.
+
+    Returns:
+        q in (0, 1).
+
+    Raises:
+        StateSpaceError: where states are on no Gaussian path.
+    """
     return _NORMAL.cdf(2.0 * delta_logp / (math.sqrt(2.0 * math.prod(process.event)) * snr_span(process)))
 
 
@@ -110,8 +133,9 @@ def density_guidance(
 
     Args:
         process: what the hooks are for: its event and grid enter the closed form. Its rule is to be `steer.ode()`.
-        delta_logp: change of log p_0 asked for, in nats, from which q is solved (`quantile_of`); or q itself. Above 0
-            (q above 1/2) samples become more likely: smoother, with less detail; below, less.
+        delta_logp: change of log p_0 asked for, in nats, from which q is solved (`quantile_of`). Above 0 samples become
+            more likely: smoother, with less detail; below, less.
+        q: given in place of delta_logp; above 1/2 samples become more likely.
         noise: phi of the stochastic variant, noise of phi times the ancestral std orthogonal to the score, its
             second-order effect taken off the numerator: one backward row per network row more. Their .2 to .3.
         limit: what guidance adds to a step is at most `limit` times as long as the noise of an ancestral step, which

@@ -187,7 +187,9 @@ def norms(x: Tensor) -> Tensor:
 
 
 Hook = Callable[[Step], Tensor]
+"""step -> the score of p_t, the prediction x0 or the mean of the transition as the hook leaves it, [B, N, *event]."""
 StartHook = Callable[[GaussianPath, Tensor, Key], Tensor]
+"""(process, the prior's draws x [B, N, *event], key) -> the states that chains begin from, [B, N, *event]."""
 
 
 class AfterHook(Protocol):

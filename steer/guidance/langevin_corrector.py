@@ -43,6 +43,16 @@ class Corrector:
 def corrector(rounds: int = 1, size: float = 0.05) -> Hooks:
     """After every step, `rounds` unadjusted Langevin steps of size * sigma^2 along the guided prediction's score.
 
+    Args:
+        rounds: Langevin steps after each step of the chain, >= 1.
+        size: share of sigma^2, in (0, 1).
+
+    Returns:
+        Hooks, for `guide`.
+
+    Raises:
+        SteerError: settings out of range.
+
     Cost: `rounds` network rows per step.
 
     Source: Song et al. 2021 (score SDE, 2011.13456), the corrector of predictor-corrector sampling.

@@ -72,6 +72,19 @@ class MissingObjects:
 
 
 def missing_objects(detector: Detector, missing: Sequence[float] | int, *, miss_in_data: float = 0.2) -> MissingObjects:
-    """The reward `MissingObjects`. missing: h of every object, or how many objects (h = 1/2 until `calibrated`)."""
+    """The reward `MissingObjects`: whether an image shows what it should, given how often the generator forgets it.
+
+    Args:
+        detector: images [M, ...] to the probability [M, O] that each of O objects is in the picture.
+        missing: h of every object, the share of the generator's images that miss it, in (0, 1]; or O, how many objects
+            (h = 1/2 until `calibrated`).
+        miss_in_data: c, the share of real images that miss an object nevertheless, in (0, 1).
+
+    Returns:
+        The reward, in nats, at most 0.
+
+    Raises:
+        SteerError: shares out of range.
+    """
     shares = (0.5,) * missing if isinstance(missing, int) else tuple(float(h) for h in missing)
     return MissingObjects(detector, shares, miss_in_data)

@@ -22,17 +22,43 @@ Profile = Callable[[Level, Level], float]
 
 
 def constant(here: Level, there: Level) -> float:
-    """The same at every step."""
+    """A profile that is the same at every step.
+
+    Args:
+        here: level that the step starts from.
+        there: level that it ends at.
+
+    Returns:
+        1.
+    """
     return 1.0
 
 
 def increasing(here: Level, there: Level) -> float:
-    """abar / abar' (their alpha_t), abar = alpha^2 / (alpha^2 + sigma^2): weak in the noise, nearly 1 soon after."""
+    """The profile abar / abar', weak in the noise and nearly 1 soon after.
+
+    Args:
+        here: level that the step starts from, of abar.
+        there: level that it ends at, of abar'.
+
+    Returns:
+        abar / abar', at most 1, with abar = alpha^2 / (alpha^2 + sigma^2).
+
+    Source: Ye et al. 2024 (TFG, 2409.15761), where it is alpha_t.
+    """
     return min(1.0, _signal(here) / _signal(there))
 
 
 def decreasing(here: Level, there: Level) -> float:
-    """1 - abar / abar': strong in the noise, nearly 0 at the data."""
+    """The profile 1 - abar / abar', strong in the noise and nearly 0 at the data.
+
+    Args:
+        here: level that the step starts from, of abar.
+        there: level that it ends at, of abar'.
+
+    Returns:
+        1 - `increasing`.
+    """
     return 1.0 - increasing(here, there)
 
 
@@ -48,7 +74,14 @@ class Native:
 
 
 def native(value: float) -> Native:
-    """A step size in a paper's own unit, which depends on the scale of the potential; see `tfg`."""
+    """A step size in a paper's own unit, which depends on the scale of the potential; see `tfg`.
+
+    Args:
+        value: factor of the gradient.
+
+    Returns:
+        A strength that `tfg` and its settings take as rho or mu, in place of a number.
+    """
     return Native(value)
 
 
@@ -179,14 +212,17 @@ def tfg(
     `follow(tfg(...))`, it is exact.
 
     Args:
+        potential: f, a reward on clean states or a function of them, in nats; it needs a gradient.
         rho, mu: a number is how far every particle's mean moves, in units of the step's noise (`Step.unit`), averaged
             over the steps: the gradient says where to, backtracking where that would overshoot. It depends neither on
             the scale of f nor on what else is evaluated. A displacement u is a KL divergence of u^2 / 2 nats, so a
             target KL nats away from the model takes at least sqrt(2 KL / steps) a step. `native(value)` is the papers'
             factor of the gradient; most divide by a norm of the residual, which a number does exactly.
-        sigma: width of the smoothing, times sigma_profile(level); samples: draws of it. 0 turns it off.
+        sigma: width of the smoothing, times sigma_profile(level); 0 turns it off.
+        samples: draws of the smoothing noise.
         iterations: gradient steps on x0. Recurrence (N_recur) belongs to the process: guide(recur(process, n), hooks).
         rho_profile, mu_profile: `increasing`, `decreasing`, `constant`, or any function of two levels.
+        sigma_profile: function of a level, by default its sigma.
         halvings: the most often that backtracking cuts a particle's step, to half or less, while f rises less than a
             quarter of what its slope promises: where curvature times step is below 3/2 nothing happens, and iterations
             diverge at 2. 0: none, as published; a step of fixed length then oscillates about an optimum, by at most
@@ -224,17 +260,45 @@ def tfg(
 
 
 def dps(potential: Reward | Callable[..., Any], rho: Strength = 0.2, **options: Any) -> Hooks:
-    """Diffusion posterior sampling (Chung et al. 2023, 2209.14687): the gradient through the network alone.
+    """Diffusion posterior sampling: the gradient through the network alone.
 
-    Their step zeta_i / |y - A x0_hat| on |y - A x0_hat|^2 is native(rho) on the potential -|y - A x0_hat|.
+    Args:
+        potential: f(x_0) in nats, a reward on clean states or a function of them, differentiable; see `tfg`.
+        rho: strength of that gradient, in units of the step's noise averaged over the steps, or `native(value)`. Their
+            step zeta_i / |y - A x0_hat| on |y - A x0_hat|^2 is native(rho) on the potential -|y - A x0_hat|.
+        **options: as `tfg`: rho_profile (`constant` by default), halvings, limit.
+
+    Returns:
+        Hooks, for `guide` or `follow`.
+
+    Raises:
+        SteerError: settings out of range.
+
+    Cost: per step one network row, one backward row and one gradient of the potential, and the evaluations of it that
+    backtracking takes.
+    Source: Chung et al. 2023 (2209.14687).
     """
     return tfg(potential, **{"rho_profile": constant, **options, "rho": rho, "mu": 0.0, "sigma": 0.0, "iterations": 0})
 
 
 def lgd(potential: Reward | Callable[..., Any], rho: Strength = 0.2, samples: int = 4, **options: Any) -> Hooks:
-    """Loss-guided diffusion (Song et al. 2023, LGD-MC): DPS on the potential smoothed over x_0 given x_t.
+    """Loss-guided diffusion (LGD-MC): DPS on the potential smoothed over x_0 given x_t.
 
-    Noise of std sigma / sqrt(alpha^2 + sigma^2), their sqrt(1 - abar). TFG's code divides by n twice; this does once.
+    Args:
+        potential: f(x_0) in nats, a reward on clean states or a function of them, differentiable; see `tfg`.
+        rho: strength of the gradient, in units of the step's noise averaged over the steps, or `native(value)`.
+        samples: n, draws of the smoothing noise, of std sigma / sqrt(alpha^2 + sigma^2), their sqrt(1 - abar).
+        **options: as `tfg`: rho_profile (`constant` by default), sigma_profile, halvings, limit.
+
+    Returns:
+        Hooks, for `guide` or `follow`.
+
+    Raises:
+        SteerError: settings out of range.
+
+    Cost: as `dps`, with the potential at `samples` states for one.
+    Source: Song et al. 2023 (LGD-MC).
+    Differs: TFG's code divides by n twice; this does once.
     """
     profile = {"sigma_profile": lambda at: math.sqrt(1.0 - _signal(at))}
     fixed = {"rho": rho, "mu": 0.0, "sigma": 1.0, "samples": samples, "iterations": 0}
@@ -242,13 +306,44 @@ def lgd(potential: Reward | Callable[..., Any], rho: Strength = 0.2, samples: in
 
 
 def freedom(potential: Reward | Callable[..., Any], rho: Strength = 0.2, **options: Any) -> Hooks:
-    """FreeDoM (Yu et al. 2023, 2303.09833): DPS with a profile; on recur(process, n), with its time travel."""
+    """FreeDoM: DPS with a profile; on recur(process, n), with its time travel.
+
+    Args:
+        potential: f(x_0) in nats, a reward on clean states or a function of them, differentiable; see `tfg`.
+        rho: strength of the gradient, in units of the step's noise averaged over the steps, or `native(value)`.
+        **options: as `tfg`: rho_profile (`increasing` by default), halvings, limit.
+
+    Returns:
+        Hooks, for `guide` or `follow`.
+
+    Raises:
+        SteerError: settings out of range.
+
+    Cost: as `dps`.
+    Source: Yu et al. 2023 (FreeDoM, 2303.09833).
+    """
     fixed = {"rho": rho, "mu": 0.0, "sigma": 0.0, "iterations": 0}
     return tfg(potential, **{"rho_profile": increasing, **options, **fixed})
 
 
 def mpgd(potential: Reward | Callable[..., Any], mu: Strength = 0.2, **options: Any) -> Hooks:
-    """Manifold-preserving guidance (He et al. 2024, MPGD without its autoencoder): x0 alone, no network backward."""
+    """Manifold-preserving guidance, without its autoencoder: moves x0 alone, with no network backward.
+
+    Args:
+        potential: f(x_0) in nats, a reward on clean states or a function of them, differentiable; see `tfg`.
+        mu: strength of the gradient at x0, in units of the step's noise averaged over the steps, or `native(value)`.
+        **options: as `tfg`: mu_profile (`increasing` by default), iterations (1 by default), halvings, limit.
+
+    Returns:
+        Hooks, for `guide` or `follow`.
+
+    Raises:
+        SteerError: settings out of range.
+
+    Cost: per step one network row and `iterations` gradients of the potential, and the evaluations of it that
+    backtracking takes.
+    Source: He et al. 2024 (MPGD).
+    """
     return tfg(potential, **{"mu_profile": increasing, "iterations": 1, **options, "rho": 0.0, "mu": mu, "sigma": 0.0})
 
 
@@ -259,9 +354,26 @@ def ugd(
     iterations: int = 4,
     **options: Any,
 ) -> Hooks:
-    """Universal guidance (Bansal et al. 2023, 2302.07121): forward (rho) and backward (mu); recurrence by `recur`.
+    """Universal guidance: forward (rho) and backward (mu); recurrence by `recur`.
 
-    Theirs moves the predicted noise by both; in TFG's form, used here, both move the mean.
+    Args:
+        potential: f(x_0) in nats, a reward on clean states or a function of them, differentiable; see `tfg`.
+        rho: strength of the gradient through the network (forward), in units of the step's noise averaged over the
+            steps, or `native(value)`.
+        mu: strength of the gradient at x0 (backward), likewise.
+        iterations: gradient steps on x0.
+        **options: as `tfg`: rho_profile and mu_profile (`constant` by default), halvings, limit.
+
+    Returns:
+        Hooks, for `guide` or `follow`.
+
+    Raises:
+        SteerError: settings out of range.
+
+    Cost: per step one network row, one backward row and 1 + iterations gradients of the potential, and the evaluations
+    of it that backtracking takes.
+    Source: Bansal et al. 2023 (Universal guidance, 2302.07121).
+    Differs: theirs moves the predicted noise by both; in TFG's form, used here, both move the mean.
     """
     fixed = {"rho": rho, "mu": mu, "sigma": 0.0, "iterations": iterations}
     return tfg(potential, **{"rho_profile": constant, "mu_profile": constant, **options, **fixed})

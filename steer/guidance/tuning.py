@@ -60,10 +60,24 @@ def tune(
 
     Args:
         build: strengths -> Hooks, for instance `lambda rho, mu, sigma: tfg(reward, rho=rho, mu=mu, sigma=sigma)`.
+        process: on a Gaussian path; every trial guides it.
+        reward: of the trials' results, samples [M, ...] to [M]; higher is better.
+        start: strengths of the first trial, as many as `build` takes.
+        factors: what each strength is multiplied by when it grows.
+        most: the largest value of each.
+        beam, rounds, particles: how many trials are kept and grown, how often at most, and N per problem of a trial:
+            2, 6 and 64 in the paper, whose start, factors and ceilings are the defaults.
+        batch: problems per trial.
         score: Result -> number to maximise. All trials share their noises, so differences are paired. The mean reward
-            rewards leaving the data's law, as every search by reward alone does: subtract what that costs (the log's
-            displacement, a held-out reward) where it matters.
-        beam, rounds, particles: 2, 6 and 64 in the paper, whose start, factors and ceilings are the defaults.
+            rewards leaving the data's distribution, as every search by reward alone does: subtract what that costs (the
+            log's displacement, a held-out reward) where it matters.
+        key: names the noise, which all trials share.
+
+    Returns:
+        The best strengths, all trials from best to worst, and what they cost together.
+
+    Raises:
+        SteerError: start, factors and most of different lengths, beam < 1, rounds < 0, or no trial with a finite score.
 
     Cost: at most (1 + beam rounds len(start)) rollouts.
 

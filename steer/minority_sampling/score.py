@@ -46,6 +46,11 @@ def minority_score(
             .19 at .1 and .04 at .04.
         draws: of eps per state. Samples of one key share no noise, and calls of one key repeat theirs.
         distance: between [M, *event] tensors; Euclidean here, LPIPS in the paper.
+        key: names the draws.
+        seed: the same as `key`; give one of them.
+
+    Returns:
+        Scores [B, N], float64.
 
     Cost: `draws` network rows per state; nothing is differentiated.
 
@@ -78,7 +83,17 @@ def quantile_labels(score: Tensor, bins: int, groups: Tensor | None = None) -> T
     Ranks decide, so ties are broken by place and bins differ in count by at most one.
 
     Args:
-        groups: classes [M], within each of which quantiles are taken: rare among its like, not of a rare class.
+        score: [M], of any unit.
+        bins: number of bins, at most as many as there are scores in a class.
+        groups: classes [M], within each of which quantiles are taken: rare among its like, not of a rare class. None:
+            one class.
+
+    Returns:
+        Labels [M] int64, in [0, bins).
+
+    Raises:
+        ShapeError: score or groups that are not [M].
+        SteerError: a class with fewer scores than bins.
     """
     if groups is None:
         groups = torch.zeros_like(score, dtype=torch.long)

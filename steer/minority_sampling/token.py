@@ -154,8 +154,18 @@ def minority_prompt(
     Args:
         token: `NewToken.insert(encoder, ids, before=end, init=word)`.
         conditional: the model's prediction given text, see `Conditional`: its conditional branch, without guidance.
+        iterations: steps of Adam per guided level, >= 1.
+        rate: learning rate of Adam, > 0.
+        balance: weight of the second distance.
         signal: share of signal alpha^2 / (alpha^2 + sigma^2) at s. The paper's .75 T of Stable Diffusion is .06.
         highest: share up to which levels learn a token; the paper's last tenth of T is below .014.
+        distance: d, between [M, *event] tensors, [M]; Euclidean by default.
+
+    Returns:
+        Hooks, for `guide` or `follow`.
+
+    Raises:
+        SteerError: iterations below 1, or a rate that is not positive.
 
     Cost per guided step: 2 iterations + 1 network rows per particle, and 2 iterations backward passes.
 

@@ -67,9 +67,21 @@ def from_edm(
         sigmas: falling noise levels, of which the first is the prior's and the last step ends at 0; or a number of
             steps, spaced from sigma_max to sigma_min by their 1/rho power (Eq. 5), the last of them to 0.
         event: shape of one state.
+        sigma_min, sigma_max, rho: of the grid where `sigmas` is a number, see `karras_sigmas`.
         transition: a rule; ancestral sampling by default. `steer.churn(...)` is the paper's own, `steer.ode()` its ODE.
+        decoder: states [M, *event] to what rewards see; None: the state.
         problems: how many conditionings the network is closed over, None where any batch runs.
         chunk: most rows per network call; None: all. Not for networks that are closed over one condition per row.
+        device: where states are.
+        dtype: of states.
+
+    Returns:
+        The process, over states [B, N, *event].
+
+    Raises:
+        ModelError: sigmas that do not fall strictly or are not positive.
+        StateSpaceError: a transition rule that is not one for a Gaussian path.
+        ShapeError: in a run, where the network returns another shape than its rows have.
     """
     if isinstance(sigmas, int):
         grid = karras_sigmas(sigmas, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
@@ -98,7 +110,21 @@ def from_edm(
 def karras_sigmas(
     steps: int, *, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
 ) -> tuple[float, ...]:
-    """`steps` noise levels from sigma_max to sigma_min, evenly in their 1/rho power (Karras et al. 2022, Eq. 5)."""
+    """Noise levels from sigma_max to sigma_min, evenly in their 1/rho power.
+
+    Args:
+        steps: number of noise levels, >= 1.
+        sigma_min, sigma_max: smallest and largest level, standard deviations in units of the data.
+        rho: the larger, the more of the levels are at low noise; 7 in the paper.
+
+    Returns:
+        The `steps` levels, falling, without a last 0.
+
+    Raises:
+        ModelError: steps < 1, rho <= 0, or levels that are not 0 < sigma_min < sigma_max.
+
+    Source: Karras et al. 2022, Eq. 5.
+    """
     if steps < 1 or not 0.0 < sigma_min < sigma_max or not rho > 0.0:
         raise ModelError(
             f"the grid needs steps >= 1, 0 < sigma_min < sigma_max and rho > 0, got steps={steps}, "

@@ -230,9 +230,23 @@ def from_logits(
             papers; networks that need no time ignore it) to logits [B, N, L, V].
         times: number of steps, evenly spaced in t, or the share of masks at each level, falling from 1 to 0: any alpha
             schedule is a choice of these.
+        length: L, tokens in a state.
+        vocabulary: V, number of tokens.
         mask: the mask's token; V by default. Where the network has a logit for it (mask < V), it is never drawn.
         transition: `steer.unmask(order=...)`; independently revealed positions by default.
-        others: as `MaskedProcess`.
+        completion: how a prediction becomes the clean state that rewards score on the way; by default the likeliest
+            token at each mask. See `MaskedProcess`.
+        decoder: tokens [M, L] to what rewards see; None: the tokens.
+        text: tokens [M, L] to M strings, for people; None where tokens are not text.
+        problems: number of conditionings the network is closed over (axis 0), None where any batch runs.
+        device: where states are.
+
+    Returns:
+        The process, over states [B, N, L].
+
+    Raises:
+        SteerError: no step, shares of masks that do not fall from 1 to 0, or a mask outside [0, V].
+        StateSpaceError: a transition rule that is not one for tokens.
 
     Source: Sahoo et al. 2024 (MDLM), which any absorbing-state model reduces to: zero probability of the mask, and
     tokens once written stay.

@@ -164,7 +164,16 @@ def time_at(schedule: Schedule, target: float, *, lowest: float = 0.0, highest: 
 
 
 def uniform_times(schedule: Schedule, steps: int, *, start: float | None = None) -> tuple[float, ...]:
-    """steps + 1 times, equally spaced from the schedule's start to 0."""
+    """A time grid of equal steps, from the schedule's start to 0.
+
+    Args:
+        schedule: the path.
+        steps: number of steps, >= 1.
+        start: first time; None for the schedule's own.
+
+    Returns:
+        steps + 1 times, falling.
+    """
     first = schedule.start if start is None else start
     return (*(first * (1.0 - k / steps) for k in range(steps)), 0.0)
 
@@ -172,7 +181,17 @@ def uniform_times(schedule: Schedule, steps: int, *, start: float | None = None)
 def log_snr_times(
     schedule: Schedule, steps: int, *, start: float | None = None, end: float = 1e-3
 ) -> tuple[float, ...]:
-    """steps times equally spaced in log(alpha / sigma) from start to end, then 0: equal information per step."""
+    """A time grid with steps equal in log(alpha / sigma), hence of equal information, then a last one to 0.
+
+    Args:
+        schedule: the path.
+        steps: number of steps, >= 1, the last of which goes from `end` to 0.
+        start: first time; None for the schedule's own.
+        end: the last time before 0; not used by a grid of one step.
+
+    Returns:
+        steps + 1 times, falling: `steps` of them equally spaced in log(alpha / sigma) from start to end, then 0.
+    """
     first, last = (math.log(math.tan(angle(schedule, t))) for t in (schedule.start if start is None else start, end))
     inner = (first + (last - first) * k / (steps - 1) for k in range(1, steps - 1)) if steps > 1 else ()
     times = [schedule.start if start is None else start]
@@ -183,9 +202,19 @@ def log_snr_times(
 def sigma_times(
     schedule: Schedule, steps: int, *, sigma_min: float = 0.002, sigma_max: float | None = None, rho: float = 7.0
 ) -> tuple[float, ...]:
-    """steps times whose noise-to-signal ratio runs from sigma_max to sigma_min, evenly in its 1/rho power, then 0.
+    """A time grid with noise-to-signal ratios from sigma_max to sigma_min, evenly in their 1/rho power, then 0.
 
-    Source: Karras et al. 2022, Eq. 5 (their sigma is sigma / alpha here). sigma_max defaults to the schedule's start.
+    Args:
+        schedule: the path.
+        steps: number of steps, >= 1, the last of which goes to 0.
+        sigma_min, sigma_max: smallest and largest noise-to-signal ratio sigma / alpha; the largest is by default that
+            of the schedule's start.
+        rho: the larger, the more of the levels are at low noise; 7 in the paper.
+
+    Returns:
+        steps + 1 times, falling.
+
+    Source: Karras et al. 2022, Eq. 5 (their sigma is sigma / alpha here).
     """
     most = math.tan(angle(schedule, schedule.start)) if sigma_max is None else sigma_max
     a, b = most ** (1.0 / rho), sigma_min ** (1.0 / rho)

@@ -249,7 +249,19 @@ class ClippedPrediction:
 
 
 def ddim(eta: float = 1.0) -> DDIM:
-    """DDIM(eta); eta = 1 is ancestral sampling, eta = 0 the deterministic ODE. eta in [0, 1]."""
+    """DDIM(eta): eta = 1 is ancestral sampling, eta = 0 the deterministic ODE.
+
+    Args:
+        eta: share of the ancestral step's noise, in [0, 1].
+
+    Returns:
+        A transition rule for any Gaussian path. The last step, to sigma = 0, adds no noise.
+
+    Raises:
+        SteerError: eta outside [0, 1].
+
+    Source: Song et al. 2021 (DDIM), Eqs. 12 and 16, for any (alpha, sigma).
+    """
     return DDIM(_within("eta", eta, 0.0, 1.0))
 
 
@@ -259,27 +271,88 @@ def ode() -> DDIM:
 
 
 def cps(eta: float = 0.7) -> CPS:
-    """Coefficient-preserving sampling with noise share eta in [0, 1]."""
+    """Coefficient-preserving sampling: each step draws noise of std sigma' sin(pi eta / 2).
+
+    Args:
+        eta: noise share, in [0, 1]; 1 redraws all the noise.
+
+    Returns:
+        A transition rule, see `CPS`; it leaves no noise at t = 0.
+
+    Raises:
+        SteerError: eta outside [0, 1].
+
+    Source: Wang & Yu 2025 (Flow-CPS).
+    """
     return CPS(_within("eta", eta, 0.0, 1.0))
 
 
 def churn(gamma: float = math.sqrt(2.0) - 1.0, *, lowest: float = 0.0, highest: float = math.inf) -> Churn:
-    """EDM churn by a factor 1 + gamma between two noise-to-signal ratios."""
+    """EDM churn by a factor 1 + gamma between two noise-to-signal ratios.
+
+    Args:
+        gamma: the noise is raised by a factor of 1 + gamma, >= 0; at most sqrt(2) - 1, the default, in the paper.
+        lowest, highest: noise-to-signal ratios sigma / alpha of the level reached between which to churn, both raised,
+            that is (1 + gamma) times the paper's S_tmin and S_tmax; everywhere by default.
+
+    Returns:
+        A transition rule, see `Churn`: the grid holds EDM's raised levels. Elsewhere its steps are deterministic.
+
+    Raises:
+        SteerError: a negative gamma.
+
+    Source: Karras et al. 2022, Algorithm 2 (first order, S_noise = 1).
+    """
     return Churn(_within("gamma", gamma, 0.0, math.inf), lowest, highest)
 
 
 def euler_maruyama(g: Callable[[Level], float] | None = None) -> EulerMaruyama:
-    """Euler-Maruyama on the reverse SDE with diffusion coefficient g(level); None is the path's own."""
+    """Euler-Maruyama on the reverse SDE, with any diffusion coefficient.
+
+    Args:
+        g: diffusion coefficient as a function of the Level that a step starts from; None for the path's own,
+            g^2 = 2 sigma^2 d/dt log(sigma / alpha).
+
+    Returns:
+        A transition rule, see `EulerMaruyama`. Its marginals are right as steps shrink, and noise is left at t = 0
+        unless g vanishes there. The path's own g diverges where alpha = 0: a step from there raises SteerError.
+
+    Source: Song et al. 2021, Eq. 6 for the path's own g.
+    """
     return EulerMaruyama(g)
 
 
 def flow_sde(a: float = 0.7) -> FlowSDE:
-    """Flow-GRPO's SDE with noise level a."""
+    """Flow-GRPO's SDE: Euler-Maruyama with g = a sqrt(sigma / alpha).
+
+    Args:
+        a: noise level, >= 0; .7 in the paper.
+
+    Returns:
+        A transition rule, see `FlowSDE`. Noise is left at t = 0; `cps` leaves none.
+
+    Raises:
+        SteerError: a negative a.
+
+    Source: Liu et al. 2025 (Flow-GRPO).
+    """
     return FlowSDE(_within("a", a, 0.0, math.inf))
 
 
 def dance_sde(eta: float = 0.3) -> DanceSDE:
-    """DanceGRPO's SDE with constant noise eta."""
+    """DanceGRPO's SDE: Euler-Maruyama with a constant g = eta.
+
+    Args:
+        eta: diffusion coefficient, >= 0; .3 in the paper.
+
+    Returns:
+        A transition rule, see `DanceSDE`. Noise of eta sqrt(last step) is left at t = 0.
+
+    Raises:
+        SteerError: a negative eta.
+
+    Source: Xue et al. 2025 (DanceGRPO).
+    """
     return DanceSDE(_within("eta", eta, 0.0, math.inf))
 
 
