@@ -58,7 +58,7 @@ class RewardSpec:
     gradient: "exact" where backpropagation through the samples gives the derivative of the scores, "surrogate" where
         it gives that of something smoother, "none" where there is none (asking for one is an error), "" unsaid.
     scope: "pointwise" where a score depends on its own sample alone, "groupwise" where it depends on the others in
-        the call: such a reward is no function of x, so no law can be tilted by it.
+        the call: such a reward is no function of x, so no distribution can be tilted by it.
     prompts: whether it reads them. version: weights and preprocessing, what a cached score must match.
     """
 
@@ -81,7 +81,7 @@ class Reward(Protocol):
 
 @runtime_checkable
 class Transition(Protocol):
-    """The law of one step, x' given x, for every particle: shape [B, N, *event].
+    """The distribution of one step, x' given x, for every particle: shape [B, N, *event].
 
     Laws on a Gaussian path also have `mean`, `std` (0 for a deterministic step) and `shift(delta)`, for proposals.
     """
@@ -109,7 +109,7 @@ class GaussianTransition(Transition, Protocol):
     def std(self) -> float: ...
 
     def shift(self, delta: Tensor) -> GaussianTransition:
-        """The same law moved by delta."""
+        """The same distribution moved by delta."""
         ...
 
 

@@ -146,8 +146,8 @@ def open_objective(
     if _spec(reward).scope == "groupwise" and not groupwise:
         raise RewardError(
             f"the reward {_name(reward)} scores a sample against the others in its group, so it is no function of one "
-            "sample and there is no law to tilt by it; steer by the reward inside it, or use search.best_of_n or "
-            "steer.rollout, which score finished samples once"
+            "sample and there is no distribution to tilt by it; steer by the reward inside it, or use "
+            "search.best_of_n or steer.rollout, which score finished samples once"
         )
     meter = Meter()
     process = process.metered(meter)

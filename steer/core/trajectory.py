@@ -259,7 +259,7 @@ class Trajectory:
         return self.select(index.expand(self.x.shape[0], -1))
 
     def select(self, index: Tensor) -> Trajectory:
-        """With the particles at index [B, M] only, weights kept: for searches, which do not claim a law."""
+        """With the particles at index [B, M] only, weights kept: for searches, which claim no distribution."""
         everywhere = torch.ones_like(self.log_evidence, dtype=torch.bool)
         return self._take(index, everywhere, self.log_weight.gather(1, index))
 

@@ -204,8 +204,8 @@ def _check_run(result: Result, chain: GaussianProcess, law: str, name: str) -> N
         raise SteerError(f"{name} was interrupted: its rows are predictions, not samples; collect again").keep(result)
     if law != "none" and not _policy_ran(chain, result):
         raise SteerError(
-            f"{name} moves particles by laws of its own (another process, rule or start than the policy's), so its "
-            "steps are not draws of the policy; collect with steer.smc or another sampler over the policy's "
+            f"{name} moves particles by transitions of its own (another process, rule or start than the policy's), so "
+            "its steps are not draws of the policy; collect with steer.smc or another sampler over the policy's "
             'transitions, or pass law="none" for its samples alone'
         ).keep(result)
 

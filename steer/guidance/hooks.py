@@ -12,7 +12,7 @@ in this order, those of one kind one after another, each seeing what the ones be
 value of `Hooks`; `a + b` is both. The same value serves in two roles:
 
     GuidedProcess(process, hooks)                      a process like any other: every sampler runs on it, and what it
-                                                       tilts or searches is the law that the guided chain samples;
+                                                       tilts or searches is what the guided chain samples;
     smc(process, reward, proposal=follow(hooks))       a proposal: weights by p / q, the model's transition over the
                                                        guided one, make any hooks exact for p(x) exp(r(x) / T).
 

@@ -82,7 +82,7 @@ def follow(hooks: Hooks, *, limit: float | None = None, key: Key | int | None = 
     if hooks.after or hooks.start:
         raise SteerError(
             "a proposal consists of score, x0 and mean hooks, got start or after hooks, which have no density; put "
-            "those into the process (steer.guidance.guide), whose law is then theirs"
+            "those into the process (steer.guidance.guide), whose distribution is then theirs"
         )
     if limit is not None and not limit > 0.0:
         raise SteerError(f"limit is a displacement in units of the step's noise and must be positive, got {limit}")

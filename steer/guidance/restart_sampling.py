@@ -184,8 +184,8 @@ def restart(process: GaussianProcess, spans: Sequence[RestartInterval | tuple[fl
     """Restart sampling: at the lower end of a span go back by the forward process to its upper end, and come down.
 
     Errors that the chain has made contract in every pass, and with deterministic steps the noise is all added at once.
-    With exact steps the law at every level stays what it was. The copies that a resampling leaves are separated by the
-    noise that follows, also where steps are deterministic:
+    With exact steps the distribution at every level stays what it was. The copies that a resampling leaves are
+    separated by the noise that follows, also where steps are deterministic:
 
         process = steer.restart(process.with_rule(steer.ode()), [(0.5, 2.0, 1)])
         steer.smc(process, reward, selection=steer.resample(at=process.returns), weight=steer.difference(at=...))

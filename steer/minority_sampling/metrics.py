@@ -54,7 +54,7 @@ def minority_metrics(
     ball_k: int = 3,
     law: GaussianMixture | None = None,
 ) -> Minority:
-    """All metrics of samples [M, ...] against real points [R, ...]: features, or states of a known law.
+    """All metrics of samples [M, ...] against real points [R, ...]: features, or states of a known distribution.
 
     Rarity, precision and recall are by balls (Kynkäänniemi et al. 2019; Han et al. 2023).
 

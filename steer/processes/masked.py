@@ -2,8 +2,8 @@
 
 The absorbing case of discrete diffusion (Austin et al. 2021, D3PM): the forward process replaces tokens by a mask,
 and the reverse process draws them from a network that sees the partly masked tokens. A chain that reveals one position
-a step has the law of the network's own conditionals. One that reveals several writes them independently, and has
-another law, whatever the network (`models.masked_chain_law` gives it for small models): samplers tilt the law of the
+a step has the distribution of the network's own conditionals. One that reveals several writes them independently, and
+has another one, whatever the network (`models.masked_chain_law` gives it for small models): samplers tilt that of the
 chain.
 """
 

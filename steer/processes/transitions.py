@@ -1,6 +1,6 @@
 """Transition rules: how a step is drawn between two levels of a Gaussian path.
 
-Every rule is a small frozen value that works with any Gaussian process, and gives the exact law of the step it takes.
+Every rule is a small frozen value that works with any Gaussian process, and gives the exact distribution of its step.
 Two families cover them all. *Marginal-keeping* rules re-noise the prediction,
 
     x' = alpha' x0 + sqrt(sigma'^2 - std^2) eps + std z,       eps = (x - alpha x0) / sigma,
@@ -65,7 +65,7 @@ class Normal:
 
 @dataclass(frozen=True, eq=False)
 class TransformedTransition:
-    """A law whose draws [B, N, *event] go through a function before anyone sees them; all else is the law's."""
+    """A transition whose draws [B, N, *event] go through a function before anyone sees them; all else is its own."""
 
     law: GaussianTransition
     change: Callable[[Tensor], Tensor]

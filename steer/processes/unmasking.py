@@ -1,7 +1,7 @@
 """How a masked process reveals its tokens: rules, and the exact distributions of the steps they make.
 
-A step makes two choices, which positions it reveals and what it writes there, both drawn from laws known exactly, so
-every step has an exact log-prob. Positions revealed by one step are written independently of one another given what
+A step makes two choices, which positions it reveals and what it writes there, both drawn from distributions known exactly,
+so every step has an exact log-prob. Positions revealed by one step are written independently of one another given what
 was visible before it.
 """
 
@@ -189,8 +189,8 @@ class FixedCountUnmasking:
     """Reveals a fixed number of positions a step, down to t L masks (rounded). By `steer.unmask(order=...)`.
 
     order: scores of positions, highest first; None for a uniformly drawn set. Any order that is chosen by what is
-    visible keeps the law of a chain that reveals one position a step. The forward process masks a uniformly drawn set,
-    which is the reverse of the random order alone.
+    visible keeps the distribution of a chain that reveals one position a step. The forward process masks a
+    uniformly drawn set, which is the reverse of the random order alone.
     """
 
     order: Order | None = None

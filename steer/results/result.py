@@ -36,7 +36,7 @@ class Result:
     process:      what made it.
     x:            clean states, [B, N, *event].
     reward:       scores, [B, N] float64.
-    log_weight:   log-weights that sum to one within each problem, [B, N] float64. Samplers: of the law they target.
+    log_weight:   log-weights that sum to one within each problem, [B, N] float64. Samplers: of their target.
                   Searches: equal weights on what they chose, zero on the rest.
     log_evidence: estimate of log E_p[exp(r / temperature)], [B]; NaN for searches, which estimate none.
     root:         slot of the noise each sample began from, [B, N].
