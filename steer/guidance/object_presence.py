@@ -26,8 +26,8 @@ class MissingObjects:
     real images that miss it nevertheless.
 
     A sample that shows everything scores 0, one where the detector is certain of a gap -inf. In the paper h is the
-    share among the particles of the moment, which makes weights depend on the population; a distribution to tilt needs a
-    fixed h, from `calibrated`.
+    share among the particles of the moment, which makes weights depend on the population; a distribution to tilt needs
+    a fixed h, from `calibrated`.
     Source: Liu et al. 2023 (Correcting diffusion generation through resampling, 2312.06038), the object term of their
     weight, as released (c = .2). Differs: h fixed; their other term, log D / (1 - D), is a discriminator's logit: add
     it as a reward.

@@ -67,10 +67,11 @@ class BoostAndSkip:
 def boost_and_skip(kappa: float | None = None, *, gamma: float = 4.0, skip: int | None = None) -> BoostAndSkip:
     """Boost-and-Skip for `steer.minority`: x ~ N(0, gamma^2) at a later level, then the unchanged sampler.
 
-    Why kappa: given its start x_s, the data's distribution is p(x_0) N(x_s; alpha x_0, sigma^2), which depends on
-    the start by alpha x_s alone, and that has variance gamma^2 alpha-bar. Two starts of one kappa give the same one up to
-    O(alpha-bar), on any schedule; the paper's gamma = 4, 3 of 250 steps are kappa = .005 on a cosine schedule and .0008
-    on a linear one. With a deterministic rule this is Prior Guidance (Karczewski et al. 2025, 2502.05807).
+    Why kappa: given its start x_s, the data's distribution is p(x_0) N(x_s; alpha x_0, sigma^2), which depends on the
+    start by alpha x_s alone, and that has variance gamma^2 alpha-bar. Two starts of one kappa give the same one up
+    to O(alpha-bar), on any schedule; the paper's gamma = 4, 3 of 250 steps are kappa = .005 on a cosine schedule
+    and .0008 on a linear one. With a deterministic rule this is Prior Guidance (Karczewski et al. 2025,
+    2502.05807).
     It is a change of distribution, without weights that would undo it: samplers given the process target
     boosted(x) exp(r / T).
 

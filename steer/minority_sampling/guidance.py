@@ -51,8 +51,8 @@ def minority_guidance(classifier: Classifier, *, scale: float = 3.5, target: int
     Args:
         classifier: see `Classifier`; learns quantile labels of the minority score (`minority_score`, `quantile_labels`;
             `examples/train/minority_digits.py` does so for the digits).
-        scale: 1 is Bayes' rule: with the exact classifier, the distribution of the target's own samples as steps shrink.
-            3.5 is the paper's on LSUN bedrooms at 100 bins and 250 steps.
+        scale: 1 is Bayes' rule: with the exact classifier, the distribution of the target's own samples as steps
+            shrink. 3.5 is the paper's on LSUN bedrooms at 100 bins and 250 steps.
         target: the quantile to go to; -1 is the rarest, 0 the commonest.
 
     Cost per step: one forward and backward pass of the classifier per particle, none of the network.

@@ -1,7 +1,7 @@
 """How a masked process reveals its tokens: rules, and the exact distributions of the steps they make.
 
-A step makes two choices, which positions it reveals and what it writes there, both drawn from distributions known exactly,
-so every step has an exact log-prob. Positions revealed by one step are written independently of one another given what
+A step makes two choices, which positions it reveals and what it writes there, both drawn from known distributions, so
+every step has an exact log-prob. Positions revealed by one step are written independently of one another given what
 was visible before it.
 """
 

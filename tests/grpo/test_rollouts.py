@@ -386,7 +386,7 @@ def test_a_tree_keeps_all_its_steps_or_none():
 def test_what_stores_no_steps_or_moves_by_other_laws_is_refused():
     with pytest.raises(steer.SteerError, match=r"stored not all of the stochastic steps .*can keep states"):
         grpo.collect(toy(), REWARD, group_size=16, method=steer.waste_free, temperature=2.0)
-    with pytest.raises(steer.SteerError, match="by laws of its own"):
+    with pytest.raises(steer.SteerError, match="by transitions of its own"):
         grpo.collect(toy(), REWARD, group_size=16, method=steer.fkc, temperature=2.0)
     samples = grpo.collect(toy(), REWARD, group_size=16, method=steer.fkc, temperature=2.0, law="none")
     assert samples.mask.shape == (16, 0)

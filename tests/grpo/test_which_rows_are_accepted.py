@@ -183,7 +183,7 @@ def test_rows_of_another_process_are_no_rows_of_the_policy():
         "grid": lambda process: process.with_times([*process.times[:2], *process.times[3:]]),
     }
     for change in others.values():
-        with pytest.raises(steer.SteerError, match="by laws of its own"):
+        with pytest.raises(steer.SteerError, match="by transitions of its own"):
             collected(elsewhere(change), temperature=4.0)
     assert collected(elsewhere(lambda process: process), temperature=4.0).objective == "policy_gradient"
 
