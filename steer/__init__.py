@@ -74,8 +74,10 @@ from .pipelines.native_solver import own_solver
 from .pipelines.verification import verify
 from .processes import schedules
 from .processes import transitions as rules
+from .processes.conversion import convert
 from .processes.edm import from_edm, karras_sigmas
-from .processes.gaussian import GaussianProcess, convert, from_denoiser, from_eps, from_score, from_v, from_velocity
+from .processes.from_network import from_denoiser, from_eps, from_score, from_v, from_velocity
+from .processes.gaussian import GaussianProcess
 from .processes.masked import MaskedProcess, from_logits
 from .processes.schedules import VE, VP, Cosine, RectifiedFlow, Tabulated, log_snr_times, sigma_times, uniform_times
 from .processes.transitions import Normal, churn, cps, dance_sde, ddim, euler_maruyama, flow_sde, ode

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..errors import NonFiniteError
 from ..key import Key, as_key
-from ..processes.gaussian import GaussianProcess, from_denoiser
+from ..processes.from_network import from_denoiser
+from ..processes.gaussian import GaussianProcess
 from ..processes.schedules import VP, RectifiedFlow
 from ..results.result import Law, Result
 from .statistics import LIMIT, CheckFailed, described, worst, z_scores

@@ -134,7 +134,7 @@ reward that goes with the pipeline `emoji`. Vision: 16x16 patches, three layers 
 
     from functools import partial
     from transformers import CLIPModel, CLIPTokenizer
-    import rewards
+    from steer import rewards
     tokenizer = CLIPTokenizer.from_pretrained("rewards/assets/clip-emoji")
     tokenize = partial(tokenizer, padding="max_length", truncation=True, return_tensors="pt")
     network = CLIPModel.from_pretrained("rewards/assets/clip-emoji").eval()
