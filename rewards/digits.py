@@ -11,6 +11,8 @@ from importlib import resources
 import torch
 from torch import nn
 
+from steer.files import check_digests
+
 NUM_CLASSES = 10
 
 
@@ -98,6 +100,7 @@ def load_digit_net(name: str) -> DigitNet:
 
     Raises:
         ValueError: if no network of that name is stored; the message lists the names.
+        ModelError: if its files are not those that were packed.
     """
     from safetensors.torch import load
 
@@ -105,6 +108,7 @@ def load_digit_net(name: str) -> DigitNet:
     names = sorted(key for key, folder in folders.items() if (folder / "model.safetensors").is_file())
     if name not in names:
         raise ValueError(f"unknown digit network {name!r}; stored networks: {', '.join(names)}")
+    check_digests(folders[name])
     net = DigitNet(**json.loads((folders[name] / "config.json").read_text()))
     net.load_state_dict(load((folders[name] / "model.safetensors").read_bytes()))
     return net.eval().requires_grad_(False)

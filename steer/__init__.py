@@ -7,6 +7,7 @@ from typing import Any
 from . import exporters, grpo, guidance, models
 from .core import resampling as resamplers
 from .core.resampling import killing, multinomial, residual, ssp, stratified, systematic
+from .core.snapshot import load_trajectory, save_trajectory
 from .core.start import prior
 from .core.trajectory import Trajectory
 from .cost import Cost
@@ -94,6 +95,7 @@ from .samplers.rollout import rollout
 from .samplers.smc import smc
 from .samplers.tds import tds
 from .samplers.waste_free import waste_free
+from .saved import load_run
 from .types import Coeffs, Denoiser, Level, QuadraticForm, ReverseProcess, Reward, Rule, Schedule, Stop, Transition
 from .version import __version__
 from .weighted_sde import transports
@@ -220,6 +222,8 @@ __all__ = [
     "killing",
     "lgd",
     "load",
+    "load_run",
+    "load_trajectory",
     "log_snr_times",
     "mala",
     "maximum",
@@ -255,6 +259,7 @@ __all__ = [
     "rollout",
     "rules",
     "sample",
+    "save_trajectory",
     "schedules",
     "score_transport",
     "self_guided",

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 
 class SteerError(ValueError):
     """Root of all steer's errors.
 
-    partial: what was already paid for when the error arose (a Trajectory or a Result), or None.
+    partial: what was already paid for when the error arose (a Trajectory or a Result), or None. It goes along when the
+             error is sent from one process to another, unless it holds what cannot be sent, a lambda say: then the
+             message says so.
     """
 
     partial: Any = None
@@ -18,6 +21,18 @@ class SteerError(ValueError):
         if self.partial is None:
             self.partial = partial
         return self
+
+    def __reduce__(self) -> Any:
+        """How a pool of processes sends the error: without what cannot be sent, for which it would be lost itself."""
+        try:
+            pickle.dumps(self.partial)
+        except Exception as error:
+            left = (
+                f"{self} (.partial, which holds what was paid for, stayed behind in the process that raised this: "
+                f"{type(error).__name__}: {error}; save it there, or make network and reward of functions of a module)"
+            )
+            return type(self), (left,), {k: v for k, v in self.__dict__.items() if k != "partial"}
+        return super().__reduce__()
 
 
 class ShapeError(SteerError):

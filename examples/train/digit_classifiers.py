@@ -19,6 +19,7 @@ from digits_data import Digits, splits
 from safetensors.torch import save as to_safetensors
 from torch.nn import functional as F
 
+from steer.files import write_digests
 from steer.rewards.digits import DigitNet
 
 ASSETS = Path(__file__).resolve().parents[2] / "rewards" / "assets"
@@ -179,6 +180,7 @@ def save(folder: Path, name: str, net: DigitNet, steps: int, images: int, metric
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model.safetensors").write_bytes(to_safetensors(net.state_dict()))
     (folder / "config.json").write_text(json.dumps(recipe.config, indent=2) + "\n")
+    write_digests(folder)
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     card = CARD.format(
         name=name,

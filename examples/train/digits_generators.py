@@ -25,6 +25,8 @@ from digits_quality import Metrics, measure
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from steer.files import write_digests
+
 ASSETS = Path(__file__).resolve().parents[2] / "steer" / "assets"
 NULL_CLASS = 10
 LABEL_DROPOUT = 0.15
@@ -257,6 +259,7 @@ def main() -> None:
     if not args.measure_only:
         unet = train(objective, data.train, data.held_out, args.steps, args.seed)
         DDPMPipeline(unet, objective.scheduler()).save_pretrained(folder, safe_serialization=True)
+        write_digests(folder)
     metrics = evaluate(folder, objective)
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     write_card(folder, objective, args.steps, args.seed, metrics)

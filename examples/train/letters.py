@@ -19,6 +19,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 from torch.nn import functional as F
 
+from steer.files import write_digests
 from steer.key import Key
 from steer.models.letters import ALPHABET, LENGTH, MASK, LettersNet, letters_process, to_text, to_tokens
 from steer.samplers.rollout import rollout
@@ -198,6 +199,7 @@ def save(folder: Path, net: LettersNet, words: Words, metrics: dict[str, float],
     (folder / "model.safetensors").write_bytes(to_safetensors(weights))
     config = {"kind": "masked diffusion", "architecture": "transformer", **CONFIG}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_digests(folder)
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     card = CARD.format(
         parameters=sum(p.numel() for p in net.parameters()), total=len(words.train) + len(words.held_out),

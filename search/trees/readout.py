@@ -14,7 +14,7 @@ from steer.core.objective import check_finite
 from steer.core.run import Run
 from steer.core.trajectory import LevelRecord
 from steer.errors import CollapsedWeightsError
-from steer.results.result import Law, Result
+from steer.results.result import Law, MadeBy, Result
 
 from .simulation import LastPrediction
 from .tree import Tree
@@ -129,6 +129,7 @@ def _result(
         interrupted=interrupted,
         tree=tree,
         law="none" if tree.biased_start else readout.law,
+        made_by=MadeBy.of(run),
     )
     if bool(dead.any()):
         raise CollapsedWeightsError(

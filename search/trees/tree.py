@@ -259,6 +259,19 @@ class Tree:
         names = ("parent", "children", "visits", "value", "predicted_reward", "reward")
         return {name: layer[name][problem, : layer.count[problem]] for name in names if name in layer}
 
+    def parts(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All of the trees as tensors and facts of JSON's types, for a file; `tree_from` in snapshot.py reads them."""
+        facts = {"problems": self.problems, "levels": list(self.levels), "rule": type(self.rule).__name__}
+        facts |= {"simulations": self.simulations, "batches": self.batches, "biased_start": self.biased_start}
+        tensors = {"normalizer_known": torch.from_numpy(self.normalizer_known)}
+        tensors["expansions"] = torch.from_numpy(self.expansions)
+        for depth, layer in enumerate(self.layers):
+            tensors[f"{depth}.count"] = torch.from_numpy(layer.count)
+            tensors |= {f"{depth}.{name}": layer[name] for name in (*layer.facts, *layer.states)}
+        facts["bookkeeping"] = [list(layer.facts) for layer in self.layers]
+        facts["on_device"] = [[n for n, t in layer.states.items() if t.device.type != "cpu"] for layer in self.layers]
+        return tensors, facts
+
     def to_networkx(self, problem: int = 0) -> networkx.DiGraph:
         """One tree as a networkx graph.
 

@@ -7,7 +7,6 @@ nothing else; progress and errors go to stderr.
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..files import check_writable
 from ..version import __version__
 from .inputs import (
     by_method,
@@ -27,6 +27,7 @@ from .inputs import (
     open_reward,
     own_options,
     parse_budgets,
+    print_json,
     reported_errors,
     say,
     settings_of,
@@ -148,7 +149,7 @@ def generate(
         options |= {"budget": budget, "particles": particles, "temperature": temperature, "key": seed}
         rows = budget or (particles or 16) * process.steps * process.rows
         show, unsteered = not (quiet or as_json), None
-        out.mkdir(parents=True, exist_ok=True)  # a directory that cannot be written should fail before the run
+        check_writable(out)
         with Interrupt() as interrupt:
             with Watch(rows, method, show, interrupt) as watch:
                 result = sampler(process, watch.watching(score), **options, **watch.hook(sampler))
@@ -213,7 +214,7 @@ def compare(
         for name, own in by_method(settings or [], everyone).items():
             options[name] |= settings_of(find_method(name), name, own)
         total = sum(budgets) * keys * len(everyone)
-        out.mkdir(parents=True, exist_ok=True)
+        check_writable(out)
         with Interrupt() as interrupt, Watch(total, "compare", not (quiet or as_json), interrupt) as watch:
             for name in everyone:
                 options[name] |= watch.hook(find_method(name))
@@ -232,7 +233,7 @@ def compare(
         about |= {"options": ", ".join(settings)} if settings else {}
         facts = write_comparison_files(table, out, n, {**about, "command": command_line(context)})
     if as_json:
-        typer.echo(json.dumps(facts))
+        print_json(facts)
     elif not quiet:
         print_comparison(table, out)
     if table.interrupted:
@@ -266,7 +267,7 @@ def preflight_(
         found = preflight(process, score, samples=samples, temperature=temperature, key=seed)
     if as_json:
         about = {"model": model, "reward": reward, "seed": seed, "steps": steps, "label": label}
-        typer.echo(json.dumps({"about": about, **found.to_dict()}))
+        print_json({"about": about, **found.to_dict()})
     else:
         typer.echo(str(found))
 
@@ -281,13 +282,13 @@ def report(
 ) -> None:
     """Writes report.html of a saved run again: after an update of steer, or with another number of pictures.
 
-    Search trees and intermediate states are not saved, so they are not shown.
+    Intermediate states are not saved, so they are not shown.
     """
     from ..report.run_report import shown, write_report
-    from ..results.saved import load_result
+    from ..saved import load_run
 
     with reported_errors(debug, as_json=False):
-        saved = load_result(directory)
+        saved = load_run(directory)
         about = {name: fact for name, fact in saved.facts["run"].items() if name != "shown"}
         if "model" not in about or "reward" not in about:
             raise typer.BadParameter(
@@ -295,12 +296,6 @@ def report(
                 "Saved.result(process), and write the page with its .report(...)"
             )
         out = out or directory
-        if saved.facts.get("tree") and (out / "report.html").exists():
-            raise typer.BadParameter(
-                f"{out / 'report.html'} shows a search tree, which is not saved and would be lost; give another "
-                "directory",
-                param_hint="--out",
-            )
         process = open_model(about["model"], saved.facts["process"]["steps"], about.get("label"), device)
         result, metrics = saved.result(process), metrics_of(about["reward"], open_reward(about["reward"], process))
         index = shown(result, min(n, result.reward.shape[1]))
@@ -324,7 +319,7 @@ def models(as_json: AsJson = False) -> None:
 
     found = embedded()
     if as_json:
-        typer.echo(json.dumps({"models": found}))
+        print_json({"models": found})
         return
     table = Table("name", "kind", "parameters", "measured", "licence", box=None, header_style="bold")
     for card in found:
@@ -340,7 +335,7 @@ def methods(as_json: AsJson = False) -> None:
 
     found = [listed(name, find_method(name)) for name in names()]
     if as_json:
-        typer.echo(json.dumps({"methods": found}))
+        print_json({"methods": found})
         return
     table = Table("name", "returns", "--set", box=None, header_style="bold", show_lines=False)
     for entry in found:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,9 +35,16 @@ def reported_errors(debug: bool, as_json: bool) -> Iterator[None]:
         elif isinstance(error, Stop):
             message = "interrupted; nothing was written"
         if as_json:
-            typer.echo(json.dumps({"error": {"type": type(error).__name__, "message": message}}))
+            print_json({"error": {"type": type(error).__name__, "message": message}})
         say(f"[bold red]error:[/] [red]{escape(message)}[/]")
         raise typer.Exit(1) from None
+
+
+def print_json(value: Any) -> None:
+    """Prints a value on stdout as one line of strict JSON: NaN and infinities, which JSON lacks, as null."""
+    from ..files import to_json
+
+    typer.echo(to_json(value, indent=None).decode(), nl=False)
 
 
 def say(markup: str) -> None:

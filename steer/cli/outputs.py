@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,16 +61,16 @@ def write_comparison_files(
 
 def print_run(numbers: dict[str, Any], out: Path, about: dict[str, Any], as_json: bool, quiet: bool) -> None:
     """Prints a run's numbers, as JSON or as a short table."""
-    import typer
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     from ..report.page import number
+    from .inputs import print_json
 
     if as_json:
         files = sorted(path.name for path in out.iterdir() if path.is_file())
-        typer.echo(json.dumps({"out": str(out), "files": files, "about": about, **numbers}))
+        print_json({"out": str(out), "files": files, "about": about, **numbers})
     elif not quiet:
         lines = Table.grid(padding=(0, 2))
         for name, measured in {"mean reward": numbers["reward"], **numbers["metrics"]}.items():

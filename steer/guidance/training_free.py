@@ -66,6 +66,16 @@ def _signal(at: Level) -> float:
     return at.alpha**2 / (at.alpha**2 + at.sigma**2)
 
 
+def _noise_level(at: Level) -> float:
+    """sigma. Profiles by default are functions of the module, and no lambdas, which are not pickled."""
+    return at.sigma
+
+
+def _noise_share(at: Level) -> float:
+    """Standard deviation of the noise in a state scaled to variance 1."""
+    return math.sqrt(1.0 - _signal(at))
+
+
 @dataclass(frozen=True)
 class Native:
     """A step size as papers have it: it multiplies the gradient. Built by `native`."""
@@ -194,7 +204,7 @@ def tfg(
     iterations: int = 4,
     rho_profile: Profile = increasing,
     mu_profile: Profile = increasing,
-    sigma_profile: Callable[[Level], float] = lambda at: at.sigma,
+    sigma_profile: Callable[[Level], float] = _noise_level,
     halvings: int = 6,
     limit: float | None = None,
 ) -> Hooks:
@@ -300,9 +310,8 @@ def lgd(potential: Reward | Callable[..., Any], rho: Strength = 0.2, samples: in
     Source: Song et al. 2023 (LGD-MC).
     Differs: TFG's code divides by n twice; this does once.
     """
-    profile = {"sigma_profile": lambda at: math.sqrt(1.0 - _signal(at))}
     fixed = {"rho": rho, "mu": 0.0, "sigma": 1.0, "samples": samples, "iterations": 0}
-    return tfg(potential, **{"rho_profile": constant, **profile, **options, **fixed})
+    return tfg(potential, **{"rho_profile": constant, "sigma_profile": _noise_share, **options, **fixed})
 
 
 def freedom(potential: Reward | Callable[..., Any], rho: Strength = 0.2, **options: Any) -> Hooks:

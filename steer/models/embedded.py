@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 
 from ..errors import ModelError
+from ..files import check_digests
 from ..pipelines.from_pipeline import from_pipeline
 from ..processes.gaussian import GaussianProcess
 from ..processes.masked import MaskedProcess
@@ -46,7 +47,8 @@ def load(
         [M, 8], 0 to 25 for a to z and 26 after the end of the word, which `Result.texts` shows as words.
 
     Raises:
-        ModelError: For other names, and for labels or guidance of "letters".
+        ModelError: For other names, for labels or guidance of "letters", and where a file of the model is not the one
+            that was packed.
     """
     if name == "letters":
         if labels is not None or guidance_scale != 1.0:
@@ -76,6 +78,7 @@ def _digits(name: str, device: torch.device | str, **options: Any) -> GaussianPr
     logging.disable_progress_bar()  # for two small files
     try:
         with as_file(files("steer") / "assets" / name) as folder:
+            check_digests(folder)
             pipe = DDPMPipeline.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
     finally:
         if shown:
@@ -89,6 +92,7 @@ def _letters(steps: int, transition: UnmaskRule | None, device: torch.device | s
     from safetensors.torch import load as from_safetensors
 
     folder = files("steer") / "assets" / "letters"
+    check_digests(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     network = LettersNet(**{name: config[name] for name in ("width", "heads", "hidden", "layers")})
     weights = from_safetensors((folder / "model.safetensors").read_bytes())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -46,6 +48,16 @@ class LettersNet(nn.Module):
         for block in self.blocks:
             state = block(state)
         return self.head(self.norm(state)).unflatten(0, x.shape[:-1])
+
+
+@dataclass(frozen=True, eq=False)
+class _Logits:
+    """The network as a function of states and time, of which it needs no time. Not a lambda: those are not pickled."""
+
+    network: nn.Module
+
+    def __call__(self, x: Tensor, t: float) -> Tensor:
+        return self.network(x)
 
 
 class TransformerBlock(nn.Module):
@@ -115,7 +127,7 @@ def letters_process(
         The process, with `text` set so that results show words.
     """
     return from_logits(
-        lambda x, t: network(x),
+        _Logits(network),
         steps,
         length=LENGTH,
         vocabulary=len(ALPHABET),

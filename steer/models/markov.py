@@ -166,6 +166,16 @@ def _normalised(message: Tensor) -> Tensor:
     return message / torch.where(total > 0.0, total, 1.0)
 
 
+@dataclass(frozen=True, eq=False)
+class _Marginals:
+    """The exact network of a language. A class, since processes go to other processes by pickle."""
+
+    language: MarkovLanguage
+
+    def __call__(self, x: Tensor, t: float) -> Tensor:
+        return self.language.log_marginals(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+
+
 def markov_language(
     initial: Any,
     matrix: Any,
@@ -197,13 +207,10 @@ def markov_language(
     first, following = (torch.as_tensor(part, dtype=torch.float64) for part in (initial, matrix))
     language = MarkovLanguage(first, following, length)
 
-    def logits(x: Tensor, t: float) -> Tensor:
-        return language.log_marginals(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
-
     grid = masking_times(times if times is not None else steps or length)
     size = language.vocabulary
     return MaskedProcess(
-        network=logits,
+        network=_Marginals(language),
         times=grid,
         length=length,
         vocabulary=size,

@@ -319,6 +319,18 @@ class ExactStep:
         return gain, before - gain * rate * before
 
 
+@dataclass(frozen=True, eq=False)
+class _MixtureDenoiser:
+    """E[x_0 | x_t] of a mixture on a path. A class, since processes go to other processes by pickle."""
+
+    mixture: GaussianMixture
+    path: Schedule
+
+    def __call__(self, x: Tensor, t: float) -> Tensor:
+        alpha, sigma, _, _ = self.path(t)
+        return self.mixture.denoise(x, alpha, sigma)
+
+
 def gaussian_mixture(
     means: Any,
     covs: Any,
@@ -354,13 +366,9 @@ def gaussian_mixture(
     mixture = GaussianMixture(means, covs, weights)
     path = schedule or schedules.VP()
 
-    def denoise(x: Tensor, t: float) -> Tensor:
-        alpha, sigma, _, _ = path(t)
-        return mixture.denoise(x, alpha, sigma)
-
     grid = schedules.uniform_times(path, steps) if times is None else schedules.check_times(times)
     return GaussianProcess(
-        denoiser=denoise,
+        denoiser=_MixtureDenoiser(mixture, path),
         schedule=path,
         times=grid,
         event=(mixture.means.shape[1],),

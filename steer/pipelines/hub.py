@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..errors import ModelError
+from ..files import DIGESTS, check_digests
 from ..processes.gaussian import GaussianProcess
 from .from_pipeline import from_pipeline
 
@@ -41,7 +42,8 @@ def from_hub(
 
     Raises:
         ModelError: Where there is no such pipeline, where weights are pickled, and where code of the repository would
-            have to run. Only safetensors files are read.
+            have to run. Only safetensors files are read. Where the folder has a file SHA256SUMS, as `sha256sum`
+            writes it, also where a file is not the one that it lists.
 
     To set up the scheduler, adapters or offloading first, load the pipeline yourself and open it by
     `steer.from_pipeline`.
@@ -61,18 +63,30 @@ def from_hub(
             local_files_only=local_files_only or folder.is_dir(),
             **{key: value for key, value in given.items() if value is not None},
         )
-    except (OSError, ValueError) as error:  # what diffusers, transformers and the hub's client raise
+    # What diffusers, transformers and the hub's client raise; the last three at class names and settings that are none.
+    except (OSError, ValueError, AttributeError, TypeError, RuntimeError) as error:
         raise ModelError(
             f"no pipeline could be loaded from {str(name)!r} ({type(error).__name__}: {_first_line(error)}); steer "
-            "reads model_index.json and safetensors weights, and runs no code of a repository; a gated or private one "
-            "needs `hf auth login`"
+            "reads model_index.json, with classes that the installed diffusers and transformers have, and safetensors "
+            "weights, and runs no code of a repository; a gated or private one needs `hf auth login`"
         ) from error
-    for module in pipe.components.values():
+    for part, module in pipe.components.items():
         if isinstance(module, torch.nn.Module):
+            _check_complete(name, part, module)
             module.eval().requires_grad_(False)
     if device is not None:
         pipe.to(device)
     return from_pipeline(pipe, **options)
+
+
+def _check_complete(name: str | Path, part: str, module: torch.nn.Module) -> None:
+    """Raises ModelError where a network's files lack some of its weights, of which diffusers only warns."""
+    absent = [weight for weight, tensor in module.state_dict(keep_vars=True).items() if tensor.is_meta]
+    if absent:
+        raise ModelError(
+            f"the files of {str(name)!r} lack {len(absent)} weight(s) of its {part}, {absent[0]} first: they do not "
+            "fit its config.json, or are not whole; restore both from where they came from"
+        )
 
 
 def _check_folder(folder: Path) -> None:
@@ -82,6 +96,8 @@ def _check_folder(folder: Path) -> None:
             f"{folder} holds no pipeline: it has no model_index.json; write one with "
             f"pipe.save_pretrained({str(folder)!r})"
         )
+    if (folder / DIGESTS).is_file():
+        check_digests(folder)
     for part in sorted(path for path in folder.iterdir() if path.is_dir()):
         files = [path for path in part.iterdir() if path.is_file()]
         pickled = sorted(path.name for path in files if path.suffix in _PICKLED)

@@ -87,6 +87,17 @@ def is_bare_unet(pipe: Any) -> bool:
     )
 
 
+@dataclass(frozen=True)
+class _Timestep:
+    """From times of the path to the network's timesteps. A class, since processes go to other processes by pickle."""
+
+    length: int
+    first: float = 0.0
+
+    def __call__(self, t: float) -> float:
+        return t * self.length - self.first
+
+
 class _GuidedUNet:
     """The UNet on states [B, N, C, H, W] at a time of the path, in chunks, with guidance and one label per problem."""
 
@@ -142,12 +153,12 @@ def _schedule_and_times(scheduler: Any, steps: int) -> tuple[Schedule, tuple[flo
         ) from error
     if type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler":
         length = scheduler.config.num_train_timesteps
-        return RectifiedFlow(), tuple(scheduler.sigmas.double().tolist()), lambda t: t * length
+        return RectifiedFlow(), tuple(scheduler.sigmas.double().tolist()), _Timestep(length)
     length = len(scheduler.alphas_cumprod)
     times = [(n + 1) / length for n in scheduler.timesteps.tolist()]
     last = 0.0 if getattr(scheduler.config, "set_alpha_to_one", True) else 1 / length
     schedule = Tabulated(scheduler.alphas_cumprod.double().tolist())
-    return schedule, (*times, last), lambda t: t * length - 1.0
+    return schedule, (*times, last), _Timestep(length, first=1.0)
 
 
 def _denoiser_and_rule(network: _GuidedUNet, schedule: Schedule, scheduler: Any, rule: Rule) -> tuple[Denoiser, Rule]:

@@ -45,19 +45,17 @@ class NetworkDenoiser:
 
 def from_eps(network: Network, schedule: Schedule) -> Denoiser:
     """x0 = (x - sigma eps) / alpha for a network that predicts the noise."""
-    return NetworkDenoiser(network, schedule, lambda x, out, at: (x - at.sigma * out) / at.alpha, "eps")
+    return NetworkDenoiser(network, schedule, _from_eps, "eps")
 
 
 def from_score(network: Network, schedule: Schedule) -> Denoiser:
     """x0 = (x + sigma^2 score) / alpha for a network that predicts the gradient of log p_t (Tweedie)."""
-    return NetworkDenoiser(network, schedule, lambda x, out, at: (x + at.sigma**2 * out) / at.alpha, "score")
+    return NetworkDenoiser(network, schedule, _from_score, "score")
 
 
 def from_v(network: Network, schedule: Schedule) -> Denoiser:
     """x0 = (alpha x - sigma v) / (alpha^2 + sigma^2) for v = alpha eps - sigma x_0 (Salimans & Ho 2022)."""
-    return NetworkDenoiser(
-        network, schedule, lambda x, out, at: (at.alpha * x - at.sigma * out) / (at.alpha**2 + at.sigma**2)
-    )
+    return NetworkDenoiser(network, schedule, _from_v)
 
 
 def from_velocity(network: Network, schedule: Schedule) -> Denoiser:
@@ -65,11 +63,26 @@ def from_velocity(network: Network, schedule: Schedule) -> Denoiser:
 
     A model trained for data minus noise has the opposite sign: negate it first.
     """
+    return NetworkDenoiser(network, schedule, _from_velocity)
 
-    def solve(x: Tensor, out: Tensor, at: Coeffs) -> Tensor:
-        return (at.sigma * out - at.d_sigma * x) / (at.d_alpha * at.sigma - at.d_sigma * at.alpha)
 
-    return NetworkDenoiser(network, schedule, solve)
+# Functions of the module, and no lambdas: a process is pickled on its way to another process.
+
+
+def _from_eps(x: Tensor, out: Tensor, at: Coeffs) -> Tensor:
+    return (x - at.sigma * out) / at.alpha
+
+
+def _from_score(x: Tensor, out: Tensor, at: Coeffs) -> Tensor:
+    return (x + at.sigma**2 * out) / at.alpha
+
+
+def _from_v(x: Tensor, out: Tensor, at: Coeffs) -> Tensor:
+    return (at.alpha * x - at.sigma * out) / (at.alpha**2 + at.sigma**2)
+
+
+def _from_velocity(x: Tensor, out: Tensor, at: Coeffs) -> Tensor:
+    return (at.sigma * out - at.d_sigma * x) / (at.d_alpha * at.sigma - at.d_sigma * at.alpha)
 
 
 def only(function: Any, problem: int) -> Any:

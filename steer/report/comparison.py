@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from ..files import plain
 from .run_result import RunResult
 
 Run = TypeVar("Run", bound=RunResult)
@@ -60,10 +61,10 @@ class Comparison(Generic[Run]):
         return (self,)
 
     def to_dict(self) -> dict[str, Any]:
-        """Budget, number of seeds and rows as plain JSON types."""
+        """Budget, number of seeds and rows as plain JSON types; NaN and infinities, which JSON lacks, are None."""
         from dataclasses import asdict
 
-        return {"budget": self.budget, "keys": self.keys, "rows": [asdict(row) for row in self.rows]}
+        return plain({"budget": self.budget, "keys": self.keys, "rows": [asdict(row) for row in self.rows]})
 
     def __str__(self) -> str:
         names = list(self.rows[0].metrics) if self.rows else []

@@ -62,6 +62,11 @@ class RunResult(Protocol):
     def tree(self) -> Any: ...
 
     @property
+    def made_by(self) -> Any:
+        """A named tuple: the method, the reward, and the reward's unit and version."""
+        ...
+
+    @property
     def ess(self) -> Tensor: ...
 
     @property

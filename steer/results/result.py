@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from inspect import unwrap
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from ..core.trajectory import LevelRecord, Trajectory
 from ..cost import Cost, check_counts
 from ..errors import StateSpaceError
 from ..key import Key, as_key
-from ..types import ReverseProcess
+from ..types import ReverseProcess, RewardSpec
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,6 +28,28 @@ if TYPE_CHECKING:
 
 Law = Literal["target", "model", "none"]
 """What a weighted mean over a result estimates: see `Result.law`."""
+
+
+class MadeBy(NamedTuple):
+    """What a run was, for its record.
+
+    method: name of the method; "" for a population put together by hand.
+    reward: name of the reward; unit, version: what it says of itself.
+    """
+
+    method: str = ""
+    reward: str | None = None
+    unit: str | None = None
+    version: str | None = None
+
+    @classmethod
+    def of(cls, run: Run) -> MadeBy:
+        """Read off a run."""
+        reward = unwrap(run.objective.reward)
+        spec = getattr(reward, "spec", None)
+        spec = spec if isinstance(spec, RewardSpec) else RewardSpec()
+        name = getattr(reward, "__qualname__", None) or type(reward).__qualname__
+        return cls(run.name, name, spec.unit, spec.version or None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +73,7 @@ class Result:
     law:          what weighted means estimate: "target", p(x) exp(r(x) / temperature); "model", p(x); "none", where a
                   search chose the samples, or a start that no weight corrects for.
     log_evidence_variance: estimated variance of log_evidence, [B], from the same run; NaN where there is none.
+    made_by:      the method and the reward, by their names.
     """
 
     process: ReverseProcess
@@ -67,6 +91,7 @@ class Result:
     tree: Any = None
     law: Law = "none"
     log_evidence_variance: Tensor = None  # type: ignore[assignment]
+    made_by: MadeBy = MadeBy()  # noqa: RUF009, a tuple does not change
 
     def __post_init__(self) -> None:
         if self.log_evidence_variance is None:
@@ -104,6 +129,7 @@ class Result:
             interrupted=interrupted,
             law="none" if state.biased_start else law,
             log_evidence_variance=variance,
+            made_by=MadeBy.of(run),
         )
 
     @classmethod
@@ -133,6 +159,7 @@ class Result:
             temperature=run.temperature,
             seen=(*seen, LevelRecord(run.process.steps, population.ess(log_weight), reward)),
             interrupted=interrupted,
+            made_by=MadeBy.of(run),
         )
 
     def __repr__(self) -> str:
@@ -197,6 +224,10 @@ class Result:
             log_evidence_variance=torch.full_like(self.log_evidence, torch.nan),
         )
 
+    def by(self, method: str) -> Result:
+        """The same result, of a method that is a setting of another one: under its own name in the record."""
+        return replace(self, made_by=self.made_by._replace(method=method))
+
     @property
     def decoded(self) -> Tensor:
         """Samples as rewards see them, (B * N, ...). Decoded when first asked for, and kept."""
@@ -226,7 +257,11 @@ class Result:
         return read(self.x.flatten(0, 1))
 
     def save(self, directory: str | Path, **extra: Any) -> Path:
-        """Writes result.safetensors and result.json (seeds, lineage, ledger, versions, digest), atomically."""
+        """Writes result.safetensors, which `steer.load_run` reads, and result.json, its record for people.
+
+        extra: `reference`, a run to keep beside it; `states=True`, to save the states on the way where the run kept
+        them; and notes for the record, by names of your own.
+        """
         from .saving import save_result
 
         return save_result(self, Path(directory), **extra)

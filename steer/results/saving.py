@@ -1,23 +1,23 @@
-"""A run on disk: result.safetensors and result.json, written atomically, verified on the way back."""
+"""A run on disk: result.safetensors, which is all of it, and result.json, its record for people to read."""
 
 from __future__ import annotations
 
-import hashlib
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from ..core.trajectory import ResamplingRecord
-from ..files import to_json, versions, write_atomically
+from ..core.snapshot import about, stacked, trajectory_parts
+from ..files import check_seal, machine, sealed, to_archive, versions, write_atomically
 from ..report.run_result import RunResult
 
-SCHEMA = 1
+KIND, SCHEMA = "result", 2
 TENSORS, FACTS = "result.safetensors", "result.json"
-_REFERENCE = ("reference_x", "reference_reward")
+REFERENCE = ("reference_x", "reference_reward")
+POPULATION = ("x", "reward", "log_weight", "log_evidence", "log_evidence_variance", "root")
 
 
 def save_result(
@@ -25,83 +25,98 @@ def save_result(
     directory: Path,
     *,
     reference: RunResult | None = None,
+    states: bool = False,
     **notes: Any,
 ) -> Path:
-    """The directory, now holding result.safetensors (numbers) and, written last, result.json (facts and digest).
+    """The directory, now holding result.safetensors (the run) and, written last, result.json (its record).
 
-    reference: unsteered samples to keep beside it.
-    notes:     anything of plain JSON types: names of model, reward and method, options.
+    Each is written atomically and begins with a digest of all its bytes. The first is all that `steer.load_run` needs;
+    the second is there where the first is the whole file of the same run.
+
+    Args:
+        result: the run.
+        directory: it is made; files of an earlier run there are replaced.
+        reference: unsteered samples to keep beside it.
+        states: whether the states on the way go along, where the run kept them (`keep_states`).
+        **notes: anything of plain JSON types: names of model and options.
     """
-    from safetensors.torch import save
-
-    directory.mkdir(parents=True, exist_ok=True)
-    tensors = _tensors(result, reference)
-    blob = save({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()})
-    facts = _facts(result)
-    facts["reference_cost"] = None if reference is None else reference.cost.to_dict()
-    facts["sha256"] = {TENSORS: hashlib.sha256(blob).hexdigest()}
+    tensors, facts = _parts(result, reference, states)
     facts["run"] = notes
+    blob, record = to_archive(tensors, facts), sealed(_record(result, facts))
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / FACTS).unlink(missing_ok=True)  # a crash must not leave an earlier run's record beside this one
     write_atomically(directory / TENSORS, blob)
-    write_atomically(directory / FACTS, to_json(facts))
+    write_atomically(directory / FACTS, record)
     return directory
 
 
-def _tensors(result: RunResult, reference: RunResult | None) -> dict[str, Tensor]:
-    tensors = {name: getattr(result, name) for name in ("x", "reward", "log_weight", "log_evidence", "root")}
+def check_record(directory: Path) -> None:
+    """Raises SteerError where a bit of a run's result.json has changed; it may be missing."""
+    with suppress(FileNotFoundError):
+        check_seal((directory / FACTS).read_bytes(), directory / FACTS)
+
+
+def _parts(result: RunResult, reference: RunResult | None, states: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A run as tensors and facts."""
+    tensors = {name: getattr(result, name) for name in POPULATION}
     if result.seen:
         tensors["seen_levels"] = torch.tensor([seen.k for seen in result.seen])
         tensors["ess"] = torch.stack([seen.ess for seen in result.seen])
-        tensors["scores"] = _stacked([seen.score for seen in result.seen], math.nan)
+        tensors["scores"] = stacked([seen.score for seen in result.seen], math.nan)
+    trajectory = tree = None
     if result.trajectory is not None:
-        moves = [event for event in result.trajectory.past if isinstance(event, ResamplingRecord)]
-        tensors["ancestor_levels"] = torch.tensor([k for k, _, _ in moves], dtype=torch.int64)
-        tensors["resampled"] = _stacked([happened for _, _, happened in moves], 0)
-        tensors["ancestors"] = _stacked([index.int() for _, index, _ in moves], -1)
+        tensors, trajectory = trajectory_parts(result.trajectory, tensors, states=states)
+    if result.tree is not None:
+        own, tree = result.tree.parts()
+        tensors |= {f"tree.{name}": tensor for name, tensor in own.items()}
     if reference is not None:
         tensors |= {"reference_x": reference.x, "reference_reward": reference.reward}
-    return tensors
-
-
-def _stacked(levels: list[Tensor], blank: float) -> Tensor:
-    """Levels (..., M) as one tensor (L, ..., M); where a method changed the number of particles, padded at the end."""
-    if not levels:
-        return torch.empty(0)
-    width = max(level.shape[-1] for level in levels)
-    return torch.stack([pad(level, (0, width - level.shape[-1]), value=blank) for level in levels])
-
-
-def _facts(result: RunResult) -> dict[str, Any]:
-    process, shares = result.process, result.log_weight.exp().tolist()
-    scores, slots = result.reward.tolist(), result.root.tolist()
-    problems, particles = result.reward.shape
-    return {
+    key = result.key
+    facts = {
+        "kind": KIND,
         "schema": SCHEMA,
+        "made_by": result.made_by._asdict(),
         "interrupted": result.interrupted,
-        "temperature": result.temperature,
-        "log_evidence": result.log_evidence,
-        "log_evidence_variance": result.log_evidence_variance,
+        "temperature": result.temperature,  # null for infinity
         "law": result.law,
         "key": {
-            "seed": result.key.seed, "stream": list(result.key.stream), "problem": result.key.problem,
-            "slot": result.key.slot, "step": result.key.step,
+            "seed": key.seed,
+            "stream": list(key.stream),
+            "problem": key.problem,
+            "slot": key.slot,
+            "step": key.step,
         },
-        "process": {
-            "event": list(process.event),
-            "steps": process.steps,
-            "times": getattr(process, "times", None),
-            "schedule": repr(getattr(process, "schedule", None)),
-            "rule": repr(getattr(process, "rule", None)),
-        },
+        "process": about(result.process),
+        "cost": result.cost.to_dict(),
+        "reference_cost": None if reference is None else reference.cost.to_dict(),
+        "trajectory": trajectory,
+        "tree": tree,
+        "machine": machine() | {"device": str(result.x.device)},
+        "versions": versions(),
+    }
+    return tensors, facts
+
+
+def _record(result: RunResult, facts: dict[str, Any]) -> dict[str, Any]:
+    """What people read of a run: its facts, with its numbers in place of how the file keeps them."""
+    scores, slots, shares = result.reward.tolist(), result.root.tolist(), result.log_weight.exp().tolist()
+    problems, particles = result.reward.shape
+    numbers = {
+        "log_evidence": result.log_evidence,
+        "log_evidence_variance": result.log_evidence_variance,
+        "diagnostics": dict(result.diagnostics),
+        "tree": None if result.tree is None else repr(result.tree),
         # The starting noise of a candidate is key.fold("prior").shifted(problem=problem, slot=slot).
         "candidates": [
-            {"problem": b, "particle": n, "slot": slots[b][n], "reward": scores[b][n],
-             "weight": shares[b][n]}
+            {
+                "problem": b,
+                "particle": n,
+                "slot": slots[b][n],
+                "reward": scores[b][n],
+                "weight": shares[b][n],
+            }
             for b in range(problems)
             for n in range(particles)
         ],
-        "cost": result.cost.to_dict(),
-        "diagnostics": dict(result.diagnostics),
-        # Trees live in memory, to be grown further there; their leaves are the samples saved.
-        "tree": None if result.tree is None else {"saved": False, "was": repr(result.tree)},
-        "versions": versions(),
-    }  # fmt: skip
+    }
+    return {name: fact for name, fact in facts.items() if name not in ("kind", "trajectory")} | numbers

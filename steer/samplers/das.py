@@ -93,4 +93,4 @@ def das(
         selection=selection or resample(ssp, threshold=0.5),
         keep_states=keep_states,
         on_step=on_step,
-    )
+    ).by("das")

@@ -140,5 +140,5 @@ def driftlite(
             break
         spent = result.cost
         result, thetas = run(key.fold("pass", i), thetas, i + 1, spent)
-        result = replace(result, cost=spent + result.cost)
+        result = replace(result, cost=spent + result.cost).by("driftlite")
     return result

@@ -84,4 +84,4 @@ def fk_steering(
         selection=resample(resampler, threshold, at),
         keep_states=keep_states,
         on_step=on_step,
-    )
+    ).by("fk_steering")

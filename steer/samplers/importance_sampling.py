@@ -55,4 +55,4 @@ def importance_sampling(
         selection=resample(threshold=0.0),
         keep_states=keep_states,
         on_step=on_step,
-    )
+    ).by("importance_sampling")

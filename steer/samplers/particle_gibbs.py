@@ -197,7 +197,7 @@ def particle_gibbs(
         log_evidence_variance=evidence[1],
         cost=cost,
         trajectory=state,
-    )
+    ).by("particle_gibbs")
 
 
 def _tied(process: GaussianPath, path: Tensor | None) -> tuple[GaussianPath, Start, Resampler]:

@@ -92,7 +92,7 @@ def psi(
         selection=selection,
         keep_states=keep_states,
         on_step=on_step,
-    )
+    ).by("psi")
 
 
 def _planned(

@@ -79,4 +79,4 @@ def tds(
         selection=selection or resample(systematic, threshold=1.0),
         keep_states=keep_states,
         on_step=on_step,
-    )
+    ).by("tds")

@@ -86,4 +86,4 @@ def waste_free(
         proposal=proposal,
         selection=resample(resampler, threshold, moves=moves),
         on_step=on_step,
-    )
+    ).by("waste_free")

@@ -277,7 +277,17 @@ def compose(
     fixed = (float(exponent),) * len(components) if isinstance(exponent, int | float) else tuple(map(float, exponent))
     if len(fixed) != len(components):
         raise SteerError(f"expected {len(components)} exponents, one per process, got {len(fixed)}")
-    return Composite(components, lambda level: fixed)
+    return Composite(components, _Fixed(fixed))
+
+
+@dataclass(frozen=True)
+class _Fixed:
+    """The same exponents at every level. A class, since processes go to other processes by pickle."""
+
+    exponents: tuple[float, ...]
+
+    def __call__(self, level: Level) -> tuple[float, ...]:
+        return self.exponents
 
 
 def _below_pure_noise(process: GaussianProcess) -> GaussianProcess:

@@ -13,9 +13,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import steer
-from steer import SteerError
+from steer import SteerError, load_run
 from steer.cli import app, options, progress
-from steer.results.saved import load_result
 
 QUICK = ["--model", "digits", "--reward", "digit:3", "--steps", "4"]
 
@@ -35,7 +34,7 @@ def test_generate_writes_everything(tmp_path):
     assert sorted(path.name for path in out.iterdir()) == [
         "images.png", "report.html", "result.json", "result.safetensors",
     ]  # fmt: skip
-    saved = load_result(out)
+    saved = load_run(out)
     assert saved.cost.nfe == 40
     assert saved.facts["reference_cost"]["nfe"] == 24
     assert saved.facts["run"]["reward"] == "digit:3"
@@ -64,7 +63,7 @@ def test_json_is_all_there_is_on_stdout(tmp_path):
 def test_best_of_n_shows_its_n_best_and_numbers_their_noise(tmp_path):
     done = generate(tmp_path, "--method", "best_of_n", "--particles", 6, "--n", 2, "--quiet", "--reference", 0)
     assert (done.exit_code, done.stdout) == (0, "")
-    saved = load_result(tmp_path)
+    saved = load_run(tmp_path)
     best = saved.tensors["reward"][0].topk(2).indices.tolist()
     assert saved.facts["run"]["shown"] == [best]
     assert [entry["slot"] for entry in saved.facts["candidates"]] == list(range(6))
@@ -105,7 +104,7 @@ def test_every_method_runs(tmp_path, method):
         raise done.exception
     assert done.exit_code == 0, done.output
     assert 0 < json.loads(done.stdout)["cost"]["nfe"] <= 24
-    assert load_result(tmp_path).tensors["reward"].isfinite().all()
+    assert load_run(tmp_path).tensors["reward"].isfinite().all()
 
 
 def test_options_of_a_method_reach_it(tmp_path):
@@ -116,7 +115,7 @@ def test_options_of_a_method_reach_it(tmp_path):
     assert generate(tmp_path, *words, *sets).exit_code == 0
     process, options = steer.load("digits", steps=4), {"levels": [1, 2], "build": "boltzmann", "widening": (1.0, 0.5)}
     by_hand = steer.sample(process, from_spec("digit:3"), method="dts", budget=60, key=0, **options)
-    assert load_result(tmp_path).tensors["x"].equal(by_hand.x)
+    assert load_run(tmp_path).tensors["x"].equal(by_hand.x)
     page = (tmp_path / "report.html").read_text()
     assert "--set levels=1,2 --set build=boltzmann" in page
     assert '<div class="tree">' in page
@@ -178,7 +177,7 @@ def test_letters_run_at_their_own_steps(tmp_path):
     ]
     done = run("generate", *words, "--out", tmp_path)
     assert done.exit_code == 0, done.output
-    saved = load_result(tmp_path)
+    saved = load_run(tmp_path)
     assert (saved.cost.nfe, saved.facts["run"]["steps"]) == (6 * 8, 8)
     shown = saved.result(steer.load("letters")).take(torch.tensor(saved.facts["run"]["shown"])).texts
     assert f"samples      {', '.join(shown)}" in done.stdout
@@ -212,7 +211,7 @@ def test_report_writes_a_saved_run_again(tmp_path):
 
 def test_report_does_not_draw_over_a_tree(tmp_path):
     generate(tmp_path, "--method", "dts_star", "--budget", 40, "--n", 2, "--reference", 0, "--quiet")
-    assert load_result(tmp_path).facts["tree"]["saved"] is False
+    assert load_run(tmp_path).facts["tree"]["saved"] is False
     done = run("report", tmp_path)
     assert done.exit_code == 2
     assert "which is not saved" in " ".join(done.stderr.replace("│", " ").split())
@@ -335,7 +334,7 @@ def test_ctrl_c_keeps_the_particles_of_every_method(tmp_path, monkeypatch, metho
     assert signal.getsignal(signal.SIGINT) is before
     assert done.exit_code == 1
     assert str(tmp_path) in done.stderr.replace("\n", "")
-    saved = load_result(tmp_path)
+    saved = load_run(tmp_path)
     assert saved.facts["interrupted"] is True
     assert saved.tensors["x"].shape == (1, 5, 1, 8, 8)
     assert saved.cost.nfe <= 15
@@ -380,7 +379,7 @@ def test_sigint_to_a_real_process(tmp_path):
     assert "interrupted" in errors
     assert "Traceback" not in errors
     assert time.monotonic() - began < 60
-    saved = load_result(out)
+    saved = load_run(out)
     assert saved.facts["interrupted"]
     assert 720 <= saved.cost.nfe < 900 * 8
     assert (out / "report.html").is_file()

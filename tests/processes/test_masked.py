@@ -389,13 +389,13 @@ def test_intermediate_values_are_of_completed_tokens():
 
 
 def test_saved_and_reported(tmp_path):
-    from steer.results.saved import load_result
+    from steer import load_run
 
     proc = process(None, 3, text=lambda x: ["".join("ab<"[i] for i in row) for row in x.tolist()])
     reward = Linear([1.0, 0.5, 0.2])
     result, reference = steer.smc(proc, reward, particles=8), steer.rollout(proc, reward, particles=8)
     result.save(tmp_path)
-    saved = load_result(tmp_path)
+    saved = load_run(tmp_path)
     assert saved.tensors["x"].dtype == torch.int64
     assert torch.equal(saved.tensors["x"], result.x)
     assert len(result.texts) == 8

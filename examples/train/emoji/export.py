@@ -24,6 +24,8 @@ from torch import nn
 from training import load_weights
 from transformers import CLIPModel, CLIPTokenizer
 
+from steer.files import write_digests
+
 ROOT = Path(__file__).resolve().parents[3]
 ASSETS = ROOT / "steer" / "assets" / "emoji"
 REWARD = ROOT / "rewards" / "assets" / "clip-emoji"
@@ -122,6 +124,8 @@ def main() -> None:
             save_half(trained_clip(args.work, name, tokenizer), folder)
             save_tokenizer(tokenizer, folder)
     for folder in (args.out, args.reward):
+        if folder.exists():
+            write_digests(folder)
         files = [path for path in folder.rglob("*") if path.is_file()] if folder.exists() else []
         sizes = [path.stat().st_size / 1e6 for path in files]
         print(f"{folder.name}: {sum(sizes):.2f} MB in {len(files)} files, the largest {max(sizes, default=0):.2f} MB")
