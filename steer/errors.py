@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+from pickle import dumps
 from typing import Any
 
 
@@ -25,7 +25,7 @@ class SteerError(ValueError):
     def __reduce__(self) -> Any:
         """How a pool of processes sends the error: without what cannot be sent, for which it would be lost itself."""
         try:
-            pickle.dumps(self.partial)
+            dumps(self.partial)
         except Exception as error:
             left = (
                 f"{self} (.partial, which holds what was paid for, stayed behind in the process that raised this: "

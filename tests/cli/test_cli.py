@@ -66,7 +66,7 @@ def test_best_of_n_shows_its_n_best_and_numbers_their_noise(tmp_path):
     saved = load_run(tmp_path)
     best = saved.tensors["reward"][0].topk(2).indices.tolist()
     assert saved.facts["run"]["shown"] == [best]
-    assert [entry["slot"] for entry in saved.facts["candidates"]] == list(range(6))
+    assert saved.tensors["root"].tolist() == [list(range(6))]
 
 
 @pytest.mark.parametrize(
@@ -209,14 +209,58 @@ def test_report_writes_a_saved_run_again(tmp_path):
     assert after.count("<svg") == before.count("<svg") == 4
 
 
-def test_report_does_not_draw_over_a_tree(tmp_path):
+def test_report_draws_a_saved_tree_again(tmp_path):
     generate(tmp_path, "--method", "dts_star", "--budget", 40, "--n", 2, "--reference", 0, "--quiet")
-    assert load_run(tmp_path).facts["tree"]["saved"] is False
+    done = run("report", tmp_path, "--out", tmp_path / "again", "--n", 2)
+    assert done.exit_code == 0, done.output
+    pages = [(folder / "report.html").read_text() for folder in (tmp_path, tmp_path / "again")]
+    trees = [page.partition('<div class="tree">')[2].partition("</section>")[0] for page in pages]
+    assert trees[0] == trees[1] != ""
+
+
+def test_a_damaged_run_is_reported_in_one_line(tmp_path):
+    generate(tmp_path, "--particles", 2, "--n", 2, "--reference", 0, "--quiet")
+    path = tmp_path / "result.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
     done = run("report", tmp_path)
-    assert done.exit_code == 2
-    assert "which is not saved" in " ".join(done.stderr.replace("│", " ").split())
-    assert run("report", tmp_path, "--out", tmp_path / "again").exit_code == 0
-    assert '<div class="tree">' not in (tmp_path / "again" / "report.html").read_text()
+    assert done.exit_code == 1
+    assert "result.safetensors is not the file that was saved" in " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize("command", [["generate"], ["compare", "--budget", "24"]])
+def test_where_nothing_can_be_written_nothing_is_paid(tmp_path, monkeypatch, command):
+    from steer import rewards
+
+    def paid(*_, **__):
+        raise AssertionError("the network was paid for")
+
+    monkeypatch.setattr(rewards.DigitLogProb, "__call__", paid)
+    (tmp_path / "file").write_text("")
+    done = run(*command, *QUICK, "--out", tmp_path / "file" / "runs")
+    assert done.exit_code == 1, done.output
+    assert "nothing was run" in " ".join(done.stderr.split())
+
+
+def test_json_is_strict_where_samples_are_forbidden(tmp_path, monkeypatch):
+    from steer import rewards
+
+    def forbidding(self, images):
+        mean = images.mean((1, 2, 3))
+        return torch.where(mean > mean.median(), mean, -torch.inf)
+
+    def no_constant(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    monkeypatch.setattr(rewards.DigitLogProb, "__call__", forbidding)
+    words = ["--method", "rollout", "--particles", 4, "--n", 2, "--reference", 0, "--json", "--temperature", "inf"]
+    done = generate(tmp_path / "a", *words)
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout, parse_constant=no_constant)["temperature"] is None
+    done = run("compare", *QUICK, "--budget", 24, "--keys", 1, "--json", "--out", tmp_path / "b")
+    assert done.exit_code == 0, done.output
+    json.loads(done.stdout, parse_constant=no_constant)
+    for path in tmp_path.rglob("*.json"):
+        json.loads(path.read_text(), parse_constant=no_constant)
 
 
 def test_report_of_a_run_saved_from_python_says_how(tmp_path):

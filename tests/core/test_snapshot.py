@@ -36,7 +36,6 @@ METHODS = {
     "maximum": partial(steer.smc, weight=steer.maximum()),
     "total": partial(steer.smc, weight=steer.total()),
     "tempered": partial(steer.smc, weight=steer.difference(tempering=steer.adaptive_tempering())),
-    "moves": partial(steer.smc, selection=steer.resample(threshold=1.0, moves=steer.path_moves([2]))),
     "tds": steer.tds,
     "fkc": steer.fkc,
     "fkc, birth and death": partial(steer.fkc, selection=steer.birth_death()),
@@ -57,7 +56,7 @@ def test_a_saved_state_goes_on_as_the_one_in_memory(name, tmp_path):
     assert len(paths) == process.steps
     own = whole.process  # of fkc and driftlite a composite
     for path in paths:
-        end = METHODS[name](process, score, key=4, temperature=0.7, start=steer.load_trajectory(path, own))
+        end = method(process, score, start=steer.load_trajectory(path, own))
         for part in ("x", "reward", "log_weight", "log_evidence", "root"):
             assert same(getattr(end, part), getattr(whole, part)), (path.name, part)
 
