@@ -29,7 +29,27 @@ _SEAL_WITHIN = 160  # bytes: the seal is the first thing in a file
 
 
 def write_atomically(path: Path, blob: bytes) -> Path:
-    """The path, now holding the bytes: a reader or a crash finds the old file or the new, never a part."""
+    """The path, now holding the bytes: a reader or a crash finds the old file or the new, never a part.
+
+    Args:
+        path: the file; its directory is made.
+        blob: all of it.
+
+    Raises:
+        SteerError: it cannot be written; an earlier file of that name is as it was.
+    """
+    try:
+        _replace(path, blob)
+    except (OSError, ValueError) as error:
+        raise SteerError(
+            f"cannot write {str(path)!r} ({type(error).__name__}: {error}); give a directory that you may write to, on "
+            "a disk with room"
+        ) from error
+    return path
+
+
+def _replace(path: Path, blob: bytes) -> None:
+    """Writes a draft, makes sure that it is on the disk, and renames it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # A name of its own for every draft: threads share a process number, and so do containers on one disk.
     draft = path.with_name(f".{path.name[:180]}.{secrets.token_hex(8)}.part")
@@ -47,7 +67,6 @@ def write_atomically(path: Path, blob: bytes) -> Path:
             os.fsync(folder)
         finally:
             os.close(folder)
-    return path
 
 
 def check_writable(directory: Path) -> Path:
@@ -58,12 +77,8 @@ def check_writable(directory: Path) -> Path:
     """
     try:
         write_atomically(directory / ".steer-probe", b"a run is going to be saved here\n").unlink(missing_ok=True)
-    except (OSError, ValueError) as error:
-        raise SteerError(
-            f"a run is saved as files in a directory, and none can be written in {str(directory)!r} "
-            f"({type(error).__name__}: {error}); nothing was run: give a directory on a disk with room that you may "
-            "write to"
-        ) from error
+    except SteerError as error:
+        raise SteerError(f"nothing was run, since it could not be saved: {error}") from error
     return directory
 
 
@@ -157,12 +172,6 @@ def read_sealed(path: Path) -> bytes:
             f"cannot read {str(path)!r} ({type(error).__name__}: {error}); give the directory that Result.save or "
             "`steer generate` wrote"
         ) from error
-    check_seal(blob, path)
-    return blob
-
-
-def check_seal(blob: bytes, path: Path) -> None:
-    """Raises SteerError where the bytes of a sealed file, read from that path, are not those that were written."""
     found = _SEAL.search(blob, 0, _SEAL_WITHIN)
     if found is None:
         raise SteerError(
@@ -175,6 +184,7 @@ def check_seal(blob: bytes, path: Path) -> None:
             f"{path} is not the file that was saved: its SHA-256 must be {wanted[:12]}..., got {got[:12]}...; restore "
             "it from a copy, or run again"
         )
+    return blob
 
 
 def _seal(blob: bytes) -> bytes:

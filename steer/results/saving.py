@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..core.snapshot import about, stacked, trajectory_parts
-from ..files import check_seal, machine, sealed, to_archive, versions, write_atomically
+from ..errors import SteerError
+from ..files import machine, read_sealed, sealed, to_archive, versions, write_atomically
 from ..report.run_result import RunResult
 
 KIND, SCHEMA = "result", 2
@@ -43,8 +44,8 @@ def save_result(
     tensors, facts = _parts(result, reference, states)
     facts["run"] = notes
     blob, record = to_archive(tensors, facts), sealed(_record(result, facts))
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / FACTS).unlink(missing_ok=True)  # a crash must not leave an earlier run's record beside this one
+    with suppress(OSError, ValueError):  # where there is no such directory, writing says so
+        (directory / FACTS).unlink(missing_ok=True)  # a crash must not leave an earlier run's record beside this one
     write_atomically(directory / TENSORS, blob)
     write_atomically(directory / FACTS, record)
     return directory
@@ -52,8 +53,11 @@ def save_result(
 
 def check_record(directory: Path) -> None:
     """Raises SteerError where a bit of a run's result.json has changed; it may be missing."""
-    with suppress(FileNotFoundError):
-        check_seal((directory / FACTS).read_bytes(), directory / FACTS)
+    try:
+        read_sealed(directory / FACTS)
+    except SteerError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise SteerError(f"{error}; the run is whole in {TENSORS}: its record may also be deleted") from error
 
 
 def _parts(result: RunResult, reference: RunResult | None, states: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import steer
-from steer import load_run, search
+from steer import load_run, rewards, search
 from steer.files import check_writable, from_archive, to_archive, to_json, write_atomically
 from steer.results import saving
 from steer.results.saving import save_result
@@ -126,7 +126,7 @@ def test_a_crash_before_the_rename_leaves_the_old_file(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", crash)
-        with pytest.raises(OSError, match="power cut"):
+        with pytest.raises(steer.SteerError, match="power cut"):
             write_atomically(path, b"new and longer")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
@@ -306,6 +306,13 @@ def test_every_kind_of_run_is_saved_and_comes_back(method, tmp_path):
     again.report(tmp_path)
 
 
+def test_a_run_says_which_method_and_reward_made_it():
+    """Also where the method is a setting of another: seven of them once said smc."""
+    reward = rewards.Linear([1.0, 0.0])
+    names = {name: steer.sample(mixture(4), reward, method=name, budget=80).made_by for name in steer.methods()}
+    assert names == {name: (name, "Linear", "nat", None) for name in names}
+
+
 def test_json_is_strict():
     value = {"nan": float("nan"), "inf": [float("inf")], "tensor": torch.tensor([1.0, float("nan")]), "odd": {1, 2}}
     assert json.loads(to_json(value)) == {"nan": None, "inf": [None], "tensor": [1.0, None], "odd": [1, 2]}
@@ -348,6 +355,8 @@ def test_a_directory_is_tried_before_a_run(tmp_path):
     for bad in (tmp_path / "file" / "run", tmp_path / "file", tmp_path / ("n" * 300), Path("a\0b")):
         with pytest.raises(steer.SteerError, match="nothing was run"):
             check_writable(bad)
+        with pytest.raises(steer.SteerError, match="cannot write"):
+            steer.rollout(mixture(), score, particles=2).save(bad)
 
 
 def test_states_on_the_way_are_saved_where_asked(tmp_path):
