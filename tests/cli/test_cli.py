@@ -280,7 +280,7 @@ def test_failure_at_run_time_exits_1_with_one_line(tmp_path):
     assert json.loads(failed.stdout)["error"]["type"] == "BudgetError"
     with pytest.raises(steer.BudgetError):
         CliRunner().invoke(
-            app.app, ["generate", *QUICK, "--out", "x", "--budget", "3", "--debug"], catch_exceptions=False
+            app.app, ["generate", *QUICK, "--out", str(tmp_path), "--budget", "3", "--debug"], catch_exceptions=False
         )
 
 
