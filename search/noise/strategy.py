@@ -84,7 +84,7 @@ def sample_and_score(run: Run, x: Tensor, chains: int | None) -> StrategyResult:
         x: starting states, [B, M N, *event].
         chains: N where the M candidates of a chain share the noise of its steps, None where each has its own.
     """
-    loop = Loop(run)
+    loop = Loop(run, Trajectory.begin(run.process, x))
     with loop.keeping_partial(), torch.no_grad():
         state = loop.partial = run_chain(loop, Trajectory.begin(run.process, x), shared=chains)
         root = torch.arange(x.shape[1], device=x.device) % (chains or x.shape[1])
