@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,13 +11,14 @@ from torch import Tensor
 
 from .errors import NonFiniteError
 
-Explain = Callable[[], NonFiniteError]
+Explain = Callable[[], NonFiniteError | None]
 
 
 class _Flag(NamedTuple):
-    """Whether something is wrong, on its way to the host; what to raise then; and the device's sign of its arrival."""
+    """A number that says whether all is well, on its way to the host; what then; and the sign of its arrival."""
 
-    bad: Tensor
+    number: Tensor
+    allowed: float
     explain: Explain
     arrived: Any
 
@@ -24,9 +26,9 @@ class _Flag(NamedTuple):
 class FiniteWatch:
     """Finds numbers that are not finite in the step where they appear, without stalling the device.
 
-    On the CPU a flag is read at once. On a device it is copied to the host behind the work that is queued, and read
-    when the next prediction has been queued: the device never waits for the host, and an error is one step late. A run
-    reads what is left by `settle` before it returns.
+    Each tensor is summed up in one number. On the CPU that is read at once. On a device it is copied to the host behind
+    the work that is queued, and read when the next prediction has been queued: the device never waits for the host, and
+    an error is one step late. A run reads what is left by `settle` before it returns.
     """
 
     def __init__(self) -> None:
@@ -35,44 +37,55 @@ class FiniteWatch:
     def __reduce__(self) -> tuple[type[FiniteWatch], tuple[()]]:
         return FiniteWatch, ()  # flags under way belong to a device
 
-    def look(self, bad: Tensor, explain: Explain) -> None:
-        """Raises `explain()` where the flag `bad` (a boolean on the device) is true; on a device, later."""
-        if bad.device.type == "cpu":
-            if bool(bad):
-                raise explain()
-            return
+    def look(self, number: Tensor, explain: Explain, allowed: float = math.nan) -> None:
+        """Raises what `explain` finds where a number is NaN or infinite, but for one infinity that is allowed."""
         arrived = None
-        if bad.device.type == "cuda":
-            bad = bad.to("cpu", non_blocking=True)
+        if number.device.type == "cuda":
+            number = number.to("cpu", non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
-        self._flags.append(_Flag(bad, explain, arrived))
+        flag = _Flag(number, allowed, explain, arrived)
+        if number.device.type == "cpu" and arrived is None:
+            _read(flag)
+        else:
+            self._flags.append(flag)
 
     def settle(self) -> None:
         """Reads the flags so far."""
         flags, self._flags = self._flags, []
-        for bad, explain, arrived in flags:
-            if arrived is not None:
-                arrived.synchronize()
-            if bool(bad):
-                raise explain()
+        for flag in flags:
+            _read(flag)
 
     def prediction(self, x: Tensor, x0: Tensor, k: int, steps: int) -> None:
         """Looks at what a network made of states x at level k of `steps`. Reads the flags of the step before."""
         self.settle()
         x, x0 = x.detach(), x0.detach()
-        self.look(_bad(x0, x.is_floating_point()), lambda: _of_prediction(x, x0, k, steps))
+        if x.is_floating_point():
+            self.look(total(x0), lambda: _of_prediction(x, x0, k, steps))
+        else:  # log-probabilities of tokens, which may be -inf
+            self.look(x0.amax(), lambda: _of_prediction(x, x0, k, steps), -math.inf)
 
     def samples(self, x: Tensor, samples: Tensor, where: str) -> None:
         """Looks at what a decoder made of clean states x, before rewards see it."""
         if samples.is_floating_point():
             x, samples = x.detach(), samples.detach()
-            self.look(_bad(samples, True), lambda: _of_samples(x, samples, where))
+            self.look(total(samples), lambda: _of_samples(x, samples, where))
 
 
-def _bad(values: Tensor, infinite: bool) -> Tensor:
-    """Whether a tensor has a NaN, or an infinity where that is wrong too (log-probabilities of tokens may be -inf)."""
-    return ~values.isfinite().all() if infinite else values.isnan().any()
+def total(values: Tensor) -> Tensor:
+    """The sum of all entries, wide enough that it is finite where they are: one kernel."""
+    return values.sum(dtype=torch.promote_types(values.dtype, torch.float32))
+
+
+def _read(flag: _Flag) -> None:
+    if flag.arrived is not None:
+        flag.arrived.synchronize()
+    number = flag.number.item()
+    if math.isfinite(number) or number == flag.allowed:
+        return
+    error = flag.explain()
+    if error is not None:
+        raise error
 
 
 def first_bad(values: Tensor, infinite: bool = True) -> tuple[tuple[int, ...], float] | None:
@@ -84,7 +97,7 @@ def first_bad(values: Tensor, infinite: bool = True) -> tuple[tuple[int, ...], f
     return index, values[index].item()
 
 
-def _of_prediction(x: Tensor, x0: Tensor, k: int, steps: int) -> NonFiniteError:
+def _of_prediction(x: Tensor, x0: Tensor, k: int, steps: int) -> NonFiniteError | None:
     """The error of a prediction, which is the network's where its states were finite."""
     before = first_bad(x) if x.is_floating_point() else None
     if before is not None:
@@ -95,7 +108,8 @@ def _of_prediction(x: Tensor, x0: Tensor, k: int, steps: int) -> NonFiniteError:
             "of what moves particles (guidance, a proposal, a hook), or keep states in float32"
         )
     found = first_bad(x0, x.is_floating_point())
-    assert found is not None
+    if found is None:
+        return None
     (problem, particle, *_), value = found
     return NonFiniteError(
         f"the network gave {value} at level {k} of {steps} from finite states (problem {problem}, particle {particle} "
@@ -104,7 +118,7 @@ def _of_prediction(x: Tensor, x0: Tensor, k: int, steps: int) -> NonFiniteError:
     )
 
 
-def _of_samples(x: Tensor, samples: Tensor, where: str) -> NonFiniteError:
+def _of_samples(x: Tensor, samples: Tensor, where: str) -> NonFiniteError | None:
     """The error of decoded samples, which is the decoder's where their states were finite."""
     before = first_bad(x) if x.is_floating_point() else None
     if before is not None:
@@ -115,7 +129,8 @@ def _of_samples(x: Tensor, samples: Tensor, where: str) -> NonFiniteError:
             "moves particles (guidance, a proposal, a hook), or keep states in float32"
         )
     found = first_bad(samples)
-    assert found is not None
+    if found is None:
+        return None
     (row, *_), value = found
     problem, particle = divmod(row, x.shape[1])
     return NonFiniteError(

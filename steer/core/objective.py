@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..cost import Meter, check_counts
 from ..errors import NonFiniteError, NotDifferentiableError, RewardError, ShapeError, SteerError
+from ..finite import total
 from ..key import Key
 from ..types import ReverseProcess, RewardSpec
 
@@ -62,8 +63,7 @@ class Objective:
     def look_at(self, scores: Tensor, where: str, who: str = "the reward") -> None:
         """Has the meter look for NaN and +inf in scores [B, n], without reading them where that stalls the device."""
         scores = scores.detach()
-        bad = scores.isnan() | (scores == torch.inf)
-        self.process.meter.finite.look(bad.any(), lambda: _not_finite(scores, bad, where, self.owner, who))
+        self.process.meter.finite.look(scores.amax(), lambda: _not_finite(scores, where, self.owner, who), -torch.inf)
 
     @property
     def groupwise(self) -> bool:
@@ -106,8 +106,8 @@ class Objective:
 
     def _look_at_gradient(self, gradient: Tensor, scores: Tensor, k: int) -> None:
         """Has the meter look for gradients that are not finite although their score is."""
-        bad = ~gradient.isfinite().flatten(2).all(2) & scores.isfinite()
-        self.process.meter.finite.look(bad.any(), lambda: _bad_gradient(bad, at_level(self.process, k)))
+        where = at_level(self.process, k)
+        self.process.meter.finite.look(total(gradient), lambda: _bad_gradient(gradient, scores, where))
 
     def _check_differentiable(self) -> None:
         if _spec(self.reward).gradient == "none":
@@ -195,8 +195,9 @@ def from_column(first: int) -> Owner:
     return lambda problem, column: (problem, first + column)
 
 
-def _not_finite(scores: Tensor, bad: Tensor, where: str, owner: Owner, who: str) -> NonFiniteError:
+def _not_finite(scores: Tensor, where: str, owner: Owner, who: str) -> NonFiniteError:
     """The error of scores of which some are NaN or +inf, naming the first by problem and particle."""
+    bad = scores.isnan() | (scores == torch.inf)
     row, column = (int(i) for i in bad.nonzero()[0])
     problem, particle = owner(row, column)
     return NonFiniteError(
@@ -206,7 +207,10 @@ def _not_finite(scores: Tensor, bad: Tensor, where: str, owner: Owner, who: str)
     )
 
 
-def _bad_gradient(bad: Tensor, where: str) -> NonFiniteError:
+def _bad_gradient(gradient: Tensor, scores: Tensor, where: str) -> NonFiniteError | None:
+    bad = ~gradient.isfinite().flatten(2).all(2) & scores.isfinite()
+    if not bool(bad.any()):
+        return None
     problem, particle = (int(i) for i in bad.nonzero()[0])
     return NonFiniteError(
         f"the gradient of the reward of a prediction is not finite for problem {problem}, particle {particle} {where}, "

@@ -141,7 +141,7 @@ def driftlite(
         if result.interrupted:
             break
         spent = result.cost
-        with keeping(result):
+        with keeping(replace(result, interrupted=True)):
             later, thetas = run(key.fold("pass", i), thetas, i + 1, spent)
         result = replace(later, cost=spent + later.cost)
     return result

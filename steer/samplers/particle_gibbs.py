@@ -66,7 +66,9 @@ class PinnedPrior:
         self, process: ReverseProcess, objective: Objective, key: Key, batch: int, particles: int
     ) -> Trajectory:
         state = prior(process, objective, key, batch, particles)
-        return replace(state, x=pinned(state.x, self.path[:, 0]))
+        # Pinned runs overestimate the normalizing constant.
+        unknown = torch.full_like(state.log_evidence, torch.nan)
+        return replace(state, x=pinned(state.x, self.path[:, 0]), log_evidence=unknown)
 
 
 def pinned(x: Tensor, state: Tensor) -> Tensor:
@@ -164,7 +166,7 @@ def particle_gibbs(
     while True:
         of_sweep = key.fold("sweep", sweep)
         tied, begin, resampler = _tied(free, path)
-        with keeping(result):
+        with keeping(None if result is None else replace(result, interrupted=True)):
             result = smc(
                 tied,
                 reward,
