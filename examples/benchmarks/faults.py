@@ -58,7 +58,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     "dts": partial(search.dts, levels=[3], walkers=4),
     "dts_star": partial(search.dts_star, levels=[3], walkers=4),
     "beam": search.beam,
-    "depth_first": partial(search.depth_first, particles=2),
+    "depth_first": partial(search.depth_first, particles=2, budget=60),
     "rbf": partial(search.rbf, quota=3, particles=2),
     "noise_search": partial(search.noise_search, particles=2, budget=120),
     "collect": collect,

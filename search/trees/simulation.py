@@ -144,6 +144,7 @@ class Simulator:
                 "levels that begin there or later"
             )
         begun = replace(begun, keep_states=self.keep_states)
+        self.loop.partial = begun
         if self.start is prior:
             return begun
         # What another start has weighted, multiplied in and normalized by is the weight of the edge from the root.

@@ -4,14 +4,43 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
+from ..cost import Meter
 from ..errors import NonFiniteError
 from ..types import Stop
 from .run import Run
 from .trajectory import EMPTY_CACHE, Trajectory
+
+
+class Reached:
+    """The last states of a run, for an error to leave: three, as what is not finite may be found a step late."""
+
+    def __init__(self) -> None:
+        self._states: deque[Trajectory] = deque(maxlen=3)
+
+    @property
+    def last(self) -> Trajectory | None:
+        return self._states[-1] if self._states else None
+
+    def note(self, state: Trajectory) -> None:
+        """A state that the run can be resumed from."""
+        if self._states and self._states[-1].cache.x0 is not None:  # of an earlier state it would only take memory
+            self._states[-1] = replace(self._states[-1], cache=EMPTY_CACHE)
+        self._states.append(state)
+
+    @contextmanager
+    def keeping_partial(self, meter: Meter) -> Iterator[None]:
+        """Whatever is raised leaves the last good state in its `.partial`. At the end, the meter's flags are read."""
+        try:
+            yield
+            meter.finite.settle()
+        except BaseException as error:
+            late = isinstance(error, NonFiniteError)
+            keep(error, next((state for state in reversed(self._states) if not late or _is_finite(state)), None))
+            raise
 
 
 class Loop:
@@ -32,21 +61,19 @@ class Loop:
     """
 
     def __init__(self, run: Run, state: Trajectory | None = None) -> None:
-        self.run = run
-        # Three: a number that is not finite may be found a step late, and what is kept is the last state without one.
-        self._kept: deque[Trajectory] = deque([] if state is None else [state], maxlen=3)
+        self.run, self._reached = run, Reached()
+        if state is not None:
+            self.partial = state
         self.last_predicted: Trajectory | None = None
         self.interrupted = False
 
     @property
     def partial(self) -> Trajectory | None:
-        return self._kept[-1] if self._kept else None
+        return self._reached.last
 
     @partial.setter
     def partial(self, state: Trajectory) -> None:
-        if self._kept and self._kept[-1].cache.x0 is not None:  # of an earlier state it would only take memory
-            self._kept[-1] = replace(self._kept[-1], cache=EMPTY_CACHE)
-        self._kept.append(state)
+        self._reached.note(state)
 
     def predicted(self, state: Trajectory, partial: Trajectory | None = None) -> Trajectory:
         """Notes a state that carries its predictions. partial: what an error is to leave instead of it."""
@@ -75,16 +102,9 @@ class Loop:
                 raise
             self.interrupted = True
 
-    @contextmanager
-    def keeping_partial(self) -> Iterator[None]:
-        """Whatever is raised leaves what was paid for in its `.partial`. At the end, the last flags are read."""
-        try:
-            yield
-            self.run.meter.finite.settle()
-        except BaseException as error:
-            late = isinstance(error, NonFiniteError)
-            keep(error, next((state for state in reversed(self._kept) if not late or _is_finite(state)), None))
-            raise
+    def keeping_partial(self) -> AbstractContextManager[None]:
+        """Whatever is raised leaves what was paid for in its `.partial`."""
+        return self._reached.keeping_partial(self.run.meter)
 
     def ended(self, state: Trajectory) -> Trajectory:
         """The state that the run ends with: where it was interrupted, the clean states that were last predicted."""

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import torch
 
-from ..core.loop import keeping
+from ..core.loop import Reached
 from ..core.objective import num_problems
 from ..core.trajectory import Trajectory
 from ..cost import check_counts
@@ -105,9 +105,9 @@ def collect(
     policy, meter = with_meter(model)
     groups = num_problems(model, groups)
     mask = stochastic_steps(window, model, groups, group_size, key).to(model.device)
-    chains: list[Trajectory] = []  # as far as they have come
-    with keeping(lambda: chains[-1] if chains else None):
-        state, kept = _plain_chains(policy, storage, mask, key, chains, shared_noise=shared_noise, means=means)
+    reached = Reached()
+    with reached.keeping_partial(meter):
+        state, kept = _plain_chains(policy, storage, mask, key, reached, shared_noise=shared_noise, means=means)
         values = score_samples(policy, state.x, rewards)
     row = torch.arange(groups * group_size, device=model.device).view(groups, group_size)
     return assemble(
@@ -131,7 +131,7 @@ def _plain_chains(
     storage: torch.dtype,
     mask: torch.Tensor,
     key: Key,
-    reached: list[Trajectory],
+    reached: Reached,
     *,
     shared_noise: bool,
     means: bool,
@@ -146,7 +146,7 @@ def _plain_chains(
     some, all_rows = mask.any(0).any(0).tolist(), mask.all(0).all(0).tolist()
     with torch.no_grad():
         for k in range(process.steps):
-            reached[:] = [state]
+            reached.note(state)
             x0 = process.denoise(state.x, k)
             transition = (process if some[k] else ode).transition(state.x, x0, k)
             if some[k] and means:
@@ -156,5 +156,5 @@ def _plain_chains(
                     noisy=transition, ode=ode.transition(state.x, x0, k), noisy_at=mask[:, :, k]
                 )
             state = state.step(transition, noise)
-    reached[:] = [state]
+    reached.note(state)
     return state, kept

@@ -99,6 +99,8 @@ def select(state: Trajectory, scores: Tensor, selection: Resample, key: Key, see
 
 def check(state: Trajectory) -> None:
     """Raises the error that bad weights call for, naming step and problem. Reads the device."""
+    if state.process.meter is not None:  # what made them so comes first
+        state.process.meter.finite.settle()
     # The weights carried, not log_evidence: that is NaN by right where the start's is unknown, and what was
     # collected was finite, or nothing would have been resampled.
     dead = state.log_total == -torch.inf

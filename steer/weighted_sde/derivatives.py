@@ -117,8 +117,8 @@ class ValueDerivatives:
         if not value.requires_grad:
             raise NotDifferentiableError(
                 "this transport and weight need the gradient of the reward, which returned scores without one (it "
-                "detaches, uses no_grad, or is not a torch function); use transport=steer.base_transport with "
-                "weight=steer.KernelRatio(), which need none, or a differentiable reward"
+                "detaches, uses no_grad, or is not a torch function); use a differentiable reward, or steer.fkc with "
+                "transport=steer.base_transport and weight=steer.KernelRatio(), which needs none"
             )
         through = not self.look_ahead.local
         with self._counted(x, through), torch.enable_grad():
