@@ -36,10 +36,10 @@ class PathSearch:
         """Paths to near the data, then rounds of re-noising until the calls are spent."""
         steps, left, turn = run.process.steps, calls * particles, 0
         until = min(steps, max(1, round((1.0 - self.first) * steps)))
-        loop = Loop(run, run.begin(particles))
+        loop = Loop(run)
         best: StrategyResult | None = None  # finished samples
         with keeping(lambda: best), loop.keeping_partial(), torch.no_grad():
-            state = loop.partial = run_chain(loop, run.begin(particles), until=until)
+            state = run_chain(loop, run.begin(particles), until=until)
             left -= until * particles
             try:
                 while not loop.interrupted:

@@ -84,8 +84,8 @@ def sample_and_score(run: Run, x: Tensor, chains: int | None) -> StrategyResult:
         x: starting states, [B, M N, *event].
         chains: N where the M candidates of a chain share the noise of its steps, None where each has its own.
     """
-    loop = Loop(run, Trajectory.begin(run.process, x))
+    loop = Loop(run)
     with loop.keeping_partial(), torch.no_grad():
-        state = loop.partial = run_chain(loop, Trajectory.begin(run.process, x), shared=chains)
+        state = run_chain(loop, Trajectory.begin(run.process, x), shared=chains)
         root = torch.arange(x.shape[1], device=x.device) % (chains or x.shape[1])
         return StrategyResult(state.x, run.score(state.x), root.expand(x.shape[:2]), loop.interrupted)
