@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from steer.core.objective import Objective, check_finite, num_problems
+from steer.core.objective import Objective, at_level, from_column, num_problems
 from steer.core.run import Run
 from steer.errors import ShapeError, SteerError
 from steer.key import Key, as_key
@@ -63,7 +63,7 @@ class X0Hat:
 
     def __call__(self, objective: Objective, x: Tensor, k: int, x0: Tensor | None, key: Key | None = None) -> Tensor:
         assert x0 is not None
-        return objective(objective.process.complete(x, x0))
+        return objective(objective.process.complete(x, x0), at_level(objective.process, k))
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class RewardAhead:
     def __call__(self, objective: Objective, x: Tensor, k: int, x0: Tensor | None, key: Key | None = None) -> Tensor:
         assert x0 is not None
         process = need_levels(objective.process, "a look-ahead by the ODE", cure="use value=values.x0_hat()")
-        return objective(ode_steps(self.count + 1).predict(process, x, x0, k, key))
+        return objective(ode_steps(self.count + 1).predict(process, x, x0, k, key), at_level(process, k))
 
 
 @dataclass(frozen=True)
@@ -123,10 +123,11 @@ def evaluate(run: Run, x: Tensor, k: int, value: Value) -> tuple[Tensor | None, 
     for part, key in run.parts(x):
         x0 = run.process.denoise(part, k, key) if value.predicts else None
         predictions += [] if x0 is None else [x0]
-        values.append(value(run.objective, part, k, x0, key))
-    scores = torch.cat(values, 1)
-    check_finite(scores, f"at level {k} of {run.process.steps}")
-    return torch.cat(predictions, 1) if predictions else None, scores
+        objective = run.objective.of(from_column(key.slot - run.key.slot))
+        scores = value(objective, part, k, x0, key)
+        objective.look_at(scores, at_level(run.process, k), who="the value")
+        values.append(scores)
+    return torch.cat(predictions, 1) if predictions else None, torch.cat(values, 1)
 
 
 def x0_hat() -> X0Hat:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .errors import BudgetError, SteerError
+from .finite import FiniteWatch
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,13 @@ class Stopwatch:
 
 
 class Meter:
-    """Counts calls while a run is in progress. The one mutable object of a run besides a search tree."""
+    """Counts calls while a run is in progress, and looks at what they return (`finite`).
+
+    The one mutable object of a run besides a search tree.
+    """
 
     def __init__(self) -> None:
+        self.finite = FiniteWatch()
         self.nfe = self.grads = self.rewards = self.decodes = 0
         self.seconds = {"network": 0.0, "gradient": 0.0, "reward": 0.0, "decode": 0.0}
         self._began = time.perf_counter()

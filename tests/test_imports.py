@@ -17,13 +17,13 @@ SOURCES = sorted(path for folder in FOLDERS.values() for path in folder.rglob("*
 # A room may import those above it in this list, and never the other way round, also inside functions. `cli` and the
 # package's own __init__ stand on all of them.
 ROOMS = (
-    "version", "errors", "key", "types", "cost", "files", "rewards", "processes", "core", "particles", "pipelines",
-    "report", "results", "weighted_sde", "samplers", "search", "saved", "evaluation", "guidance", "models",
+    "version", "errors", "finite", "key", "types", "cost", "files", "rewards", "processes", "core", "particles",
+    "pipelines", "report", "results", "weighted_sde", "samplers", "search", "saved", "evaluation", "guidance", "models",
     "minority_sampling", "grpo", "exporters", "testing", "cli",
 )  # fmt: skip
-# A target that the user asked for and that is biased, or may not exist, is no numerical failure: it runs, with a
-# warning.
-WARNINGS_MEANT = {("weighted_sde/loop.py", "warnings.warn")}
+# A target that the user asked for and that is biased, or may not exist, or an evidence without an error estimate, is no
+# numerical failure: it runs, with a warning.
+WARNINGS_MEANT = {("weighted_sde/loop.py", "warnings.warn"), ("results/result.py", "warnings.warn")}
 # Whether an error's `.partial` can be sent to another process is tried by pickling it. Nothing is ever unpickled.
 PICKLES = {"steer/errors.py"}
 AT_MODULE_LEVEL = {

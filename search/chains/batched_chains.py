@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from steer.core.event import Event
-from steer.core.objective import check_finite
+from steer.core.loop import keeping
+from steer.core.objective import at_level
 from steer.core.run import Run
 from steer.core.trajectory import Trajectory
-from steer.errors import SteerError
 from steer.key import Key
 from steer.processes.gaussian import sampling_uses_network
 from steer.results.result import Result
@@ -77,20 +77,25 @@ def run_in_lockstep(run: Run, particles: int, start: Callable[[Run, ChainId], Ch
         Result with what the chains found, x [B, N, *event].
 
     Raises:
-        SteerError: of reward or network; its `.partial` is a Result with what the chains would return, or before their
-            first scores a Trajectory of their starting states.
+        Whatever reward, network or `on_step` raise; `.partial` is a Result with what the chains would return, or before
+        their first scores a Trajectory of their starting states.
     """
     runs = [run.only(problem) for problem in range(run.problems)]
     ids = [ChainId(problem, slot) for problem in range(run.problems) for slot in range(particles)]
     chains = {chain_id: start(runs[chain_id.problem], chain_id) for chain_id in ids}
     held: dict[ChainId, BestSoFar | None] = dict.fromkeys(ids)
     starting: Trajectory | None = None
+
+    def so_far() -> Result | Trajectory | None:
+        complete = all(found is not None for found in held.values())
+        return _result(run, held, keep, interrupted=True) if complete else starting
+
     try:
-        with torch.no_grad():
+        with keeping(so_far), torch.no_grad():
             requests = {chain_id: next(chain) for chain_id, chain in chains.items()}
             starting = _starting_states(run, requests)
             while requests:
-                answers = _answers(run, runs, particles, requests)
+                answers = _answers(run, runs, requests)
                 for chain_id, answer in answers.items():
                     try:
                         requests[chain_id] = chains[chain_id].send(answer)
@@ -103,10 +108,6 @@ def run_in_lockstep(run: Run, particles: int, start: Callable[[Run, ChainId], Ch
         if any(found is None for found in held.values()):
             raise
         return _result(run, held, keep, interrupted=True)
-    except SteerError as error:
-        complete = all(found is not None for found in held.values())
-        error.keep(_result(run, held, keep, interrupted=True) if complete else starting)
-        raise
     return _result(run, held, keep, interrupted=False)
 
 
@@ -150,21 +151,19 @@ def _drawn(run: Run, chain_id: ChainId, slots: range, what: str, make: Callable[
     return every[:, :: slots.step]
 
 
-def _answers(
-    run: Run, runs: list[Run], particles: int, requests: dict[ChainId, EvaluationRequest]
-) -> dict[ChainId, Answer]:
+def _answers(run: Run, runs: list[Run], requests: dict[ChainId, EvaluationRequest]) -> dict[ChainId, Answer]:
     """Predictions and scores of the requests at the noisiest level; the chains ahead of it wait."""
     k = min(request.k for request in requests.values())
     ids = [chain_id for chain_id, request in requests.items() if request.k == k]
     if run.process.problems in (None, 1):
-        return _evaluate(run, runs[0], particles, requests, ids, k)
+        return _evaluate(run, runs[0], requests, ids, k)
     groups = [[chain_id for chain_id in ids if chain_id.problem == problem] for problem in range(run.problems)]
-    found = [_evaluate(run, runs[group[0].problem], particles, requests, group, k) for group in groups if group]
+    found = [_evaluate(run, runs[group[0].problem], requests, group, k) for group in groups if group]
     return {chain_id: answer for answers in found for chain_id, answer in answers.items()}
 
 
 def _evaluate(
-    run: Run, own: Run, particles: int, requests: dict[ChainId, EvaluationRequest], ids: list[ChainId], k: int
+    run: Run, own: Run, requests: dict[ChainId, EvaluationRequest], ids: list[ChainId], k: int
 ) -> dict[ChainId, Answer]:
     """Answers to some chains at level k, by the network and reward of one problem's run."""
     process = own.process
@@ -172,11 +171,14 @@ def _evaluate(
     x = torch.cat([requests[chain_id].x for chain_id in ids], 1)  # in one row: no conditioning tells them apart
     x0 = own.predict(x, k) if k < process.steps else x
     clean = process.complete(x, x0) if k < process.steps else x
-    scores = torch.cat([own.objective(part) for part in clean.split(run.chunk, 1)], 1)[0].cpu().split(sizes)
-    highest = torch.zeros(run.problems, particles, dtype=torch.float64)
-    for (problem, slot), each in zip(ids, scores, strict=True):
-        highest[problem, slot] = each.max()  # NaN where one of them is
-    check_finite(highest, f"at level {k} of {process.steps}")
+    owners = [chain_id for chain_id, size in zip(ids, sizes, strict=True) for _ in range(size)]
+    found, first = [], 0
+    for part in clean.split(run.chunk, 1):
+        objective = own.objective.of(lambda _, column, first=first: owners[first + column])
+        found.append(objective(part, at_level(process, k)))
+        first += part.shape[1]
+    scores = torch.cat(found, 1)[0].cpu().split(sizes)
+    run.meter.finite.settle()  # scores are read here: no chain is sent one that is not finite
     answers = zip(ids, x0.split(sizes, 1), scores, strict=True)
     return {chain_id: (predictions, each.tolist()) for chain_id, predictions, each in answers}
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from steer.core.event import OnStep
+from steer.core.loop import keep as leave
 from steer.core.run import Run
 from steer.cost import affordable, check_counts
 from steer.key import Key
 from steer.results.result import Result
 from steer.types import ReverseProcess, Reward
 
-from .strategy import Strategy
+from .strategy import Strategy, StrategyResult
 from .zero_order import zero_order
 
 
@@ -58,8 +59,9 @@ def noise_search(
             deterministic processes by design.
         NonFiniteError: where a reward is NaN or +inf.
         RewardError: where the reward raises, or returns something that is not one number per sample.
-        ShapeError: where the reward returns another shape, or `batch` does not fit the process. Each error of a run
-            under way has the samples or predictions last made in `.partial`, a Trajectory.
+        ShapeError: where the reward returns another shape, or `batch` does not fit the process.
+        Whatever is raised has in `.partial` the best samples so far, a Result, or before any the states last made, a
+        Trajectory.
 
     Cost: per problem at most `budget` network rows; rewards as each strategy says.
     Source: Ma et al. 2025 (2501.09732); Ramesh & Mardani 2025 (2506.03164) for epsilon_greedy.
@@ -81,5 +83,14 @@ def noise_search(
     budget = 16 * run.process.steps * rows * chains if budget is None else budget
     most = affordable(least * rows, particles=particles, budget=budget)
     chains = min(chains, most) if particles is None else particles
-    found = strategy(run, chains, budget // rows // chains)
-    return Result.from_search(run, found.x, found.reward, found.root, keep=keep, interrupted=found.interrupted)
+
+    def result(found: StrategyResult) -> Result:
+        return Result.from_search(run, found.x, found.reward, found.root, keep=keep, interrupted=found.interrupted)
+
+    try:
+        return result(strategy(run, chains, budget // rows // chains))
+    except BaseException as error:
+        best = getattr(error, "partial", None)
+        if isinstance(best, StrategyResult):
+            leave(error, result(best._replace(interrupted=True)), instead=True)
+        raise

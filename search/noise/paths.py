@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from steer.core.chain import run_chain
-from steer.core.loop import Loop
+from steer.core.loop import Loop, keeping
 from steer.core.population import gather
 from steer.core.run import Run
 from steer.core.trajectory import Trajectory
@@ -37,10 +37,10 @@ class PathSearch:
         steps, left, turn = run.process.steps, calls * particles, 0
         until = min(steps, max(1, round((1.0 - self.first) * steps)))
         loop = Loop(run)
-        with loop.keeping_partial(), torch.no_grad():
+        best: StrategyResult | None = None  # finished samples
+        with keeping(lambda: best), loop.keeping_partial(), torch.no_grad():
             state = run_chain(loop, run.begin(particles), until=until)
             left -= until * particles
-            best: StrategyResult | None = None  # finished samples
             try:
                 while not loop.interrupted:
                     if state.k == steps and best is None:

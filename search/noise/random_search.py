@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from steer.core.loop import keeping
 from steer.core.run import Run
 from steer.types import ReverseProcess
 
@@ -27,7 +28,8 @@ class RandomSearch:
         for first in range(0, count, run.chunk):
             here = replace(run, key=run.key.shifted(slot=first))
             try:
-                found = sample_and_score(here, here.begin(min(run.chunk, count - first)).x, None)
+                with keeping(lambda: concat(*parts) if parts else None):
+                    found = sample_and_score(here, here.begin(min(run.chunk, count - first)).x, None)
             except KeyboardInterrupt:
                 if not parts:
                     raise

@@ -86,6 +86,6 @@ def sample_and_score(run: Run, x: Tensor, chains: int | None) -> StrategyResult:
     """
     loop = Loop(run)
     with loop.keeping_partial(), torch.no_grad():
-        state = loop.partial = run_chain(loop, Trajectory.begin(run.process, x), shared=chains)
+        state = run_chain(loop, Trajectory.begin(run.process, x), shared=chains)
         root = torch.arange(x.shape[1], device=x.device) % (chains or x.shape[1])
         return StrategyResult(state.x, run.score(state.x), root.expand(x.shape[:2]), loop.interrupted)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from steer.core.loop import keeping
 from steer.core.population import gather
 from steer.core.run import Run
 from steer.errors import SteerError
@@ -43,7 +44,8 @@ class ZeroOrder:
             moved = torch.cat([pivot] * count, 1) - mean + self.radius * (fresh - mean)
             near = mean + moved / math.sqrt(1.0 + self.radius**2)
             try:
-                found = sample_and_score(run, near, particles)
+                with keeping(best):
+                    found = sample_and_score(run, near, particles)
             except KeyboardInterrupt:
                 return best._replace(interrupted=True)
             if found.interrupted:

@@ -8,8 +8,8 @@ import torch
 
 from steer.core.chain import run_chain
 from steer.core.event import OnStep
-from steer.core.loop import Loop
-from steer.core.objective import check_finite
+from steer.core.loop import Loop, keeping
+from steer.core.objective import FINISHED, from_column
 from steer.core.run import Run
 from steer.core.start import Start, prepared, prior
 from steer.cost import check_counts
@@ -64,8 +64,9 @@ def best_of_n(
         BudgetError: where the budget does not pay for one sample.
         NonFiniteError: where a reward is NaN or +inf.
         RewardError: where the reward raises, or returns something that is not one number per sample.
-        ShapeError: where the reward returns another shape, or `batch` does not fit the process. Each has the samples
-            so far in `.partial`, a Trajectory.
+        ShapeError: where the reward returns another shape, or `batch` does not fit the process.
+        Whatever is raised has in `.partial` the chunks that are finished, a Result, or in the first chunk its states, a
+        Trajectory.
 
     Cost: per problem N K network rows (K = process.steps) and N rewards.
     """
@@ -86,27 +87,29 @@ def best_of_n(
     if ready is not start or run.objective.groupwise:
         chunk = count  # a start that spends rows is run once, and a groupwise reward scores its group in one call
     samples, scores, interrupted = [], [], False
+
+    def so_far() -> Result:
+        x, score = torch.cat(samples, 1), torch.cat(scores, 1)
+        root = torch.arange(score.shape[1], device=score.device).expand_as(score)
+        return Result.from_search(run, x, score, root, keep=keep, interrupted=interrupted)
+
     for first in range(0, count, chunk):
         here = replace(run, key=run.key.shifted(slot=first), chunk=chunk)
+        loop = Loop(here)
         try:
-            state = ready(run.process, run.objective, here.key, run.problems, min(chunk, count - first))
-            loop = Loop(here, state)
-            with loop.keeping_partial():
-                state = run_chain(loop, state, chunk=first)
+            with keeping(lambda: replace(so_far(), interrupted=True) if samples else None), loop.keeping_partial():
+                loop.partial = ready(run.process, run.objective, here.key, run.problems, min(chunk, count - first))
+                loop.partial = state = run_chain(loop, loop.partial, chunk=first)
+                with torch.no_grad():
+                    score = run.objective.of(from_column(first))(state.x, FINISHED)
         except (Stop, KeyboardInterrupt):
             if not samples:
                 raise
             interrupted = True
             break
-        loop.partial = replace(state, x=torch.cat([*samples, state.x], 1))
-        with loop.keeping_partial(), torch.no_grad():
-            score = run.objective(state.x)
-            check_finite(score, "of the finished samples", first=first)
         samples.append(state.x)
         scores.append(score)
         interrupted = loop.interrupted
         if interrupted:
             break
-    x, score = torch.cat(samples, 1), torch.cat(scores, 1)
-    root = torch.arange(score.shape[1], device=score.device).expand_as(score)
-    return Result.from_search(run, x, score, root, keep=keep, interrupted=interrupted)
+    return so_far()

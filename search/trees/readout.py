@@ -10,7 +10,6 @@ from torch import Tensor
 
 from steer.core import population
 from steer.core.loop import completed
-from steer.core.objective import check_finite
 from steer.core.run import Run
 from steer.core.trajectory import LevelRecord
 from steer.errors import CollapsedWeightsError
@@ -81,8 +80,7 @@ def read_predictions(run: Run, tree: Tree, readout: Readout, last: LastPredictio
     """What a run has that was stopped in its first batch: the last predictions of its simulations, as leaves."""
     with torch.no_grad():
         x = completed(last.state).x
-        reward = run.objective(x)
-    check_finite(reward, "of the predictions")
+        reward = run.objective(x, "of the predictions")
     log_weight = readout.log_weight(reward, last.state.log_weight + last.log_path_weight, run.temperature)
     return _result(
         run,

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from steer.core.loop import Loop
-from steer.core.objective import check_finite
+from steer.core.objective import FINISHED, Owner
 from steer.core.start import Start, prior
 from steer.core.trajectory import StepRecord, Trajectory, required
 from steer.errors import SteerError
@@ -53,6 +53,15 @@ class LiveColumns(NamedTuple):
         if mask is None or process.problems is not None:
             return cls(mask, None)
         return cls(mask, torch.from_numpy(mask.reshape(-1).nonzero()[0]).to(device))
+
+    def owner(self, x: Tensor, first: int) -> Owner:
+        """Which problem and node (the layer has `first`) each row that is evaluated of states [B, W, ...] is."""
+
+        def named(row: int, column: int) -> tuple[int, int]:
+            place = row * x.shape[1] + column if self.rows is None else int(self.rows[column])
+            return place // x.shape[1], first + place % x.shape[1]
+
+        return named
 
     def evaluate(self, function: Callable[[Tensor], dict[str, Tensor]], x: Tensor) -> dict[str, Tensor]:
         """What a function says of states [B, W, ...], evaluated on live rows alone where it may be; 0 elsewhere."""
@@ -135,6 +144,7 @@ class Simulator:
                 "levels that begin there or later"
             )
         begun = replace(begun, keep_states=self.keep_states)
+        self.loop.partial = begun
         if self.start is prior:
             return begun
         # What another start has weighted, multiplied in and normalized by is the weight of the edge from the root.
@@ -179,7 +189,6 @@ class Simulator:
         else:
             state, scores = self.predict(state, live, key, score=self.predict_rewards)
             if scores is not None and self.predict_rewards:
-                check_finite(scores, f"of the predictions at level {state.k}", first=layer.size)
                 columns["predicted_reward"] = scores.cpu().numpy()
             elif "predicted_reward" in layer:
                 columns["predicted_reward"] = math.nan
@@ -193,10 +202,11 @@ class Simulator:
     ) -> tuple[Trajectory, Tensor | None]:
         """The state caching its prediction (and what a proposal needs), and scores [B, W] where they are asked for."""
         process, run, k = self.process, self.loop.run, state.k
+        objective = run.objective.of(live.owner(state.x, 0))
 
         def predicted(x: Tensor) -> dict[str, Tensor]:
             here = Trajectory.begin(process, x, k=k)
-            here, scores = predict_and_score(here, run.objective, run.temperature, self.proposal, score, key)
+            here, scores = predict_and_score(here, objective, run.temperature, self.proposal, score, key)
             found = here.cache.tensors()
             found.pop("score", None)
             return found if scores is None else {**found, "score": scores}
@@ -208,8 +218,9 @@ class Simulator:
     def _leaf_scores(self, state: Trajectory, live: LiveColumns) -> dict[str, NDArray[Any]]:
         """Rewards and values [B, W] of new leaves."""
         run = self.loop.run
-        scores = live.evaluate(lambda x: {"score": run.objective(x)}, state.x)["score"].cpu()
-        check_finite(scores, "of the finished samples", first=self.tree.leaves.size)
+        objective = run.objective.of(live.owner(state.x, self.tree.leaves.size))
+        scores = live.evaluate(lambda x: {"score": objective(x, FINISHED)}, state.x)["score"].cpu()
+        run.meter.finite.settle()  # scores are read here: nothing that is not finite enters the tree
         return {"reward": scores.numpy(), "value": self.tree.rule.leaf_value(scores.numpy(), run.temperature)}
 
     def _edge(self, state: Trajectory) -> dict[str, Tensor]:

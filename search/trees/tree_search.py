@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from steer.core.loop import keep
 from steer.core.run import Run
 from steer.cost import affordable, check_counts
 from steer.errors import BudgetError, CollapsedWeightsError, SteerError
@@ -111,15 +112,15 @@ class TreeSearch:
 
     @contextmanager
     def keeping_leaves(self) -> Iterator[None]:
-        """Errors leave the tree as of the last whole batch in their `.partial`, once it has leaves."""
+        """Whatever is raised leaves the tree as of the last whole batch in its `.partial`, once it has leaves."""
         try:
             yield
-        except SteerError as error:
-            if error.partial is None and self.tree.leaves.size:
+        except BaseException as error:
+            if self.tree.leaves.size:
                 try:
-                    error.keep(self.result(interrupted=True))
+                    keep(error, self.result(interrupted=True))
                 except CollapsedWeightsError as collapsed:
-                    error.keep(collapsed.partial)
+                    keep(error, collapsed.partial)
             raise
 
     def check_budget(self, particles: int | None, budget: int | None) -> None:

@@ -8,6 +8,7 @@ nothing else; progress and errors go to stderr.
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -75,7 +76,8 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 
 def main() -> None:
-    """Runs the command line."""
+    """Runs the command line. SIGTERM is Ctrl-C: what was paid for is written before the end."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     app()
 
 
@@ -137,11 +139,15 @@ def generate(
 ) -> None:
     """Samples steered by a reward: writes images.png, result.safetensors, result.json and report.html.
 
-    Ctrl-C stops the run after the current step and writes what is finished; a second Ctrl-C stops it at once.
+    Ctrl-C (or SIGTERM) stops the run after the current step and writes what is finished; a second stops it at once. A
+    run that fails leaves what it had: a result marked interrupted, or the states under way, partial.safetensors.
     """
     if budget is not None and particles is not None:
         raise typer.BadParameter("give --budget or --particles, not both", param_hint="--particles")
-    with reported_errors(debug, as_json):
+    asked = {"model": model, "reward": reward, "method": method, "seed": seed, "temperature": temperature}
+    from ..core.loop import keeping
+
+    with reported_errors(debug, as_json, out, **asked, command=command_line(context)):
         process = open_model(model, steps, label, device)
         score = open_reward(reward, process)
         sampler = find_method(method)
@@ -154,7 +160,10 @@ def generate(
             with Watch(rows, method, show, interrupt) as watch:
                 result = sampler(process, watch.watching(score), **options, **watch.hook(sampler))
             if reference and method != "rollout" and not interrupt.asked:
-                with Watch(reference * process.steps * process.rows, "unsteered", show, interrupt) as watch:
+                with (
+                    keeping(result),
+                    Watch(reference * process.steps * process.rows, "unsteered", show, interrupt) as watch,
+                ):
                     unsteered = unsteered_run(process, score, reference, seed, watch)
         about = {"model": model, "reward": reward, "method": method, "seed": seed, "steps": process.steps}
         about |= {"label": label, "temperature": temperature, "guided": guided}
@@ -206,7 +215,7 @@ def compare(
     import steer
 
     names, budgets = [name.strip() for name in methods.split(",") if name.strip()], parse_budgets(budget)
-    with reported_errors(debug, as_json):
+    with reported_errors(debug, as_json, out, model=model, reward=reward, seed=seed, command=command_line(context)):
         process = open_model(model, steps, label, device)
         score = open_reward(reward, process)
         everyone = list(dict.fromkeys(["rollout", "best_of_n", *names]))

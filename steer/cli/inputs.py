@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import typer
@@ -19,23 +20,35 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def reported_errors(debug: bool, as_json: bool) -> Iterator[None]:
-    """Prints an error of the run as one line and exits with code 1; with `debug` it is raised."""
+def reported_errors(debug: bool, as_json: bool, out: Path | None = None, **about: Any) -> Iterator[None]:
+    """Prints an error of the run as one line and exits with code 1; with `debug` it is raised.
+
+    out: where what was paid for before it is written, whatever the error. about: what the run is, for the files.
+    """
     from ..errors import SteerError
     from ..types import Stop
+    from .outputs import write_partial
 
     try:
         yield
-    except (SteerError, OSError, KeyboardInterrupt, Stop) as error:
-        if debug:
+    except BaseException as error:
+        written = None
+        if out is not None:
+            with suppress(OSError):  # the error itself is what must be seen
+                written = write_partial(getattr(error, "partial", None), out, about)
+        if debug or not isinstance(error, SteerError | OSError | KeyboardInterrupt | Stop):
+            if written is not None:
+                say(f"what the run had until then is in {escape(str(written))}")
             raise
         message = " ".join(str(error).split())
-        if isinstance(error, KeyboardInterrupt):
-            message = "interrupted at once; whatever was not written yet is lost"
-        elif isinstance(error, Stop):
-            message = "interrupted; nothing was written"
+        if isinstance(error, KeyboardInterrupt | Stop):
+            message = "interrupted"
+        message += f"; what the run had until then is in {written}" if written is not None else ""
+        if isinstance(error, KeyboardInterrupt | Stop) and written is None:
+            message += "; nothing was written"
         if as_json:
-            print_json({"error": {"type": type(error).__name__, "message": message}})
+            partial = None if written is None else str(written)
+            print_json({"error": {"type": type(error).__name__, "message": message, "partial": partial}})
         say(f"[bold red]error:[/] [red]{escape(message)}[/]")
         raise typer.Exit(1) from None
 

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from ..report.comparison import Comparison, Comparisons
     from ..results.result import Result
 
+PARTIAL = ("partial.safetensors", "partial.json")
+
 
 def write_run(
     result: Result, reference: Result | None, out: Path, n: int, about: dict[str, Any], metrics: dict[str, Any]
@@ -19,7 +21,7 @@ def write_run(
     from ..report.run_report import shown, summary, write_report
     from ..results.saving import save_result
 
-    for stale in ("compare.json", "images.png"):  # an earlier command's, which would be mistaken for this one's
+    for stale in ("compare.json", "images.png", *PARTIAL):  # an earlier command's, to be mistaken for this one's
         (out / stale).unlink(missing_ok=True)
     index = shown(result, n)
     save_result(result, out, reference=reference, **about, shown=index.tolist())
@@ -32,6 +34,36 @@ def write_run(
     return summary(result, reference, metrics) | texts
 
 
+def write_partial(partial: Any, out: Path, about: dict[str, Any]) -> Path | None:
+    """Writes what an error left of a run, and returns the file or directory; None where there is nothing.
+
+    A Result as any run's; a comparison as compare.json; a Trajectory, states under way, as
+    partial.safetensors (x, log_weight, log_evidence, its prediction x0 where it has one) and partial.json.
+    """
+    from safetensors.torch import save
+
+    from ..core.trajectory import Trajectory
+    from ..files import plain, to_json, versions, write_atomically
+    from ..report.comparison import Comparison, Comparisons
+    from ..results.result import Result
+    from ..results.saving import save_result
+
+    if isinstance(partial, Result):
+        return save_result(partial, out, **about)
+    if isinstance(partial, Comparison | Comparisons):
+        facts = {"about": about, **partial.to_dict(), "interrupted": True, "versions": versions()}
+        return write_atomically(out / "compare.json", to_json(plain(facts)))
+    if not isinstance(partial, Trajectory):
+        return None
+    tensors = {"x": partial.x, "log_weight": partial.log_weight, "log_evidence": partial.log_evidence}
+    if partial.cache.x0 is not None:
+        tensors["x0"] = partial.cache.x0
+    facts = {"about": about, "level": partial.k, "steps": partial.process.steps, "versions": versions()}
+    blob = save({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()})
+    write_atomically(out / PARTIAL[1], to_json(plain(facts)))
+    return write_atomically(out / PARTIAL[0], blob)
+
+
 def write_comparison_files(
     comparison: Comparison | Comparisons, out: Path, n: int, about: dict[str, Any]
 ) -> dict[str, Any]:
@@ -42,7 +74,7 @@ def write_comparison_files(
     from ..report.run_report import shown
     from ..results.saving import FACTS, TENSORS
 
-    for stale in (FACTS, TENSORS, "images.png"):  # an earlier `steer generate`'s
+    for stale in (FACTS, TENSORS, "images.png", *PARTIAL):  # an earlier `steer generate`'s
         (out / stale).unlink(missing_ok=True)
     facts = plain({"about": about, **comparison.to_dict(), "versions": versions()})
     write_atomically(out / "compare.json", to_json(facts))

@@ -1,4 +1,4 @@
-"""Progress of a run on stderr, and Ctrl-C as a request to stop after the current step."""
+"""Progress of a run on stderr, and Ctrl-C or SIGTERM as a request to stop after the current step."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ if TYPE_CHECKING:
 class Interrupt:
     """While open, a first Ctrl-C stops the run after the current step; a second raises KeyboardInterrupt at once.
 
-    The first is noted, and `check`, which an `on_step` callback calls, raises `Stop`. Outside the main thread, where
-    Python delivers no signals, it does nothing.
+    SIGTERM, which job schedulers send before they kill, does the same. The first is noted, and `check`, which an
+    `on_step` callback calls, raises `Stop`. Outside the main thread, where Python delivers no signals, it does nothing.
     """
 
     def __init__(self) -> None:
-        self.asked, self._before = False, None
+        self.asked, self._before = False, dict[signal.Signals, Any]()
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._note)
+            self._before = {each: signal.signal(each, self._note) for each in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
+        for each, handler in self._before.items():
+            signal.signal(each, handler)
 
     def check(self) -> None:
         """Raises `Stop` if Ctrl-C was pressed."""
@@ -44,7 +44,8 @@ class Interrupt:
 
     def _note(self, *_: Any) -> None:
         self.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for each in self._before:
+            signal.signal(each, signal.default_int_handler)
 
 
 class Watch:

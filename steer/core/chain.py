@@ -30,10 +30,12 @@ def run_chain(
     """
     run = loop.run
     process, noise = run.process, noise or run.key.fold("step")
+    loop.partial = state
     with loop.steps(), torch.no_grad():
         for _ in range(state.k, process.steps if until is None else until):
             before = loop.predicted(state if state.cache.x0 is not None else run.predicted(state))
-            state = loop.stepped(before, _stepped(before, noise, shared), chunk)
+            state = _stepped(before, noise, shared)
+            loop.stepped(before, state, chunk, partial=state)
     return loop.ended(state)
 
 

@@ -8,6 +8,16 @@ import torch
 from torch import Tensor
 
 
+def one_root(log_weight: Tensor, root: Tensor) -> Tensor:
+    """Whether one of the starting particles has all of a problem's weight, or all but a thousandth: [B].
+
+    What `evidence_variance` says then, 1, is the same however wrong the evidence is. Arguments as there.
+    """
+    weight = torch.softmax(log_weight, 1)
+    share = torch.zeros_like(weight).scatter_add_(1, root, weight)
+    return share.amax(1) > 0.999
+
+
 def evidence_variance(log_weight: Tensor, root: Tensor, resamplings: Tensor) -> Tensor:
     """Estimate of Var(Z_hat) / Z^2, which is Var(log Z_hat) to first order, from one run: [B].
 
@@ -15,7 +25,8 @@ def evidence_variance(log_weight: Tensor, root: Tensor, resamplings: Tensor) -> 
     often each problem was resampled, [B].
     Source: Lee & Whiteley 2018, V = 1 - (N / (N - 1))^(R + 1) (1 - sum_n S_n^2) with S_n the weight that
     descends from root n. Unbiased for multinomial resampling; an overestimate for the others. It degenerates to 1 once
-    one root is left; there is no fixed-lag remedy, since every generation adds to the variance of the evidence.
+    one root is left (`one_root`); there is no fixed-lag remedy, since every generation adds to the variance of the
+    evidence.
     """
     particles = log_weight.shape[1]
     if particles < 2:

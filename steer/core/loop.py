@@ -2,21 +2,53 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
+from typing import Any
 
-from ..errors import SteerError
+from ..cost import Meter
+from ..errors import NonFiniteError
 from ..types import Stop
 from .run import Run
-from .trajectory import Trajectory
+from .trajectory import EMPTY_CACHE, Trajectory
+
+
+class Reached:
+    """The last states of a run, for an error to leave: three, as what is not finite may be found a step late."""
+
+    def __init__(self) -> None:
+        self._states: deque[Trajectory] = deque(maxlen=3)
+
+    @property
+    def last(self) -> Trajectory | None:
+        return self._states[-1] if self._states else None
+
+    def note(self, state: Trajectory) -> None:
+        """A state that the run can be resumed from."""
+        if self._states and self._states[-1].cache.x0 is not None:  # of an earlier state it would only take memory
+            self._states[-1] = replace(self._states[-1], cache=EMPTY_CACHE)
+        self._states.append(state)
+
+    @contextmanager
+    def keeping_partial(self, meter: Meter) -> Iterator[None]:
+        """Whatever is raised leaves the last good state in its `.partial`. At the end, the meter's flags are read."""
+        try:
+            yield
+            meter.finite.settle()
+        except BaseException as error:
+            late = isinstance(error, NonFiniteError)
+            keep(error, next((state for state in reversed(self._states) if not late or _is_finite(state)), None))
+            raise
 
 
 class Loop:
     """What every sampler and search puts around its steps.
 
-        loop = Loop(run, state)
+        loop = Loop(run)
         with loop.keeping_partial():            # an error leaves `loop.partial` in its `.partial`
+            loop.partial = state = ...          # the start
             with loop.steps():                  # Stop and Ctrl-C end here, once there is something to return
                 for k in range(...):
                     state = loop.predicted(...)         # carries its predictions
@@ -29,17 +61,34 @@ class Loop:
     """
 
     def __init__(self, run: Run, state: Trajectory | None = None) -> None:
-        self.run, self.partial = run, state
+        self.run, self._reached = run, Reached()
+        if state is not None:
+            self.partial = state
         self.last_predicted: Trajectory | None = None
         self.interrupted = False
+
+    @property
+    def partial(self) -> Trajectory | None:
+        return self._reached.last
+
+    @partial.setter
+    def partial(self, state: Trajectory) -> None:
+        self._reached.note(state)
 
     def predicted(self, state: Trajectory, partial: Trajectory | None = None) -> Trajectory:
         """Notes a state that carries its predictions. partial: what an error is to leave instead of it."""
         self.last_predicted, self.partial = state, partial or state
         return state
 
-    def stepped(self, before: Trajectory, after: Trajectory, chunk: int = 0) -> Trajectory:
-        """Reports a step to `on_step`, which may end the run by raising `Stop`."""
+    def stepped(
+        self, before: Trajectory, after: Trajectory, chunk: int = 0, *, partial: Trajectory | None = None
+    ) -> Trajectory:
+        """Reports a step to `on_step`, which may end the run by raising `Stop`.
+
+        partial: what an error is to leave from here on, where that is more than the state with the predictions.
+        """
+        if partial is not None:
+            self.partial = partial
         self.run.report(before, after, chunk)
         return after
 
@@ -53,14 +102,9 @@ class Loop:
                 raise
             self.interrupted = True
 
-    @contextmanager
-    def keeping_partial(self) -> Iterator[None]:
-        """Errors leave what was paid for in their `.partial`."""
-        try:
-            yield
-        except SteerError as error:
-            error.keep(self.partial)
-            raise
+    def keeping_partial(self) -> AbstractContextManager[None]:
+        """Whatever is raised leaves what was paid for in its `.partial`."""
+        return self._reached.keeping_partial(self.run.meter)
 
     def ended(self, state: Trajectory) -> Trajectory:
         """The state that the run ends with: where it was interrupted, the clean states that were last predicted."""
@@ -70,7 +114,36 @@ class Loop:
         return completed(self.last_predicted)
 
 
+@contextmanager
+def keeping(finished: Any) -> Iterator[None]:
+    """Whatever is raised leaves what is finished in its `.partial`, in place of what was under way; None: nothing yet.
+
+    For methods of several runs: passes, sweeps, rounds. finished: a Result or Trajectory, or a function that gives one.
+    """
+    try:
+        yield
+    except BaseException as error:
+        keep(error, finished() if callable(finished) else finished, instead=True)
+        raise
+
+
+def keep(error: BaseException, partial: Any, *, instead: bool = False) -> None:
+    """Attaches what was paid for to an error as `.partial`, unless an inner call has, or `instead` of what it has.
+
+    An error of the user's code (network, reward, decoder, on_step) keeps its type, KeyboardInterrupt too.
+    """
+    if partial is not None and (instead or getattr(error, "partial", None) is None):
+        with suppress(AttributeError):  # a class that has made `partial` something else
+            object.__setattr__(error, "partial", partial)
+
+
 def completed(state: Trajectory) -> Trajectory:
     """A state that carries its predictions, standing at the clean states they mean."""
     assert state.cache.x0 is not None
     return replace(state, x=state.process.complete(state.x, state.cache.x0))
+
+
+def _is_finite(state: Trajectory) -> bool:
+    """Whether a run can go on from a state: no NaN in its weights, states or predictions. Reads the device."""
+    tensors = (state.log_weight, *(t for t in (state.x, state.cache.x0) if t is not None and t.is_floating_point()))
+    return not any(bool(tensor.isnan().any()) for tensor in tensors)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,29 +12,39 @@ from torch import Tensor
 
 from ..cost import Meter, check_counts
 from ..errors import NonFiniteError, NotDifferentiableError, RewardError, ShapeError, SteerError
+from ..finite import total
 from ..key import Key
 from ..types import ReverseProcess, RewardSpec
+
+Owner = Callable[[int, int], tuple[int, int]]
+"""(row, column) of states [B, n] -> the problem and the particle of the run that they are."""
+_NO_GRADIENT = (
+    "use a differentiable reward, or a method that needs no gradient: steer.smc with its default start and proposal, "
+    "steer.fk_steering, search.svdd"
+)
 
 
 @dataclass(frozen=True, eq=False)
 class Objective:
     """A reward as samplers use it: clean states [B, N, *event] to scores [B, N], float64, on the states' device.
 
-    Built by `open_objective`. What it checks at once: the reward's exceptions, type and shape. NaN and +inf are looked
-    for by `check_finite`, where reading the scores does not stall the device. A groupwise reward is called once per
-    problem: its group is the particles of one problem.
+    Built by `open_objective`. What it checks at once: the reward's exceptions, type and shape. NaN and +inf, in samples
+    and scores, are looked for by the meter's `FiniteWatch`, which does not stall the device. A groupwise reward is
+    called once per problem: its group is the particles of one problem.
     """
 
     process: ReverseProcess
     reward: Callable[..., Any]
     prompts: str  # "needed", "welcome" or "" as the reward's signature has it
+    owner: Owner = lambda row, column: (row, column)  # whose the states it is given are, for messages
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Scores of clean states, through the decoder."""
+    def __call__(self, x: Tensor, where: str = "") -> Tensor:
+        """Scores of clean states, through the decoder. where: for messages, "at level 3 of 20"."""
         problems, particles = x.shape[:2]
         if torch.is_grad_enabled() and x.requires_grad:
             self._check_differentiable()
         samples, prompts = self.process.decode(x), self._prompts(particles)
+        self.process.meter.finite.samples(x, samples, where)
         with self.process.meter.scoring(problems * particles):
             if self.groupwise:
                 starts = range(0, problems * particles, particles)
@@ -42,7 +52,18 @@ class Objective:
                 scores = torch.cat([self._score(*group) for group in zip(samples.split(particles), texts, strict=True)])
             else:
                 scores = self._score(samples, prompts)
-        return scores.to(x.device, torch.float64).view(problems, particles)
+        scores = scores.to(x.device, torch.float64).view(problems, particles)
+        self.look_at(scores, where)
+        return scores
+
+    def of(self, owner: Owner) -> Objective:
+        """The same, for states of which messages name others as owners."""
+        return replace(self, owner=owner)
+
+    def look_at(self, scores: Tensor, where: str, who: str = "the reward") -> None:
+        """Has the meter look for NaN and +inf in scores [B, n], without reading them where that stalls the device."""
+        scores = scores.detach()
+        self.process.meter.finite.look(scores.amax(), lambda: _not_finite(scores, where, self.owner, who), -torch.inf)
 
     @property
     def groupwise(self) -> bool:
@@ -72,28 +93,33 @@ class Objective:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             x0 = self.process.denoise(x, k, key)
-            value = self(self.process.complete(x, x0))
+            value = self(self.process.complete(x, x0), at_level(self.process, k))
             if not value.requires_grad:
                 raise NotDifferentiableError(
-                    f"guidance needs the gradient of the reward {_name(self.reward)}, which returned scores without "
-                    "one (it detaches, uses no_grad, or is not a torch function); use proposal=steer.bootstrap, "
-                    "or a differentiable reward"
+                    f"this method follows the gradient of the reward {_name(self.reward)}, which returned scores "
+                    f"without one (it detaches, uses no_grad, or is not a torch function); {_NO_GRADIENT}"
                 )
             with self.process.meter.gradient(x.shape[0] * x.shape[1] * self.process.rows):
                 (gradient,) = torch.autograd.grad((strength * value).sum(), x)
+        self._look_at_gradient(gradient, value.detach(), k)
         return x0.detach(), value.detach(), gradient
+
+    def _look_at_gradient(self, gradient: Tensor, scores: Tensor, k: int) -> None:
+        """Has the meter look for gradients that are not finite although their score is."""
+        where = at_level(self.process, k)
+        self.process.meter.finite.look(total(gradient), lambda: _bad_gradient(gradient, scores, where))
 
     def _check_differentiable(self) -> None:
         if _spec(self.reward).gradient == "none":
             raise NotDifferentiableError(
-                f"guidance needs the gradient of the reward {_name(self.reward)}, which says that it has none "
-                '(spec.gradient is "none"); use proposal=steer.bootstrap, or a differentiable reward'
+                f"this method follows the gradient of the reward {_name(self.reward)}, which says that it has none "
+                f'(spec.gradient is "none"); {_NO_GRADIENT}'
             )
 
     def _score(self, samples: Tensor, prompts: dict[str, Any]) -> Tensor:
         try:
             raw = self.reward(samples, **prompts)
-        except (SteerError, KeyboardInterrupt):
+        except SteerError:
             raise
         except Exception as error:
             raise RewardError(
@@ -123,6 +149,10 @@ class Objective:
             raise ShapeError(
                 f"the reward {_name(self.reward)} must return shape ({rows},), one score per sample, for samples of "
                 f"shape {tuple(samples.shape)}, got {tuple(scores.shape)}"
+            )
+        if scores.is_complex() or scores.device.type == "meta":
+            raise RewardError(
+                f"the reward {_name(self.reward)} must return real numbers, got {scores.dtype} on {scores.device}"
             )
         return scores
 
@@ -160,21 +190,41 @@ def num_problems(process: ReverseProcess, batch: int) -> int:
     return process.problems if process.problems is not None and batch == 1 else batch
 
 
-def check_finite(scores: Tensor, where: str, *, first: int = 0) -> None:
-    """Raises NonFiniteError naming problem and particle where a score is NaN or +inf. Reads the scores.
+def from_column(first: int) -> Owner:
+    """Owners of the rows of a chunk of a population, whose column 0 is that particle of the run."""
+    return lambda problem, column: (problem, first + column)
 
-    Args:
-        scores: [B, n].
-        where: end of the message: "at level 3 of 20".
-        first: index of column 0 among the particles of the run.
-    """
+
+def _not_finite(scores: Tensor, where: str, owner: Owner, who: str) -> NonFiniteError:
+    """The error of scores of which some are NaN or +inf, naming the first by problem and particle."""
     bad = scores.isnan() | (scores == torch.inf)
-    if bool(bad.any()):
-        problem, particle = (int(i) for i in bad.nonzero()[0])
-        raise NonFiniteError(
-            f"the reward gave {scores[problem, particle].item()} for problem {problem}, particle {first + particle} "
-            f"{where} ({int(bad.sum())} of {scores.numel()} scores); rewards must be finite, or -inf to forbid a sample"
-        )
+    row, column = (int(i) for i in bad.nonzero()[0])
+    problem, particle = owner(row, column)
+    return NonFiniteError(
+        f"{who} gave {scores[row, column].item()} for problem {problem}, particle {particle}"
+        f"{' ' if where else ''}{where} ({int(bad.sum())} of {scores.numel()} scores); rewards must be finite, or -inf "
+        "to forbid a sample"
+    )
+
+
+def _bad_gradient(gradient: Tensor, scores: Tensor, where: str) -> NonFiniteError | None:
+    bad = ~gradient.isfinite().flatten(2).all(2) & scores.isfinite()
+    if not bool(bad.any()):
+        return None
+    problem, particle = (int(i) for i in bad.nonzero()[0])
+    return NonFiniteError(
+        f"the gradient of the reward of a prediction is not finite for problem {problem}, particle {particle} {where}, "
+        "although the score is; make the reward smooth there (a square root at 0?), or use a method that needs no "
+        "gradient"
+    )
+
+
+def at_level(process: ReverseProcess, k: int) -> str:
+    """Where a score was asked for, for messages."""
+    return f"at level {k} of {process.steps}"
+
+
+FINISHED = "of the finished samples"
 
 
 def check_temperature(temperature: float) -> float:

@@ -13,7 +13,7 @@ from ..cost import Meter, check_counts
 from ..key import Key, as_key
 from ..types import ReverseProcess
 from .event import Event, OnStep
-from .objective import Objective, check_finite, check_temperature, num_problems, open_objective
+from .objective import FINISHED, Objective, check_temperature, from_column, num_problems, open_objective
 from .trajectory import Trajectory
 
 
@@ -88,11 +88,10 @@ class Run:
         for first in range(0, x.shape[1], self.chunk):
             yield x[:, first : first + self.chunk], self.key.shifted(slot=first)
 
-    def score(self, clean: Tensor, where: str = "of the finished samples") -> Tensor:
+    def score(self, clean: Tensor, where: str = FINISHED) -> Tensor:
         """Rewards [B, n] of clean states, in chunks, checked."""
-        scores = torch.cat([self.objective(part) for part in clean.split(self.chunk, 1)], 1)
-        check_finite(scores, where)
-        return scores
+        parts = enumerate(clean.split(self.chunk, 1))
+        return torch.cat([self.objective.of(from_column(i * self.chunk))(part, where) for i, part in parts], 1)
 
     def report(self, before: Trajectory, after: Trajectory, chunk: int = 0) -> None:
         """Calls `on_step` with a step that was taken from `before`, which carries what was predicted there."""

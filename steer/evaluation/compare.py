@@ -8,6 +8,7 @@ from typing import Any, overload
 
 import torch
 
+from ..core.loop import keep, keeping
 from ..cost import check_counts
 from ..errors import SteerError
 from ..key import Key, as_key
@@ -88,6 +89,8 @@ def compare(
     Raises:
         SteerError: No budget, two methods of one name, or options for a method that is not compared.
         Stop: It was stopped before every method had run once.
+        Whatever a method raises; `.partial` is the comparison of the seeds that every method has run, without
+            `metrics`, and of the budgets before; until the first seed is done, of the methods that have run it.
 
     Cost: `keys` times the sum of the budgets, for each method.
     """
@@ -109,10 +112,13 @@ def compare(
     for rows in sorted(set(budget)):
         try:
             done.append(_compare(process, reward, budget=rows, **common))
-        except Stop:
-            if not done:
-                raise
-            return Comparisons(tuple(done), interrupted=True)
+        except BaseException as error:
+            last = getattr(error, "partial", None)
+            known = (*done, last) if isinstance(last, Comparison) and (last.keys or not done) else tuple(done)
+            if isinstance(error, Stop) and done:
+                return Comparisons(tuple(done), interrupted=True)
+            keep(error, Comparisons(known, interrupted=True) if known else None, instead=True)
+            raise
         if done[-1].interrupted:
             break
     return Comparisons(tuple(done), interrupted=done[-1].interrupted)
@@ -140,26 +146,31 @@ def _compare(
     unknown = sorted(set(options or {}) - set(chosen))
     if unknown:
         raise SteerError(f"options are for the methods compared, {', '.join(chosen)}; got {', '.join(unknown)}")
-    finished: list[dict[str, Result]] = []
-    for i in range(keys):
-        runs = _round(
-            chosen,
-            options or {},
-            process=process,
-            reward=reward,
-            budget=budget,
-            temperature=temperature,
-            batch=batch,
-            key=key.fold("compare", i),
-        )
-        if runs is None:
-            break
-        finished.append(runs)
-    if not finished:
-        raise Stop("interrupted before every method had run once")
-    results = {name: tuple(runs[name] for runs in finished) for name in chosen}
-    rows = tuple(_row(name, runs, metrics or {}) for name, runs in results.items())
+    rounds: list[dict[str, Result]] = []  # the last may be under way
+    common: dict[str, Any] = {
+        "process": process, "reward": reward, "budget": budget, "temperature": temperature, "batch": batch,
+    }  # fmt: skip
+    with keeping(lambda: _so_far(rounds, len(chosen), budget)):
+        for i in range(keys):
+            rounds.append({})
+            if not _run_round(rounds[-1], chosen, options or {}, key=key.fold("compare", i), **common):
+                break
+        finished = [runs for runs in rounds if len(runs) == len(chosen)]
+        if not finished:
+            raise Stop("interrupted before every method had run once")
+        results = {name: tuple(runs[name] for runs in finished) for name in chosen}
+        rows = tuple(_row(name, runs, metrics or {}) for name, runs in results.items())
     return Comparison(budget, len(finished), rows, results, interrupted=len(finished) < keys)
+
+
+def _so_far(rounds: list[dict[str, Result]], methods: int, budget: int) -> Comparison[Result] | None:
+    """The seeds that every method has run; before the first, the methods that have. Without the caller's measures."""
+    finished = [runs for runs in rounds if len(runs) == methods]
+    results = {name: tuple(runs[name] for runs in finished or rounds[:1]) for name in (rounds[0] if rounds else ())}
+    if not results:
+        return None
+    rows = tuple(_row(name, runs, {}) for name, runs in results.items())
+    return Comparison(budget, len(finished), rows, results, interrupted=True)
 
 
 def _named(method: str | Method) -> str:
@@ -169,14 +180,16 @@ def _named(method: str | Method) -> str:
     return getattr(method, "__name__", None) or getattr(getattr(method, "func", None), "__name__", repr(method))
 
 
-def _round(methods: dict[str, Method], options: dict[str, dict[str, Any]], **common: Any) -> dict[str, Result] | None:
-    """One run of every method on one seed; None if one was interrupted, as it did not spend its budget."""
-    runs = {}
+def _run_round(
+    runs: dict[str, Result], methods: dict[str, Method], options: dict[str, dict[str, Any]], **common: Any
+) -> bool:
+    """Fills in a run of every method on one seed; False if one was interrupted, as it did not spend its budget."""
     for name, method in methods.items():
-        runs[name] = sample(method=method, **common, **options.get(name, {}))
-        if runs[name].interrupted:
-            return None
-    return runs
+        run = sample(method=method, **common, **options.get(name, {}))
+        if run.interrupted:
+            return False
+        runs[name] = run
+    return True
 
 
 def _row(name: str, runs: Sequence[Result], metrics: dict[str, Callable]) -> Row:

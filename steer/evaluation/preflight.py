@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.loop import Loop
-from ..core.objective import Objective, check_finite
+from ..core.objective import FINISHED, Objective
 from ..core.run import Run
 from ..core.trajectory import Trajectory
 from ..cost import Cost
@@ -212,12 +212,10 @@ def preflight(
             halfway = x if k == middle else halfway
             x0 = process.denoise(x, k, key)
             if k in _probed(process.steps):
-                seen[k] = objective(process.complete(x, x0))
-                check_finite(seen[k], f"of predictions at step {k} of {process.steps}")
+                seen[k] = objective(process.complete(x, x0), f"of predictions at step {k} of {process.steps}")
             x = process.transition(x, x0, k).sample(key.fold("step").at(k))
         loop.partial = Trajectory.begin(process, x, k=process.steps)
-        final = objective(x)
-        check_finite(final, "of the finished samples")
+        final = objective(x, FINISHED)
     spent = meter.cost()  # before the gradient, whose forward pass takes longer
     slope = _gradient(process, objective, halfway, middle, run.temperature, key)
     seed_effect, noise_effect = _effects(process, x, start, bool(drawing))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ..core.objective import check_finite, open_objective
+from ..core.objective import FINISHED, open_objective
 from ..core.population import gather
 from ..core.trajectory import ResamplingRecord, Trajectory
 from ..cost import Cost, Meter
@@ -66,9 +66,9 @@ def score_samples(process: GaussianProcess, x: Tensor, rewards: Mapping[str, Cal
         decoded, values = replace(process, decoder=None), {}
         for name, reward in rewards.items():
             _, objective, _ = open_objective(process, reward, groupwise=True)
-            values[name] = replace(objective, process=decoded)(samples.view(*x.shape[:2], *samples.shape[1:]))
-    for value in values.values():
-        check_finite(value, "of the finished samples")
+            wide = samples.view(*x.shape[:2], *samples.shape[1:])
+            values[name] = replace(objective, process=decoded)(wide, FINISHED)
+    decoded.meter.finite.settle()
     return values
 
 

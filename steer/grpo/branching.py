@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..core.loop import Reached
 from ..core.objective import num_problems
 from ..core.trajectory import Trajectory, required
 from ..errors import SteerError
@@ -70,8 +71,10 @@ def branch(
     chain, ode = (stored_as(p, storage) for p in (policy, policy.with_rule(ode_of(policy.rule))))
     state = Trajectory.begin(chain, chain.prior(key.fold("prior"), num_problems(model, groups), 1), keep_states=True)
     means: dict[int, Tensor] = {}
-    with torch.no_grad():
+    reached = Reached()
+    with reached.keeping_partial(meter), torch.no_grad():
         for k in range(chain.steps):
+            reached.note(state)
             state = state.with_step_cache(x0=chain.denoise(state.x, k))
             if k in splits:
                 state = state.branch(ways)
@@ -82,7 +85,8 @@ def branch(
             if k in splits and spread is not None:
                 transition = CorrelatedSiblings(base=transition, ways=ways, spread=spread, storage=storage)
             state = state.step(transition, key.fold("step"))
-    values = score_samples(policy, state.x, rewards)
+        reached.note(state)
+        values = score_samples(policy, state.x, rewards)
     problems, rows = state.x.shape[:2]
     first = torch.arange(problems, device=state.x.device)[:, None] * rows
     mask = torch.zeros(problems, rows, chain.steps, dtype=torch.bool)

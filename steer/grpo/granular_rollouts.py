@@ -7,7 +7,9 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
+from ..core.loop import Reached
 from ..core.objective import num_problems
+from ..core.trajectory import Trajectory
 from ..errors import SteerError
 from ..key import Key, as_key
 from ..processes.gaussian import GaussianProcess
@@ -67,12 +69,15 @@ def granular(
         )
     policy, meter = with_meter(model)
     chain, ode = stored_as(policy, storage), stored_as(policy.with_rule(ode_of(model.rule)), storage)
-    with torch.no_grad():
+    reached = Reached()
+    with reached.keeping_partial(meter), torch.no_grad():
         anchor = chain.prior(key.fold("prior"), num_problems(model, groups), 1)
+        reached.note(Trajectory.begin(chain, anchor))
         anchor = follow_ode(ode, anchor, 0, stride=1, until=level)
         x, x0 = (s.expand(-1, group_size, *s.shape[2:]) for s in (anchor, chain.denoise(anchor, level)))
         transition = chain.transition(x, x0, level)
         moved = transition.sample(key.fold("step").at(level))
+        reached.note(Trajectory.begin(chain, moved, k=level + 1))
         ends = {stride: follow_ode(ode, moved, level + 1, stride=stride) for stride in strides}
         values = {
             f"{name}/{stride}": value

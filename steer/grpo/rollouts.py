@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 import torch
 
+from ..core.loop import Reached
 from ..core.objective import num_problems
 from ..core.trajectory import Trajectory
 from ..cost import check_counts
@@ -104,8 +105,10 @@ def collect(
     policy, meter = with_meter(model)
     groups = num_problems(model, groups)
     mask = stochastic_steps(window, model, groups, group_size, key).to(model.device)
-    state, kept = _plain_chains(policy, storage, mask, key, shared_noise=shared_noise, means=means)
-    values = score_samples(policy, state.x, rewards)
+    reached = Reached()
+    with reached.keeping_partial(meter):
+        state, kept = _plain_chains(policy, storage, mask, key, reached, shared_noise=shared_noise, means=means)
+        values = score_samples(policy, state.x, rewards)
     row = torch.arange(groups * group_size, device=model.device).view(groups, group_size)
     return assemble(
         model,
@@ -124,7 +127,14 @@ def collect(
 
 
 def _plain_chains(
-    process: GaussianProcess, storage: torch.dtype, mask: torch.Tensor, key: Key, *, shared_noise: bool, means: bool
+    process: GaussianProcess,
+    storage: torch.dtype,
+    mask: torch.Tensor,
+    key: Key,
+    reached: Reached,
+    *,
+    shared_noise: bool,
+    means: bool,
 ) -> tuple[Trajectory, dict[int, torch.Tensor]]:
     """Plain chains, stochastic where mask [P, N, K] is true, and the means of their stochastic steps by level."""
     problems, rows, _ = mask.shape
@@ -136,6 +146,7 @@ def _plain_chains(
     some, all_rows = mask.any(0).any(0).tolist(), mask.all(0).all(0).tolist()
     with torch.no_grad():
         for k in range(process.steps):
+            reached.note(state)
             x0 = process.denoise(state.x, k)
             transition = (process if some[k] else ode).transition(state.x, x0, k)
             if some[k] and means:
@@ -145,4 +156,5 @@ def _plain_chains(
                     noisy=transition, ode=ode.transition(state.x, x0, k), noisy_at=mask[:, :, k]
                 )
             state = state.step(transition, noise)
+    reached.note(state)
     return state, kept

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..core.leaf_paths import LeafPaths
+from ..core.loop import keeping
 from ..core.objective import num_problems
 from ..core.population import log_potential
 from ..errors import NotStochasticError, SteerError
@@ -65,7 +66,8 @@ def collect_steered(
     if not _rows_are_leaves(result):  # after `take` or `draw`
         result = replace(result, tree=None)
     policy, meter = with_meter(process)
-    values = {steering[0]: result.reward} | score_samples(policy, result.x, others)
+    with keeping(result):
+        values = {steering[0]: result.reward} | score_samples(policy, result.x, others)
     steps, lineage, parent = _recorded(chain, result)
     if law == "none":
         if steps and objective == "policy_gradient" and not declared:

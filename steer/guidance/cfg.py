@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -12,7 +13,7 @@ from ..core.chain import run_chain
 from ..core.loop import Loop
 from ..core.run import Run
 from ..cost import Cost, Meter
-from ..errors import ShapeError, StateSpaceError, SteerError
+from ..errors import ModelError, ShapeError, StateSpaceError, SteerError
 from ..key import Key, as_key
 from ..processes.gaussian import need_gaussian
 from ..processes.parameterization import eps
@@ -88,6 +89,8 @@ def classifier_free(
     Raises:
         ShapeError: where grids or events differ.
         StateSpaceError: where one of the two is on no Gaussian path, or the unconditional one has mean hooks.
+        ModelError: where the unconditional one is a pipeline opened with prompt="", in place of which the pipeline's
+            own guidance takes zeros (SDXL, Kolors).
 
     Cost per step: a row of both, from `until` on one of the conditional alone; `.rows` is the average rounded up. The
     log has the "similarity" of the two noises at the guided levels.
@@ -99,6 +102,7 @@ def classifier_free(
             f"guidance mixes predictions at the same levels, got grids of {conditional.steps} and {unconditional.steps}"
             f" steps and events {conditional.event} and {unconditional.event}; give both processes the same times"
         )
+    _check_empty_prompt(unconditional)
     if unconditional.hooks is not None and unconditional.hooks.mean:
         raise StateSpaceError(
             f"guidance mixes predictions, and this unconditional {type(unconditional).__name__} has mean hooks, which "
@@ -109,6 +113,22 @@ def classifier_free(
         raise SteerError(f"until is a level in [0, {conditional.steps}], got {until}")
     mixed = CFGHook(unconditional, weight, damped, last)
     return guide(conditional, Hooks(x0=(mixed,), extra=(mixed.rows,)))
+
+
+def _check_empty_prompt(unconditional: GaussianPath) -> None:
+    """Raises where a pipeline was opened with an empty prompt, and itself guides from zeros in its place."""
+    call = getattr(getattr(unconditional, "denoiser", None), "call", None)
+    pipe = getattr(call, "user_pipe", None)
+    empty = any(not prompt.strip() for prompt in unconditional.prompts or ())
+    if pipe is None or not empty or not getattr(pipe.config, "force_zeros_for_empty_prompt", False):
+        return
+    if "pooled_prompt_embeds" in inspect.signature(type(pipe).__call__).parameters:  # else zeroed while it is encoded
+        raise ModelError(
+            f"{type(pipe).__name__} guides itself from embeddings of zeros, and this unconditional process has "
+            'those of prompt="", another distribution; open it with prompt_embeds=torch.zeros_like(...) and '
+            "pooled_prompt_embeds=torch.zeros_like(...) of the conditional's, or leave guidance to the pipeline: "
+            "steer.from_pipeline(pipe, prompt=..., guidance_scale=w)"
+        )
 
 
 def adaptive(

@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 
 from ..core.diagnostics import split_rhat
-from ..core.objective import Objective, check_finite
+from ..core.loop import keeping
+from ..core.objective import Objective
 from ..core.population import broadcast_like
 from ..core.start import Start
 from ..core.trajectory import Trajectory
-from ..errors import NonFiniteError, SteerError
+from ..errors import SteerError
 from ..key import Key
 from ..types import ReverseProcess
 from .tilted_prior import Predictor, TiltedPrior, TiltedState, given, norm, predicting, prior_moments
@@ -44,8 +45,7 @@ class ProposalCoefficients(NamedTuple):
 class MCMCStep(NamedTuple):
     """What is recorded of a step of all chains, [B, C] float64 each."""
 
-    proposed: Tensor  # log-tilt of the proposal
-    norm: Tensor  # of its gradient
+    norm: Tensor  # of the proposal's gradient
     rate: Tensor  # probability to accept it
     held: Tensor  # log-tilt of the state after the decision
 
@@ -133,21 +133,12 @@ class Langevin:
             key=key,
         )
         rounds = math.ceil(particles / self.chains)
-        try:
-            record, stops, log_step = self._run_chains(tilt, first.x, key.fold("mcmc"), rounds)
-        except SteerError as error:
-            error.keep(first)
-            raise
-        # Particle n is chain n mod C at the end of stretch n // C: chains share alike, and stretches are even.
-        x = tilt.latent(torch.cat([stop.x for stop in stops], 1)[:, :particles])
-        value = torch.cat([stop.value for stop in stops], 1)[:, :particles]
+        reached: list[TiltedState] = []
+        with keeping(lambda: replace(_population(process, tilt, reached), biased_start=True) if reached else first):
+            record, stops, log_step = self._run_chains(tilt, first.x, key.fold("mcmc"), rounds, reached)
         kept = record[-self.lengths[1] :]
-        # A chain that met nothing but forbidden predictions: its particles weigh nothing.
-        forbidden = value == -torch.inf
         return replace(
-            Trajectory.begin(process, x).with_path_state(log_potential=value.masked_fill(forbidden, 0.0)),
-            log_weight=torch.zeros_like(value).masked_fill(forbidden, -torch.inf),
-            log_evidence=torch.full_like(log_step, torch.nan),
+            _population(process, tilt, stops, particles),
             biased_start=not self.corrected,
             diagnostics={
                 "acceptance": torch.stack([step.rate for step in kept]).mean((0, 2)),
@@ -158,22 +149,24 @@ class Langevin:
         )
 
     def _run_chains(
-        self, tilt: TiltedPrior, first: Tensor, key: Key, rounds: int
+        self, tilt: TiltedPrior, first: Tensor, key: Key, rounds: int, reached: list[TiltedState]
     ) -> tuple[list[MCMCStep], list[TiltedState], Tensor]:
         """Every step, the states at the end of each of `rounds` even stretches, and the log of the last step size.
 
-        All chains of all problems move in one network call. The device is read twice, at the first gradient and after
-        the last step.
+        All chains of all problems move in one network call. The device is read once, at the first gradient. reached: is
+        made to hold where the chains are, for an error on the way.
         """
         burn_in, kept = self.lengths
         ends = [burn_in + math.ceil((j + 1) * kept / rounds) - 1 for j in range(rounds)]
         at, x0 = tilt(tilt.units(first))
         tilt.check_gradient(at, x0)
         log_step = torch.full_like(at.value[:, 0], math.log(self.step_size))
+        reached[:] = [at]
         record = [_always(at)]
         stops: dict[int, TiltedState] = {}
         for i in range(burn_in + kept):
             at, step = self._step(tilt, at, self.move(log_step.exp()), key.at(i))
+            reached[:] = [at]
             record.append(step)
             if i < burn_in and self.acceptance is not None:
                 # Robbins-Monro, per problem. Beyond a step size of 4 Crank-Nicolson turns back on itself (keep < 0).
@@ -181,7 +174,6 @@ class Langevin:
                 log_step = log_step.clamp(max=math.log(max(4.0, self.step_size)))
             if i in ends:
                 stops[i] = at._replace(gradient=at.value)  # its gradient is not needed any more
-        _check(record)
         return record, [stops[i] for i in ends], log_step
 
     def _step(
@@ -199,7 +191,7 @@ class Langevin:
         pairs = zip(to, at, strict=True)
         chosen = TiltedState(*(torch.where(broadcast_like(accepted, new), new, old) for new, old in pairs))
         rate = ratio.exp().clamp(max=1.0)
-        return chosen, MCMCStep(proposed=to.value, norm=norm(to.gradient), rate=rate, held=chosen.value)
+        return chosen, MCMCStep(norm=norm(to.gradient), rate=rate, held=chosen.value)
 
 
 def pcnl(
@@ -336,19 +328,21 @@ def ula(
 
 def _always(at: TiltedState) -> MCMCStep:
     """The record of a step that is accepted whatever it leads to."""
-    return MCMCStep(proposed=at.value, norm=norm(at.gradient), rate=torch.ones_like(at.value), held=at.value)
+    return MCMCStep(norm=norm(at.gradient), rate=torch.ones_like(at.value), held=at.value)
 
 
-def _check(record: Sequence[MCMCStep]) -> None:
-    """Raises the error that bad scores or gradients call for. One read of the device where all is well."""
-    scores, norms = (torch.stack(column) for column in list(zip(*record, strict=True))[:2])
-    if bool((norms.isfinite() & (scores < torch.inf)).all()):
-        return
-    for i, step in enumerate(record):
-        check_finite(step.proposed, f"(a chain of the start, at its step {i})")
-        if not bool(step.norm.isfinite().all()):
-            problem, chain = (int(index) for index in (~step.norm.isfinite()).nonzero()[0])
-            raise NonFiniteError(
-                f"the gradient of r(x0_predictor(x)) is not finite for problem {problem}, chain {chain} at step {i} "
-                "although the score is; make the reward smooth there (a square root at 0?), or use start=steer.prior"
-            )
+def _population(
+    process: ReverseProcess, tilt: TiltedPrior, stops: Sequence[TiltedState], particles: int | None = None
+) -> Trajectory:
+    """Particles of the tilted prior, spread over states of the chains; None for all of them.
+
+    Particle n is chain n mod C at the end of stretch n // C: chains share alike, and stretches are even.
+    """
+    x = tilt.latent(torch.cat([stop.x for stop in stops], 1)[:, :particles])
+    value = torch.cat([stop.value for stop in stops], 1)[:, :particles]
+    forbidden = value == -torch.inf  # a chain that met nothing but forbidden predictions: its particles weigh nothing
+    return replace(
+        Trajectory.begin(process, x).with_path_state(log_potential=value.masked_fill(forbidden, 0.0)),
+        log_weight=torch.zeros_like(value).masked_fill(forbidden, -torch.inf),
+        log_evidence=torch.full_like(value[:, 0], torch.nan),
+    )

@@ -10,7 +10,7 @@ from typing import Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor
 
-from ..core.objective import Objective
+from ..core.objective import Objective, at_level
 from ..core.population import per_particle
 from ..core.trajectory import Trajectory
 from ..errors import SteerError
@@ -146,7 +146,7 @@ def predict_and_score(
         state = state.with_step_cache(x0=x0)
         if not weighted:
             return state, None
-        scores = objective(process.complete(state.x, x0))
+        scores = objective(process.complete(state.x, x0), at_level(process, k))
         return state.with_step_cache(score=scores), scores
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..core import population
-from ..core.objective import check_finite
 from ..core.resampling import Resampler, systematic
 from ..core.trajectory import LevelRecord, Trajectory
 from ..errors import CollapsedWeightsError, NonFiniteError, SteerError
@@ -87,7 +86,7 @@ def select(state: Trajectory, scores: Tensor, selection: Resample, key: Key, see
     if state.x.device.type == "cpu" and state.x.shape[0] == 1:
         size_now = size.item()
         if math.isnan(size_now):
-            check(state, seen[-1:])
+            check(state)
         if size_now >= enough:
             return state
     if not selection.allowed(state.k) or particles == 1:
@@ -98,13 +97,10 @@ def select(state: Trajectory, scores: Tensor, selection: Resample, key: Key, see
     return state.resample(selection.ancestors(log_weight, state.k, key.at(state.k)), low)
 
 
-def check(state: Trajectory, seen: Sequence[LevelRecord]) -> None:
-    """Raises the error that bad scores or weights call for, naming step and particle. Reads the device."""
-    if seen:
-        scores = torch.stack([entry.score for entry in seen])
-        if bool((scores.isnan() | (scores == torch.inf)).any()):
-            for k, _, scores in seen:
-                check_finite(scores, f"at level {k} of {state.process.steps}")
+def check(state: Trajectory) -> None:
+    """Raises the error that bad weights call for, naming step and problem. Reads the device."""
+    if state.process.meter is not None:  # what made them so comes first
+        state.process.meter.finite.settle()
     # The weights carried, not log_evidence: that is NaN by right where the start's is unknown, and what was
     # collected was finite, or nothing would have been resampled.
     dead = state.log_total == -torch.inf

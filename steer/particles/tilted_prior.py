@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..core.objective import Objective, check_temperature
 from ..core.population import broadcast_like, log_potential
-from ..errors import NotDifferentiableError, ShapeError, StateSpaceError, SteerError
+from ..errors import NotDifferentiableError, StateSpaceError, SteerError
 from ..key import Key
+from ..processes.parameterization import checked_output
 from ..types import ReverseProcess
 
 Predictor = Callable[[Tensor], Tensor]
@@ -97,6 +98,10 @@ class _Predicting:
         return self.process.meter
 
     @property
+    def steps(self) -> int:
+        return self.process.steps
+
+    @property
     def prompts(self) -> Sequence[str] | None:
         return self.process.prompts
 
@@ -108,11 +113,10 @@ class _Predicting:
 
     def denoise(self, x: Tensor, k: int, key: Key | None = None) -> Tensor:
         with self.meter.network(x.shape[0] * x.shape[1] * self.rows):
-            x0 = self.predictor(x)
-        if x0.shape != x.shape:
-            raise ShapeError(
-                f"x0_predictor must return samples of the shape of its states, {tuple(x.shape)}, got {tuple(x0.shape)}"
+            x0 = checked_output(
+                self.predictor(x), x, x.shape, "x0_predictor must return samples of the shape of its states"
             )
+        self.meter.finite.prediction(x, x0, k, self.steps)
         return x0
 
 

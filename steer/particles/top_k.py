@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..core.objective import Objective, check_finite
+from ..core.loop import keeping
+from ..core.objective import Objective
 from ..core.population import gather, log_potential
 from ..core.start import Start
 from ..core.trajectory import Trajectory
@@ -39,14 +40,8 @@ class TopK:
             raise SteerError(f"top_k_of_n keeps N = {particles} of its {self.candidates} candidates; draw more")
         objective = predicting(process, objective, self.x0_predictor, self.predictor_rows)
         x = process.prior(key.fold("prior"), batch, self.candidates)
-        drawn = Trajectory.begin(process, x)
-        try:
-            with torch.no_grad():
-                scores = objective(process.complete(x, objective.process.denoise(x, 0, key)))
-            check_finite(scores, "of the start's candidates")
-        except SteerError as error:
-            error.keep(drawn)
-            raise
+        with keeping(Trajectory.begin(process, x)), torch.no_grad():
+            scores = objective(process.complete(x, objective.process.denoise(x, 0, key)), "of the start's candidates")
         best, index = scores.topk(particles, dim=1)
         value = log_potential(best, given(self.temperature))
         state = Trajectory.begin(process, gather(x, index))

@@ -18,6 +18,7 @@ from ..errors import ModelError, ShapeError, StateSpaceError, SteerError
 from ..key import Key
 from ..types import Denoiser, GaussianPath, GaussianTransition, Level, NoiseLevels, ReverseProcess, Rule, Schedule
 from . import parameterization, schedules
+from .parameterization import checked_output
 from .transitions import DDIM
 
 
@@ -118,15 +119,17 @@ class GaussianProcess:
         if self.meter is None:
             return self._predict(x, k)
         with self.meter.network(x.shape[0] * x.shape[1] * self.rows):
-            return self._predict(x, k)
+            x0 = self._predict(x, k)
+        self.meter.finite.prediction(x, x0, k, self.steps)
+        return x0
 
     def _predict(self, x: Tensor, k: int) -> Tensor:
-        x0 = self.denoiser(x, self.times[k])
-        if x0.shape != x.shape:
-            raise ShapeError(
-                f"the denoiser must return E[x_0 | x] in the shape of x, {tuple(x.shape)} = (B, N, *event), "
-                f"got {tuple(x0.shape)}"
-            )
+        x0 = checked_output(
+            self.denoiser(x, self.times[k]),
+            x,
+            x.shape,
+            "the denoiser must return E[x_0 | x] in the shape of x, (B, N, *event)",
+        )
         return x0 if x0.dtype == x.dtype else x0.to(x.dtype)
 
     def complete(self, x: Tensor, x0: Tensor) -> Tensor:

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from ..cost import Meter
-from ..errors import ModelError, ShapeError, StateSpaceError, SteerError
+from ..errors import ModelError, StateSpaceError, SteerError
 from ..key import Key
 from .gaussian import check_batch
-from .parameterization import only
+from .parameterization import checked_output, only
 from .unmasking import Ancestral, MaskLevel, Unmasking, UnmaskRule
 
 Logits = Callable[[Tensor, float], Tensor]
@@ -131,16 +131,18 @@ class MaskedProcess:
         if self.meter is None:
             return self._predict(x, k)
         with self.meter.network(x.shape[0] * x.shape[1] * self.rows):
-            return self._predict(x, k)
+            x0 = self._predict(x, k)
+        self.meter.finite.prediction(x, x0, k, self.steps)
+        return x0
 
     def _predict(self, x: Tensor, k: int) -> Tensor:
-        logits = self.network(x, self.times[k])
-        if logits.shape != (*x.shape, self.vocabulary):
-            raise ShapeError(
-                f"the network must return logits of shape (B, N, L, V) = {(*x.shape, self.vocabulary)} for tokens "
-                f"(B, N, L), got {tuple(logits.shape)}; where V counts the mask, say vocabulary={self.vocabulary + 1}, "
-                f"mask={self.mask}"
-            )
+        logits = checked_output(
+            self.network(x, self.times[k]),
+            x,
+            (*x.shape, self.vocabulary),
+            "the network must return logits of shape (B, N, L, V) for tokens (B, N, L); where V counts the mask, say "
+            f"vocabulary={self.vocabulary + 1}, mask={self.mask}",
+        )
         if self.mask < self.vocabulary:
             at_mask = torch.arange(self.vocabulary, device=logits.device) == self.mask
             logits = logits.masked_fill(at_mask, -math.inf)

@@ -7,7 +7,7 @@ models must not be run at alpha = 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,11 +36,37 @@ class NetworkDenoiser:
                 f"{self.schedule}; start the time grid at or below {self.schedule.start} "
                 "(times=steer.uniform_times(schedule, steps))"
             )
-        return self.solve(x, self.network(x, t), at)
+        output = checked_output(
+            self.network(x, t), x, x.shape, "the network must return its prediction in the shape of x, (B, N, *event)"
+        )
+        return self.solve(x, output, at)
 
     def only(self, problem: int) -> NetworkDenoiser:
         """The denoiser of one problem, where the network is conditioned on several: see `only`."""
         return replace(self, network=only(self.network, problem))
+
+
+def checked_output(output: Any, x: Tensor, shape: Sequence[int], what: str) -> Tensor:
+    """What a network returned for states x, if it is a tensor of numbers of that shape, where x is.
+
+    Raises ModelError, or ShapeError for another shape, before arithmetic could broadcast or truncate it. what: which
+    function must return what, for the message.
+    """
+    if not isinstance(output, Tensor):
+        kind, inside = type(output).__name__, ""
+        if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
+            inside = "; return its first entry, if that is the prediction"
+        elif isinstance(getattr(output, "sample", None), Tensor):
+            inside = "; return its .sample, if that is the prediction"
+        raise ModelError(f"{what}, a tensor; got {kind}{inside}")
+    if tuple(output.shape) != tuple(shape):
+        raise ShapeError(f"{what}: {tuple(shape)}, got {tuple(output.shape)}")
+    if output.device != x.device or not output.is_floating_point():
+        raise ModelError(
+            f"{what}, floating-point numbers on the device of x, {x.device}; got {output.dtype} on {output.device}; "
+            "convert them in the function given to steer"
+        )
+    return output
 
 
 def from_eps(network: Network, schedule: Schedule) -> Denoiser:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -72,7 +74,8 @@ class Result:
     tree:         the search tree, which can be grown further, where the method grows one.
     law:          what weighted means estimate: "target", p(x) exp(r(x) / temperature); "model", p(x); "none", where a
                   search chose the samples, or a start that no weight corrects for.
-    log_evidence_variance: estimated variance of log_evidence, [B], from the same run; NaN where there is none.
+    log_evidence_variance: estimated variance of log_evidence, [B], from the same run; NaN where there is none, as
+                  where one starting noise has all of the weight (a UserWarning says so).
     made_by:      the method and the reward, by their names.
     """
 
@@ -113,7 +116,10 @@ class Result:
         variance = torch.full_like(state.log_evidence, torch.nan)
         if not state.moved:
             variance = diagnostics.evidence_variance(weight, root, state.resamplings())
-            variance = variance.masked_fill(state.log_evidence.isnan(), torch.nan)  # NaN together
+            known, lost = ~state.log_evidence.isnan(), diagnostics.one_root(weight, root)
+            variance = variance.masked_fill(~known | lost, torch.nan)  # NaN together
+            if weight.shape[1] > 1 and bool((known & lost).any()):
+                _warn_of_one_root(int((known & lost).nonzero()[0]), weight.shape[1])
         return cls(
             process=state.process,
             x=state.x,
@@ -276,3 +282,17 @@ class Result:
         from ..report.images import preview
 
         return preview(self)
+
+
+def _warn_of_one_root(problem: int, particles: int) -> None:
+    """A UserWarning to the caller of the public function: the evidence that is returned has no error estimate."""
+    level, frame = 1, sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("steer", "search"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(
+        f"one starting noise has all of the weight of problem {problem}'s {particles} particles: log_evidence may be "
+        "off by any amount, and its variance cannot be estimated (it is NaN); take more particles, a higher "
+        "temperature or fewer resamplings, or compare several seeds",
+        UserWarning,
+        stacklevel=level,
+    )

@@ -17,6 +17,7 @@ from typing import Literal
 from torch import Tensor
 
 from ..core.event import OnStep, of_pass
+from ..core.loop import keeping
 from ..core.objective import num_problems
 from ..core.start import PreparedStart, Start, prior
 from ..core.trajectory import Trajectory
@@ -83,7 +84,8 @@ def driftlite(
 
     Raises:
         SteerError: for an unknown control, passes below 1, or several passes from a Trajectory.
-        Others: as `steer.fkc`, which also says what it warns of.
+        Others: as `steer.fkc`, which also says what it warns of. In a later pass, `.partial` is the Result of the last
+            whole one.
 
     Cost: per problem and pass N K network rows per component, N (K - 1) backward passes per probe; with a reward
     another N (K - 1) rows (unless the look-ahead needs no prediction) and N (K - 1) (1 + probes) backward passes.
@@ -139,6 +141,7 @@ def driftlite(
         if result.interrupted:
             break
         spent = result.cost
-        result, thetas = run(key.fold("pass", i), thetas, i + 1, spent)
-        result = replace(result, cost=spent + result.cost).by("driftlite")
+        with keeping(replace(result, interrupted=True)):
+            later, thetas = run(key.fold("pass", i), thetas, i + 1, spent)
+        result = replace(later, cost=spent + later.cost).by("driftlite")
     return result

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..core.event import OnStep, of_pass
+from ..core.loop import keeping
 from ..core.objective import Objective, num_problems
 from ..core.resampling import Resampler, multinomial
 from ..core.start import Start, prior
@@ -65,7 +66,9 @@ class PinnedPrior:
         self, process: ReverseProcess, objective: Objective, key: Key, batch: int, particles: int
     ) -> Trajectory:
         state = prior(process, objective, key, batch, particles)
-        return replace(state, x=pinned(state.x, self.path[:, 0]))
+        # Pinned runs overestimate the normalizing constant.
+        unknown = torch.full_like(state.log_evidence, torch.nan)
+        return replace(state, x=pinned(state.x, self.path[:, 0]), log_evidence=unknown)
 
 
 def pinned(x: Tensor, state: Tensor) -> Tensor:
@@ -135,7 +138,8 @@ def particle_gibbs(
         ShapeError: for a path of another shape.
         StateSpaceError: where there is no transition rule to pin, as on processes that restart or are corrected between
             steps.
-        Others: as `steer.smc`.
+        Others: as `steer.smc`. After the first sweep, `.partial` is the Result of the last whole one: its trajectory
+            gives `draw_path` a path to go on from.
 
     Cost: per problem sweeps N K network rows (K = process.steps), and rewards and gradients as that many runs of `smc`.
 
@@ -157,24 +161,26 @@ def particle_gibbs(
     _check_path(path, (batch, process.steps + 1, *process.event))
     begins_pinned = path is not None
     first: Result | None = None
+    result: Result | None = None  # of the last whole sweep
     cost, sweep, renewed = Cost(), 0, list[Tensor]()
     while True:
         of_sweep = key.fold("sweep", sweep)
         tied, begin, resampler = _tied(free, path)
-        result = smc(
-            tied,
-            reward,
-            batch=batch,
-            particles=count,
-            temperature=temperature,
-            key=of_sweep,
-            start=begin,
-            proposal=proposal,
-            weight=weight,
-            selection=resample(resampler, threshold),
-            keep_states=keep_states or sweep < sweeps - 1,
-            on_step=of_pass(on_step, f"particle_gibbs, sweep {sweep + 1}", cost),
-        )
+        with keeping(None if result is None else replace(result, interrupted=True)):
+            result = smc(
+                tied,
+                reward,
+                batch=batch,
+                particles=count,
+                temperature=temperature,
+                key=of_sweep,
+                start=begin,
+                proposal=proposal,
+                weight=weight,
+                selection=resample(resampler, threshold),
+                keep_states=keep_states or sweep < sweeps - 1,
+                on_step=of_pass(on_step, f"particle_gibbs, sweep {sweep + 1}", cost),
+            )
         cost, state = cost + result.cost, cast(Trajectory, result.trajectory)
         index = multinomial(result.log_weight, of_sweep.fold("path"), 1)
         if path is not None:

@@ -60,12 +60,12 @@ def rollout(
         groupwise=True,
     )
     begin, count = prepared(start, run.process, run.temperature, particles=particles, budget=budget)
-    state = begin(run.process, run.objective, run.key, run.problems, count)
-    loop = Loop(run, state)
+    loop = Loop(run)
     with loop.keeping_partial():
-        state = run_chain(loop, replace(state, keep_states=keep_states))
+        loop.partial = state = begin(run.process, run.objective, run.key, run.problems, count)
+        loop.partial = state = run_chain(loop, replace(state, keep_states=keep_states))
         scores = run.score(state.x)
-        check(state, ())
+        check(state)
     law: Law = "model" if start is prior else "none"
     seen = [LevelRecord(run.process.steps, state.ess, scores)]
     return Result.from_population(run, state, scores, law=law, seen=seen, interrupted=loop.interrupted)

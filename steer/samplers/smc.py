@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..core.event import OnStep
 from ..core.loop import Loop
-from ..core.objective import check_finite
+from ..core.objective import FINISHED
 from ..core.population import log_potential
 from ..core.run import Run
 from ..core.start import Start, check_resume, prepared, prior
@@ -97,15 +97,16 @@ def smc(
     """
     run = Run.open("smc", process, reward, batch=batch, temperature=temperature, key=key, seed=seed, on_step=on_step)
     particle_filter = _ParticleFilter(run, proposal, weight or difference(), selection or resample())
-    state = particle_filter.start(start, particles, budget, batch, keep_states)
-    loop = Loop(run, state)
+    loop = Loop(run)
     with loop.keeping_partial():
+        loop.partial = state = particle_filter.start(start, particles, budget, batch, keep_states)
         with loop.steps():
             for _ in range(state.k, run.process.steps):
                 state = loop.predicted(particle_filter.weigh(state))
-                state = loop.stepped(state, particle_filter.move(state))
+                before, state = state, particle_filter.move(state)
+                loop.stepped(before, state, partial=state)
         state, scores = particle_filter.close(loop.ended(state))
-        check(state, particle_filter.history)
+        check(state)
     return Result.from_population(
         run, state, scores, law="target", seen=particle_filter.history, interrupted=loop.interrupted
     )
@@ -179,7 +180,7 @@ class _ParticleFilter:
     def close(self, state: Trajectory) -> tuple[Trajectory, Tensor]:
         """Weights the finished state by its reward: the state, and its scores [B, N]."""
         with torch.no_grad():
-            scores = self.run.objective(state.x)
+            scores = self.run.objective(state.x, FINISHED)
         value = log_potential(scores, self.run.temperature)
         state = self.weight.close(state, value)
         if state.k == state.process.steps and self.selection.moving(state.k):  # not where the run was interrupted
@@ -206,12 +207,11 @@ class _ParticleFilter:
         """A moved state with what it caches, and its log-potential [B, M]."""
         if state.k == state.process.steps:
             with torch.no_grad():
-                scores = self.run.objective(state.x)
+                scores = self.run.objective(state.x, f"of paths moved to level {state.k}")
             state = state.with_step_cache(score=scores)
         else:
             state, seen = self._predict(state, key, True)
             scores = required(seen)
-        check_finite(scores, f"of paths moved to level {state.k}")
         return state, self.weight.tempered(state, log_potential(scores, self.run.temperature))
 
 

@@ -134,7 +134,7 @@ def _check_bad_reward(run: Callable[..., Result], key: Key) -> None:
         return
     except Exception as error:
         raise CheckFailed(f"a NaN reward must be a NonFiniteError, got {type(error).__name__}: {error}") from error
-    raise CheckFailed("a NaN reward went unnoticed: check scores with steer.core.objective.check_finite")
+    raise CheckFailed("a NaN reward went unnoticed: score samples by the run's objective (steer.core.run.Run)")
 
 
 def _check_distribution(run: Callable[..., Result], law: Law, particles: int, runs: int, key: Key) -> float:

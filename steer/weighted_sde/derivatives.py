@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.objective import Objective
+from ..core.objective import Objective, at_level
 from ..core.population import log_potential
 from ..errors import NotDifferentiableError
 from ..key import Key
@@ -74,7 +74,8 @@ class ValueDerivatives:
         if self.objective is None:
             nothing = torch.zeros(x.shape[:2], dtype=torch.float64, device=x.device)
             return nothing, nothing
-        scores = self.objective(self.look_ahead.predict(self.target, x, x0, k, self.key))
+        clean = self.look_ahead.predict(self.target, x, x0, k, self.key)
+        scores = self.objective(clean, at_level(self.target, k))
         return scores, log_potential(scores, self.temperature) * self.look_ahead.ramp(self.target.levels[k])
 
     def later_value(self, x: Tensor, x0: Tensor, k: int) -> Tensor:
@@ -116,8 +117,8 @@ class ValueDerivatives:
         if not value.requires_grad:
             raise NotDifferentiableError(
                 "this transport and weight need the gradient of the reward, which returned scores without one (it "
-                "detaches, uses no_grad, or is not a torch function); use transport=steer.base_transport with "
-                "weight=steer.KernelRatio(), which need none, or a differentiable reward"
+                "detaches, uses no_grad, or is not a torch function); use a differentiable reward, or steer.fkc with "
+                "transport=steer.base_transport and weight=steer.KernelRatio(), which needs none"
             )
         through = not self.look_ahead.local
         with self._counted(x, through), torch.enable_grad():

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..core.event import OnStep
 from ..core.loop import Loop
-from ..core.objective import Objective
+from ..core.objective import FINISHED, Objective
 from ..core.population import log_potential
 from ..core.run import Run
 from ..core.start import PreparedStart, Start, check_resume, prior
@@ -94,29 +94,31 @@ def weighted_loop(
         key=run.key,
     )
     rows = rows_per_particle(target, objective is not None, weight, look_ahead)
-    state = _started(engine, start, run.problems, particles, budget, rows)
-    state = replace(state, keep_states=keep_states)
-    if not isinstance(selection, BirthDeath):
-        _check_noise(engine, state, selection)
-
     history: list[LevelRecord] = []
     thetas: dict[int, Tensor] = {}
-    loop = Loop(run, state)
+    loop = Loop(run)
     with loop.keeping_partial():
+        state = replace(_started(engine, start, run.problems, particles, budget, rows), keep_states=keep_states)
+        loop.partial = state
+        if not isinstance(selection, BirthDeath):
+            _check_noise(engine, state, selection)
         with loop.steps():
             for k in range(state.k, target.steps):
-                consistent = loop.partial = state  # the gain of the step from here is not in it yet
+                consistent = state  # the gain of the step from here is not in it yet
                 state, scores, thetas[k] = engine.evaluate(state)
                 if not engine.last(k):
                     state = _selected(state, scores, selection, run.key, history)
                 loop.predicted(state, partial=consistent)
-                state = loop.stepped(state, engine.step(state))
+                before, state = state, engine.step(state)
+                loop.stepped(before, state, partial=state)
         state = loop.ended(state)
         with torch.no_grad():
-            scores = torch.zeros_like(state.log_weight) if objective is None else objective(state.x)
+            if objective is None:
+                run.meter.finite.samples(state.x, state.x, FINISHED)
+            scores = torch.zeros_like(state.log_weight) if objective is None else objective(state.x, FINISHED)
         state = engine.potential.close(state, log_potential(scores, run.temperature))
         history.append(LevelRecord(target.steps, state.ess, scores))
-        check(state, history)
+        check(state)
     result = Result.from_population(run, state, scores, law="target", seen=history, interrupted=loop.interrupted)
     return result, thetas
 

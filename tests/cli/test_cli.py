@@ -5,16 +5,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Literal
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import steer
 from steer import SteerError, load_run
 from steer.cli import app, options, progress
+from steer.core.loop import Loop
 
 QUICK = ["--model", "digits", "--reward", "digit:3", "--steps", "4"]
 
@@ -387,6 +390,60 @@ def test_ctrl_c_keeps_the_particles_of_every_method(tmp_path, monkeypatch, metho
     assert "Stopped early" in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("method", ["smc", "dts"])
+def test_a_run_that_fails_writes_what_it_had(tmp_path, monkeypatch, method, error):
+    call = progress.Watch.__call__
+
+    def fails(self, event):
+        call(self, event)
+        if self._meter.nfe >= 24:
+            raise error
+
+    monkeypatch.setattr(progress.Watch, "__call__", fails)
+    monkeypatch.setattr(Loop, "steps", lambda self: nullcontext())  # also a Ctrl-C where it ends no run in good order
+    done = generate(tmp_path, "--method", method, "--budget", 40, "--n", 2)
+    assert done.exit_code == 1
+    assert "what the run had until then is in" in done.stderr
+    facts = json.loads((tmp_path / "partial.json").read_text())
+    assert facts["about"]["reward"] == "digit:3"
+    tensors = load_file(tmp_path / "partial.safetensors")
+    assert tensors["x"].shape[2:] == (1, 8, 8)
+    assert bool(tensors["x"].isfinite().all())
+    monkeypatch.undo()
+    assert generate(tmp_path, "--method", method, "--budget", 40, "--n", 2).exit_code == 0
+    assert not list(tmp_path.glob("partial.*"))
+
+
+def test_unsteered_samples_that_fail_cost_no_steered_ones(tmp_path, monkeypatch):
+    def broken(*_):
+        raise SteerError("out of memory")
+
+    monkeypatch.setattr(app, "unsteered_run", broken)
+    done = generate(tmp_path, "--budget", 40, "--n", 2, "--json")
+    assert done.exit_code == 1
+    assert json.loads(done.stdout)["error"]["partial"] == str(tmp_path)
+    assert load_run(tmp_path).cost.nfe == 40
+
+
+def test_a_comparison_that_fails_writes_the_seeds_before(tmp_path, monkeypatch):
+    call, calls = progress.Watch.__call__, []
+
+    def fails(self, event):
+        call(self, event)
+        calls.append(event.run)
+        if calls.count("smc") == 7:
+            raise SteerError("broken")
+
+    monkeypatch.setattr(progress.Watch, "__call__", fails)
+    done = run("compare", *QUICK, "--budget", 24, "--keys", 3, "--out", tmp_path)
+    assert done.exit_code == 1
+    facts = json.loads((tmp_path / "compare.json").read_text())
+    assert facts["interrupted"]
+    assert facts["keys"] == 1
+    assert len(facts["rows"]) == 3
+
+
 def test_ctrl_c_in_a_comparison_writes_nothing(tmp_path, monkeypatch):
     call = progress.Watch.__call__
 
@@ -401,8 +458,9 @@ def test_ctrl_c_in_a_comparison_writes_nothing(tmp_path, monkeypatch):
     assert not list((tmp_path / "out").iterdir())
 
 
-@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT to another process")
-def test_sigint_to_a_real_process(tmp_path):
+@pytest.mark.skipif(os.name != "posix", reason="sends signals to another process")
+def test_sigterm_to_a_real_process(tmp_path):
+    """What job schedulers send before they kill; SIGINT is sent by the tests above."""
     out = tmp_path / "out"
     command = "from steer.cli.app import main; main()"
     words = ["generate", "--model", "digits", "--reward", "digit:3", "--steps", "900", "--particles", "8"]
@@ -414,7 +472,7 @@ def test_sigint_to_a_real_process(tmp_path):
             assert process.stderr is not None
             first = process.stderr.readline()  # the first tenth is done
             assert "network rows" in first, first + process.stderr.read()
-            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGTERM)
             began = time.monotonic()
             _, errors = process.communicate(timeout=60)
         finally:

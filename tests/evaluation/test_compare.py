@@ -146,3 +146,47 @@ def test_methods_of_a_comparison_have_names_of_their_own():
         steer.compare(process(), REWARD, methods=["smc"], budget=50, options={"smk": {}})
     with pytest.raises(steer.SteerError, match="keys must be at least 1"):
         steer.compare(process(), REWARD, methods=["smc"], budget=50, keys=0)
+
+
+class Breaks:
+    """A reward that fails at one of its calls, counted from 1."""
+
+    def __init__(self, at=0, error=RuntimeError):
+        self.at, self.error, self.calls = at, error, 0
+
+    def __call__(self, x):
+        self.calls += 1
+        if self.calls == self.at:
+            raise self.error
+        return REWARD(x)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, SystemExit])
+def test_a_run_that_fails_leaves_the_seeds_and_budgets_before_it(error):
+    counted = Breaks()
+    options = {"methods": ["smc"], "keys": 3, "metrics": {"first": lambda x: x[:, 0]}}
+    whole = steer.compare(process(), counted, budget=50, **options)
+    with pytest.raises((steer.RewardError, SystemExit)) as found:
+        steer.compare(process(), Breaks(counted.calls, error), budget=50, **options)
+    partial = found.value.partial
+    assert partial.interrupted
+    assert partial.keys == 2
+    for name, runs in partial.results.items():
+        assert all(torch.equal(a.x, b.x) for a, b in zip(runs, whole.results[name], strict=False))
+    with pytest.raises((steer.RewardError, SystemExit)) as found:
+        steer.compare(process(), Breaks(counted.calls + counted.calls // 3 + 2, error), budget=[50, 60], **options)
+    assert [stage.budget for stage in found.value.partial.at] == [50, 60]
+    assert [stage.keys for stage in found.value.partial.at] == [3, 1]
+    with pytest.raises((steer.RewardError, SystemExit)) as found:
+        steer.compare(process(), Breaks(2, error), budget=50, **options)  # best_of_n, on the first seed
+    assert [row.method for row in found.value.partial.rows] == ["rollout"]
+
+
+def test_a_measure_that_fails_leaves_the_runs():
+    def broken(x):
+        raise RuntimeError("no such file")
+
+    with pytest.raises(RuntimeError, match="no such file") as found:
+        steer.compare(process(), REWARD, methods=["smc"], budget=50, keys=2, metrics={"broken": broken})
+    assert found.value.partial.keys == 2
+    assert str(found.value.partial).count("\n") == 3

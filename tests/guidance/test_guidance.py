@@ -601,3 +601,23 @@ def test_a_chain_of_one_noisy_step_can_be_guided():
     chain = gaussian(1).with_rule(steer.euler_maruyama(lambda level: 0.5))
     moved = steer.rollout(guide(chain, guidance.dps(EVIDENCE, 0.2)), EVIDENCE, particles=3)
     assert bool(moved.x.isfinite().all())
+
+
+def test_two_openings_of_sdxl_guide_as_the_pipeline_does_or_not_at_all():
+    """Its own guidance is from zeros in place of an empty prompt's embeddings: guided from those, 3 % off."""
+    diffusers = pytest.importorskip("diffusers")
+    del diffusers
+    import tiny_pipelines
+
+    pipe, shape = tiny_pipelines.sdxl(), {"height": 16, "width": 16, "steps": 4}
+    own = steer.from_pipeline(pipe, prompt="a cat", guidance_scale=5.0, **shape)
+    conditional = steer.from_pipeline(pipe, prompt="a cat", guidance_scale=1.0, **shape)
+    empty = steer.from_pipeline(pipe, prompt="", guidance_scale=1.0, **shape)
+    with pytest.raises(steer.ModelError, match="guides itself from embeddings of zeros"):
+        steer.classifier_free(conditional, empty, 5.0)
+    embeds, _, pooled, _ = pipe.encode_prompt("a cat", do_classifier_free_guidance=False)
+    zeros = {"prompt_embeds": torch.zeros_like(embeds), "pooled_prompt_embeds": torch.zeros_like(pooled)}
+    unconditional = steer.from_pipeline(pipe, guidance_scale=1.0, **zeros, **shape)
+    x = own.prior(steer.Key(0), 1, 2)
+    guided = steer.classifier_free(conditional, unconditional, 5.0)
+    torch.testing.assert_close(guided.denoise(x, 1), own.denoise(x, 1), rtol=1e-5, atol=1e-5)

@@ -358,7 +358,7 @@ def test_a_gradient_that_vanishes_at_the_start_is_named_with_the_cure():
 
 
 def test_a_gradient_that_is_not_finite_is_named():
-    with pytest.raises(steer.NonFiniteError, match=r"gradient .* problem 0, chain 0"):
+    with pytest.raises(steer.NonFiniteError, match=r"gradient .* problem 0, particle 0 at level 0"):
         run(steer.pcnl(), flat_process(2), lambda x: (0.0 * x[:, 0]).sqrt() - x[:, 1] ** 2, batch=1, particles=2)
 
 

@@ -123,7 +123,7 @@ def test_a_deterministic_process_is_refused_with_the_cure():
 
 def test_guidance_without_a_gradient_is_refused():
     for reward in (lambda x: REWARD(x.detach()), lambda x: REWARD(x).tolist()):
-        with pytest.raises(steer.NotDifferentiableError, match="bootstrap"):
+        with pytest.raises(steer.NotDifferentiableError, match="default start and proposal"):
             steer.smc(process(), reward, particles=4, proposal=steer.guided())
 
 
@@ -150,8 +150,11 @@ def test_errors_keep_what_was_paid_for():
 
     with pytest.raises(steer.RewardError, match="server gone") as caught:
         steer.smc(process(), breaks_later, particles=4)
-    assert caught.value.partial.k == 2
-    assert caught.value.partial.cache.x0 is not None
+    partial = caught.value.partial
+    assert partial.k == 3
+    resumed, whole = steer.smc(process(), REWARD, start=partial), steer.smc(process(), REWARD, particles=4)
+    assert torch.equal(resumed.x, whole.x)
+    assert torch.equal(resumed.log_evidence, whole.log_evidence)
 
 
 def test_an_interrupt_from_the_keyboard_is_a_result():
