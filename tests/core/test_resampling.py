@@ -130,6 +130,15 @@ def test_extreme_log_weights(resampler):
 
 
 @each
+def test_weights_are_summed_in_float64_whatever_they_come_in(resampler):
+    """Half of 4,000 weights are 1e-9 of the rest: nobody draws those by sums of float32."""
+    log_weight = torch.zeros((2, 4000))
+    log_weight[:, 2000:] = -20.0
+    log_weight[:, 0] = 8.0
+    assert torch.equal(resampler(log_weight, Key(1), 4000), resampler(log_weight.double(), Key(1), 4000))
+
+
+@each
 def test_one_particle(resampler):
     for weight in (0.0, -1e5, 1e5):
         assert bool((resampler(torch.full((3, 1), weight, dtype=torch.float64), Key(0), 1) == 0).all())
