@@ -23,7 +23,7 @@ def systematic(log_weight: Tensor, key: Key, count: int) -> Tensor:
     """Systematic resampling: one uniform per problem, `count` equally spaced points on the cumulative weights.
 
     Args:
-        log_weight: log-weights, not necessarily normalised, [B, N] float64.
+        log_weight: log-weights, not necessarily normalised, [B, N]; they are summed in float64.
         key: names the draws.
         count: M, how many ancestors to return per problem.
 
@@ -34,7 +34,7 @@ def systematic(log_weight: Tensor, key: Key, count: int) -> Tensor:
     is needed.
     Source: Carpenter et al. 1999.
     """
-    cumulative = torch.softmax(log_weight, 1).cumsum(1)
+    cumulative = torch.softmax(log_weight, 1, dtype=torch.float64).cumsum(1)
     uniform = key.peek("uniform", (log_weight.shape[0], 1), torch.float64, log_weight.device)
     below = torch.addcmul(uniform, cumulative, count / cumulative[:, -1:]).to(torch.int64)
     return _slots(below, count)
@@ -69,7 +69,7 @@ def residual(log_weight: Tensor, key: Key, count: int) -> Tensor:
 
     Source: Liu & Chen 1998.
     """
-    share = torch.softmax(log_weight, 1) * count
+    share = torch.softmax(log_weight, 1, dtype=torch.float64) * count
     # A whole number less a rounding error is whole: equal weights must leave everyone in place.
     share = torch.where((share - share.round()).abs() < 1e-9, share.round(), share)
     sure = share.floor()
@@ -97,7 +97,7 @@ def ssp(log_weight: Tensor, key: Key, count: int) -> Tensor:
     Source: Gerber, Chopin & Whiteley 2019.
     """
     problems, particles = log_weight.shape
-    share = torch.softmax(log_weight, 1) * count
+    share = torch.softmax(log_weight, 1, dtype=torch.float64) * count
     copies = share.floor()
     fraction = share - copies
     uniforms = key.uniform((problems, particles), device=log_weight.device)
@@ -144,7 +144,7 @@ def killing(log_weight: Tensor, key: Key, count: int) -> Tensor:
 
 def _cumulative(log_weight: Tensor) -> Tensor:
     """Cumulative normalised weights whose last entry is exactly 1, also at the last particle of positive weight."""
-    cumulative = torch.softmax(log_weight, 1).cumsum(1)
+    cumulative = torch.softmax(log_weight, 1, dtype=torch.float64).cumsum(1)
     return cumulative / cumulative[:, -1:]
 
 

@@ -150,7 +150,7 @@ class RestartProcess:
                 f"noise goes to a noisier level, and step {k_to} of this chain is less noisy than step {k_from}, to "
                 "which it has gone back"
             )
-        return self.base.noise(x, self.visits[k_from], self.visits[k_to], key.fold("visit").at(k_to))
+        return self.base.noise(x, self.visits[k_from], self.visits[k_to], key.fold("visit", k_to))
 
     def decode(self, x: Tensor) -> Tensor:
         return self.base.decode(x)

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..core.objective import check_temperature
 from ..core.population import log_potential
 from ..errors import ModelError, ShapeError
+from ..key import Key
 from ..processes.masked import MaskedProcess, masking_times
 from ..processes.unmasking import Ancestral, UnmaskRule
 
@@ -155,9 +156,25 @@ class MarkovLanguage:
         strings = enumerate_strings(self.vocabulary, self.length)
         return Table(strings, self.log_prob(strings))
 
-    def exact(self, reward: Any, *, temperature: float = 1.0) -> Table:
-        """The distribution p(x) exp(r(x) / temperature) and its normalizing constant; see `Table.tilted`."""
-        return self.table.tilted(reward, temperature=temperature)
+    def exact(self, reward: Any, *, temperature: float = 1.0, prompt: Tensor | None = None) -> Table:
+        """The distribution p(x) exp(r(x) / temperature) and its normalizing constant; see `Table.tilted`.
+
+        Args:
+            reward: Function of strings [S, L] to scores [S].
+            temperature: Positive, in units of the reward.
+            prompt: Tokens [L] that strings must agree with, where they are not the mask V.
+
+        Raises:
+            ModelError: For a prompt that no string agrees with.
+        """
+        table = self.table
+        if prompt is not None:
+            agrees = ((table.strings == prompt) | (prompt == self.vocabulary)).all(1)
+            log_mass = table.log_mass.masked_fill(~agrees, -math.inf)
+            if not bool((log_mass > -math.inf).any()):
+                raise ModelError(f"no string of this language agrees with the prompt {prompt.tolist()}")
+            table = Table(table.strings, log_mass - torch.logsumexp(log_mass, 0))
+        return table.tilted(reward, temperature=temperature)
 
 
 def _normalised(message: Tensor) -> Tensor:
@@ -251,8 +268,9 @@ def masked_chain_law(process: MaskedProcess, *, chunk: int = 64) -> Table:
             "conditionals exactly"
         )
     states = enumerate_strings(base, process.length)
+    weights = base ** torch.arange(process.length - 1, -1, -1)
     mass = torch.zeros(len(states), dtype=torch.float64)
-    mass[-1] = 1.0  # the state of all masks, in which every token is V
+    mass[(process.prior(Key(0), 1, 1)[0, 0] * weights).sum()] = 1.0  # all masks, or the prompt
     for k in range(process.steps):
         after = torch.zeros_like(mass)
         for rows in mass.nonzero()[:, 0].split(chunk):
@@ -266,7 +284,6 @@ def masked_chain_law(process: MaskedProcess, *, chunk: int = 64) -> Table:
             after += mass[rows] @ step.log_prob(states.expand(len(rows), -1, -1)).exp()
         mass = after
     strings = enumerate_strings(process.vocabulary, process.length)
-    weights = base ** torch.arange(process.length - 1, -1, -1)
     return Table(strings, mass[(strings * weights).sum(1)].log())
 
 

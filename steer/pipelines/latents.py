@@ -10,9 +10,10 @@ from torch import Tensor
 from ..core.objective import Objective
 from ..core.start import Start
 from ..core.trajectory import Trajectory
-from ..errors import ShapeError
+from ..errors import ShapeError, StateSpaceError
 from ..key import Key
 from ..processes.gaussian import GaussianProcess
+from ..processes.masked import MaskedProcess
 from ..types import ReverseProcess
 from .from_pipeline import PipelineDenoiser
 
@@ -31,6 +32,7 @@ def from_latents(latents: Tensor) -> Start:
         constant refer to the distribution that can be reached from them, not to the target.
 
     Raises:
+        StateSpaceError: When the run starts, if they are tokens other than the process's own prompt.
         ShapeError: When the run starts, if its particles are more than there are rows, or batch does not divide them.
     """
 
@@ -55,6 +57,12 @@ def from_latents(latents: Tensor) -> Start:
             x = torch.stack(starts)
             return replace(Trajectory.begin(process, x.float()), biased_start=True)
         chosen = latents[torch.tensor(rows, device=latents.device)].to(process.device, process.dtype)
+        if isinstance(process, MaskedProcess) and not torch.equal(chosen, process.prior(key, batch, particles)):
+            raise StateSpaceError(
+                "a masked chain starts from its prompt and masks, and tokens that it is given another way would be "
+                "masked by whatever goes back to earlier levels; use process.with_prompt(tokens), or "
+                "from_logits(prompt=tokens), and no start"
+            )
         return replace(Trajectory.begin(process, chosen), biased_start=True)
 
     return start

@@ -47,6 +47,8 @@ class MaskedProcess:
                 at each mask. The distribution that samplers target does not depend on it, their variance does.
     decoder:    tokens [M, L] to what rewards see; None: the tokens.
     text:       tokens [M, L] to M strings, for people; None where tokens are not text.
+    prompt:     tokens [L], or [B, L] with a row per problem: what is given, and the mask where the chain writes. It is
+                never masked and never written, also where states are noised again. See `with_prompt`.
     Others as `GaussianProcess`.
     """
 
@@ -59,6 +61,7 @@ class MaskedProcess:
     completion: Completion | None = None
     decoder: Callable[[Tensor], Tensor] | None = None
     text: Callable[[Tensor], list[str]] | None = None
+    prompt: Tensor | None = None
     problems: int | None = None
     prompts: tuple[str, ...] | None = None
     rows: int = 1
@@ -79,6 +82,28 @@ class MaskedProcess:
         if not isinstance(self.rule, UnmaskRule):
             raise StateSpaceError(
                 f"{self.rule} is no rule for tokens, which have no Gaussian path; use steer.unmask(order=...)"
+            )
+        if self.prompt is not None:
+            self._check_prompt(self.prompt)
+
+    def _check_prompt(self, prompt: Tensor) -> None:
+        """Raises what is wrong with a prompt."""
+        rows = len(prompt) if prompt.ndim == 2 else 1
+        if prompt.ndim not in (1, 2) or prompt.shape[-1] != self.length or (prompt.ndim == 2 and rows != self.problems):
+            raise ShapeError(
+                f"a prompt must be tokens (L,) or a row per problem, (B, L), with L = {self.length} and problems = "
+                f"{self.problems}, got {tuple(prompt.shape)}; put the mask, {self.mask}, where the chain writes"
+            )
+        if prompt.dtype != torch.int64 or bool(((prompt < 0) | (prompt > max(self.mask, self.vocabulary - 1))).any()):
+            raise SteerError(
+                f"a prompt must be int64 tokens below V = {self.vocabulary}, or the mask, {self.mask}; got "
+                f"{prompt.dtype} from {prompt.min()} to {prompt.max()}"
+            )
+        counts = sorted({int(count) for count in (prompt == self.mask).sum(-1).view(-1)})
+        if len(counts) > 1 or counts == [0]:
+            raise SteerError(
+                f"every problem's prompt must leave the same number of positions to write, at least one, got {counts} "
+                f"positions that hold the mask, {self.mask}; run prompts of different length one after another"
             )
 
     def __repr__(self) -> str:
@@ -116,12 +141,19 @@ class MaskedProcess:
 
     def level(self, k: int) -> MaskLevel:
         """Level k as rules see it."""
-        return MaskLevel(self.times[k], self.length, self.mask)
+        return MaskLevel(self.times[k], int(self._open()[0].sum()), self.mask)
+
+    def _open(self) -> Tensor:
+        """Where the chain writes, bool [1 or B, L]."""
+        if self.prompt is None:
+            return torch.ones((1, self.length), dtype=torch.bool)
+        return self.prompt.view(-1, self.length) == self.mask
 
     def prior(self, key: Key, batch: int, particles: int) -> Tensor:
-        """Masks, shape [B, N, L]: nothing is drawn, and every particle begins the same."""
+        """The prompt, and masks elsewhere, [B, N, L]: nothing is drawn, and every particle begins the same."""
         self.check_batch(batch)
-        return torch.full((batch, particles, self.length), self.mask, device=self.device)
+        masks = torch.full((batch, particles, self.length), self.mask, device=self.device)
+        return masks if self.prompt is None else masks.copy_(self.prompt.view(-1, 1, self.length))
 
     def denoise(self, x: Tensor, k: int, key: Key | None = None) -> Tensor:
         """Log-probs [B, N, L, V] of the tokens at level k, at least float32. Counted by the meter.
@@ -163,13 +195,21 @@ class MaskedProcess:
         return self.rule.reveals(self.level(k), self.level(k + 1))
 
     def noise(self, x: Tensor, k_from: int, k_to: int, key: Key) -> Tensor:
-        """A draw of the forward process from level k_from back to level k_to <= k_from: some tokens masked again."""
+        """A draw of the forward process from level k_from back to level k_to <= k_from: some tokens masked again.
+
+        The prompt stays.
+        """
         if not 0 <= k_to <= k_from <= self.steps:
             raise SteerError(f"noise goes from a level to a noisier one, k_to <= k_from, got {k_from} to {k_to}")
         if k_to == k_from:
             return x
-        hidden = self.rule.hides(x, self.level(k_from), self.level(k_to), key.at(k_to))
-        return x.masked_fill(hidden, self.mask)
+        here, there = self.level(k_from), self.level(k_to)
+        if self.prompt is None:
+            return x.masked_fill(self.rule.hides(x, here, there, key.at(k_to)), self.mask)
+        # The forward process is that of the positions that the chain writes: rules see no others.
+        places = self._open().nonzero()[:, 1].view(-1, 1, there.length).expand(*x.shape[:2], -1).to(x.device)
+        written = x.gather(2, places)
+        return x.scatter(2, places, written.masked_fill(self.rule.hides(written, here, there, key.at(k_to)), self.mask))
 
     def decode(self, x: Tensor) -> Tensor:
         """Clean states [B, N, L] as rewards see them, (B * N, ...). Counted by the meter where it costs."""
@@ -190,7 +230,20 @@ class MaskedProcess:
         if self.problems in (None, 1):
             return self
         prompts = None if self.prompts is None else (self.prompts[problem],)
-        return replace(self, network=only(self.network, problem), problems=1, prompts=prompts)
+        prompt = self.prompt if self.prompt is None or self.prompt.ndim == 1 else self.prompt[problem]
+        return replace(self, network=only(self.network, problem), problems=1, prompts=prompts, prompt=prompt)
+
+    def with_prompt(self, prompt: Tensor) -> MaskedProcess:
+        """This process with some tokens given, which are neither written nor masked again: infilling, continuation.
+
+        Args:
+            prompt: tokens [L], int64, with the mask where the chain writes.
+
+        Raises:
+            ShapeError: not L tokens.
+            SteerError: no token of the vocabulary, or nothing left to write.
+        """
+        return replace(self, prompt=prompt)
 
     def with_rule(self, rule: UnmaskRule) -> MaskedProcess:
         """This process revealing its tokens in another way."""
@@ -204,7 +257,8 @@ class MaskedProcess:
         """The data's distribution tilted by exp(r(x) / temperature), as a table; for enumerable models only."""
         if self.reference is None:
             raise ModelError("exact answers exist for steer.models' analytic processes only; this one has a network")
-        return self.reference.exact(reward, temperature=temperature)
+        given = {} if self.prompt is None else {"prompt": self.prompt}
+        return self.reference.exact(reward, temperature=temperature, **given)
 
     def check_batch(self, batch: int) -> None:
         """Raises ShapeError where the model's conditioning does not have that many problems."""
@@ -222,6 +276,7 @@ def from_logits(
     completion: Completion | None = None,
     decoder: Callable[[Tensor], Tensor] | None = None,
     text: Callable[[Tensor], list[str]] | None = None,
+    prompt: Tensor | None = None,
     problems: int | None = None,
     device: torch.device | str = "cpu",
 ) -> MaskedProcess:
@@ -240,6 +295,8 @@ def from_logits(
             token at each mask. See `MaskedProcess`.
         decoder: tokens [M, L] to what rewards see; None: the tokens.
         text: tokens [M, L] to M strings, for people; None where tokens are not text.
+        prompt: tokens that are given, [L], or [B, L] with a row per problem, and the mask where the chain writes; every
+            row leaves the same number of positions. None: the chain writes everything.
         problems: number of conditionings the network is closed over (axis 0), None where any batch runs.
         device: where states are.
 
@@ -247,7 +304,9 @@ def from_logits(
         The process, over states [B, N, L].
 
     Raises:
-        SteerError: no step, shares of masks that do not fall from 1 to 0, or a mask outside [0, V].
+        SteerError: no step, shares of masks that do not fall from 1 to 0, a mask outside [0, V], or a prompt that is
+            not of tokens or leaves nothing to write.
+        ShapeError: a prompt of another length or number of problems.
         StateSpaceError: a transition rule that is not one for tokens.
 
     Source: Sahoo et al. 2024 (MDLM), which any absorbing-state model reduces to: zero probability of the mask, and
@@ -263,6 +322,7 @@ def from_logits(
         completion=completion,
         decoder=decoder,
         text=text,
+        prompt=prompt,
         problems=problems,
         device=device,
     )

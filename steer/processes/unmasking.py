@@ -23,7 +23,11 @@ Order = Callable[[Tensor, Tensor], Tensor]
 
 
 class MaskLevel(NamedTuple):
-    """One level of a masked process: the expected share of masks t, the length L, and the token that is the mask."""
+    """One level of a masked process.
+
+    t: expected share of masks. length: how many positions the chain writes, L where no prompt is given.
+    mask: the token that is the mask.
+    """
 
     t: float
     length: int
@@ -59,7 +63,10 @@ class UnmaskRule(Protocol):
         ...
 
     def hides(self, x: Tensor, here: MaskLevel, there: MaskLevel, key: Key) -> Tensor:
-        """Positions [B, N, L] bool that a draw of the forward process from `here` back to `there` masks."""
+        """Positions [B, N, L] bool that a draw of the forward process from `here` back to `there` masks.
+
+        x holds what the chain writes only, without its prompt.
+        """
         ...
 
 
@@ -142,13 +149,15 @@ class Unmasking:
         if not self.stochastic:
             return self.x
         chosen = self.positions.sample(key.fold("positions"))
-        below = self.log_token.exp().cumsum(3)
-        uniform = key.fold("tokens").peek("uniform", self.x.shape, torch.float64, self.x.device)
-        point = (uniform[..., None] * below[..., -1:].double()).to(below.dtype)
+        # A vocabulary has tokens of probability 1e-13. Sums in float32, and uniforms on a grid of 2**-32, never draw
+        # them, so both have 53 bits; only what is revealed pays for that.
+        at = chosen.nonzero(as_tuple=True)
+        below = self.log_token.detach()[at].double().exp_().cumsum_(1)
+        point = _fine_uniform(key.fold("tokens"), self.x)[at][:, None] * below[:, -1:]
         # A token of probability zero never exceeds a point that the one before it does not; rounding up to the total
         # is the one way past the end.
-        drawn = torch.searchsorted(below, point, right=True)[..., 0].clamp(max=self._last(below))
-        return torch.where(chosen, drawn, self.x)
+        drawn = torch.searchsorted(below, point, right=True)[:, 0]
+        return self.x.index_put(at, torch.minimum(drawn, (below < below[:, -1:]).sum(1)))
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log-probability of the tokens [B, N, L]: of the positions, and of the tokens there. [B, N] float64."""
@@ -160,10 +169,11 @@ class Unmasking:
         written = torch.where(chosen, token, 0.0).sum(2).masked_fill(~kept.all(2), -math.inf)
         return written + self.positions.log_prob(chosen)
 
-    @staticmethod
-    def _last(below: Tensor) -> Tensor:
-        """Index (..., L) of the last token of positive probability."""
-        return (below < below[..., -1:]).sum(3)
+
+def _fine_uniform(key: Key, like: Tensor) -> Tensor:
+    """Uniforms [B, N, L] in (0, 1], float64, on a grid of 2**-64 as far as float64 goes: two draws of 32 bits."""
+    coarse, fine = (each.peek("uniform", like.shape, torch.float64, like.device) for each in (key, key.fold("fine")))
+    return coarse + (fine - 0.5) * 2.0**-32
 
 
 @dataclass(frozen=True)

@@ -327,3 +327,12 @@ def test_large_weights_are_normalised_to_the_last_digits():
     log_weight = 1e12 * torch.tensor([[1.0, 1.0 - 1e-12, 0.5]], dtype=torch.float64)
     total = population.normalise(log_weight).exp().sum()
     assert abs(float(total) - 1.0) < 1e-15
+
+
+def test_the_variance_of_a_mean_counts_one_generation_more_than_resamplings():
+    """Of N independent draws it is the textbook's s^2 / N, and every multinomial resampling takes N / (N - 1) more."""
+    values = steer.Key(3).normal((4, 6))
+    equal, own = torch.zeros(4, 6, dtype=torch.float64), torch.arange(6).expand(4, -1)
+    for resamplings in (0, 1, 3):
+        found = diagnostics.mean_variance(equal, values, own, torch.full((4,), resamplings))
+        torch.testing.assert_close(found, values.var(1) / 6 * (6 / 5) ** resamplings)

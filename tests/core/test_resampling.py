@@ -130,6 +130,13 @@ def test_extreme_log_weights(resampler):
 
 
 @each
+def test_weights_are_summed_in_float64_whatever_they_come_in(resampler):
+    """Weights over eight decades: sums of float32 lose the small ones, and where a draw falls moves by 1e-7."""
+    log_weight = -5.0 * Key(0).normal((300, 100), dtype=torch.float32).abs()
+    assert torch.equal(resampler(log_weight, Key(1), 100), resampler(log_weight.double(), Key(1), 100))
+
+
+@each
 def test_one_particle(resampler):
     for weight in (0.0, -1e5, 1e5):
         assert bool((resampler(torch.full((3, 1), weight, dtype=torch.float64), Key(0), 1) == 0).all())

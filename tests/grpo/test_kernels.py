@@ -9,6 +9,7 @@ from scipy import stats
 
 import steer
 from steer import grpo
+from steer.grpo.kernels import CorrelatedSiblings
 from steer.models import gaussian
 from steer.processes.transitions import Normal
 
@@ -124,3 +125,12 @@ def test_mean_reduced_log_probs_are_not_densities():
     moved = replace(batch, logp_behavior=batch.logp_old - 0.5)
     assert moved.step_weights()[batch.mask] == pytest.approx(math.exp(0.5))
     assert replace(batch, logp_behavior=batch.logp_old - 5.0).step_weights().max() == 2.0
+
+
+def test_siblings_are_neighbours():
+    """With little noise of their own, the rows of a family are alike and those of two families are not."""
+    base = Normal(torch.zeros(2, 6, 3, dtype=torch.float64), 1.0)
+    family = CorrelatedSiblings(base=base, ways=3, spread=1e-9, storage=torch.float64).sample(steer.Key(0))
+    family = family.view(2, 2, 3, 3)
+    torch.testing.assert_close(family, family[:, :, :1].expand_as(family), rtol=0, atol=1e-6)
+    assert (family[:, 0, 0] - family[:, 1, 0]).abs().min() > 0.01

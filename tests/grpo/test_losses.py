@@ -114,3 +114,23 @@ def test_the_reference_loop_runs(monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["0", "2"]
     assert all("judge" in line for line in lines)
+
+
+def test_a_global_spread_counts_rows_by_their_weights():
+    """A row of weight 3 counts as three rows and one of weight 0 as none; every group counts by its number of rows."""
+    rewards, log_w = [1.0, 5.0, 90.0, 1.0], [math.log(3.0), 0.0, -math.inf, 0.0]
+    found = grpo.advantages(batch_of({"r": rewards}, log_w=log_w), std="global", eps=0.0)
+    everyone = torch.tensor([1.0, 1.0, 1.0, 5.0, *[1.0] * 4]).std(correction=0)
+    torch.testing.assert_close(found.value[:2], torch.tensor([-1.0, 3.0]) / everyone)
+
+
+def test_a_group_is_flat_by_the_statistics_that_its_batch_brings():
+    """Rows kept of a group may be equal where the group was not, and the other way round: `grpo.keep` says which."""
+    batch = batch_of({"r": [2.0, 2.0, 1.0, 3.0]})
+    brought = replace(
+        batch, reward_mean={"r": torch.tensor([1.0, 2.0])}, reward_std={"r": torch.tensor([2.0, 0.0])}
+    )  # fmt: skip
+    found = grpo.advantages(brought, eps=0.0)
+    assert found.flat.tolist() == [False, True]
+    torch.testing.assert_close(found.value, torch.tensor([0.5, 0.5, 0.0, 0.0]))
+    assert grpo.advantages(batch).flat.tolist() == [True, False]

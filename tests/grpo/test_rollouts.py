@@ -51,11 +51,15 @@ def first_ratio(process, batch):
 # --- the ratio --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS)
-@pytest.mark.parametrize("rule", KERNELS.values(), ids=KERNELS)
-def test_ratio_is_one_on_a_network(rule, window, storage):
-    """Digits: every kernel, window and storage dtype. Rows are scored in other network batches than they were drawn."""
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_ratio_is_one_on_a_network(kernel, window):
+    """Digits: every kernel with every window, and both storage dtypes, like the fields of a chessboard, with each.
+
+    Rows are scored in other network batches than they were drawn.
+    """
+    odd = (list(KERNELS).index(kernel) + list(WINDOWS).index(window)) % 2
+    rule, window, storage = KERNELS[kernel], WINDOWS[window], torch.bfloat16 if odd else torch.float32
     process = FLOW.with_rule(rule)
     batch = grpo.collect(process, bright, groups=GROUPS, group_size=ROWS, window=window, storage=storage, key=1)
     assert first_ratio(process, batch) < 1e-5

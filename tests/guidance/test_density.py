@@ -36,7 +36,7 @@ def log_densities(process, hooks, particles=192, key=0):
 
 def test_density_guidance_changes_log_density_by_the_closed_form():
     """Within half a nat from -97 to +13, on two modes in 32 dimensions; standard errors are below .08 nat."""
-    process = mixture(1024)
+    process = mixture(512)
     plain, _ = log_densities(process, Hooks())
     for q in (0.1, 0.25, 0.4, 0.57):
         found, log = log_densities(process, guidance.density_guidance(process, q=q))

@@ -1,5 +1,7 @@
 """A pipeline's own solver, its memory in the particle."""
 
+import copy
+
 import diffusers
 import pytest
 import torch
@@ -90,3 +92,16 @@ def test_what_has_no_solver_of_its_own_is_refused():
         steer.own_solver(steer.from_pipeline(pipe, steps=4, **call))
     with pytest.raises(steer.ModelError, match="this process has none"):
         steer.own_solver(steer.from_denoiser(lambda x, t: x, steer.VP(), 4, event=(2,)))
+
+
+def test_steps_leave_nothing_of_their_particles_behind():
+    """What a scheduler shares before each step holds no tensor of a run after it: multistep solvers shift theirs."""
+    _, _, process = opened("sd15", "DPMSolverMultistepScheduler")
+    before = [copy.deepcopy(each.shared) for each in process.solver_steps]
+    plain = vars(process.scheduler)["model_outputs"][:]
+    first = steer.rollout(process, lambda x: x.flatten(1).mean(1), particles=2).x
+    for each, shared in zip(process.solver_steps, before, strict=True):
+        assert each.shared["model_outputs"] == shared["model_outputs"]
+        assert not any(torch.is_tensor(entry) for entry in each.shared["model_outputs"])
+    assert vars(process.scheduler)["model_outputs"] == plain
+    assert torch.equal(steer.rollout(process, lambda x: x.flatten(1).mean(1), particles=2).x, first)

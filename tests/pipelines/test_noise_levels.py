@@ -10,6 +10,7 @@ import torch
 import steer
 from steer.pipelines import noise_levels
 from steer.processes import schedules
+from steer.types import Level
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SCHEDULERS = {
@@ -197,3 +198,37 @@ def test_the_continuous_time_of_stable_cascade(scaler):
         moved = scheduler.step(eps[0], told, x[0], generator=torch.Generator().manual_seed(3), return_dict=False)[0]
         noise = torch.randn(1, 3, generator=torch.Generator().manual_seed(3)) if k + 1 < len(grid.timesteps) else 0.0
         torch.testing.assert_close(law.mean[0] + law.std * noise, moved, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "euler", "euler-karras", "dpm", "lcm"])
+def test_between_two_timesteps_of_the_table_is_between_them(name):
+    """A third of the way from timestep 100 to 101 in log(sigma / alpha) is timestep 100.33."""
+    scheduler, _ = grid_of(name)
+    kept = scheduler.alphas_cumprod.double()
+    ratio = (0.5 * ((1.0 - kept) / kept).log())[[100, 101]]
+    between = float(ratio[0] + (ratio[1] - ratio[0]) / 3.0)
+    alpha = (1.0 + math.exp(2.0 * between)) ** -0.5
+    at = Level(0.1, alpha, alpha * math.exp(between), 0.0, 0.0)
+    assert noise_levels.timestep_at(scheduler, at) == pytest.approx(100.0 + 1.0 / 3.0, abs=1e-6)
+
+
+def test_between_two_sigmas_of_a_flow_is_between_their_timesteps():
+    scheduler, _ = grid_of("flow")
+    sigmas, told = scheduler.sigmas.double(), scheduler.timesteps.double()
+    for i in range(len(told) - 1):
+        sigma = float(0.75 * sigmas[i] + 0.25 * sigmas[i + 1])
+        expected = float(0.75 * told[i] + 0.25 * told[i + 1])
+        assert noise_levels.timestep_at(scheduler, Level(sigma, 1.0 - sigma, sigma, -1.0, 1.0)) == pytest.approx(
+            expected
+        )
+    assert noise_levels.timestep_at(scheduler, Level(0.0, 1.0, 0.0, -1.0, 1.0)) == 0.0
+
+
+@pytest.mark.parametrize("name", ["euler", "euler-karras", "ancestral", "heun", "lms", "edm"])
+def test_networks_see_states_scaled_as_the_scheduler_scales_them(name):
+    scheduler, grid = grid_of(name)
+    fresh, ones = copy.deepcopy(scheduler), torch.ones(1)
+    for at, index in zip(levels_of(grid)[:-1], grid.indices, strict=True):
+        scaled = copy.deepcopy(fresh).scale_model_input(ones, fresh.timesteps[index])
+        # A state of steer has alpha x_0 + sigma eps as the scheduler's has it: sigma-space ones have alpha = 1.
+        assert noise_levels.input_scale(scheduler, at) == pytest.approx(float(scaled), rel=1e-5)

@@ -350,3 +350,21 @@ def test_flags_and_counts_are_scores_too():
         rank(flag),
     ):
         assert bool(combined(images).isfinite().all())
+
+
+def test_the_bounds_of_a_soft_minimum_are_reached_and_no_closer():
+    """Between the least of the lows, and the mean of the highs: a wide one is the mean, above the least of them."""
+
+    def rising(low, high):
+        def reward(x):
+            return low + (high - low) * x[:, 0]
+
+        reward.spec = RewardSpec(unit="1", bounds=(low, high), gradient="exact")
+        return reward
+
+    parts = rising(0.0, 1.0), rising(-1.0, 3.0)
+    whole = softmin(*parts, width=1e4)
+    assert whole.spec.bounds == (-1.0, 2.0)
+    ends = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+    torch.testing.assert_close(whole(ends), torch.tensor([-0.5, 2.0]).double(), rtol=0, atol=1e-3)
+    torch.testing.assert_close(softmin(*parts, width=1e-4)(ends), torch.tensor([-1.0, 1.0]).double(), atol=1e-3, rtol=0)

@@ -1,6 +1,7 @@
 """DriftLite: what controls do to weights, and that they leave the law."""
 
 import contextlib
+import functools
 import math
 
 import pytest
@@ -36,7 +37,7 @@ def test_annealing(path, beta):
 
     def run(steps):
         return steer.driftlite(
-            process(path, steps), exponent=beta, probes=None, batch=200, particles=40, key=steer.Key(1).fold(steps)
+            process(path, steps), exponent=beta, probes=None, batch=100, particles=40, key=steer.Key(1).fold(steps)
         )
 
     # Coefficients from 40 particles bias by O(1 / 40): evidence, the sharpest column, is tested at more below.
@@ -63,9 +64,10 @@ def test_tilts_keep_their_law_and_equal_weights(control):
     reward = Quadratic([1.0, 0.5], 0.6)
     law = Grid2D(lambda x: MIXTURE.log_prob(x) + reward(x))
 
+    @functools.cache
     def run(steps):
         return steer.driftlite(
-            process("vp", steps), reward, control=control, probes=None, batch=200, particles=32,
+            process("vp", steps), reward, control=control, probes=None, batch=100, particles=32,
             key=steer.Key(2).fold(steps),
         )  # fmt: skip
 

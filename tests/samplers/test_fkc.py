@@ -56,7 +56,7 @@ def test_products_and_guidance_of_gaussians_in_thirty_dimensions(exponents):
     def errors(steps):
         models = [gaussian(m, v, steps, size) for _, m, v in terms]
         result = steer.fkc(
-            models, exponent=exponents, batch=200, particles=16, weight=steer.FeynmanKac(probes=2),
+            models, exponent=exponents, batch=100, particles=16, weight=steer.FeynmanKac(probes=2),
             transport=steer.flow_transport, key=steer.Key(4).fold(steps),
         )  # fmt: skip
         relative = (result.log_evidence - log_z).exp()
@@ -64,7 +64,7 @@ def test_products_and_guidance_of_gaussians_in_thirty_dimensions(exponents):
         mean_error = result.mean(lambda x: x.mean(1) - mean)
         variance_error = result.mean(lambda x: (x - mean).square().mean(1) - 1.0 / precision)
         pooled = [relative.mean().log(), (share * mean_error).mean(), (share * variance_error).mean()]
-        return torch.stack(pooled), torch.stack([share, share * mean_error, share * variance_error]).var(1) / 200
+        return torch.stack(pooled), torch.stack([share, share * mean_error, share * variance_error]).var(1) / 100
 
     (coarse, coarse_variance), (fine, fine_variance) = errors(40), errors(80)
     z = (2.0 * fine - coarse) / (4.0 * fine_variance + coarse_variance).sqrt()

@@ -9,6 +9,7 @@ from exact import Linear, exact_chain, mixture_2d
 import steer
 from steer import search
 from steer.core.resampling import systematic
+from steer.particles.proposals import TemperedGuided, twisted
 
 REWARD = Linear([0.7, -0.5])
 MIXTURE = mixture_2d()
@@ -249,3 +250,49 @@ def test_a_rollout_whose_start_finds_only_what_is_forbidden_says_so():
 def test_feynman_kac_weights_name_what_they_cannot_take():
     with pytest.raises(steer.NonFiniteError, match=r"forbids \(-inf\) a prediction"):
         steer.driftlite(process(), lambda x: torch.where(x[:, 0] > 0.5, x[:, 0], -torch.inf), particles=64)
+
+
+PROPOSALS = {
+    "guided": (steer.guided(0.5), steer.guided(0.5)),
+    "twisted": (twisted(0.5), twisted(0.5)),
+    "guided as the next level judges": (
+        TemperedGuided(steer.geometric_tempering(1e-12, lowest=0.5), 0.5),
+        steer.guided(0.5),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PROPOSALS)
+def test_a_constant_exponent_is_a_smaller_reward(name):
+    """On the way, a value tempered by a half is half the value, in the proposal as in the weights: to rounding."""
+
+    def states(reward, **tempering):
+        seen = []
+        steer.smc(
+            process(dtype=torch.float64), reward, batch=2, particles=5, selection=steer.resample(threshold=0.0),
+            on_step=lambda event: seen.append(event.state), **tempering,
+        )  # fmt: skip
+        return seen[:5]
+
+    half = steer.difference(tempering=lambda state, value: torch.full_like(value[:, 0], 0.5))
+    tempered, smaller = PROPOSALS[name]
+    pairs = zip(
+        states(REWARD, weight=half, proposal=tempered), states(lambda x: 0.5 * REWARD(x), proposal=smaller), strict=True
+    )
+    for mine, theirs in pairs:
+        torch.testing.assert_close(mine.x, theirs.x, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(mine.log_weight, theirs.log_weight, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("weight", [steer.maximum(), steer.total()], ids=["maximum", "total"])
+def test_potentials_are_of_the_highest_value_or_the_sum_so_far(weight):
+    seen = []
+    steer.smc(
+        process(steps=9), REWARD, particles=40, temperature=0.5, weight=weight, on_step=seen.append,
+        selection=steer.resample(threshold=0.0),
+    )  # fmt: skip
+    values = torch.stack([event.scores[0] / 0.5 for event in seen[:8]])
+    assert bool((values[1:] < values[:-1]).any())  # the latest value is not always the highest
+    potential = values.cumsum(0) if weight.combine.__qualname__.startswith("total") else values.cummax(0).values
+    found = torch.stack([event.state.path.log_potential[0] for event in seen[:8]])
+    torch.testing.assert_close(found, potential.cumsum(0))

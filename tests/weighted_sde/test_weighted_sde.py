@@ -7,6 +7,7 @@ The mutants are what papers' code does, or what a slip of the pen would do; the 
 """
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -352,3 +353,43 @@ def test_log_q_along_the_path():
         exact = THREE.log_prob(last.x, last.process.levels[last.k])
         errors.append(float((last.path.log_q[..., 0] - exact).square().mean().sqrt()))
     assert errors[1] < 0.65 * errors[0] < 0.4
+
+
+@pytest.mark.parametrize(
+    ("weight", "transport"), [(EXACT, SCORE), (EXACT, HALF), (EXACT, BASE), (steer.KernelRatio(), HALF)], ids=str
+)
+def test_a_constant_exponent_is_a_smaller_reward(weight, transport):
+    """On the way, a value tempered by a half is half the value, in the weights as in the drift: to rounding."""
+
+    def half(state, value):
+        return torch.full_like(value[:, 0], 0.5)
+
+    def states(reward, tempering):
+        seen = []
+        steer.fkc(
+            process(THREE, "vp", 8), reward, weight=weight, transport=transport, tempering=tempering, batch=2,
+            particles=5, selection=steer.resample(threshold=0.0), on_step=lambda event: seen.append(event.state),
+        )  # fmt: skip
+        return seen[:8]
+
+    tempered, smaller = states(REWARD, half), states(lambda x: 0.5 * REWARD(x), None)
+    for mine, theirs in zip(tempered, smaller, strict=True):
+        torch.testing.assert_close(mine.x, theirs.x, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(mine.log_weight, theirs.log_weight, rtol=1e-10, atol=1e-10)
+    assert (smaller[6].log_weight - smaller[3].log_weight).abs().max() > 0.01  # there is something to compare
+
+
+@pytest.mark.parametrize("sigma_data", [0.0, 1.0])
+def test_the_last_step_weighs_by_the_noise_that_is_left(sigma_data):
+    """At sigma = 0 the integral of g^2 is sigma^2, whatever the data's scale: by (2), -sigma^2 |S|^2 / 4 for A = 1/2
+    and one model, whose score is twice that of S."""
+    target = compose(process(THREE, "vp", 5), exponent=0.5)
+    k, sigma = 4, target.levels[4].sigma
+    x = steer.Key(0).normal((2, 3, 2))
+    state = steer.Trajectory.begin(target, x, k=k)
+    score = steer.Key(1).normal((2, 3, 2))
+    point = SimpleNamespace(components=2.0 * score[:, :, None], score=score)
+    engine = SimpleNamespace(target=target, last=lambda k: True, span=lambda k: span(*target.levels[4:6], sigma_data))
+    found = WeightedSDE.model_terms(engine, state, point)  # pyright: ignore
+    assert target.levels[5].sigma == 0.0
+    torch.testing.assert_close(found.models, -0.5 * sigma**2 * score.square().sum(2))
