@@ -78,7 +78,7 @@ def web_app(
             return Response(reply, status, media_type="application/json")
         return _waiting_response(future, answer)
 
-    def refused(request: Request, error: Any) -> Response:
+    async def refused(request: Request, error: Any) -> Response:  # async: others get a thread each
         return JSONResponse({"error": error.detail}, error.status_code, error.headers)
 
     ends = [Route("/spec", spec), Route("/score", scores, methods=["POST"])]
