@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 
-from steer.errors import RewardError
+from steer.errors import RemoteError, RewardError
 
 from .digit_probability import DigitLogProb
 from .file_size import JPEGSize, PNGSize
@@ -43,6 +43,7 @@ def from_spec(spec: str, text: ToText | None = None) -> Scorer:
             letters:e  letters:aeiou                    how often these letters occur, for models of text
             matches:.*ing                               1 for texts that a regular expression matches, else 0
             remote:http://127.0.0.1:8000                of `steer serve-reward`; its token from STEER_REWARD_TOKEN
+            remote:http://127.0.0.1:8000/NAME           the same, where it serves several
 
         text: decodes samples to strings, for `letters` and `matches` (pass `process.text`).
 
@@ -52,6 +53,7 @@ def from_spec(spec: str, text: ToText | None = None) -> Scorer:
     Raises:
         RewardError: for an unknown name, listing the choices; for a bad argument, with the forms it may have; and for
             a reward of text where `text` is None.
+        RemoteError: where a remote reward cannot be reached.
     """
     if not isinstance(spec, str):
         raise RewardError(
@@ -70,6 +72,8 @@ def from_spec(spec: str, text: ToText | None = None) -> Scorer:
         build = partial(build, text=text)
     try:
         return build(argument.strip())
+    except RemoteError:  # nothing is wrong with the text
+        raise
     except (KeyError, ValueError) as error:  # RewardError is a ValueError: its text says what was wrong
         detail = f" ({error})" if isinstance(error, RewardError) else f", got {argument.strip()!r} as its argument"
         raise RewardError(f"the reward {spec!r} must have the form {form}{detail}") from error
@@ -157,5 +161,5 @@ _BUILDERS: dict[str, tuple[Callable[..., Scorer], str]] = {
     "aesthetic": _pretrained("aesthetic", Aesthetic, "head"),
     "letters": (_letters, "letters:e | letters:aeiou"),
     "matches": (_matches, "matches:.*ing"),
-    "remote": (_remote, "remote:http://HOST:PORT"),
+    "remote": (_remote, "remote:http://HOST:PORT | remote:http://HOST:PORT/NAME"),
 }

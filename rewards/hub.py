@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steer.errors import RewardError
 
 if TYPE_CHECKING:
     import torch
+
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def optional_package(module: str, extra: str) -> Any:
@@ -34,6 +38,28 @@ def optional_package(module: str, extra: str) -> Any:
         ) from error
 
 
+def refuse_lfs_pointer(path: str | os.PathLike[str]) -> None:
+    """Refuses the few lines that git leaves in place of a large file where git-lfs is not installed.
+
+    Args:
+        path: of a file; or of a folder, whose files are looked at.
+
+    Raises:
+        RewardError: naming the file and the cure.
+    """
+    whole = Path(path)
+    for file in sorted(whole.iterdir()) if whole.is_dir() else [whole]:
+        if not file.is_file():
+            continue
+        with file.open("rb") as opened:
+            begins = opened.read(len(_LFS_POINTER))
+        if begins == _LFS_POINTER:
+            raise RewardError(
+                f"{file} is not the file but git-lfs's pointer to it; run `git lfs install` and `git lfs pull` in its "
+                "repository, or download the file itself"
+            )
+
+
 def from_hub(loader: Any, name: str, *, download: bool = False, **options: Any) -> Any:
     """`loader.from_pretrained(name)`, from a folder, from the hub's cache, or downloaded if asked.
 
@@ -49,8 +75,10 @@ def from_hub(loader: Any, name: str, *, download: bool = False, **options: Any) 
         What the loader makes of it.
 
     Raises:
-        RewardError: giving the id and the cure.
+        RewardError: giving the id and the cure, and for a folder that holds pointers of git-lfs.
     """
+    if Path(name).is_dir():
+        refuse_lfs_pointer(name)
     try:
         return loader.from_pretrained(name, local_files_only=not download, **options)
     except (OSError, ValueError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -20,13 +21,20 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+_CLOSING = {'"': '"', "“": '”"', "„": "“”", "«": "»"}
+"""What opens a quotation, and what closes it, the likeliest first."""
+
+_STRAIGHT = str.maketrans({**dict.fromkeys("‘’‚‛′`´", "'"), **dict.fromkeys("“”„‟″«»", '"'), "−": "-"})
+
+
 @dataclass(frozen=True, eq=False)
 class OCR:
-    """1 - min(d, L) / L: d edits from the text read to the L characters wanted, ignoring case and spaces.
+    """1 - min(d, L) / L: d edits from the text read to the L characters wanted, ignoring case, spaces and typography.
 
-    Called with images `[M, 1 or 3, H, W]` in [0, 1] and M prompts. The text wanted is what the prompt has between its
-    first two double quotes: A sign that says "Open". d is 0 where it occurs anywhere in what was read, so that other
-    text in the image costs nothing once the wanted one is there.
+    Called with images `[M, 1 or 3, H, W]` in [0, 1] and M prompts. The text wanted is what the prompt has in its first
+    pair of double quotes: A sign that says "Open". d is 0 where it occurs anywhere in what was read, so that other
+    text in the image costs nothing once the wanted one is there. Typography is what `plain` makes alike: composed and
+    decomposed accents, full-width letters, ligatures, kinds of quotes and of dashes.
 
     Args:
         reader: from a picture (PIL, RGB) to the text in it. `rewards.TransformersReader` is one for models of
@@ -40,13 +48,15 @@ class OCR:
         Scores `[M]` in [0, 1], float32, without a gradient.
 
     Raises:
-        RewardError: for a prompt without quoted text, and where the reader fails: a failure is not scored 0.
+        RewardError: for a prompt without quoted text or with a quote that does not close, and where the reader fails: a
+            failure is not scored 0.
         ShapeError: for samples of another shape.
 
     Cost: one call of the reader per sample.
     Source: the text-rendering reward of Flow-GRPO (Liu et al. 2025, arXiv 2505.05470; github.com/yifan123/flow_grpo,
         MIT).
-    Differs: typographic quotes count as quotes here.
+    Differs: the source takes what follows the first straight quote, inch signs included, and compares letters as they
+        are encoded, but for case and blanks.
     """
 
     reader: Callable[[Image], str] = field(repr=False)
@@ -117,25 +127,41 @@ class TransformersReader:
 
 
 def quoted(prompt: str) -> str:
-    """The text between the first two double quotes of a prompt.
+    """The text in the first pair of double quotes of a prompt.
+
+    A straight quote after a digit, outside of quotes, is an inch sign: a 24" monitor that shows "Hello".
 
     Args:
-        prompt: with straight or typographic quotes.
+        prompt: with straight quotes, or typographic ones: “Open”, „Open“, «Open».
 
     Returns:
         The text, as it is written.
 
     Raises:
-        RewardError: where the prompt quotes no text.
+        RewardError: where the prompt quotes no text, or quotes do not pair.
     """
-    pieces = prompt.replace("\u201c", '"').replace("\u201d", '"').split('"')
-    if len(pieces) < 3 or not _without_case_and_spaces(pieces[1]):
+    found, at = [], 0
+    while at < len(prompt):
+        mark = prompt[at]
+        if mark not in _CLOSING or (mark == '"' and prompt[at - 1 : at].isdigit()):
+            if mark in "”»":
+                raise RewardError(
+                    f"OCR found {mark} before a quote that it closes in {prompt!r}; quote the text in pairs"
+                )
+            at += 1
+            continue
+        ends = [end for closing in _CLOSING[mark] if (end := prompt.find(closing, at + 1)) >= 0]
+        if not ends:
+            raise RewardError(f"OCR found a quote that does not close in {prompt!r}; quote the wanted text in a pair")
+        found.append(prompt[at + 1 : ends[0]])
+        at = ends[0] + 1
+    if not found or not plain(found[0]):
         raise RewardError(f'OCR needs the wanted text in double quotes, as in: a sign that says "Open"; got {prompt!r}')
-    return pieces[1]
+    return found[0]
 
 
 def likeness(read: str, wanted: str) -> float:
-    """1 - min(d, L) / L for d edits between two texts, ignoring case and spaces.
+    """1 - min(d, L) / L for d edits between two texts, made alike by `plain` first.
 
     Args:
         read: the text that was read.
@@ -144,8 +170,23 @@ def likeness(read: str, wanted: str) -> float:
     Returns:
         A number in [0, 1]; 1 where wanted occurs anywhere in read.
     """
-    read, wanted = _without_case_and_spaces(read), _without_case_and_spaces(wanted)
+    read, wanted = plain(read), plain(wanted)
     return 1.0 if wanted in read else 1.0 - min(edits(read, wanted), len(wanted)) / len(wanted)
+
+
+def plain(text: str) -> str:
+    """A text without what two correct readings of the same letters may differ in.
+
+    Args:
+        text: any.
+
+    Returns:
+        The text in Unicode's form NFKC, case-folded, with straight quotes and hyphens for all kinds of quotes and
+        dashes, without spaces.
+    """
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    letters = ("-" if unicodedata.category(letter) == "Pd" else letter for letter in folded.translate(_STRAIGHT))
+    return "".join("".join(letters).split()).replace("''", '"')
 
 
 def edits(a: str, b: str) -> int:
@@ -164,7 +205,3 @@ def edits(a: str, b: str) -> int:
         for j, other in enumerate(b, 1):
             diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (letter != other))
     return row[-1]
-
-
-def _without_case_and_spaces(text: str) -> str:
-    return "".join(text.lower().split())

@@ -63,6 +63,10 @@ class RewardError(SteerError):
     """A reward raised, timed out, or returned something that is not one number per sample."""
 
 
+class RemoteError(RewardError):
+    """A reward behind a URL cannot be reached, refused the request, or is no reward."""
+
+
 class StateSpaceError(SteerError):
     """A method was asked to run on a state space that it cannot handle."""
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from steer.types import RewardSpec
 
 from .clip_network import CLIPNetwork, from_open_clip
-from .weights import linear_layers_as_one, read_weights, weights_file
+from .weights import RatingHead, rating_head, read_weights, weights_file
 
 REPOSITORY, FILE = "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"
 
@@ -26,7 +26,8 @@ class Aesthetic:
     Args:
         head: the path of `sac+logos+ava1-l14-linearMSE.pth` or a state dict of it ("layers.0.weight" ...); None for a
             copy in the hub's cache (trl-lib/ddpo-aesthetic-predictor). Five linear layers with dropout and no
-            activations between: in evaluation mode one affine map of the unit embedding, and kept as that.
+            activations between: in evaluation mode one affine map of the unit embedding, and kept as that. The same
+            repository's heads with ReLU (`ava+logos-l14-reluMSE.pth`) are known by the numbers of their layers.
         download: whether to fetch what is not in the hub's cache.
         model: the CLIP it was trained on: a name of open_clip's, or a network, which is then frozen in place.
         weights: of that CLIP: a tag of open_clip's, or the path of a file.
@@ -36,7 +37,7 @@ class Aesthetic:
         saturated painterly textures, so report a second reward beside it.
 
     Raises:
-        RewardError: for absent packages or weights, and values outside [0, 1].
+        RewardError: for absent packages or weights, a head of another kind or width, and values outside [0, 1].
         ShapeError: for samples of another shape.
 
     Cost: one ViT-L/14 pass an image (162 GFLOP), 1.7 GB of weights.
@@ -62,14 +63,13 @@ class Aesthetic:
         return from_open_clip(self.model, self.weights, None, "Aesthetic", download=self.download)
 
     @cached_property
-    def affine_map(self) -> tuple[Tensor, float]:
-        """The head as w `[D]` in float64 and b: the rating is w . e + b of the unit embedding e."""
+    def rating(self) -> RatingHead:
+        """The head, read when first needed."""
         layers = self.head
         if not isinstance(layers, Mapping):
             layers = read_weights(weights_file(layers, REPOSITORY, FILE, download=self.download))
-        return linear_layers_as_one({key.removeprefix("layers."): value for key, value in layers.items()})
+        return rating_head({key.removeprefix("layers."): value for key, value in layers.items()})
 
     def __call__(self, samples: Tensor) -> Tensor:
-        weight, offset = self.affine_map
-        embedding = self.network.images(samples)
-        return (embedding * weight.to(embedding)).sum(1) + offset
+        rating = self.rating
+        return rating(self.network.images(samples), "Aesthetic")

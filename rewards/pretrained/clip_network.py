@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch.nn.functional import normalize
 
 from steer.errors import RewardError
 
-from ..hub import from_hub, optional_package
+from ..hub import from_hub, optional_package, refuse_lfs_pointer
 from ..scoring import check_prompts
 from .clip_pixels import clip_pixels
 from .weights import freeze, move_to, weights_file
@@ -152,6 +153,8 @@ def from_open_clip(
     if config is None:
         raise RewardError(f"open_clip has no model {model!r}; open_clip.list_models() lists those it has")
     path = Path(weights) if Path(weights).is_file() else _file_of_tag(open_clip, model, str(weights), config, download)
+    refuse_lfs_pointer(path)
+    _check_activation(open_clip, model, path, config)
     try:
         network = open_clip.create_model(model, pretrained=str(path), pretrained_text=False, weights_only=True)
     except Exception as error:
@@ -205,18 +208,44 @@ def feature_tensor(features: Any) -> Tensor:
 
 
 def _file_of_tag(open_clip: Any, model: str, tag: str, config: dict[str, Any], download: bool) -> Path:
-    """The weights file of one of open_clip's tags.
-
-    Its activation must be the model's: weights of the other activation load without an error, and score badly.
-    """
+    """The weights file of one of open_clip's tags, whose activation must be the model's."""
     known = open_clip.get_pretrained_cfg(model, tag)
     if not known:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none"
         raise RewardError(f"{tag!r} is neither a file nor weights that open_clip knows for {model}; it knows: {tags}")
-    if bool(known.get("quick_gelu")) != bool(config.get("quick_gelu")):
-        other = model.removesuffix("-quickgelu") if config.get("quick_gelu") else f"{model}-quickgelu"
-        raise RewardError(f"the weights {tag!r} were trained with another activation than {model} has; name {other!r}")
+    _same_activation(model, config, bool(known.get("quick_gelu")), repr(tag))
     repository, name = os.path.split(known.get("hf_hub", ""))
     if not repository:
         raise RewardError(f"the weights {tag!r} of {model} are not on the Hugging Face hub; pass the path of a copy")
     return weights_file(None, repository, name or "open_clip_model.safetensors", download=download)
+
+
+def _check_activation(open_clip: Any, model: str, path: Path, config: dict[str, Any]) -> None:
+    """Refuses a file whose activation is known and is not the model's.
+
+    The weights do not tell. The configuration of open_clip that lies beside a file does, and so does the repository of
+    a file in the hub's cache.
+    """
+    beside = path.parent / "open_clip_config.json"
+    if beside.is_file():
+        try:
+            quick_gelu = bool(json.loads(beside.read_text())["model_cfg"].get("quick_gelu"))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise RewardError(f"{beside} is no configuration of open_clip ({error}); fetch it again") from error
+        _same_activation(model, config, quick_gelu, f"in {path}")
+        return
+    repositories = {part for part in path.parts if part.startswith("models--")}
+    for tag in open_clip.list_pretrained_tags_by_model(model.removesuffix("-quickgelu")):
+        known = open_clip.get_pretrained_cfg(model.removesuffix("-quickgelu"), tag) or {}
+        repository = os.path.split(known.get("hf_hub", ""))[0]
+        if repository and f"models--{repository.replace('/', '--')}" in repositories:
+            _same_activation(model, config, bool(known.get("quick_gelu")), f"in {path}")
+
+
+def _same_activation(model: str, config: dict[str, Any], quick_gelu: bool, weights: str) -> None:
+    """Weights of the other activation load without an error, and score badly."""
+    if quick_gelu != bool(config.get("quick_gelu")):
+        other = model.removesuffix("-quickgelu") if config.get("quick_gelu") else f"{model}-quickgelu"
+        raise RewardError(
+            f"the weights {weights} were trained with another activation than {model} has; name {other!r}"
+        )

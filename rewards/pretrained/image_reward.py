@@ -17,7 +17,7 @@ from steer.types import RewardSpec
 from ..hub import from_hub, optional_package
 from ..scoring import check_prompts
 from .clip_pixels import clip_pixels
-from .weights import freeze, linear_layers_as_one, load_into, move_to, read_weights, weights_file
+from .weights import freeze, load_into, move_to, rating_head, read_weights, weights_file
 
 REPOSITORY, FILE, TOKENIZER = "THUDM/ImageReward", "ImageReward.pt", "google-bert/bert-base-uncased"
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
@@ -81,8 +81,12 @@ class ImageReward:
         if not isinstance(weights, Mapping):
             weights = read_weights(weights_file(weights, REPOSITORY, FILE, download=self.download))
         towers = _towers(weights)
-        weight, offset = linear_layers_as_one(_with_prefix("mlp.layers.", weights))
-        return towers, weight, offset
+        layers = rating_head(_with_prefix("mlp.layers.", weights)).layers
+        if len(layers) > 1:
+            raise RewardError(
+                "ImageReward's head has no ReLU, and these weights are numbered as if; pass the official file"
+            )
+        return towers, layers[0][0][0], float(layers[0][1])
 
     @cached_property
     def tokens(self) -> Callable[[str], dict[str, Tensor]]:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from steer.errors import RewardError
 
-from ..hub import optional_package
+from ..hub import optional_package, refuse_lfs_pointer
 
 
 def weights_file(source: str | os.PathLike[str] | None, repository: str, name: str, *, download: bool) -> Path:
@@ -59,15 +62,18 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         Tensors by name. Nothing but tensors is unpickled (weights_only).
 
     Raises:
-        RewardError: for a file that holds anything else.
+        RewardError: for a file that holds anything else, and a pointer of git-lfs.
     """
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    factory = optional_package("open_clip.factory", "clip")
+    refuse_lfs_pointer(path)
     try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        factory = optional_package("open_clip.factory", "clip")
         return factory.load_state_dict(str(path), weights_only=True)
+    except RewardError:
+        raise
     except Exception as error:
         raise RewardError(
             f"{path} holds no plain state dict ({type(error).__name__}: {error}); pass a file of tensors only, for "
@@ -106,30 +112,82 @@ def load_into(network: nn.Module, weights: Mapping[str, Tensor], name: str) -> N
         raise RewardError(f"these are no weights of {name}: {reason}; pass the official file or a copy") from error
 
 
-def linear_layers_as_one(layers: Mapping[str, Tensor]) -> tuple[Tensor, float]:
-    """A stack of linear layers without activations as one map w . x + b, multiplied out in float64.
+_DROPOUT, _RELU = (0, 2, 4, 6, 7), (0, 3, 6, 9, 11)
+"""Places of the five linear layers in the heads of improved-aesthetic-predictor and ImageReward, among layers without
+weights: with dropout between the first four, or with ReLU (and dropout) after each but the last."""
+
+
+@dataclass(frozen=True, eq=False)
+class RatingHead:
+    """A rating of embeddings: affine maps with ReLU between them, the last to one number.
 
     Args:
-        layers: "0.weight", "0.bias", "2.weight" and so on; the last layer has one output.
+        layers: weight `[O, I]` and bias `[O]` of each map, float64.
+    """
+
+    layers: list[tuple[Tensor, Tensor]]
+
+    def __call__(self, embedding: Tensor, name: str) -> Tensor:
+        """Ratings of embeddings, differentiable.
+
+        Args:
+            embedding: `[M, D]`.
+            name: of the reward, for messages.
+
+        Returns:
+            `[M]`.
+
+        Raises:
+            RewardError: for a head of another width.
+        """
+        width = self.layers[0][0].shape[1]
+        if embedding.shape[1] != width and len(embedding):
+            raise RewardError(
+                f"{name}'s head rates embeddings of {width} numbers, and its network makes {embedding.shape[1]}; pass "
+                "the head that was trained on this network, or the network of this head"
+            )
+        for weight, bias in self.layers[:-1]:
+            embedding = linear(embedding, weight.to(embedding), bias.to(embedding)).relu()
+        weight, bias = self.layers[-1]
+        return (embedding * weight[0].to(embedding)).sum(1) + float(bias)
+
+
+def rating_head(layers: Mapping[str, Tensor]) -> RatingHead:
+    """The head in a state dict. Linear layers without an activation between them are multiplied out, in float64.
+
+    Whether there is an activation is not in the file; the numbers of its linear layers tell.
+
+    Args:
+        layers: "0.weight", "0.bias" and so on, numbered as in the head that was trained.
 
     Returns:
-        w `[D]`, float64, and b.
+        The head: of one map where nothing or dropout is between the layers, else of five.
 
     Raises:
-        RewardError: where the names or shapes are not those of such a stack.
+        RewardError: where names, numbers or shapes are not those of such a head, or values are not finite.
     """
     try:
-        order = sorted({int(key.partition(".")[0]) for key in layers})
+        order = tuple(sorted({int(key.partition(".")[0]) for key in layers}))
         stack = [(layers[f"{i}.weight"].double(), layers[f"{i}.bias"].double()) for i in order]
-        matrix, offset = stack[0]
-        for weight, bias in stack[1:]:
-            matrix, offset = weight @ matrix, weight @ offset + bias
-        return matrix.reshape(matrix.shape[1]), float(offset)
+        if order not in (_DROPOUT, _RELU) or any(
+            below[0].shape[0] != above[0].shape[1] for below, above in pairwise(stack)
+        ):
+            raise ValueError
+        if order == _DROPOUT:
+            matrix, offset = stack[0]
+            for weight, bias in stack[1:]:
+                matrix, offset = weight @ matrix, weight @ offset + bias
+            stack = [(matrix, offset)]
+        if stack[-1][0].shape[0] != 1 or stack[-1][1].shape != (1,):
+            raise ValueError
     except (KeyError, ValueError, IndexError, RuntimeError) as error:
         raise RewardError(
-            f"these are no weights of a stack of linear layers: {', '.join(layers)[:200]}; expected 0.weight, 0.bias "
-            "and so on, with one output at the end"
+            f"these are no weights of a stack of linear layers: {', '.join(layers)[:200]}; expected N.weight and "
+            f"N.bias for N in {_DROPOUT} (dropout between) or {_RELU} (ReLU between), with one output at the end"
         ) from error
+    if not all(part.isfinite().all() for layer in stack for part in layer):
+        raise RewardError("the weights of the head have NaN or infinite numbers in them; fetch the file again")
+    return RatingHead(stack)
 
 
 def move_to(network: nn.Module, device: torch.device) -> Any:

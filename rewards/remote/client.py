@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,10 +14,28 @@ from steer.types import RewardSpec
 
 from ..scoring import check_prompts, reward_signature
 from .http_request import check_url, in_parallel, request
-from .wire_format import Encoding, Limits, decode_scores, decode_spec, encode_parts, encode_request
+from .wire_format import (
+    HEADER_LIMIT,
+    Encoding,
+    Limits,
+    decode_scores,
+    decode_spec,
+    encode_parts,
+    encode_request,
+    header_bytes,
+)
 
-_HEADER_BYTES = 4096
-"""Bytes of a request besides samples and prompts, for 64 samples, rounded up."""
+if TYPE_CHECKING:
+    import httpx
+
+_RETRIED = (408, 429, 502, 503, 504, 529)
+"""Statuses of a server that is busy, and of a proxy before one that restarts. 500 is the reward's own error."""
+
+_FRAME_BYTES = 128
+"""Bytes of a request besides those of its samples and prompts, rounded up."""
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 _Group = tuple[list[bytes], "list[str] | None"]
 """Encoded samples of one request, and their prompts."""
@@ -32,21 +51,25 @@ class Remote:
     Called with samples `[M, ...]` and, where the reward takes them, M prompts.
 
     Args:
-        url: "http://127.0.0.1:8000", or https for other machines: plain HTTP shows token and images to the network.
-        token: what the server was started with, if anything.
-        timeout: seconds for one request.
-        retries: further attempts, with doubling pauses, where the connection fails or the server is busy (503). The
-            default outlasts a restart of the server of a few seconds.
+        url: "http://127.0.0.1:8000", or "http://127.0.0.1:8000/NAME" of a server of several rewards. https for other
+            machines: plain HTTP shows token and images to the network.
+        token: the server's; it prints one, unless it was started without.
+        timeout: seconds for one request as a whole, not counting its wait in the server's queue; at least a second
+            where there is a queue.
+        retries: further attempts, with doubling pauses, where the connection fails or a proxy has no answer (408, 429,
+            502, 503, 504, 529). The default outlasts a restart of the server of a few seconds.
         batch: samples per request, fewer where the server takes less at a time, all of them for a groupwise reward.
         parallel: requests under way at once.
         encoding: "png" sends images `[M, 1 or 3, H, W]` in [0, 1] rounded to 8 bits, and refuses others; "tensor"
             sends any samples exactly, as safetensors.
+        queue_timeout: seconds that a request may spend in the server's queue.
 
     Returns:
         Scores `[M]`, float64, on the samples' device, in order, without a gradient.
 
     Raises:
-        RewardError: for bad arguments, and whatever goes wrong on the server or on the way, NaN included; a failure is
+        RemoteError: where the server cannot be reached or fails.
+        RewardError: for bad arguments, NaN, and missing packages (pip install 'steer-diffusion[serve]'); a failure is
             never scored 0.
         ShapeError: for samples that are no images, with encoding "png".
         NotDifferentiableError: where a gradient is requested.
@@ -59,6 +82,7 @@ class Remote:
     batch: int = 16
     parallel: int = 4
     encoding: Encoding = "png"
+    queue_timeout: float = 600.0
     name: str = field(init=False)
     spec: RewardSpec = field(init=False)
     limits: Limits = field(init=False, repr=False)
@@ -67,13 +91,17 @@ class Remote:
         check_url(self.url, "Remote")
         if self.encoding not in ("png", "tensor"):
             raise RewardError(f"Remote(encoding=...) must be 'png' or 'tensor', got {self.encoding!r}")
-        if not (self.timeout > 0 and self.retries >= 0 and self.batch >= 1 and self.parallel >= 1):
+        if not (
+            self.timeout > 0 and min(self.queue_timeout, self.retries) >= 0 and min(self.batch, self.parallel) >= 1
+        ):
             raise RewardError(
-                f"Remote takes timeout > 0, retries >= 0, batch >= 1 and parallel >= 1, got timeout={self.timeout}, "
-                f"retries={self.retries}, batch={self.batch} and parallel={self.parallel}"
+                "Remote takes timeout > 0, queue_timeout and retries >= 0, batch and parallel >= 1, got "
+                f"timeout={self.timeout}, queue_timeout={self.queue_timeout}, retries={self.retries}, "
+                f"batch={self.batch} and parallel={self.parallel}"
             )
         object.__setattr__(self, "url", self.url.rstrip("/"))
-        name, spec, limits = decode_spec(self._request("/spec", None, 1 << 20), self.url)
+        (said,) = self._each(lambda client, path: self._ask(client, path, None, 1 << 20), ["/spec"])
+        name, spec, limits = decode_spec(said, self.url)
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "spec", spec)
         object.__setattr__(self, "limits", limits)
@@ -95,41 +123,60 @@ class Remote:
                 f"{len(parts)} do not (limits: {self.limits.bytes} bytes, {self.limits.pixels} pixels); start the "
                 "server with higher limits"
             )
-        scores = in_parallel(self._score, groups, threads=self.parallel, thread_name="steer remote reward")
+        scores = self._each(self._score, groups)
         return torch.cat([torch.zeros(0, dtype=torch.float64), *scores]).to(samples.device)
 
     def _groups(self, parts: list[bytes], prompts: list[str] | None, pixels: int) -> Iterator[_Group]:
         """Samples, of `pixels` numbers each, and prompts in groups that the server accepts."""
         batch = len(parts) if self.spec.scope == "groupwise" else self.batch
-        rows, start, size = min(batch, self.limits.pixels // max(pixels, 1)), 0, 0
+        rows, start, size, header = min(batch, self.limits.pixels // max(pixels, 1)), 0, 0, 0
+        most, most_header = self.limits.bytes - _FRAME_BYTES, HEADER_LIMIT - _FRAME_BYTES
         for row, part in enumerate(parts):
-            # JSON escapes a prompt to at most six times its length.
-            length = len(part) + 24 + (6 * len(prompts[row].encode()) if prompts else 0)
-            if length + _HEADER_BYTES > self.limits.bytes or rows < 1:
+            own = header_bytes(prompts[row] if prompts else None)
+            if len(part) + own > most or rows < 1:
                 raise RewardError(
                     f"{self.__name__} takes at most {self.limits.bytes} bytes and {self.limits.pixels} pixels per "
-                    f"request, and sample {row} alone has {length} and {pixels}; start the server with higher limits, "
-                    "or score smaller images"
+                    f"request, and sample {row} alone has {len(part) + own} and {pixels}; start the server with higher "
+                    "limits, or score smaller images"
                 )
-            if row - start == rows or size + length + _HEADER_BYTES > self.limits.bytes:
+            if own > most_header:
+                raise RewardError(
+                    f"{self.__name__} takes at most {HEADER_LIMIT} bytes of prompts per request, and prompt {row} "
+                    f"alone has {own}; shorten it"
+                )
+            if row - start == rows or size + len(part) + own > most or header + own > most_header:
                 yield parts[start:row], prompts[start:row] if prompts else None
-                start, size = row, 0
-            size += length
+                start, size, header = row, 0, 0
+            size, header = size + len(part) + own, header + own
         if parts:
             yield parts[start:], prompts[start:] if prompts else None
 
-    def _score(self, group: _Group) -> Tensor:
+    async def _score(self, client: httpx.AsyncClient, group: _Group) -> Tensor:
         """Scores of one request."""
         parts, prompts = group
         body = encode_request(parts, prompts, self.encoding)
-        reply = self._request("/score", body, 4096 + 64 * len(parts))
+        reply = await self._ask(client, "/score", body, 4096 + 64 * len(parts))
         return decode_scores(reply, len(parts), (self.name, self.spec.version), f"{self.__name__} at {self.url}")
 
-    def _request(self, path: str, body: bytes | None, limit: int) -> bytes:
+    async def _ask(self, client: httpx.AsyncClient, path: str, body: bytes | None, limit: int) -> bytes:
         """The server's reply. limit: bytes that it may have."""
+        return await request(
+            client,
+            self.url + path,
+            body,
+            name=self.__name__,
+            timeout=self.timeout,
+            retries=self.retries,
+            limit=limit,
+            retry_on=_RETRIED,
+            queue_timeout=self.queue_timeout,
+        )
+
+    def _each(
+        self, call: Callable[[httpx.AsyncClient, _Item], Awaitable[_Result]], items: list[_Item]
+    ) -> list[_Result]:
+        """A call on each item, with the server's token."""
         headers = {"Content-Type": "application/octet-stream"}
         if self.token:
             headers["Authorization"] = f"Bearer {self.token}"
-        return request(
-            self.url + path, body, headers, name=self.__name__, timeout=self.timeout, retries=self.retries, limit=limit
-        )
+        return in_parallel(call, items, url=self.url, headers=headers, parallel=self.parallel, name=self.__name__)

@@ -3,6 +3,9 @@
 A request is 4 bytes (the length of the header, big-endian), the header, and the parts one after the other. The header
 is {"encoding": "png" | "tensor", "sizes": [bytes of each part], "prompts": [...] or null}. A reply is the JSON object
 {"name", "version", "scores"} where a score is a number, "-inf", "inf", or null for NaN. Nothing is ever unpickled.
+
+A request that waits for its turn is answered 200 at once, with a blank every half second until it is scored. What fails
+after that is told in the body, as {"error", "status"}.
 """
 
 from __future__ import annotations
@@ -16,14 +19,16 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from steer.errors import RewardError
+from steer.errors import RemoteError, RewardError
 from steer.types import RewardSpec
 
 from ..pil_images import from_png, png_shape, to_pictures, to_png
 from ..scoring import refuse_gradient
+from .http_request import printable
 
-PROTOCOL = 1
+PROTOCOL = 2
 HEADER_LIMIT = 1 << 20
+_LONGEST_TEXT = 100_000
 Encoding = Literal["png", "tensor"]
 
 
@@ -80,43 +85,101 @@ def encode_request(parts: Sequence[bytes], prompts: Sequence[str] | None, encodi
     return b"".join([len(raw).to_bytes(4, "big"), raw, *parts])
 
 
-def decode_request(body: bytes, max_pixels: int) -> tuple[Tensor, list[str] | None]:
-    """The samples and prompts of a request.
+def header_bytes(prompt: str | None) -> int:
+    """Bytes that one sample takes in the header of a request, rounded up.
+
+    Args:
+        prompt: of the sample, or None.
+
+    Returns:
+        Bytes.
+    """
+    return 24 + (0 if prompt is None else len(json.dumps(prompt)))
+
+
+class ScoreRequest(NamedTuple):
+    """A request whose header was read and whose samples are not decoded yet.
+
+    Args:
+        encoding: of the parts.
+        parts: one encoded sample each, views of the request's body.
+        prompts: one per part, or None.
+        decoded_bytes: the most memory that decoding takes, its result included.
+    """
+
+    encoding: Encoding
+    parts: list[memoryview]
+    prompts: list[str] | None
+    decoded_bytes: int
+
+
+def read_request(body: bytes | bytearray, max_pixels: int) -> ScoreRequest:
+    """Reads the header of a request and those of its PNG files. No sample is decoded.
 
     Args:
         body: of the request.
-        max_pixels: numbers that all samples may have together. It is checked on the headers of the PNG files before one
-            is decoded, so that a small file which stands for a huge image costs nothing.
+        max_pixels: numbers that all samples may have together.
 
     Returns:
-        Samples `[M, ...]`, and M prompts or None.
+        The request.
 
     Raises:
-        RewardError: saying what is malformed.
+        RewardError: saying what is malformed, and for PNG files that stand for more than max_pixels.
     """
-    length = int.from_bytes(body[:4], "big")
-    if len(body) < 4 or length > min(HEADER_LIMIT, len(body) - 4):
-        raise RewardError(f"expected a request with a header, got {len(body)} bytes that announce one of {length}")
-    encoding, sizes, prompts = _header(body[4 : 4 + length])
-    if sum(sizes) != len(body) - 4 - length:
-        raise RewardError(f"expected {sum(sizes)} bytes after the header, got {len(body) - 4 - length}")
+    whole = memoryview(body)
+    length = int.from_bytes(whole[:4], "big")
+    if len(whole) < 4 or length > min(HEADER_LIMIT, len(whole) - 4):
+        raise RewardError(
+            f"expected a request with a header of at most {HEADER_LIMIT} bytes, got {len(whole)} bytes that announce "
+            f"one of {length}"
+        )
+    encoding, sizes, prompts = _header(bytes(whole[4 : 4 + length]))
+    if sum(sizes) != len(whole) - 4 - length:
+        raise RewardError(f"expected {sum(sizes)} bytes after the header, got {len(whole) - 4 - length}")
     parts, start = [], 4 + length
     for size in sizes:
-        parts.append(body[start : start + size])
+        parts.append(whole[start : start + size])
         start += size
-    if encoding == "png":
-        _check_size(sum(math.prod(png_shape(part)) for part in parts), max_pixels)
-        samples = [from_png(part) for part in parts]
-    else:
-        samples = [_decoded_tensor(part) for part in parts]
-        _check_size(sum(sample.numel() for sample in samples), max_pixels)
-    kinds = {(tuple(sample.shape), sample.dtype) for sample in samples}
-    if len(kinds) != 1:
-        raise RewardError(
-            f"expected samples of one shape and dtype, got {sorted(map(str, kinds))}; send each kind in a request of "
-            "its own"
-        )
-    return torch.stack(samples), prompts
+    if encoding == "tensor":
+        return ScoreRequest(encoding, parts, prompts, max_decoded_bytes(Limits(sum(sizes), 0)))
+    shapes = [png_shape(bytes(part[:33])) for part in parts]
+    _check_size(sum(map(math.prod, shapes)), max_pixels)
+    _check_kinds(set(shapes))
+    return ScoreRequest(encoding, parts, prompts, max_decoded_bytes(Limits(max(sizes), sum(map(math.prod, shapes)))))
+
+
+def max_decoded_bytes(limits: Limits) -> int:
+    """The most memory that decoding a request of these sizes takes, its result included.
+
+    Args:
+        limits: of the request.
+
+    Returns:
+        Bytes. A number of an image is one byte in its file's pixels, of which there are up to four copies, or four as
+        float32, of which there are up to two; a tensor is its file, which is copied, taken apart and stacked.
+    """
+    return max(limits.bytes + 8 * limits.pixels, 3 * limits.bytes)
+
+
+def decode_samples(request: ScoreRequest, max_pixels: int) -> Tensor:
+    """The samples of a request.
+
+    Args:
+        request: as read.
+        max_pixels: numbers that all samples may have together.
+
+    Returns:
+        Samples `[M, ...]`.
+
+    Raises:
+        RewardError: for a file that cannot be decoded, too many numbers, and samples of several shapes or dtypes.
+    """
+    if request.encoding == "png":
+        return torch.stack([from_png(bytes(part)) for part in request.parts])
+    samples = [_decoded_tensor(bytes(part)) for part in request.parts]
+    _check_size(sum(sample.numel() for sample in samples), max_pixels)
+    _check_kinds({(tuple(sample.shape), sample.dtype) for sample in samples})
+    return torch.stack(samples)
 
 
 def encode_scores(scores: Tensor, name: str, version: str) -> bytes:
@@ -147,9 +210,11 @@ def decode_scores(body: bytes, rows: int, expected: tuple[str, str], name: str) 
         `[M]`, float64.
 
     Raises:
-        RewardError: where the count, the reward or its version differ, and for NaN.
+        RewardError: where the count, the reward or its version differ, for NaN, and for an error that the server tells.
     """
     reply = _json_object(body, f"the reward {name}'s reply")
+    if "error" in reply:
+        raise RemoteError(f"the reward {name} answered {reply.get('status')}: {printable(str(reply['error']))}")
     came = (reply.get("name"), reply.get("version"))
     if came != expected:
         raise RewardError(
@@ -198,11 +263,11 @@ def decode_spec(body: bytes, name: str) -> tuple[str, RewardSpec, Limits]:
         request.
 
     Raises:
-        RewardError: for another protocol, and a description that cannot be read.
+        RemoteError: for another protocol, and a description that cannot be read.
     """
     reply = _json_object(body, f"the reward {name}'s description")
     if reply.get("protocol") != PROTOCOL:
-        raise RewardError(
+        raise RemoteError(
             f"the reward {name} speaks protocol {reply.get('protocol')!r}, and this is {PROTOCOL}; check that the "
             "address is of a steer reward server, and install the same version of steer on both sides"
         )
@@ -211,9 +276,15 @@ def decode_spec(body: bytes, name: str) -> tuple[str, RewardSpec, Limits]:
         values = {key: value for key, value in reply["spec"].items() if key in known}
         low, high = (_number(bound, name) for bound in values["bounds"])
         spec = RewardSpec(**values | {"bounds": (low, high), "gradient": "none"})
-        return str(reply["name"]), spec, Limits(*map(int, reply["limits"]))
+        said, limits = reply["name"], Limits(*map(int, reply["limits"]))
+        texts = [said, spec.version] if spec.unit is None else [said, spec.version, spec.unit]
+        if not all(isinstance(text, str) and len(text) <= _LONGEST_TEXT for text in texts):
+            raise ValueError(f"name, version and unit should be texts of at most {_LONGEST_TEXT} letters")
+        if spec.scope not in ("pointwise", "groupwise") or type(spec.prompts) is not bool or min(limits) < 1:
+            raise ValueError(f"scope={spec.scope!r}, prompts={spec.prompts!r}, limits={tuple(limits)}")
+        return said, spec, limits
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise RewardError(
+        raise RemoteError(
             f"the reward {name} sent a description that cannot be read: {error!r}; install the same version of steer "
             "on both sides"
         ) from error
@@ -235,13 +306,13 @@ def _header(raw: bytes) -> tuple[Encoding, list[int], list[str] | None]:
 
 
 def _json_object(raw: bytes, what: str) -> dict[str, Any]:
-    """The JSON object in bytes; RewardError, naming `what` it is, for anything else."""
+    """The JSON object in bytes; RemoteError, naming `what` it is, for anything else."""
     try:
         value = json.loads(raw, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise RewardError(f"expected {what} to be JSON, got {raw[:80]!r}; check the address") from error
+        raise RemoteError(f"expected {what} to be JSON, got {raw[:80]!r}; check the address") from error
     if not isinstance(value, dict):
-        raise RewardError(f"expected {what} to be a JSON object, got {type(value).__name__}; check the address")
+        raise RemoteError(f"expected {what} to be a JSON object, got {type(value).__name__}; check the address")
     return value
 
 
@@ -257,6 +328,14 @@ def _decoded_tensor(part: bytes) -> Tensor:
         return load(part)["sample"]
     except Exception as error:  # safetensors raises its own
         raise RewardError(f"expected a safetensors file with one tensor, called sample, got {error!r}") from error
+
+
+def _check_kinds(kinds: set[Any]) -> None:
+    if len(kinds) != 1:
+        raise RewardError(
+            f"expected samples of one shape and dtype, got {sorted(map(str, kinds))}; send each kind in a request of "
+            "its own"
+        )
 
 
 def _check_size(numbers: int, most: int) -> None:

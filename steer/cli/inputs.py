@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -87,12 +88,27 @@ def open_model(model: str, steps: int | None, label: int | None, device: str) ->
 def open_reward(spec: str, process: Any = None) -> Callable[..., Any]:
     """The reward of a specification; rewards of text need a process that reads its samples as text."""
     from .. import rewards
-    from ..errors import SteerError
+    from ..errors import RemoteError, SteerError
 
     try:
         return rewards.from_spec(spec, None if process is None else process.text)
+    except RemoteError:  # no wrong usage: the run cannot begin
+        raise
     except SteerError as error:
         raise typer.BadParameter(str(error), param_hint="--reward") from error
+
+
+def rewards_by_name(specs: Sequence[str]) -> dict[str, Callable[..., Any]]:
+    """The rewards of several specifications NAME=SPEC; without a NAME, the word that the SPEC begins with."""
+    served: dict[str, Callable[..., Any]] = {}
+    for text in specs:
+        name, equals, spec = text.partition("=")
+        if not equals or not re.fullmatch(r"[\w.-]+", name):  # an equals sign of the SPEC itself
+            name, spec = text.partition(":")[0], text
+        if name in served:
+            raise typer.BadParameter(f"two rewards are called {name!r}; give NAME=SPEC", param_hint="SPEC...")
+        served[name] = open_reward(spec)
+    return served
 
 
 def find_method(name: str) -> Callable[..., Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import unicodedata
+
 import pytest
 import torch
 import transformers
@@ -30,6 +32,17 @@ def test_edits_are_levenshteins(a: str, b: str, distance: int):
         ("oben", "open", 0.75),
         ("", "open", 0.0),
         ("entirely different", "open", 0.0),  # never below 0
+        (unicodedata.normalize("NFD", "Café"), "Café", 1.0),
+        ("Café", unicodedata.normalize("NFD", "CAFÉ"), 1.0),
+        ("STRASSE", "Straße", 1.0),
+        ("Don't panic", "Don’t panic", 1.0),
+        ("A - B", "A – B", 1.0),
+        ("-5 °C", "−5 °C", 1.0),
+        ("Wait...", "Wait…", 1.0),
+        ("ＯＰＥＮ", "open", 1.0),
+        ("oﬃce", "office", 1.0),
+        ("24'' wide", "24″ wide", 1.0),
+        ("Cafe", "Café", 0.75),  # an accent that is missing is a fault
     ],
 )
 def test_likeness_by_hand(read: str, wanted: str, score: float):
@@ -38,13 +51,32 @@ def test_likeness_by_hand(read: str, wanted: str, score: float):
 
 @pytest.mark.parametrize(
     ("prompt", "text"),
-    [('A sign "Open" here', "Open"), ('"a" and "b"', "a"), ("the words “Go home”", "Go home")],
+    [
+        ('A sign "Open" here', "Open"),
+        ('"a" and "b"', "a"),
+        ("the words “Go home”", "Go home"),
+        ("a sign that says „Open“", "Open"),
+        ("a sign that says «Open»", "Open"),
+        ('a mixed “Open" sign', "Open"),
+        ('a 24" monitor that shows "Hello"', "Hello"),
+        ('a sign "Route 66" on a 12" board', "Route 66"),
+        ('“a 24" monitor”', 'a 24" monitor'),
+    ],
 )
 def test_the_first_quoted_text_is_wanted(prompt: str, text: str):
     assert quoted(prompt) == text
 
 
-@pytest.mark.parametrize("prompt", ["a sign", 'one "quote', 'an empty "" one', 'a " " blank'])
+@pytest.mark.parametrize(
+    "prompt", ['a "sign" and a "quote', 'one "quote', "open “only", "closed” only", 'a "24" monitor" here']
+)
+def test_quotes_that_do_not_pair_are_an_error(prompt: str):
+    """Which text is wanted would be a guess."""
+    with pytest.raises(RewardError, match=r"OCR found (a quote that does not close|” before a quote)"):
+        quoted(prompt)
+
+
+@pytest.mark.parametrize("prompt", ["a sign", 'a 24" monitor', 'an empty "" one', 'a " " blank', 'sign ""No.""'])
 def test_a_prompt_without_quoted_text_is_an_error(prompt: str):
     with pytest.raises(RewardError, match="needs the wanted text in double quotes"):
         quoted(prompt)

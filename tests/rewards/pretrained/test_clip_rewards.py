@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from steer.errors import RewardError, ShapeError
-from steer.rewards import HPS, Aesthetic, CLIPScore, PickScore, chunked, weighted
+from steer.rewards import HPS, Aesthetic, CLIPScore, ImageReward, PickScore, chunked, weighted
 from steer.rewards.pretrained.clip_network import PROMPTS_KEPT
-from steer.rewards.pretrained.weights import linear_layers_as_one
+from steer.rewards.pretrained.weights import rating_head
 
 open_clip = pytest.importorskip("open_clip")
 transformers = pytest.importorskip("transformers")
@@ -264,13 +264,49 @@ def test_units_keep_them_apart():
 
 
 def test_the_head_is_one_affine_map():
-    weight, _ = linear_layers_as_one({key.removeprefix("layers."): value for key, value in head().items()})
+    ((weight, _),) = rating_head({key.removeprefix("layers."): value for key, value in head().items()}).layers
     assert weight.dtype == torch.float64
-    assert weight.shape == (DIM,)
+    assert weight.shape == (1, DIM)
     with pytest.raises(RewardError, match=r"no weights of a stack of linear layers: 0\.weight"):
-        linear_layers_as_one({"0.weight": torch.ones(2, 3)})
+        rating_head({"0.weight": torch.ones(2, 3)})
     with pytest.raises(RewardError, match="no weights of a stack"):
         Aesthetic({"classifier": torch.ones(1)}, model=network())(pictures())
+
+
+def test_a_head_with_relu_is_known_by_its_numbers():
+    """ava+logos-l14-reluMSE.pth: Linear, ReLU, Dropout three times, Linear, ReLU, Linear."""
+    nn, linear = torch.nn, head(torch.float64)
+    numbers, state = {0: 0, 2: 3, 4: 6, 6: 9, 7: 11}, {}
+    for i, number in numbers.items():
+        state |= {f"layers.{number}.{part}": linear[f"layers.{i}.{part}"] for part in ("weight", "bias")}
+    layers = []
+    for given, out in ((DIM, 12), (12, 6), (6, 5)):
+        layers += [nn.Linear(given, out), nn.ReLU(), nn.Dropout()]
+    official = nn.Sequential(*layers, nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 1)).double().eval()
+    official.load_state_dict({key.removeprefix("layers."): value for key, value in state.items()})
+    reward, images = Aesthetic(state, model=network()), pictures()
+    with torch.no_grad():
+        right = official(reward.network.images(images)).squeeze(1)
+    torch.testing.assert_close(reward(images), right)
+    assert (right - scored("Aesthetic", images)).abs().min() > 0.1
+    assert torch.autograd.gradcheck(reward, images[:2].requires_grad_(), fast_mode=True)
+    shifted = {key.replace("layers.11", "layers.12"): value for key, value in state.items()}
+    with pytest.raises(RewardError, match=r"for N in \(0, 2, 4, 6, 7\) .* or \(0, 3, 6, 9, 11\)"):
+        Aesthetic(shifted, model=network())(images)
+
+
+def test_a_head_of_another_width_or_without_numbers_is_named():
+    wide, holed, uneven = head(), head(), head()
+    wide["layers.0.weight"] = torch.ones(12, 16)
+    holed["layers.2.bias"][0] = torch.nan
+    uneven["layers.4.weight"] = torch.ones(5, 7)
+    for state, said in (
+        (wide, "Aesthetic's head rates embeddings of 16 numbers, and its network makes 8"),
+        (holed, "NaN or infinite"),
+        (uneven, "no weights of a stack"),
+    ):
+        with pytest.raises(RewardError, match=said):
+            Aesthetic(state, model=network())(pictures())
 
 
 # Where weights come from
@@ -353,6 +389,51 @@ def test_files_with_code_in_them_are_refused(tiny, tmp_path):
         with pytest.raises(RewardError, match=r"trap.pt holds no"):
             scored(type(reward).__name__, pictures(), reward=reward)
     assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "weights.safetensors", "open_clip_model.bin"])
+def test_a_git_lfs_pointer_is_named(tiny, tmp_path, name):
+    path = tmp_path / name
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12\n")
+    for reward in (
+        Aesthetic(path, model=network()),
+        HPS(path, model=tiny, tokenizer=ids),
+        CLIPScore(tiny, path, tokenizer=ids),
+        PickScore(str(tmp_path), tokens),
+        ImageReward(path, tokenizer=tokens),
+    ):
+        arguments = {"prompts": PROMPTS[:1]} if reward.spec.prompts else {}
+        with pytest.raises(RewardError, match=rf"{name} is not the file but git-lfs's pointer.*git lfs pull"):
+            reward(pictures(1), **arguments)
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    (tmp_path / "head.safetensors").write_bytes(b"\xff" * 100)
+    with pytest.raises(RewardError, match="holds no plain state dict"):
+        Aesthetic(tmp_path / "head.safetensors", model=network())(pictures(1))
+
+
+def test_a_file_of_another_activation_is_refused_where_that_is_known(tiny, tmp_path):
+    """tiny-steer has QuickGELU."""
+    import json
+
+    path = tmp_path / "models--laion--tiny" / "open_clip_model.pt"
+    path.parent.mkdir()
+    torch.save(network(torch.float32).state_dict(), path)
+    arguments = {"prompts": ["a cat"]}
+    CLIPScore(tiny, path, tokenizer=ids)(pictures(1), **arguments)  # nothing is known of it
+    for known, fits in ((True, True), (False, False)):
+        (path.parent / "open_clip_config.json").write_text(json.dumps({"model_cfg": {"quick_gelu": known}}))
+        if fits:
+            CLIPScore(tiny, path, tokenizer=ids)(pictures(1), **arguments)
+        else:
+            with pytest.raises(RewardError, match="were trained with another activation than tiny-steer has"):
+                CLIPScore(tiny, path, tokenizer=ids)(pictures(1), **arguments)
+    cached = tmp_path / "models--timm--vit_base_patch32_clip_224.openai" / "open_clip_model.safetensors"
+    cached.parent.mkdir()
+    cached.write_bytes(b"")
+    with pytest.raises(RewardError, match="another activation than ViT-B-32 has; name 'ViT-B-32-quickgelu'"):
+        CLIPScore("ViT-B-32", cached)(pictures(1), **arguments)
 
 
 def test_weights_of_another_activation_model_or_tag_are_refused(tiny, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import inspect
 import json
+import logging
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -101,6 +102,22 @@ def test_a_rubric_of_its_own_may_need_no_prompts():
         ("fine\nscore: 7.5 / 10.\n", 7.5),
         ("**Score:** 7/10", 7.0),
         ("**Score**: 0/10", 0.0),
+        ("Score: **8**/10", 8.0),
+        ("**Final Score: 8/10**", 8.0),
+        ("Score: 8 out of 10", 8.0),
+        ("8/10", 8.0),
+        ("Score：８/10", 8.0),  # full-width
+        ("| Score: .5/10 |", 0.5),
+        ("# Score: 8/10", 8.0),
+        ("- Score: 8/10", 8.0),
+        ("> `Score: 8/10`", 8.0),
+        (r"\boxed{Score: 8/10}", 8.0),
+        ("Score: 8/10\r\n\r\nLet me know!", 8.0),
+        ("Score: 8/10\nI checked twice.\n**Score: 8/10**", 8.0),
+        ("<think>maybe Score: 3/10</think>\nScore: 8/10", 8.0),
+        ("so\nScore: 3/10\n</think>\nScore: 8/10", 8.0),
+        ("<think>\nScore: 3/10\nbut", None),  # cut off
+        ("the image has 8/10 balloons", None),
         ("Score: 7", None),
         ("Score: 7/5", None),
         ("Score: 11/10", None),
@@ -126,8 +143,14 @@ def test_lines_are_read_strictly(said: str, score):
         ('{"score": NaN}', None),
         ('{"score": 11}', None),
         ('{"score": -1}', None),
-        ('{"score": 7, "why": ""}', None),
-        ('```json\n{"score": 7}\n```', None),
+        ('{"score": 7, "why": ""}', 7.0),
+        ('```json\n{"score": 7}\n```', 7.0),
+        ('Here it is:\n```\n{"score": 7}\n```\nAnything else?', 7.0),
+        ('<think>{"score": 3}</think>{"score": 7}', 7.0),
+        ('```json\n{"score": 7}\n```\n```json\n{"score": 8}\n```', None),
+        ('{"score": 7, "score": 8}', None),
+        ('{"result": {"score": 7}}', None),
+        ("[]", None),
         ("[7]", None),
         ("7", None),
     ],
@@ -139,7 +162,6 @@ def test_json_is_read_strictly(said: str, score):
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
-        ("I cannot judge this.", "got 'I cannot judge this.'"),
         ((200, completion(None)), "expected an answer in words"),
         ((200, b"{}"), "expected a chat completion"),
         ((200, b"<html>"), "expected a chat completion"),
@@ -152,10 +174,41 @@ def test_a_failure_is_not_a_score(answer, said: str):
         VLMJudge(url, "m", token_env=None)(IMAGES[:1], prompts=["a"])
 
 
+def test_one_unreadable_reply_is_a_failure_of_its_sample(caplog):
+    def first_fails(asked, _):
+        return "I cannot judge this." if float(seen(asked)[0, 0, 0]) == 0 else "Score: 4/10"
+
+    with endpoint(first_fails) as url, caplog.at_level(logging.WARNING, "steer"):
+        scores = VLMJudge(url, "m", token_env=None)(IMAGES[:3], prompts=["a"] * 3)
+        assert scores.tolist() == pytest.approx([-torch.inf, 0.4, 0.4])
+        assert "gets -inf; it said 'I cannot judge this.'" in caplog.text
+        half = VLMJudge(url, "m", token_env=None, unreadable=0.5)(IMAGES[:2], prompts=["a"] * 2)
+        assert half.tolist() == pytest.approx([0.5, 0.4])
+        with pytest.raises(RewardError, match=r"must answer with one line.*got 'I cannot judge this\.';"):
+            VLMJudge(url, "m", token_env=None, unreadable=None)(IMAGES[:3], prompts=["a"] * 3)
+        with pytest.raises(
+            RewardError, match=r"got 'I cannot judge this\.', and 1 more without"
+        ):  # rubric or endpoint are wrong
+            VLMJudge(url, "m", token_env=None)(IMAGES[:1].expand(2, -1, -1, -1), prompts=["a"] * 2)
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504, 529])
+def test_a_busy_endpoint_is_asked_again(status: int):
+    answers = iter([(status, b"busy"), "Score: 4/10"])
+    with endpoint(lambda *_: next(answers)) as url:
+        assert VLMJudge(url, "m", token_env=None)(IMAGES[:1], prompts=["a"]).item() == pytest.approx(0.4)
+
+
+def test_an_answer_in_parts_is_read():
+    parts = [{"type": "text", "text": "Score: "}, {"type": "text", "text": "4/10"}]
+    with endpoint(lambda *_: (200, completion(parts))) as url:
+        assert VLMJudge(url, "m", token_env=None)(IMAGES[:1], prompts=["a"]).item() == pytest.approx(0.4)
+
+
 def test_it_is_asked_again_only_as_often_as_allowed():
     answers = iter([(429, b""), "hm", "Score: 4/10", "hm", "hm"])
     with endpoint(lambda *_: next(answers)) as url:
-        judge = VLMJudge(url, "m", token_env=None, asks=2)
+        judge = VLMJudge(url, "m", token_env=None, asks=2, unreadable=None)
         assert judge(IMAGES[:1], prompts=["a"]).item() == pytest.approx(0.4)
         with pytest.raises(RewardError, match="got 'hm'"):
             judge(IMAGES[:1], prompts=["a"])
@@ -170,6 +223,6 @@ def test_a_missing_key_or_prompt_is_named(monkeypatch):
         VLMJudge("http://127.0.0.1:9", "m")(IMAGES[:1])
     with pytest.raises(RewardError, match="needs 1 prompts"):
         VLMJudge("http://127.0.0.1:9", "m")(IMAGES[:1], prompts=["a", "b"])
-    for wrong in ({"url": "file:///x"}, {"answer": "xml"}, {"scale": 0}):
+    for wrong in ({"url": "file:///x"}, {"answer": "xml"}, {"scale": 0}, {"unreadable": 2.0}):
         with pytest.raises(RewardError, match="VLMJudge"):
             VLMJudge(**{"url": "http://x", "model": "m"} | wrong)
