@@ -100,7 +100,7 @@ A new kind of decoder under another name would be counted as a network: add it h
 PROMPT_ARGUMENTS = ("prompt", "task_prompt")
 """Arguments that hold prompts, the first that is given counts: one problem each, and rewards get their texts."""
 
-COUNTED_ARGUMENTS = ("prompt_embeds", "class_labels")
+COUNTED_ARGUMENTS = ("prompt_embeds", "class_labels", "image_embeds", "image_embeddings")
 """Arguments whose length is the number of problems where there are no prompts; after them, "image" is."""
 
 BATCHED_ARGUMENTS = ("prompt", "class_labels")
@@ -116,14 +116,14 @@ PER_PROBLEM_ARGUMENTS = (
     "pooled_prompt",
     "negative_pooled",
     "class_labels",
-    "image",
-    "mask_image",
-    "control_image",
 )
-"""Beginnings of arguments with one entry per problem, where a list is as long as there are problems.
+"""Beginnings of arguments with one entry per problem wherever there are as many entries as problems.
 
-A list under another name goes whole into every call.
+Arguments under other names are divided by what the pipeline does with them: see `PipelineCall.divide_arguments`.
 """
+
+SHARED_ARGUMENTS = ("timesteps", "sigmas")
+"""Arguments of all problems, however many entries they have: steps are the same for all."""
 
 
 def name_begins(part: Any, table: tuple[str, ...]) -> bool:

@@ -119,7 +119,7 @@ class PipelineDenoiser:
         self.clamp: float | None = None
         self._step, self._off_grid = 0, None
         self._network = Chunked(
-            f"{type(call.user_pipe).__name__}'s networks", self._predict, chunk, call.conditioning.together
+            f"{type(call.user_pipe).__name__}'s networks", self._predict, chunk, call.may_share
         )
 
     @property
@@ -193,9 +193,7 @@ class PipelineDecoder:
 
     def __init__(self, call: PipelineCall, chunk: int, checkpoint: bool, problem: int | None = None):
         self.call, self.checkpoint, self.problem = call, checkpoint, problem
-        self._chunked = Chunked(
-            f"{type(call.user_pipe).__name__}'s decoder", self._decode, chunk, call.conditioning.together
-        )
+        self._chunked = Chunked(f"{type(call.user_pipe).__name__}'s decoder", self._decode, chunk)
 
     def __call__(self, flat: Tensor) -> Tensor:
         return self._chunked(flat, self.call.conditioning.problems or 1 if self.problem is None else 1)

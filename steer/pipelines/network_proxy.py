@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .argument_division import same_value
 from .families import PARTS_OUTSIDE_LOOP
 from .steered_scheduler import IgnoresInterrupt, SteeredScheduler
 
@@ -37,21 +38,26 @@ class NetworkProxy:
         rows = _rows(args, kwargs)
         if stage == "before":
             return self._before_loop((job.problems, job.rows_each, job.noise, job.given), args, kwargs)
-        if stage in ("stub", "enter", "next") or (stage == "at" and job.stubbed):
-            # In a stubbed step only the form of the output matters: the module runs once per number of rows, and later
-            # calls with as many rows return the same output.
-            if (self._name, rows) not in self._recorded:
-                with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-                    self._recorded[self._name, rows] = self._module(*args, **kwargs)
-            return self._recorded[self._name, rows]
         if stage == "at":
             job.rows += rows
+            if job.inputs is not None:
+                job.inputs.append((self._name, args, kwargs))
+        if stage in ("stub", "enter", "next") or (stage == "at" and job.stubbed):
+            return self._of_same_form(rows, args, kwargs)
         return self._module(*args, **kwargs)
+
+    def _of_same_form(self, rows: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """An output in which only the form is right: the module runs once, and its rows are repeated ever after."""
+        if self._name not in self._recorded:
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+                self._recorded[self._name] = rows, self._module(*args, **kwargs)
+        recorded, output = self._recorded[self._name]
+        return output if recorded == rows else _with_rows(output, recorded, rows)
 
     def _before_loop(self, call: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The network's output before the loop (in a prior's own loop, say), computed once per set of arguments."""
         answers = self._recorded.setdefault((self._name, *call), [])
-        known = next((answer for given, answer in answers if _same(given, (args, kwargs))), None)
+        known = next((answer for given, answer in answers if same_value(given, (args, kwargs))), None)
         if known is None:
             known = self._module(*args, **kwargs)
             answers.append(((args, kwargs), known))
@@ -81,15 +87,26 @@ def is_network(name: str, component: Any) -> bool:
     return isinstance(component, torch.nn.Module) and not any(part in name for part in PARTS_OUTSIDE_LOOP)
 
 
-def _same(one: Any, other: Any) -> bool:
-    """Whether two calls have the same arguments, by value."""
-    if torch.is_tensor(one) and torch.is_tensor(other):
-        return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
-        return len(one) == len(other) and all(map(_same, one, other))
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(_same(one[name], other[name]) for name in one)
-    return one is other or (isinstance(one, (str, int, float)) and one == other)
+def _with_rows(value: Any, recorded: int, rows: int) -> Any:
+    """A network's output with its rows repeated, or left out, until they are as many as wanted."""
+    if torch.is_tensor(value):
+        each = len(value) // recorded if value.ndim and recorded else 0  # frames, where they are in the axis of rows
+        if not each or len(value) % recorded:
+            return value
+        index = torch.arange(rows * each, device=value.device) % len(value)
+        return value.index_select(0, index)
+    if isinstance(value, list) and len(value) == recorded and not _are_batches(value, recorded):
+        return [value[row % recorded] for row in range(rows)]
+    if isinstance(value, (list, tuple)):
+        return type(value)(_with_rows(part, recorded, rows) for part in value)
+    if hasattr(value, "items"):  # diffusers' outputs are ordered dictionaries and dataclasses
+        return type(value)(**{name: _with_rows(part, recorded, rows) for name, part in value.items()})
+    return value
+
+
+def _are_batches(parts: list[Any], rows: int) -> bool:
+    """Whether the tensors of a list have an axis of rows each, so that the list itself is not that axis."""
+    return rows > 1 and all(torch.is_tensor(part) and part.ndim > 0 and len(part) == rows for part in parts)
 
 
 def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

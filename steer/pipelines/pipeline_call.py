@@ -7,7 +7,7 @@ Each evaluation costs about a millisecond of Python.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import ModelError, ShapeError, SteerError
 from ..key import Key
-from . import preparation
+from . import preparation, several_problems
 from .conditioning import Conditioning
 from .families import METHODS_BEFORE_LOOP
 from .network_proxy import NetworkProxy, is_network
@@ -41,6 +41,8 @@ class PipelineCall:
     Attributes:
         user_pipe: The user's pipeline.
         owner: The pipeline whose loop is steered: the decoder of a combined one, else `user_pipe`.
+        start: The pipeline's own starting latents, one row.
+        computed: Results of the methods before the loop, by method, problems and rows.
         free: Which coordinates of the latents are sampled, bool [B or 1, 1, *event]; None: all. Inpainting pastes over
             the others between two steps, with an image noised by a draw that it makes before its loop.
     """
@@ -55,6 +57,8 @@ class PipelineCall:
         for name, module in self.owner.components.items():
             if is_network(name, module):
                 vars(self._loop)[name] = NetworkProxy(module, self.scheduler, recorded, name)
+            elif preparation.has_encoder(module):
+                vars(self._loop)[name] = preparation.EncodedOnce(module)
         for name in METHODS_BEFORE_LOOP:
             if hasattr(self._loop, name):
                 vars(self._loop)[name] = self._computed_once(name, getattr(self._loop, name))
@@ -65,11 +69,13 @@ class PipelineCall:
         generator = call.get("generator")
         self._random = (generator or torch.Generator().manual_seed(0)).get_state()
         self._random_device = "cpu" if generator is None else generator.device
-        self._computed: dict[Any, Any] = {}
+        self._draws = preparation.modules_that_draw(self.owner, encoders=True)
+        self.computed: dict[Any, Any] = {}
+        self._shared: dict[tuple[tuple[int, ...], int], bool] = {}
         self._generator_states: dict[tuple[str, int], Tensor] = {}
         self._calls: dict[str, int] = {}
         self._generator: torch.Generator | None = None
-        self._start, self._copies = torch.empty(0), 1
+        self.start, self._copies = torch.empty(0), 1
         self._by_step, self._skip = not hasattr(self.owner, "prepare_latents"), True
         self.free: Tensor | None = None
 
@@ -83,11 +89,13 @@ class PipelineCall:
 
         To be called before any other method.
 
-        Cost: one network evaluation of one row, for the form of the networks' output.
+        Cost: one network evaluation of one row, for the form of the networks' output, and what
+        `several_problems.divide_arguments` costs.
         """
+        several_problems.divide_arguments(self)
         start = self._capture(Job((0,), 1, index=0, stubbed=True)).sample.detach().clone()
         self._copies = len(start)
-        self._start = self.first_copy(start, 1)
+        self.start = self.first_copy(start, 1)
 
     def initial_latents(self, problem: int, noise: float) -> Tensor:
         """Starting latents of a problem if every draw of noise by the pipeline were one number.
@@ -99,7 +107,8 @@ class PipelineCall:
         Returns:
             Latents [1, *event].
         """
-        with preparation.noise_replaced(type(self.owner), preparation.constant_draw(noise)):
+        modules = preparation.modules_that_draw(self.owner)
+        with preparation.noise_replaced(modules, preparation.constant_draw(noise)):
             return self._capture(Job((problem,), 1, index=0, noise=noise, stubbed=True)).sample.detach().clone()
 
     def state_of_latents(self, latents: Tensor, problem: int) -> Tensor:
@@ -123,15 +132,12 @@ class PipelineCall:
                 f"latents= of a combined pipeline such as {type(self.user_pipe).__name__} are its prior's; open "
                 "pipe.decoder_pipe instead"
             )
-        kept = dict(self._computed)  # what is computed from these latents does not serve others
-        try:
+        with self.forgetting():  # what is computed from these latents does not serve others
             job = Job((problem,), 1, index=0, noise=0.0, given=True, stubbed=True)
             x = self._capture(job, latents=latents).sample.detach().clone()
-        finally:
-            self._computed = kept
-        if x.shape != self._start.shape:
+        if x.shape != self.start.shape:
             raise ShapeError(
-                f"{type(self.user_pipe).__name__} starts from states of shape {tuple(self._start.shape)}, got latents "
+                f"{type(self.user_pipe).__name__} starts from states of shape {tuple(self.start.shape)}, got latents "
                 f"{tuple(latents.shape)}, which make {tuple(x.shape)}; give latents of the height, width and number of "
                 "frames that the process was opened with"
             )
@@ -163,6 +169,64 @@ class PipelineCall:
                 f"{tuple(output.shape)} for latents {tuple(x.shape)}; wrap its network by steer.from_denoiser"
             )
         return output
+
+    def may_share(self, problems: tuple[int, ...], rows_each: int) -> bool:
+        """Whether these problems can share a call: see `several_problems.may_share`. Found out once."""
+        key = problems, rows_each
+        if key not in self._shared:
+            self._shared[key] = several_problems.may_share(self, problems, rows_each)
+        return self._shared[key]
+
+    def network_inputs(self, x: Tensor, problems: tuple[int, ...], rows_each: int, index: int) -> list[Any]:
+        """What the networks are given at one step, and what the scheduler is; networks are stubbed.
+
+        Args:
+            x: Latents [len(problems) * rows_each, *event], problem by problem.
+            problems: The problems in the batch.
+            rows_each: Rows per problem.
+            index: The loop's own index of the step.
+        """
+        inputs: list[Any] = []
+        with torch.no_grad():
+            left = self._capture(Job(problems, rows_each, index=index, x=x, stubbed=True, inputs=inputs))
+        return [*inputs, left.output, left.sample]
+
+    def first_predictions(self, pair: tuple[int, int], index: int, **exchanged: Any) -> list[list[Tensor]]:
+        """The pipeline's own predictions for two problems in one call, and what its next step starts from.
+
+        Args:
+            pair: The problems.
+            index: The loop's own index of the step.
+            **exchanged: Arguments to replace.
+
+        Returns:
+            For each problem, its rows of the prediction and of the latents after a made-up step.
+        """
+        seen: list[Tensor] = []
+
+        def step(output: Tensor, sample: Tensor) -> Tensor:
+            seen.append(output.clone())
+            one = Key(0).normal((1, *sample.shape[1:])).to(sample)
+            return one.expand_as(sample).contiguous()
+
+        with torch.no_grad(), self.forgetting():
+            left = self._run(Job(pair, 1, index=index, after=step), **exchanged)
+        if not isinstance(left, CapturedStep):
+            raise ModelError("its loop ends without calling scheduler.step")
+        return list(several_problems.rows_of_pair([*seen, left.sample]))
+
+    @contextmanager
+    def forgetting(self) -> Iterator[None]:
+        """Within this context, what is computed before the loop is kept for the context only."""
+        kept, states = dict(self.computed), dict(self._generator_states)
+        try:
+            yield
+        finally:
+            self.computed, self._generator_states = kept, states
+
+    def forget(self, unwanted: Callable[[Any], bool]) -> None:
+        """Drop what was computed before the loop under keys that are not wanted any more."""
+        self.computed = {key: value for key, value in self.computed.items() if not unwanted(key)}
 
     def decode(self, x: Tensor, problems: tuple[int, ...], rows_each: int) -> Tensor:
         """The pipeline's output for final latents: images in [0, 1], frames or sound.
@@ -234,20 +298,20 @@ class PipelineCall:
 
     def _rows_if_entered(self, free: Tensor) -> int | None:
         """Network rows of one prediction, or None where the loop does not use the latents that it was given."""
-        other = Key(1).normal(self._start.shape).to(self._start)
-        job = Job((0,), 1, index=0, x=torch.where(free, other, self._start))
+        other = Key(1).normal(self.start.shape).to(self.start)
+        job = Job((0,), 1, index=0, x=torch.where(free, other, self.start))
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             seen = self._capture(job).sample
-        if job.sent is None or seen.shape != self._start.shape:
+        if job.sent is None or seen.shape != self.start.shape:
             return None
-        return job.rows if torch.equal(seen, torch.where(free, job.sent[:1].to(seen), self._start)) else None
+        return job.rows if torch.equal(seen, torch.where(free, job.sent[:1].to(seen), self.start)) else None
 
     def _skipping_is_safe(self) -> bool:
         """Whether skipping earlier steps and running them on stubbed networks lead to the same latents.
 
         Skipped steps draw nothing, so a loop that draws what it pastes has to run them all. No network runs here.
         """
-        last = Job((0,), 1, index=self.scheduler.length - 1, x=self._start, stubbed=True)
+        last = Job((0,), 1, index=self.scheduler.length - 1, x=self.start, stubbed=True)
         skipped = self._capture(last).sample.clone()
         if not self._skip:
             return False
@@ -259,7 +323,7 @@ class PipelineCall:
 
         Elsewhere it must not depend on that result: raises ModelError where it mixes that with other latents.
         """
-        returned = Key(0).normal((2, *self._start.shape)).to(self._start)
+        returned = Key(0).normal((2, *self.start.shape)).to(self.start)
         # Cast back, as a change of dtype on the way is not a change of the latents.
         jobs = [Job((problem,), 1, index=0, stubbed=True, after=lambda _, __, y=y: y.clone()) for y in returned]
         one, two = (self._capture(job).sample.to(returned) for job in jobs)
@@ -308,12 +372,13 @@ class PipelineCall:
         job.by_step = (self._by_step or by_step or pastes) and job.x is not None
         arguments = {**self.conditioning.arguments(job.problems, job.rows_each), **extra}
         gradients = torch.is_grad_enabled()
+        alike = preparation.same_draw_per_row(len(job.problems) * job.rows_each)
         while True:
             job.skip, job.rows, job.sent = self._skip, 0, None
             self.scheduler.prepare(job)
             self._calls.clear()
             try:
-                with self._fixed_generators(arguments):
+                with self._fixed_generators(arguments), preparation.noise_replaced(self._draws, alike):
                     return self._pipe(**arguments)
             except CapturedStep as left:
                 return left
@@ -345,17 +410,16 @@ class PipelineCall:
             key = (name, self._calls[name], job.problems, job.rows_each)
             if name.startswith("prepare_"):
                 key = (*key, job.noise, job.given)
-            if key not in self._computed:
+            if key not in self.computed:
                 if self._generator is not None:
                     # A larger batch draws more random numbers for its initial noise, and what is drawn after it, an
                     # encoded image say, must not change with that: every method starts from its state for one row.
                     entered = self._generator_states.setdefault(key[:2], self._generator.get_state())
                     self._generator.set_state(entered)
-                alike = preparation.same_draw_per_row(len(job.problems) * job.rows_each)
-                with torch.no_grad(), preparation.noise_replaced(type(self.owner), alike):
+                with torch.no_grad():
                     value = function(*args, **kwargs)
-                self._computed[key] = value, self._generator.get_state() if self._generator is not None else None
-            value, state = self._computed[key]
+                self.computed[key] = value, self._generator.get_state() if self._generator is not None else None
+            value, state = self.computed[key]
             if self._generator is not None and state is not None:
                 self._generator.set_state(state)  # as if it had been computed again
             if name == "prepare_latents":

@@ -92,6 +92,7 @@ class Job:
         gradient: Whether the evaluation is recorded for differentiation.
         rows: Network rows evaluated, counted by the networks.
         sent: The latents as the pipeline got them.
+        inputs: Where not None, what the networks are given in the step to evaluate is appended here.
     """
 
     problems: tuple[int, ...]
@@ -108,6 +109,7 @@ class Job:
     gradient: bool = False
     rows: int = 0
     sent: Tensor | None = None
+    inputs: list[Any] | None = None
 
 
 class SteeredScheduler:
