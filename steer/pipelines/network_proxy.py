@@ -37,6 +37,7 @@ class NetworkProxy:
         rows = _rows(args, kwargs)
         if stage == "before":
             return self._before_loop((job.problems, job.rows_each, job.noise, job.given), args, kwargs)
+        job.rows_by_step[self._scheduler.loop_step] += rows
         if stage in ("stub", "enter", "next") or (stage == "at" and job.stubbed):
             # In a stubbed step only the form of the output matters: the module runs once per number of rows, and later
             # calls with as many rows return the same output.
@@ -44,8 +45,6 @@ class NetworkProxy:
                 with torch.no_grad(), torch.compiler.set_stance("force_eager"):
                     self._recorded[self._name, rows] = self._module(*args, **kwargs)
             return self._recorded[self._name, rows]
-        if stage == "at":
-            job.rows += rows
         return self._module(*args, **kwargs)
 
     def _before_loop(self, call: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
