@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cost import Meter, check_counts
+from ..cost import Meter, check_counts, rows_at
 from ..errors import NonFiniteError, NotDifferentiableError, RewardError, ShapeError, SteerError
 from ..key import Key
 from ..types import ReverseProcess, RewardSpec
@@ -79,7 +79,7 @@ class Objective:
                     "one (it detaches, uses no_grad, or is not a torch function); use proposal=steer.bootstrap, "
                     "or a differentiable reward"
                 )
-            with self.process.meter.gradient(x.shape[0] * x.shape[1] * self.process.rows):
+            with self.process.meter.gradient(x.shape[0] * x.shape[1] * rows_at(self.process, k)):
                 (gradient,) = torch.autograd.grad((strength * value).sum(), x)
         return x0.detach(), value.detach(), gradient
 

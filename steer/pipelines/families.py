@@ -54,6 +54,36 @@ They are scaled by config.sigma_data and told log(sigma) / 4.
 CLIP_KEEPS_EPS_SCHEDULERS = ("DDIM",)
 """Beginnings of class names. With clip_sample these clip x_0 and keep eps as predicted; others clip the prediction."""
 
+# --- Steps: what takes the place of a scheduler's own step ------------------------------------------------------------
+# A scheduler in none of these tables is replaced by ancestral sampling, which one line to the log says.
+
+RENOISING_SCHEDULERS = ("LCMScheduler", "SCMScheduler", "FlowMatchLCMScheduler")
+"""Whole class names. Their step draws all noise anew around the prediction, as their networks are distilled for.
+
+Flow schedulers with stochastic_sampling=True in their config do the same.
+"""
+
+TCD_SCHEDULERS = ("TCDScheduler",)
+"""Whole class names. Their step goes along the prediction beyond the next timestep and is noised up to it."""
+
+ANCESTRAL_SCHEDULERS = ("DDPMScheduler", "DDPMParallelScheduler", "EulerAncestralDiscreteScheduler")
+"""Whole class names. Their own step is ancestral sampling, so nothing is replaced and no line is logged."""
+
+ETA_SCHEDULERS = ("DDIMScheduler", "DDIMParallelScheduler", "CogVideoXDDIMScheduler", *TCD_SCHEDULERS)
+"""Whole class names. The pipeline's argument `eta` sets their noise, and steer's rule follows it; others ignore it."""
+
+TOKEN_SCHEDULERS = (
+    "AmusedScheduler",
+    "BlockRefinementScheduler",
+    "DiscreteDDIMScheduler",
+    "EntropyBoundScheduler",
+    "VQDiffusionScheduler",
+)
+"""Whole class names of schedulers that step tokens. Refused with a ModelError that names `steer.from_logits`."""
+
+SCHEDULERS_OUTSIDE_LOOP = ("prior_scheduler", "image_noising_scheduler", "low_res_scheduler", "inverse_scheduler")
+"""Names of a pipeline's other schedulers that its loop does not step by. One under another name is refused."""
+
 # --- Bare UNets: pipelines of one network that are called directly ----------------------------------------------------
 # A pipeline that fits neither table takes the general way, through its own call, which is slower and takes no labels.
 

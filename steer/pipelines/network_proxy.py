@@ -38,10 +38,9 @@ class NetworkProxy:
         rows = _rows(args, kwargs)
         if stage == "before":
             return self._before_loop((job.problems, job.rows_each, job.noise, job.given), args, kwargs)
-        if stage == "at":
-            job.rows += rows
-            if job.inputs is not None:
-                job.inputs.append((self._name, args, kwargs))
+        job.rows_by_step[self._scheduler.loop_step] += rows
+        if stage == "at" and job.inputs is not None:
+            job.inputs.append((self._name, args, kwargs))
         if stage in ("stub", "enter", "next") or (stage == "at" and job.stubbed):
             return self._of_same_form(rows, args, kwargs)
         return self._module(*args, **kwargs)

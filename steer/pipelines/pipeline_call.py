@@ -17,9 +17,12 @@ from torch import Tensor
 from ..errors import ModelError, ShapeError, SteerError
 from ..key import Key
 from . import preparation, several_problems
+from .condition_cache import recall, remember
 from .conditioning import Conditioning
 from .families import METHODS_BEFORE_LOOP
+from .module_state import WatchedModules
 from .network_proxy import NetworkProxy, is_network
+from .picture_checks import PictureChecks
 from .steered_scheduler import CapturedStep, IgnoresInterrupt, Job, OffGridLevel, SteeredScheduler
 
 _CHANGES_LATENTS = (
@@ -43,6 +46,9 @@ class PipelineCall:
         owner: The pipeline whose loop is steered: the decoder of a combined one, else `user_pipe`.
         start: The pipeline's own starting latents, one row.
         computed: Results of the methods before the loop, by method, problems and rows.
+        rows: Network rows per prediction of one row, at every step of the loop.
+        modules: All modules of the pipeline, which every call leaves as it found them.
+        pictures: The safety checker and the watermark that its decoder ends with.
         free: Which coordinates of the latents are sampled, bool [B or 1, 1, *event]; None: all. Inpainting pastes over
             the others between two steps, with an image noised by a draw that it makes before its loop.
     """
@@ -53,6 +59,12 @@ class PipelineCall:
         self.scheduler = SteeredScheduler(self.owner.scheduler, lambda on: setattr(self._loop, "_interrupt", on))
         self._pipe = preparation.copy_pipeline(pipe, self.scheduler.steered)
         self._loop = preparation.owner_of_loop(self._pipe)
+        self.pictures = PictureChecks(self._loop)
+        parts = {**pipe.components, **self.owner.components}
+        modules = {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
+        self.modules = WatchedModules(modules.values())
+        self._encoders = WatchedModules(part for name, part in modules.items() if not is_network(name, part))
+        self._encoders_known: Any = None
         recorded: dict[Any, Any] = {}
         for name, module in self.owner.components.items():
             if is_network(name, module):
@@ -78,6 +90,7 @@ class PipelineCall:
         self.start, self._copies = torch.empty(0), 1
         self._by_step, self._skip = not hasattr(self.owner, "prepare_latents"), True
         self.free: Tensor | None = None
+        self.rows: list[int] = []
 
     @property
     def device(self) -> torch.device:
@@ -258,11 +271,8 @@ class PipelineCall:
         with self._fixed_generators(arguments):
             return _first_field(pipe(**arguments))
 
-    def probe(self) -> int:
-        """Find out how latents enter this pipeline, and what one prediction costs.
-
-        Returns:
-            Network rows per prediction of one row.
+    def probe(self) -> None:
+        """Find out how latents enter this pipeline, and what one prediction costs at each step.
 
         Raises:
             ModelError: For pipelines whose loop does more with latents than predict, step, and paste a known part over
@@ -271,7 +281,8 @@ class PipelineCall:
         Cost: one or two network evaluations of one row.
         """
         try:
-            rows = self._probe()
+            entered = self._probe()
+            self.rows = self._rows_by_step() if entered else []
         except (SteerError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # the pipeline's own call has worked by now, so steering is the cause
@@ -280,31 +291,43 @@ class PipelineCall:
                 f"to scheduler.step, it raised {type(error).__name__}: {error}; open its network: steer.from_velocity, "
                 "from_eps, from_edm or from_denoiser"
             ) from error
-        if rows is None:
+        if not entered:
             raise ModelError(f"{type(self.user_pipe).__name__} {_CHANGES_LATENTS}")
-        return rows
 
-    def _probe(self) -> int | None:
-        """As `probe`; None where the loop never uses the latents that it was given."""
+    def _probe(self) -> bool:
+        """Whether the loop uses the latents that it is given, by one way or the other."""
         free = torch.stack([self._passed_on(problem) for problem in range(self.conditioning.problems or 1)])
         self.free = None if bool(free.all()) else free
-        rows = None if self._by_step else self._rows_if_entered(free[0])
-        if rows is None:
+        entered = not self._by_step and self._enters(free[0])
+        if not entered:
             self._by_step = True  # the scheduler steps something else than what prepare_latents returns
-            rows = self._rows_if_entered(free[0])
-        if rows is not None and self.free is not None:
+            entered = self._enters(free[0])
+        if entered and self.free is not None:
             self._skip = self._skipping_is_safe()
-        return rows
+        return entered
 
-    def _rows_if_entered(self, free: Tensor) -> int | None:
-        """Network rows of one prediction, or None where the loop does not use the latents that it was given."""
+    def _enters(self, free: Tensor) -> bool:
+        """Whether the loop uses the latents that it is given."""
         other = Key(1).normal(self.start.shape).to(self.start)
         job = Job((0,), 1, index=0, x=torch.where(free, other, self.start))
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             seen = self._capture(job).sample
         if job.sent is None or seen.shape != self.start.shape:
-            return None
-        return job.rows if torch.equal(seen, torch.where(free, job.sent[:1].to(seen), self.start)) else None
+            return False
+        return torch.equal(seen, torch.where(free, job.sent[:1].to(seen), self.start))
+
+    def _rows_by_step(self) -> list[int]:
+        """Network rows of one row's prediction at every step of the loop, from one pass over stubbed networks.
+
+        They change where guidance begins late or ends early, and where one network takes over from another.
+        """
+        last = Job((0,), 1, index=self.scheduler.length - 1, stubbed=True)
+        skip, self._skip = self._skip, False
+        try:
+            self._capture(last)
+        finally:
+            self._skip = skip
+        return [last.rows_by_step[step] for step in range(self.scheduler.length)]
 
     def _skipping_is_safe(self) -> bool:
         """Whether skipping earlier steps and running them on stubbed networks lead to the same latents.
@@ -373,8 +396,10 @@ class PipelineCall:
         arguments = {**self.conditioning.arguments(job.problems, job.rows_each), **extra}
         gradients = torch.is_grad_enabled()
         alike = preparation.same_draw_per_row(len(job.problems) * job.rows_each)
+        self._forget_if_encoders_changed()
         while True:
-            job.skip, job.rows, job.sent = self._skip, 0, None
+            job.skip, job.sent = self._skip, None
+            job.rows_by_step.clear()
             self.scheduler.prepare(job)
             self._calls.clear()
             try:
@@ -388,11 +413,21 @@ class PipelineCall:
                 torch.set_grad_enabled(gradients)
                 vars(self._loop).pop("_interrupt", None)
 
+    def _forget_if_encoders_changed(self) -> None:
+        """Drop conditions that were prepared by text encoders with other weights, adapters or adapter scales."""
+        answers = self._encoders.answers()
+        if answers != self._encoders_known:
+            self.computed.clear()
+            self._encoders_known = answers
+
     @contextmanager
     def _fixed_generators(self, arguments: dict[str, Any]) -> Iterator[None]:
-        """Within this context all generators are in a fixed state; the global ones are restored afterwards."""
+        """Within this context all generators are in a fixed state; the global ones are restored afterwards.
+
+        So are the user's modules, however the call ends.
+        """
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices), self.modules.left_as_found():
             torch.set_rng_state(torch.Generator().manual_seed(0).get_state())
             for device in devices:
                 torch.cuda.set_rng_state(torch.Generator(device).manual_seed(0).get_state(), device)
@@ -410,7 +445,8 @@ class PipelineCall:
             key = (name, self._calls[name], job.problems, job.rows_each)
             if name.startswith("prepare_"):
                 key = (*key, job.noise, job.given)
-            if key not in self.computed:
+            known = recall(self.computed, key)
+            if known is None:
                 if self._generator is not None:
                     # A larger batch draws more random numbers for its initial noise, and what is drawn after it, an
                     # encoded image say, must not change with that: every method starts from its state for one row.
@@ -418,8 +454,9 @@ class PipelineCall:
                     self._generator.set_state(entered)
                 with torch.no_grad():
                     value = function(*args, **kwargs)
-                self.computed[key] = value, self._generator.get_state() if self._generator is not None else None
-            value, state = self.computed[key]
+                known = value, self._generator.get_state() if self._generator is not None else None
+                remember(self.computed, key, known, len(job.problems), job.rows_each)
+            value, state = known
             if self._generator is not None and state is not None:
                 self._generator.set_state(state)  # as if it had been computed again
             if name == "prepare_latents":

@@ -160,6 +160,9 @@ class EncodedOnce:
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(vars(self)["_module"], name, value)
 
+    def __delattr__(self, name: str) -> None:
+        delattr(vars(self)["_module"], name)
+
 
 KEPT_ENCODINGS = 16
 """Inputs whose encoding is kept, by each autoencoder of an opened pipeline."""
