@@ -50,7 +50,7 @@ class WatchedModules:
         return ModuleState(
             processors=[getattr(module, "processor", None) for module in self._attention],
             dtypes=[getattr(tensor, "dtype", None) for kept in self._tensors for tensor in kept.values()],
-            hooks=[tuple(hooks.items()) if hooks else () for hooks in self._hooks],
+            hooks=[_removable(hooks) if hooks else () for hooks in self._hooks],
             named_hooks=[
                 () if (registry := own.get("_diffusers_hook")) is None else tuple(registry.hooks) for own in self._own
             ],
@@ -115,9 +115,10 @@ class WatchedModules:
 
     def _restore_hooks(self, hooks: list[tuple[Any, ...]]) -> None:
         for kept, before in zip(self._hooks, hooks, strict=True):
-            if tuple(kept.items()) != before:
+            if _removable(kept) != before:
+                lasting = {name: hook for name, hook in kept.items() if _lasts(hook)}
                 kept.clear()
-                kept.update(before)
+                kept.update({**lasting, **dict(before)})
 
     def _restore_named_hooks(self, names: list[tuple[str, ...]]) -> None:
         for own, before in zip(self._own, names, strict=True):
@@ -138,6 +139,16 @@ class WatchedModules:
     def _restore_training(self, training: list[bool]) -> None:
         for own, mode in zip(self._own, training, strict=True):
             own["training"] = mode
+
+
+def _removable(hooks: dict[int, Any]) -> tuple[Any, ...]:
+    """The hooks of a module that a call may add for itself."""
+    return tuple((name, hook) for name, hook in hooks.items() if not _lasts(hook))
+
+
+def _lasts(hook: Any) -> bool:
+    """Whether a hook is one that transformers adds once, at a model's first call, and relies on from then on."""
+    return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
 
 
 def _adapters(module: Any) -> tuple[Any, ...]:
