@@ -41,6 +41,8 @@ class Conditioning:
     Attributes:
         problems: Number of prompts, or of other inputs given per prompt; None where the pipeline takes none.
         prompts: Their texts, or None.
+        given: The user's arguments, as they were given.
+        steps: Number of inference steps.
         latents: Latents given to start from, one row per problem, in the pipeline's own form; or None.
         division: How each argument is divided among problems, by name; those that are not in it are shared.
         undecided: Arguments that may be shared or hold an entry per problem, which their names do not tell: in how many
@@ -53,6 +55,7 @@ class Conditioning:
     def __init__(self, pipe: Any, call: Mapping[str, Any], steps: int):
         self.parameters = inspect.signature(type(pipe).__call__).parameters
         _check(type(pipe).__name__, self.parameters, call)
+        self.given, self.steps = dict(call), steps
         self._call = {name: value for name, value in call.items() if name not in ("generator", "latents")}
         if "num_inference_steps" in self.parameters:
             self._call["num_inference_steps"] = steps
@@ -98,13 +101,9 @@ class Conditioning:
             arguments["batch_size"] = rows_each
         return arguments
 
-    def value(self, name: str) -> Any:
-        """The user's value of an argument."""
-        return self._call[name]
-
-    def divisible(self) -> list[str]:
-        """Arguments that hold an entry for every problem, by name or by what the pipeline does with them."""
-        return [name for name, division in self.division.items() if division != "whole"]
+    def undivided(self) -> dict[str, Any]:
+        """The arguments of the user's own call, with all problems and one row of each."""
+        return {**self._call, self._repeat: 1} if self._repeat else dict(self._call)
 
     def _place(self, kind: str, name: str, value: Any, call: Mapping[str, Any]) -> None:
         """Note how an argument is divided, or that its name does not tell."""

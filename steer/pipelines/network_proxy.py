@@ -35,7 +35,7 @@ class NetworkProxy:
         job, stage = self._scheduler.job, self._scheduler.stage
         if stage == "skip":
             raise IgnoresInterrupt  # before the network runs, so this costs nothing
-        rows = _rows(args, kwargs)
+        rows = rows_of_arguments(args, kwargs)
         if stage == "before":
             return self._before_loop((job.problems, job.rows_each, job.noise, job.given), args, kwargs)
         job.rows_by_step[self._scheduler.loop_step] += rows
@@ -108,7 +108,12 @@ def _are_batches(parts: list[Any], rows: int) -> bool:
     return rows > 1 and all(torch.is_tensor(part) and part.ndim > 0 and len(part) == rows for part in parts)
 
 
-def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Rows in a call: the length of the first argument that is a list or a tensor with two axes or more."""
+def rows_of_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Rows in a call: the length of the first argument that is a list or a tensor with two axes or more.
+
+    Args:
+        args: The call's arguments.
+        kwargs: Those by name.
+    """
     first: Callable[[Any], bool] = lambda v: isinstance(v, list) or (torch.is_tensor(v) and v.ndim > 1)  # noqa: E731
     return next((len(value) for value in (*args, *kwargs.values()) if first(value)), 0)

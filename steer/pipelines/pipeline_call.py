@@ -47,6 +47,8 @@ class PipelineCall:
         start: The pipeline's own starting latents, one row.
         computed: Results of the methods before the loop, by method, problems and rows.
         rows: Network rows per prediction of one row, at every step of the loop.
+        networks: The modules that its loop calls.
+        changed_by_opening: What of their state opening changed for good, by name; nothing, that is.
         modules: All modules of the pipeline, which every call leaves as it found them.
         pictures: The safety checker and the watermark that its decoder ends with.
         free: Which coordinates of the latents are sampled, bool [B or 1, 1, *event]; None: all. Inpainting pastes over
@@ -65,6 +67,7 @@ class PipelineCall:
         self.modules = WatchedModules(modules.values())
         self._encoders = WatchedModules(part for name, part in modules.items() if not is_network(name, part))
         self._encoders_known: Any = None
+        self.networks = [module for name, module in self.owner.components.items() if is_network(name, module)]
         recorded: dict[Any, Any] = {}
         for name, module in self.owner.components.items():
             if is_network(name, module):
@@ -91,6 +94,7 @@ class PipelineCall:
         self._by_step, self._skip = not hasattr(self.owner, "prepare_latents"), True
         self.free: Tensor | None = None
         self.rows: list[int] = []
+        self._found, self.changed_by_opening = self.modules.read(), []
 
     @property
     def device(self) -> torch.device:
@@ -105,6 +109,7 @@ class PipelineCall:
         Cost: one network evaluation of one row, for the form of the networks' output, and what
         `several_problems.divide_arguments` costs.
         """
+        self._found = self.modules.read()
         several_problems.divide_arguments(self)
         start = self._capture(Job((0,), 1, index=0, stubbed=True)).sample.detach().clone()
         self._copies = len(start)
@@ -259,17 +264,26 @@ class PipelineCall:
             output = self._run(Job(problems, rows_each, x=x, gradient=job.gradient), by_step=True)
         return _first_field(output)
 
-    def output(self, pipe: Any, problems: tuple[int, ...], rows_each: int) -> Tensor:
+    def output(self, pipe: Any, problems: tuple[int, ...] | None, rows_each: int) -> Tensor:
         """What another pipeline object returns for the same arguments and random numbers; used by `steer.verify`.
 
         Args:
             pipe: The other pipeline.
-            problems: The problems in the batch.
+            problems: The problems in the batch; None: all, with the arguments as the user gave them.
             rows_each: Rows per problem.
         """
-        arguments = self.conditioning.arguments(problems, rows_each)
-        with self._fixed_generators(arguments):
+        everything = problems is None
+        arguments = self.conditioning.undivided() if everything else self.conditioning.arguments(problems, rows_each)
+        rows = (self.conditioning.problems or 1) if everything else len(problems) * rows_each
+        with self._fixed_generators(arguments), preparation.noise_replaced(self._draws, preparation.same_draw_per_row(rows)):
             return _first_field(pipe(**arguments))
+
+    def rows_asked_for(self, index: int) -> int:
+        """Network rows that one row's prediction at a step of the loop asks for; networks are stubbed."""
+        job = Job((0,), 1, index=index, x=self.start, stubbed=True)
+        with torch.no_grad():
+            self._capture(job)
+        return job.rows_by_step[index]
 
     def probe(self) -> None:
         """Find out how latents enter this pipeline, and what one prediction costs at each step.
@@ -283,6 +297,7 @@ class PipelineCall:
         try:
             entered = self._probe()
             self.rows = self._rows_by_step() if entered else []
+            self.changed_by_opening = self.modules.changes(self._found)
         except (SteerError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # the pipeline's own call has worked by now, so steering is the cause

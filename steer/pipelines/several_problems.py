@@ -101,7 +101,7 @@ def _why_not(call: PipelineCall) -> str | None:
 def _division_of(call: PipelineCall, name: str, possible: list[Division]) -> Division:
     """How one argument is divided, by exchanging entries of it."""
     conditioning = call.conditioning
-    value, problems = conditioning.value(name), conditioning.problems or 1
+    value, problems = conditioning.given[name], conditioning.problems or 1
     unused = False
     for division in possible:
         other = first_other_problem(value, division, problems)
