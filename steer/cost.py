@@ -104,6 +104,17 @@ class Meter:
         return Cost(self.nfe, self.grads, self.rewards, self.decodes, seconds, _peak_bytes())
 
 
+def rows_at(process: Any, k: int) -> int:
+    """Network rows of one prediction at level k: `process.rows`, or fewer where guidance begins late or ends early."""
+    at = getattr(process, "rows_at", None)
+    return process.rows if at is None else at(k)
+
+
+def rows_between(process: Any, first: int, last: int) -> int:
+    """Network rows of one particle's predictions at levels first to last - 1."""
+    return sum(rows_at(process, k) for k in range(first, last))
+
+
 def check_counts(**counts: Any) -> None:
     """Raises SteerError where a number, by its name, is not a whole one of at least 1; None is one not given."""
     for name, count in counts.items():

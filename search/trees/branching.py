@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any, cast
 
 from steer.core.start import PreparedStart, Start
+from steer.cost import rows_between
 from steer.errors import NotStochasticError, SteerError
 from steer.types import ReverseProcess
 
@@ -17,7 +18,7 @@ from .tree import Tree
 def rows_per_edge(process: ReverseProcess, levels: Sequence[int]) -> list[int]:
     """Network rows that a simulation spends on each edge: a node's prediction belongs to the edge that made it."""
     ends = [-1, *levels[:-1], process.steps - 1]
-    return [process.rows * (there - here) for here, there in pairwise(ends)]
+    return [rows_between(process, here + 1, there + 1) for here, there in pairwise(ends)]
 
 
 def expansion_costs(process: ReverseProcess, levels: Sequence[int]) -> tuple[int, ...]:

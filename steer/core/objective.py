@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cost import Meter, check_counts
+from ..cost import Meter, check_counts, rows_at
 from ..errors import NonFiniteError, NotDifferentiableError, RewardError, ShapeError, SteerError
 from ..finite import total
 from ..key import Key
@@ -99,7 +99,7 @@ class Objective:
                     f"this method follows the gradient of the reward {_name(self.reward)}, which returned scores "
                     f"without one (it detaches, uses no_grad, or is not a torch function); {_NO_GRADIENT}"
                 )
-            with self.process.meter.gradient(x.shape[0] * x.shape[1] * self.process.rows):
+            with self.process.meter.gradient(x.shape[0] * x.shape[1] * rows_at(self.process, k)):
                 (gradient,) = torch.autograd.grad((strength * value).sum(), x)
         self._look_at_gradient(gradient, value.detach(), k)
         return x0.detach(), value.detach(), gradient

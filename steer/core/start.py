@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol, runtime_checkable
 
-from ..cost import affordable
+from ..cost import affordable, rows_between
 from ..errors import BudgetError, ShapeError, SteerError
 from ..key import Key
 from ..processes.gaussian import check_batch
@@ -81,7 +81,7 @@ def prepared(
         BudgetError: the budget pays for no particle.
     """
     start, before = start.prepare(process, temperature) if isinstance(start, PreparedStart) else (start, 0)
-    rows = process.steps * process.rows if price is None else price
+    rows = rows_between(process, 0, process.steps) if price is None else price
     return start, affordable(rows, particles=particles, budget=budget, before=before)
 
 
@@ -119,7 +119,7 @@ def check_resume(
             f"a trajectory to resume has its own numbers, {problems} problem(s) of {count} particle(s); got "
             f"batch={batch}, particles={particles}; leave them out"
         )
-    price = count * (process.steps - state.k) * process.rows * rows
+    price = count * rows_between(process, state.k, process.steps) * rows
     if budget is not None and price > budget:
         raise BudgetError(
             f"resuming from level {state.k} takes {price} network rows per problem, more than a budget of {budget}; "

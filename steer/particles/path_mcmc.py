@@ -23,6 +23,7 @@ from torch import Tensor
 from ..core.population import broadcast_like
 from ..core.resampling import Resampler
 from ..core.trajectory import EMPTY_CACHE, ResamplingRecord, Trajectory
+from ..cost import rows_between
 from ..errors import StateSpaceError, SteerError
 from ..key import Key
 from ..processes.transitions import Normal
@@ -54,7 +55,7 @@ class PathMoves:
     def rows(self, process: ReverseProcess, particles: int) -> int:
         """Network rows per problem of a run with that many particles."""
         moved = (particles - self.chains(particles)) * sum(min(k + 1, process.steps) for k in self.at)
-        return process.rows * (particles * process.steps + moved)
+        return particles * rows_between(process, 0, process.steps) + process.rows * moved
 
     def chains(self, particles: int) -> int:
         """How many chains make that many particles; the last may be shorter."""

@@ -60,13 +60,17 @@ class Chunked:
         function: Function of (rows [M, *event], problems, rows_each) to one output per row.
         chunk: Most rows per call. Halved permanently whenever memory runs out, and set to one where the first call
             with several rows raises: many pipelines take an image, a video or lyrics for one row only.
-        together: Whether a call may hold rows of several problems.
+        may_share: Whether some problems, with so many rows each, can share a call; None: no problems can.
     """
 
     def __init__(
-        self, name: str, function: Callable[[Tensor, tuple[int, ...], int], Tensor], chunk: int, together: bool
+        self,
+        name: str,
+        function: Callable[[Tensor, tuple[int, ...], int], Tensor],
+        chunk: int,
+        may_share: Callable[[tuple[int, ...], int], bool] | None = None,
     ):
-        self.name, self.function, self.chunk, self.together = name, function, chunk, together
+        self.name, self.function, self.chunk, self.may_share = name, function, chunk, may_share
         self._several = False  # whether a call with several rows went through
 
     def __call__(self, flat: Tensor, problems: int) -> Tensor:
@@ -86,7 +90,7 @@ class Chunked:
         particles = len(flat) // problems
         while True:
             try:
-                cut = row_chunks(problems, particles, self.chunk, self.together)
+                cut = row_chunks(problems, particles, self.chunk, self.may_share is not None)
                 rows = torch.cat([self._apply(flat, part) for part in cut])
                 self._several = self._several or min(self.chunk, len(flat)) > 1
                 return rows
@@ -105,7 +109,7 @@ class Chunked:
 
     def _singly(self, flat: Tensor, problems: int, error: Exception) -> Tensor:
         """Apply the function row by row after several raised, and permanently if no single row raises."""
-        cut = row_chunks(problems, len(flat) // problems, 1, self.together)
+        cut = row_chunks(problems, len(flat) // problems, 1, False)
         rows = torch.cat([self._apply(flat, part) for part in cut])
         self.chunk = 1
         log.warning(
@@ -116,6 +120,9 @@ class Chunked:
     def _apply(self, flat: Tensor, part: RowChunk) -> Tensor:
         """The function's outputs for one chunk of rows, padded to the fixed shape by repeating the last row."""
         rows, size = flat[part.start : part.stop], len(part.problems) * part.rows_each
+        if len(part.problems) > 1 and self.may_share and not self.may_share(part.problems, part.rows_each):
+            alone = zip(part.problems, rows.split(part.rows_each), strict=False)  # without the padding
+            return torch.cat([self.function(own, (b,), part.rows_each) for b, own in alone])
         if len(rows) < size:
             rows = torch.cat([rows, rows[-1:].expand(size - len(rows), *rows.shape[1:])])
         return self.function(rows, part.problems, part.rows_each)[: part.stop - part.start]

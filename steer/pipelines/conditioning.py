@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError
-from .families import BATCHED_ARGUMENTS, COUNTED_ARGUMENTS, PER_PROBLEM_ARGUMENTS, PROMPT_ARGUMENTS
+from .argument_division import Division, divided, possible_divisions
+from .families import (
+    BATCHED_ARGUMENTS,
+    COUNTED_ARGUMENTS,
+    PER_PROBLEM_ARGUMENTS,
+    PROMPT_ARGUMENTS,
+    SHARED_ARGUMENTS,
+)
 
 _OWNED_BY_SAMPLERS = {
     "num_inference_steps": "give steps= instead",
@@ -34,7 +41,12 @@ class Conditioning:
     Attributes:
         problems: Number of prompts, or of other inputs given per prompt; None where the pipeline takes none.
         prompts: Their texts, or None.
+        given: The user's arguments, as they were given.
+        steps: Number of inference steps.
         latents: Latents given to start from, one row per problem, in the pipeline's own form; or None.
+        division: How each argument is divided among problems, by name; those that are not in it are shared.
+        undecided: Arguments that may be shared or hold an entry per problem, which their names do not tell: in how many
+            ways each may be divided. `PipelineCall.divide_arguments` settles them.
 
     Raises:
         ModelError: For arguments that the pipeline does not take, or that belong to the sampler.
@@ -43,6 +55,7 @@ class Conditioning:
     def __init__(self, pipe: Any, call: Mapping[str, Any], steps: int):
         self.parameters = inspect.signature(type(pipe).__call__).parameters
         _check(type(pipe).__name__, self.parameters, call)
+        self.given, self.steps = dict(call), steps
         self._call = {name: value for name, value in call.items() if name not in ("generator", "latents")}
         if "num_inference_steps" in self.parameters:
             self._call["num_inference_steps"] = steps
@@ -53,17 +66,16 @@ class Conditioning:
         self.prompts = None if prompt is None else (prompt,) if isinstance(prompt, str) else tuple(prompt)
         self.problems = _count(call)
         self.latents = _checked_latents(call.get("latents"), self.problems or 1)
+        self.division: dict[str, Division] = {}
+        self.undecided: dict[str, list[Division]] = {}
+        for name, value in self._call.items():
+            self._place(type(pipe).__name__, name, value, call)
 
     @property
     def accepts_rows(self) -> bool:
         """Whether one call can hold several rows; else every row is a call of its own."""
         listed = any(self._call.get(name) is not None for name in BATCHED_ARGUMENTS)
         return self._repeat is not None or "batch_size" in self.parameters or listed
-
-    @property
-    def together(self) -> bool:
-        """Whether one call can hold several problems: prompts are repeated row by row, but lists of images whole."""
-        return not any("image" in name and isinstance(value, list) for name, value in self._call.items())
 
     @property
     def wants_latents(self) -> bool:
@@ -89,17 +101,41 @@ class Conditioning:
             arguments["batch_size"] = rows_each
         return arguments
 
+    def undivided(self) -> dict[str, Any]:
+        """The arguments of the user's own call, with all problems and one row of each."""
+        return {**self._call, self._repeat: 1} if self._repeat else dict(self._call)
+
+    def _place(self, kind: str, name: str, value: Any, call: Mapping[str, Any]) -> None:
+        """Note how an argument is divided, or that its name does not tell."""
+        problems = self.problems or 1
+        listed = isinstance(value, list)
+        found = possible_divisions(value, problems)
+        named = name.startswith(PER_PROBLEM_ARGUMENTS) or name == _counted(call)
+        if named and _entries(value) not in (None, 1, problems):
+            raise ModelError(
+                f"{kind} got {problems} prompt(s) and {_entries(value)} entries of {name}; give one entry per prompt, or one "
+                "for all"
+            )
+        if named and "entries" in found:
+            self.division[name] = "entries"
+        elif problems == 1 and listed and len(value) == 1 and (named or (not self._repeat and "image" in name)):
+            self.division[name] = "entries"  # repeated for every row of a call
+        elif name not in SHARED_ARGUMENTS and found:
+            self.undecided[name] = found
+
     def _select(self, name: str, value: Any, chosen: list[int]) -> Any:
         """The entries of an argument for the chosen problems; the whole argument where it has none per problem."""
-        if not name.startswith(PER_PROBLEM_ARGUMENTS) or not self.problems:
-            return value
-        if isinstance(value, str) and not self._repeat and "prompt" in name:
-            return [value] * len(chosen)
-        if isinstance(value, list) and len(value) == self.problems:
-            return [value[b] for b in chosen]
-        if torch.is_tensor(value) and value.ndim > 1 and len(value) == self.problems > 1:
-            return value[chosen]
-        return value
+        if isinstance(value, str) and not self._repeat and name.startswith(PER_PROBLEM_ARGUMENTS) and "prompt" in name:
+            return [value] * len(chosen) if self.problems else value
+        return divided(value, self.division.get(name, "whole"), chosen, self.problems or 1)
+
+
+def _entries(value: Any) -> int | None:
+    """Number of texts, embeddings or labels in a value; None where it is neither a list nor a tensor of them."""
+    if torch.is_tensor(value):
+        return len(value) if value.ndim > 1 else None
+    texts = isinstance(value, list) and all(isinstance(entry, (str, int, Tensor)) for entry in value)
+    return len(value) if texts else None
 
 
 def _check(kind: str, parameters: Mapping[str, Any], call: Mapping[str, Any]) -> None:
@@ -152,13 +188,19 @@ def _prompt(call: Mapping[str, Any]) -> Any:
     return next((call[name] for name in PROMPT_ARGUMENTS if call.get(name) is not None), None)
 
 
+def _counted(call: Mapping[str, Any]) -> str | None:
+    """The argument whose length is the number of problems where there are no prompts, or None."""
+    if _prompt(call) is not None:
+        return None
+    return next((name for name in (*COUNTED_ARGUMENTS, "image") if call.get(name) is not None), None)
+
+
 def _count(call: Mapping[str, Any]) -> int | None:
-    """Number of problems in a call: of its prompts, their embeddings or class labels, else one if there is an image."""
-    prompt = _prompt(call)
+    """Number of problems in a call: of its prompts, their embeddings or class labels, else of its images."""
+    prompt, name = _prompt(call), _counted(call)
     if prompt is not None:
         return 1 if isinstance(prompt, str) else len(prompt)
-    for name in COUNTED_ARGUMENTS:
-        if call.get(name) is not None:
-            return len(call[name])
-    image = call.get("image")
-    return None if image is None else len(image) if isinstance(image, list) else 1
+    if name is None:
+        return None
+    several = isinstance(call[name], list) or name != "image" or getattr(call[name], "ndim", 0) == 4
+    return len(call[name]) if several else 1

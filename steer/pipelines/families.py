@@ -54,6 +54,36 @@ They are scaled by config.sigma_data and told log(sigma) / 4.
 CLIP_KEEPS_EPS_SCHEDULERS = ("DDIM",)
 """Beginnings of class names. With clip_sample these clip x_0 and keep eps as predicted; others clip the prediction."""
 
+# --- Steps: what takes the place of a scheduler's own step ------------------------------------------------------------
+# A scheduler in none of these tables is replaced by ancestral sampling, which one line to the log says.
+
+RENOISING_SCHEDULERS = ("LCMScheduler", "SCMScheduler", "FlowMatchLCMScheduler")
+"""Whole class names. Their step draws all noise anew around the prediction, as their networks are distilled for.
+
+Flow schedulers with stochastic_sampling=True in their config do the same.
+"""
+
+TCD_SCHEDULERS = ("TCDScheduler",)
+"""Whole class names. Their step goes along the prediction beyond the next timestep and is noised up to it."""
+
+ANCESTRAL_SCHEDULERS = ("DDPMScheduler", "DDPMParallelScheduler", "EulerAncestralDiscreteScheduler")
+"""Whole class names. Their own step is ancestral sampling, so nothing is replaced and no line is logged."""
+
+ETA_SCHEDULERS = ("DDIMScheduler", "DDIMParallelScheduler", "CogVideoXDDIMScheduler", *TCD_SCHEDULERS)
+"""Whole class names. The pipeline's argument `eta` sets their noise, and steer's rule follows it; others ignore it."""
+
+TOKEN_SCHEDULERS = (
+    "AmusedScheduler",
+    "BlockRefinementScheduler",
+    "DiscreteDDIMScheduler",
+    "EntropyBoundScheduler",
+    "VQDiffusionScheduler",
+)
+"""Whole class names of schedulers that step tokens. Refused with a ModelError that names `steer.from_logits`."""
+
+SCHEDULERS_OUTSIDE_LOOP = ("prior_scheduler", "image_noising_scheduler", "low_res_scheduler", "inverse_scheduler")
+"""Names of a pipeline's other schedulers that its loop does not step by. One under another name is refused."""
+
 # --- Bare UNets: pipelines of one network that are called directly ----------------------------------------------------
 # A pipeline that fits neither table takes the general way, through its own call, which is slower and takes no labels.
 
@@ -100,7 +130,7 @@ A new kind of decoder under another name would be counted as a network: add it h
 PROMPT_ARGUMENTS = ("prompt", "task_prompt")
 """Arguments that hold prompts, the first that is given counts: one problem each, and rewards get their texts."""
 
-COUNTED_ARGUMENTS = ("prompt_embeds", "class_labels")
+COUNTED_ARGUMENTS = ("prompt_embeds", "class_labels", "image_embeds", "image_embeddings")
 """Arguments whose length is the number of problems where there are no prompts; after them, "image" is."""
 
 BATCHED_ARGUMENTS = ("prompt", "class_labels")
@@ -116,14 +146,14 @@ PER_PROBLEM_ARGUMENTS = (
     "pooled_prompt",
     "negative_pooled",
     "class_labels",
-    "image",
-    "mask_image",
-    "control_image",
 )
-"""Beginnings of arguments with one entry per problem, where a list is as long as there are problems.
+"""Beginnings of arguments with one entry per problem wherever there are as many entries as problems.
 
-A list under another name goes whole into every call.
+Arguments under other names are divided by what the pipeline does with them: see `PipelineCall.divide_arguments`.
 """
+
+SHARED_ARGUMENTS = ("timesteps", "sigmas")
+"""Arguments of all problems, however many entries they have: steps are the same for all."""
 
 
 def name_begins(part: Any, table: tuple[str, ...]) -> bool:

@@ -7,23 +7,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ModelError, ShapeError
+from ..errors import ModelError, NotDifferentiableError, ShapeError
 from ..processes import schedules
 from ..processes.gaussian import GaussianProcess
 from ..processes.transitions import CPS, DDIM, Churn, ClippedPrediction
 from ..types import Rule
-from . import noise_levels, unet2d
+from . import noise_levels, refusals, unet2d
 from .chunking import Chunked
-from .families import CLIP_KEEPS_EPS_SCHEDULERS, COMBINED_PIPELINES, name_begins
+from .decoder_gradient import recomputed, weights_kept
+from .default_rule import chosen_rule
+from .families import CLIP_KEEPS_EPS_SCHEDULERS, name_begins
 from .pipeline_call import PipelineCall
-from .preparation import inner_pipelines
 from .steered_scheduler import OffGridLevel
 
 
 def from_pipeline(
     pipe: Any,
     *,
-    steps: int = 50,
+    steps: int | None = None,
     transition: Rule | None = None,
     chunk: int | None = None,
     checkpoint_decode: bool = False,
@@ -34,9 +35,12 @@ def from_pipeline(
     Args:
         pipe: Any pipeline whose loop runs one scheduler. It is only read, and stays usable beside the process. Set up
             its scheduler, adapters, offloading, VAE tiling and compiled modules before opening it.
-        steps: Number of steps K, the pipeline's num_inference_steps.
-        transition: A transition rule; ancestral sampling, `steer.ddim(eta=1.0)`, by default. eta = 0 equals the
-            pipeline's own DDIM, Euler and flow-match solvers.
+        steps: Number of steps K, the pipeline's num_inference_steps; 50 by default, or the length of the pipeline's own
+            argument `timesteps` or `sigmas`.
+        transition: A transition rule. By default ancestral sampling, `steer.ddim(eta=1.0)`, or with the pipeline's own
+            `eta`; for distilled networks (LCM, TCD, TrigFlow) the re-noising steps of their scheduler. Where that is
+            not how the pipeline steps, a line to the log "steer" says so. `ddim(eta=0.0)` equals the pipeline's own
+            DDIM, Euler and flow-match solvers.
         chunk: Most rows per network or decoder call, 16 by default (256 for bare UNets). Halved, with a warning to the
             log "steer", whenever memory runs out.
         checkpoint_decode: Recompute the decoder in the backward pass instead of keeping its activations.
@@ -57,32 +61,43 @@ def from_pipeline(
         before the loop. Not thread-safe.
 
     Raises:
-        ModelError: For pipelines that cannot be opened, and for arguments that are not the pipeline's.
+        ModelError: For pipelines that cannot be opened, and for arguments that are not the pipeline's or would have no
+            effect.
+        SteerError: Where steps or chunk is not a whole number of at least 1.
+
+    The pipeline's modules are left as they were (attention processors, dtypes, hooks, adapter scales), whether opening
+    and later calls succeed or not. A safety checker keeps blackening pictures, which the log "steer" reports.
 
     Cost: two network evaluations of one row. Prompts are encoded here, and not again for the same batch of problems.
 
     Check a pipeline that steer's tests do not cover by `steer.verify(process)`.
     """
+    number = refusals.checked_counts(steps, chunk, call)
     if unet2d.is_bare_unet(pipe):
         unknown = sorted(set(call) - {"class_labels", "guidance_scale"})
         if unknown:
             raise ModelError(
-                f"a bare UNet takes class_labels and guidance_scale, got {', '.join(unknown)}; give the sampler key= "
-                "for the noise, batch= and particles= for the number of samples, and start=steer.from_latents(...) for "
-                "where they start"
+                f"a bare UNet takes class_labels and guidance_scale, got {', '.join(unknown)}; give steps= for the "
+                "number of steps, transition= for their noise, and the sampler key= for its draws, batch= and "
+                "particles= for the number of samples, and start=steer.from_latents(...) for where they start"
             )
-        return unet2d.from_pipeline(pipe, steps=steps, transition=transition, chunk=chunk or 256, **call)
-    _check_pipeline(pipe)
-    opened = PipelineCall(pipe, call, steps)
-    opened.record_start()
-    rows = opened.probe()
+        return unet2d.from_pipeline(pipe, steps=number, transition=transition, chunk=chunk or 256, **call)
+    refusals.check_pipeline(pipe)
+    refusals.check_arguments(pipe, call, steps)
+    opened = PipelineCall(pipe, call, number)
+    try:
+        opened.record_start()
+    except Exception as error:
+        raise refusals.explained(error, pipe, call, number) from error
+    opened.probe()
     mean, std = _initial_moments(opened)
     grid = noise_levels.read_grid(opened.scheduler.plain(), opened.scheduler.first, opened.scheduler.length)
     conditioning = opened.conditioning
     # The prior of a combined pipeline draws for every row: one row per call keeps a row independent of its batch.
     chunk = (chunk or 16) if conditioning.accepts_rows and opened.owner is pipe else 1
     denoiser = PipelineDenoiser(opened, grid, chunk)
-    rule, denoiser.clamp = _clipping(opened.scheduler.plain(), transition or DDIM())
+    rule = chosen_rule(opened.scheduler.plain(), transition, call.get("eta"))
+    rule, denoiser.clamp = _clipping(opened.scheduler.plain(), rule)
     decoder = PipelineDecoder(opened, chunk, checkpoint_decode)
     return GaussianProcess(
         denoiser=denoiser,
@@ -93,7 +108,7 @@ def from_pipeline(
         decoder=None if conditioning.wants_latents and opened.free is None else decoder,
         problems=conditioning.problems,
         prompts=conditioning.prompts,
-        rows=rows,
+        rows=max(opened.rows[index] for index in grid.indices),
         initial=(mean, std),
         device=opened.device,
     )
@@ -119,7 +134,7 @@ class PipelineDenoiser:
         self.clamp: float | None = None
         self._step, self._off_grid = 0, None
         self._network = Chunked(
-            f"{type(call.user_pipe).__name__}'s networks", self._predict, chunk, call.conditioning.together
+            f"{type(call.user_pipe).__name__}'s networks", self._predict, chunk, call.may_share
         )
 
     @property
@@ -145,6 +160,10 @@ class PipelineDenoiser:
             return x0
         # Coordinates that the pipeline pastes over predict themselves, so no step depends on the network there.
         return torch.where(free if self.problem is None else free[self.problem], x0, x)
+
+    def rows_at(self, t: float) -> int:
+        """Network rows of a prediction at a time of the path."""
+        return self.call.rows[self.grid.indices[self.grid.step_before(t)]]
 
     def output(self, x: Tensor, index: int, off_grid: OffGridLevel | None = None) -> Tensor:
         """The pipeline's guided network output, as it gives it to `scheduler.step`.
@@ -193,9 +212,7 @@ class PipelineDecoder:
 
     def __init__(self, call: PipelineCall, chunk: int, checkpoint: bool, problem: int | None = None):
         self.call, self.checkpoint, self.problem = call, checkpoint, problem
-        self._chunked = Chunked(
-            f"{type(call.user_pipe).__name__}'s decoder", self._decode, chunk, call.conditioning.together
-        )
+        self._chunked = Chunked(f"{type(call.user_pipe).__name__}'s decoder", self._decode, chunk)
 
     def __call__(self, flat: Tensor) -> Tensor:
         return self._chunked(flat, self.call.conditioning.problems or 1 if self.problem is None else 1)
@@ -207,29 +224,51 @@ class PipelineDecoder:
     def _decode(self, rows: Tensor, problems: tuple[int, ...], rows_each: int) -> Tensor:
         """The pipeline's output for one chunk of rows."""
         problems = problems if self.problem is None else (self.problem,)
-        if not (self.checkpoint and torch.is_grad_enabled() and rows.requires_grad):
+        if not (torch.is_grad_enabled() and rows.requires_grad):
             output = self.call.decode(rows, problems, rows_each)
         else:
-            from torch.utils.checkpoint import checkpoint
-
-            # Every call sets its generators to a fixed state, so there is none to restore.
-            output: Tensor = checkpoint(
-                self.call.decode, rows, problems, rows_each, use_reentrant=False, preserve_rng_state=False
-            )  # pyright: ignore[reportAssignmentType]
+            output = self._differentiable(rows, problems, rows_each)
         # Several images of one state are an axis of their own, as frames are.
         return output if len(output) == len(rows) else output.unflatten(0, (len(rows), -1))
+
+    def _differentiable(self, rows: Tensor, problems: tuple[int, ...], rows_each: int) -> Tensor:
+        """The output with its gradient; raises NotDifferentiableError where the pipeline leaves torch on the way."""
+
+        def decode(rows: Tensor) -> Tensor:
+            with weights_kept(self.call.modules.modules):
+                return self.call.decode(rows, problems, rows_each)
+
+        try:
+            output = recomputed(decode, rows) if self.checkpoint else decode(rows)
+        except RuntimeError as error:
+            if "requires grad" not in str(error):
+                raise
+            reason = f"{type(error).__name__}: {error}"
+        else:
+            if output.requires_grad:
+                return output
+            reason = "its output has none"
+        raise NotDifferentiableError(
+            f"the decoder of {type(self.call.user_pipe).__name__} gives no gradient ({reason}); use a method without "
+            "gradients (proposal=steer.bootstrap, smc, a search), or switch off what it does to its output after the "
+            "autoencoder"
+        )
 
 
 def _initial_moments(call: PipelineCall) -> tuple[Tensor, float]:
     """Mean [B or 1, 1, *event] and standard deviation (0 for given latents) of the pipeline's starting latents."""
-    means, spreads = [], []
+    means, spreads, rounding = [], [], 0.0
     problems, latents = call.conditioning.problems or 1, call.conditioning.latents
     if latents is not None:
         return torch.stack([call.state_of_latents(latents[b : b + 1], b).float() for b in range(problems)]), 0.0
     for problem in range(problems):
-        still, moved = (call.initial_latents(problem, noise).float() for noise in (0.0, 1.0))
-        means.append(still)
-        spreads.append(moved - still)
+        still = call.initial_latents(problem, 0.0)
+        # In half precision a larger number, as what is left of 1 beside a large mean is rounding.
+        number = 1.0 if still.dtype == torch.float32 else 16.0
+        moved = call.initial_latents(problem, number).float() / number
+        rounding = max(rounding, torch.finfo(still.dtype).eps * float(moved.abs().max()))
+        means.append(still.float())
+        spreads.append(moved - still.float() / number)
     spread = torch.stack(spreads)
     if call.free is not None and not bool(call.free.any()):
         raise ModelError(
@@ -238,7 +277,7 @@ def _initial_moments(call: PipelineCall) -> tuple[Tensor, float]:
         )
     spread = spread if call.free is None else spread[call.free]  # where the pipeline pastes, the start has no effect
     std = float(spread.double().mean())
-    if not std > 0.0 or float((spread - std).abs().max()) > 1e-2 * std:
+    if not std > 0.0 or float((spread - std).abs().max()) > 1e-2 * std + rounding:
         raise ModelError(
             "a pipeline must start from Gaussian latents of one standard deviation; those of "
             f"{type(call.user_pipe).__name__} range from {float(spread.min()):.3g} to {float(spread.max()):.3g}; wrap "
@@ -256,24 +295,3 @@ def _clipping(scheduler: Any, rule: Rule) -> tuple[Rule, float | None]:
     if name_begins(scheduler, CLIP_KEEPS_EPS_SCHEDULERS) and isinstance(rule, DDIM | CPS | Churn):
         return ClippedPrediction(rule, limit), None
     return rule, limit
-
-
-def _check_pipeline(pipe: Any) -> None:
-    """Raises ModelError for anything but a pipeline, and where a network caches activations of earlier steps."""
-    if not hasattr(pipe, "components") or getattr(pipe, "scheduler", None) is None:
-        raise ModelError(
-            f"from_pipeline opens diffusers pipelines that own a scheduler, got {type(pipe).__name__}; wrap a network "
-            "(a UNet2DModel, say) by steer.from_eps, from_v, from_velocity or from_denoiser"
-        )
-    inner = inner_pipelines(pipe)
-    if inner and set(inner) != COMBINED_PIPELINES:
-        raise ModelError(
-            f"{type(pipe).__name__} runs other pipelines ({', '.join(inner)}), each with a loop and a scheduler of its "
-            f"own; open the one to steer, for instance steer.from_pipeline(pipe.{inner[0]}, ...)"
-        )
-    for name, module in pipe.components.items():
-        if getattr(module, "is_cache_enabled", False):
-            raise ModelError(
-                f"pipe.{name} caches activations from step to step, and samplers visit states in any order; call "
-                f"pipe.{name}.disable_cache() before opening the pipeline"
-            )

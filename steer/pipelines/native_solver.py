@@ -115,8 +115,12 @@ class SolverProcess:
 
     @property
     def rows(self) -> int:
-        """Network rows per prediction."""
-        return self.process.rows
+        """Most network rows per prediction."""
+        return max(self.rows_at(k) for k in range(self.steps))
+
+    def rows_at(self, k: int) -> int:
+        """Network rows of the prediction at level k."""
+        return cast(PipelineDenoiser, self.process.denoiser).call.rows[k]
 
     @property
     def meter(self) -> Meter | None:
@@ -160,7 +164,7 @@ class SolverProcess:
     def denoise(self, x: Tensor, k: int, key: Key | None = None) -> Tensor:
         """The network's own output and the clean latents that follow from it, [B, N, 2, *event], at level k."""
         denoiser, latents = cast(PipelineDenoiser, self.process.denoiser), x[:, :, 0]
-        rows = x.shape[0] * x.shape[1] * self.rows
+        rows = x.shape[0] * x.shape[1] * self.rows_at(k)
         if self.meter is None:
             output = denoiser.output(latents, k)
         else:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .argument_division import same_value
 from .families import PARTS_OUTSIDE_LOOP
 from .steered_scheduler import IgnoresInterrupt, SteeredScheduler
 
@@ -34,24 +35,28 @@ class NetworkProxy:
         job, stage = self._scheduler.job, self._scheduler.stage
         if stage == "skip":
             raise IgnoresInterrupt  # before the network runs, so this costs nothing
-        rows = _rows(args, kwargs)
+        rows = rows_of_arguments(args, kwargs)
         if stage == "before":
             return self._before_loop((job.problems, job.rows_each, job.noise, job.given), args, kwargs)
+        job.rows_by_step[self._scheduler.loop_step] += rows
+        if stage == "at" and job.inputs is not None:
+            job.inputs.append((self._name, args, kwargs))
         if stage in ("stub", "enter", "next") or (stage == "at" and job.stubbed):
-            # In a stubbed step only the form of the output matters: the module runs once per number of rows, and later
-            # calls with as many rows return the same output.
-            if (self._name, rows) not in self._recorded:
-                with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-                    self._recorded[self._name, rows] = self._module(*args, **kwargs)
-            return self._recorded[self._name, rows]
-        if stage == "at":
-            job.rows += rows
+            return self._of_same_form(rows, args, kwargs)
         return self._module(*args, **kwargs)
+
+    def _of_same_form(self, rows: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """An output in which only the form is right: the module runs once, and its rows are repeated ever after."""
+        if self._name not in self._recorded:
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+                self._recorded[self._name] = rows, self._module(*args, **kwargs)
+        recorded, output = self._recorded[self._name]
+        return output if recorded == rows else _with_rows(output, recorded, rows)
 
     def _before_loop(self, call: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The network's output before the loop (in a prior's own loop, say), computed once per set of arguments."""
         answers = self._recorded.setdefault((self._name, *call), [])
-        known = next((answer for given, answer in answers if _same(given, (args, kwargs))), None)
+        known = next((answer for given, answer in answers if same_value(given, (args, kwargs))), None)
         if known is None:
             known = self._module(*args, **kwargs)
             answers.append(((args, kwargs), known))
@@ -81,18 +86,34 @@ def is_network(name: str, component: Any) -> bool:
     return isinstance(component, torch.nn.Module) and not any(part in name for part in PARTS_OUTSIDE_LOOP)
 
 
-def _same(one: Any, other: Any) -> bool:
-    """Whether two calls have the same arguments, by value."""
-    if torch.is_tensor(one) and torch.is_tensor(other):
-        return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
-        return len(one) == len(other) and all(map(_same, one, other))
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(_same(one[name], other[name]) for name in one)
-    return one is other or (isinstance(one, (str, int, float)) and one == other)
+def _with_rows(value: Any, recorded: int, rows: int) -> Any:
+    """A network's output with its rows repeated, or left out, until they are as many as wanted."""
+    if torch.is_tensor(value):
+        each = len(value) // recorded if value.ndim and recorded else 0  # frames, where they are in the axis of rows
+        if not each or len(value) % recorded:
+            return value
+        index = torch.arange(rows * each, device=value.device) % len(value)
+        return value.index_select(0, index)
+    if isinstance(value, list) and len(value) == recorded and not _are_batches(value, recorded):
+        return [value[row % recorded] for row in range(rows)]
+    if isinstance(value, (list, tuple)):
+        return type(value)(_with_rows(part, recorded, rows) for part in value)
+    if hasattr(value, "items"):  # diffusers' outputs are ordered dictionaries and dataclasses
+        return type(value)(**{name: _with_rows(part, recorded, rows) for name, part in value.items()})
+    return value
 
 
-def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Rows in a call: the length of the first argument that is a list or a tensor with two axes or more."""
+def _are_batches(parts: list[Any], rows: int) -> bool:
+    """Whether the tensors of a list have an axis of rows each, so that the list itself is not that axis."""
+    return rows > 1 and all(torch.is_tensor(part) and part.ndim > 0 and len(part) == rows for part in parts)
+
+
+def rows_of_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Rows in a call: the length of the first argument that is a list or a tensor with two axes or more.
+
+    Args:
+        args: The call's arguments.
+        kwargs: Those by name.
+    """
     first: Callable[[Any], bool] = lambda v: isinstance(v, list) or (torch.is_tensor(v) and v.ndim > 1)  # noqa: E731
     return next((len(value) for value in (*args, *kwargs.values()) if first(value)), 0)

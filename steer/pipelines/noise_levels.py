@@ -26,8 +26,10 @@ from .families import (
     COSINE_SCHEDULERS,
     EDM_SCHEDULERS,
     FLOW_SCHEDULERS,
+    RENOISING_SCHEDULERS,
     SIGMA_RATIO_SCHEDULERS,
     SIGMA_SPACE_SCHEDULERS,
+    TCD_SCHEDULERS,
     TIMESTEP_SCHEDULERS,
     TRIGFLOW_SCHEDULERS,
     name_begins,
@@ -115,6 +117,19 @@ def read_grid(scheduler: Any, first: int, length: int) -> Grid:
     )
 
 
+def check_known(scheduler: Any) -> None:
+    """Raises ModelError where the scheduler is in no table of `families`, so that its noise levels are not known."""
+    named = (TRIGFLOW_SCHEDULERS, COSINE_SCHEDULERS, TIMESTEP_SCHEDULERS)
+    beginnings = (SIGMA_SPACE_SCHEDULERS, SIGMA_RATIO_SCHEDULERS)
+    known = any(name_is_in(scheduler, table) for table in named)
+    known = known or any(name_begins(scheduler, table) for table in beginnings)
+    if not known and not _is_flow(scheduler):
+        raise ModelError(
+            f"the noise levels of {type(scheduler).__name__} are not known to steer; use a scheduler of the same "
+            "training, for instance pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)"
+        )
+
+
 def _alpha_sigma_table(scheduler: Any) -> tuple[Tensor, Tensor]:
     """(alpha, sigma) at every timestep and at the end of the last step: float64, [len(timesteps) + 1] each."""
     config = scheduler.config
@@ -137,15 +152,18 @@ def _alpha_sigma_table(scheduler: Any) -> tuple[Tensor, Tensor]:
     if name_is_in(scheduler, COSINE_SCHEDULERS):  # timesteps include the end of the last step
         squared = scheduler._alpha_cumprod(scheduler.timesteps.double().cpu(), torch.device("cpu"))
         return squared.sqrt(), (1.0 - squared).sqrt()
-    if name_is_in(scheduler, TIMESTEP_SCHEDULERS):
-        kept = scheduler.alphas_cumprod.double().cpu()
-        end = torch.as_tensor(getattr(scheduler, "final_alpha_cumprod", 1.0)).double().cpu().reshape(1)
-        squared = torch.cat([kept[scheduler.timesteps.cpu().long()], end])
-        return squared.sqrt(), (1.0 - squared).sqrt()
-    raise ModelError(
-        f"the noise levels of {type(scheduler).__name__} are not known to steer; use a scheduler of the same training, "
-        "for instance pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)"
-    )
+    check_known(scheduler)
+    kept = scheduler.alphas_cumprod.double().cpu()
+    squared = torch.cat([kept[scheduler.timesteps.cpu().long()], _end_of_last_step(scheduler).reshape(1)])
+    return squared.sqrt(), (1.0 - squared).sqrt()
+
+
+def _end_of_last_step(scheduler: Any) -> Tensor:
+    """alpha^2 where the last step of a scheduler with `alphas_cumprod` ends."""
+    if name_is_in(scheduler, TCD_SCHEDULERS):
+        return scheduler.alphas_cumprod[0].double().cpu()
+    ends_clean = name_is_in(scheduler, RENOISING_SCHEDULERS)  # whatever set_alpha_to_one says
+    return torch.as_tensor(1.0 if ends_clean else getattr(scheduler, "final_alpha_cumprod", 1.0)).double().cpu()
 
 
 def _is_flow(scheduler: Any) -> bool:

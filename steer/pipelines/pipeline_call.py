@@ -7,7 +7,7 @@ Each evaluation costs about a millisecond of Python.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,10 +16,13 @@ from torch import Tensor
 
 from ..errors import ModelError, ShapeError, SteerError
 from ..key import Key
-from . import preparation
+from . import preparation, several_problems
+from .condition_cache import recall, remember
 from .conditioning import Conditioning
 from .families import METHODS_BEFORE_LOOP
+from .module_state import WatchedModules
 from .network_proxy import NetworkProxy, is_network
+from .picture_checks import PictureChecks
 from .steered_scheduler import CapturedStep, IgnoresInterrupt, Job, OffGridLevel, SteeredScheduler
 
 _CHANGES_LATENTS = (
@@ -41,6 +44,13 @@ class PipelineCall:
     Attributes:
         user_pipe: The user's pipeline.
         owner: The pipeline whose loop is steered: the decoder of a combined one, else `user_pipe`.
+        start: The pipeline's own starting latents, one row.
+        computed: Results of the methods before the loop, by method, problems and rows.
+        rows: Network rows per prediction of one row, at every step of the loop.
+        networks: The modules that its loop calls.
+        changed_by_opening: What of their state opening changed for good, by name; nothing, that is.
+        modules: All modules of the pipeline, which every call leaves as it found them.
+        pictures: The safety checker and the watermark that its decoder ends with.
         free: Which coordinates of the latents are sampled, bool [B or 1, 1, *event]; None: all. Inpainting pastes over
             the others between two steps, with an image noised by a draw that it makes before its loop.
     """
@@ -51,10 +61,19 @@ class PipelineCall:
         self.scheduler = SteeredScheduler(self.owner.scheduler, lambda on: setattr(self._loop, "_interrupt", on))
         self._pipe = preparation.copy_pipeline(pipe, self.scheduler.steered)
         self._loop = preparation.owner_of_loop(self._pipe)
+        self.pictures = PictureChecks(self._loop)
+        parts = {**pipe.components, **self.owner.components}
+        modules = {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
+        self.modules = WatchedModules(modules.values())
+        self._encoders = WatchedModules(part for name, part in modules.items() if not is_network(name, part))
+        self._encoders_known: Any = None
+        self.networks = [module for name, module in self.owner.components.items() if is_network(name, module)]
         recorded: dict[Any, Any] = {}
         for name, module in self.owner.components.items():
             if is_network(name, module):
                 vars(self._loop)[name] = NetworkProxy(module, self.scheduler, recorded, name)
+            elif preparation.has_encoder(module):
+                vars(self._loop)[name] = preparation.EncodedOnce(module)
         for name in METHODS_BEFORE_LOOP:
             if hasattr(self._loop, name):
                 vars(self._loop)[name] = self._computed_once(name, getattr(self._loop, name))
@@ -65,13 +84,17 @@ class PipelineCall:
         generator = call.get("generator")
         self._random = (generator or torch.Generator().manual_seed(0)).get_state()
         self._random_device = "cpu" if generator is None else generator.device
-        self._computed: dict[Any, Any] = {}
+        self._draws = preparation.modules_that_draw(self.owner, encoders=True)
+        self.computed: dict[Any, Any] = {}
+        self._shared: dict[tuple[tuple[int, ...], int], bool] = {}
         self._generator_states: dict[tuple[str, int], Tensor] = {}
         self._calls: dict[str, int] = {}
         self._generator: torch.Generator | None = None
-        self._start, self._copies = torch.empty(0), 1
+        self.start, self._copies = torch.empty(0), 1
         self._by_step, self._skip = not hasattr(self.owner, "prepare_latents"), True
         self.free: Tensor | None = None
+        self.rows: list[int] = []
+        self._found, self.changed_by_opening = self.modules.read(), []
 
     @property
     def device(self) -> torch.device:
@@ -83,11 +106,14 @@ class PipelineCall:
 
         To be called before any other method.
 
-        Cost: one network evaluation of one row, for the form of the networks' output.
+        Cost: one network evaluation of one row, for the form of the networks' output, and what
+        `several_problems.divide_arguments` costs.
         """
+        self._found = self.modules.read()
+        several_problems.divide_arguments(self)
         start = self._capture(Job((0,), 1, index=0, stubbed=True)).sample.detach().clone()
         self._copies = len(start)
-        self._start = self.first_copy(start, 1)
+        self.start = self.first_copy(start, 1)
 
     def initial_latents(self, problem: int, noise: float) -> Tensor:
         """Starting latents of a problem if every draw of noise by the pipeline were one number.
@@ -99,7 +125,8 @@ class PipelineCall:
         Returns:
             Latents [1, *event].
         """
-        with preparation.noise_replaced(type(self.owner), preparation.constant_draw(noise)):
+        modules = preparation.modules_that_draw(self.owner)
+        with preparation.noise_replaced(modules, preparation.constant_draw(noise)):
             return self._capture(Job((problem,), 1, index=0, noise=noise, stubbed=True)).sample.detach().clone()
 
     def state_of_latents(self, latents: Tensor, problem: int) -> Tensor:
@@ -123,15 +150,12 @@ class PipelineCall:
                 f"latents= of a combined pipeline such as {type(self.user_pipe).__name__} are its prior's; open "
                 "pipe.decoder_pipe instead"
             )
-        kept = dict(self._computed)  # what is computed from these latents does not serve others
-        try:
+        with self.forgetting():  # what is computed from these latents does not serve others
             job = Job((problem,), 1, index=0, noise=0.0, given=True, stubbed=True)
             x = self._capture(job, latents=latents).sample.detach().clone()
-        finally:
-            self._computed = kept
-        if x.shape != self._start.shape:
+        if x.shape != self.start.shape:
             raise ShapeError(
-                f"{type(self.user_pipe).__name__} starts from states of shape {tuple(self._start.shape)}, got latents "
+                f"{type(self.user_pipe).__name__} starts from states of shape {tuple(self.start.shape)}, got latents "
                 f"{tuple(latents.shape)}, which make {tuple(x.shape)}; give latents of the height, width and number of "
                 "frames that the process was opened with"
             )
@@ -164,6 +188,64 @@ class PipelineCall:
             )
         return output
 
+    def may_share(self, problems: tuple[int, ...], rows_each: int) -> bool:
+        """Whether these problems can share a call: see `several_problems.may_share`. Found out once."""
+        key = problems, rows_each
+        if key not in self._shared:
+            self._shared[key] = several_problems.may_share(self, problems, rows_each)
+        return self._shared[key]
+
+    def network_inputs(self, x: Tensor, problems: tuple[int, ...], rows_each: int, index: int) -> list[Any]:
+        """What the networks are given at one step, and what the scheduler is; networks are stubbed.
+
+        Args:
+            x: Latents [len(problems) * rows_each, *event], problem by problem.
+            problems: The problems in the batch.
+            rows_each: Rows per problem.
+            index: The loop's own index of the step.
+        """
+        inputs: list[Any] = []
+        with torch.no_grad():
+            left = self._capture(Job(problems, rows_each, index=index, x=x, stubbed=True, inputs=inputs))
+        return [*inputs, left.output, left.sample]
+
+    def first_predictions(self, pair: tuple[int, int], index: int, **exchanged: Any) -> list[list[Tensor]]:
+        """The pipeline's own predictions for two problems in one call, and what its next step starts from.
+
+        Args:
+            pair: The problems.
+            index: The loop's own index of the step.
+            **exchanged: Arguments to replace.
+
+        Returns:
+            For each problem, its rows of the prediction and of the latents after a made-up step.
+        """
+        seen: list[Tensor] = []
+
+        def step(output: Tensor, sample: Tensor) -> Tensor:
+            seen.append(output.clone())
+            one = Key(0).normal((1, *sample.shape[1:])).to(sample)
+            return one.expand_as(sample).contiguous()
+
+        with torch.no_grad(), self.forgetting():
+            left = self._run(Job(pair, 1, index=index, after=step), **exchanged)
+        if not isinstance(left, CapturedStep):
+            raise ModelError("its loop ends without calling scheduler.step")
+        return list(several_problems.rows_of_pair([*seen, left.sample]))
+
+    @contextmanager
+    def forgetting(self) -> Iterator[None]:
+        """Within this context, what is computed before the loop is kept for the context only."""
+        kept, states = dict(self.computed), dict(self._generator_states)
+        try:
+            yield
+        finally:
+            self.computed, self._generator_states = kept, states
+
+    def forget(self, unwanted: Callable[[Any], bool]) -> None:
+        """Drop what was computed before the loop under keys that are not wanted any more."""
+        self.computed = {key: value for key, value in self.computed.items() if not unwanted(key)}
+
     def decode(self, x: Tensor, problems: tuple[int, ...], rows_each: int) -> Tensor:
         """The pipeline's output for final latents: images in [0, 1], frames or sound.
 
@@ -182,23 +264,29 @@ class PipelineCall:
             output = self._run(Job(problems, rows_each, x=x, gradient=job.gradient), by_step=True)
         return _first_field(output)
 
-    def output(self, pipe: Any, problems: tuple[int, ...], rows_each: int) -> Tensor:
+    def output(self, pipe: Any, problems: tuple[int, ...] | None, rows_each: int) -> Tensor:
         """What another pipeline object returns for the same arguments and random numbers; used by `steer.verify`.
 
         Args:
             pipe: The other pipeline.
-            problems: The problems in the batch.
+            problems: The problems in the batch; None: all, with the arguments as the user gave them.
             rows_each: Rows per problem.
         """
-        arguments = self.conditioning.arguments(problems, rows_each)
-        with self._fixed_generators(arguments):
+        everything = problems is None
+        arguments = self.conditioning.undivided() if everything else self.conditioning.arguments(problems, rows_each)
+        rows = (self.conditioning.problems or 1) if everything else len(problems) * rows_each
+        with self._fixed_generators(arguments), preparation.noise_replaced(self._draws, preparation.same_draw_per_row(rows)):
             return _first_field(pipe(**arguments))
 
-    def probe(self) -> int:
-        """Find out how latents enter this pipeline, and what one prediction costs.
+    def rows_asked_for(self, index: int) -> int:
+        """Network rows that one row's prediction at a step of the loop asks for; networks are stubbed."""
+        job = Job((0,), 1, index=index, x=self.start, stubbed=True)
+        with torch.no_grad():
+            self._capture(job)
+        return job.rows_by_step[index]
 
-        Returns:
-            Network rows per prediction of one row.
+    def probe(self) -> None:
+        """Find out how latents enter this pipeline, and what one prediction costs at each step.
 
         Raises:
             ModelError: For pipelines whose loop does more with latents than predict, step, and paste a known part over
@@ -207,7 +295,9 @@ class PipelineCall:
         Cost: one or two network evaluations of one row.
         """
         try:
-            rows = self._probe()
+            entered = self._probe()
+            self.rows = self._rows_by_step() if entered else []
+            self.changed_by_opening = self.modules.changes(self._found)
         except (SteerError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # the pipeline's own call has worked by now, so steering is the cause
@@ -216,38 +306,50 @@ class PipelineCall:
                 f"to scheduler.step, it raised {type(error).__name__}: {error}; open its network: steer.from_velocity, "
                 "from_eps, from_edm or from_denoiser"
             ) from error
-        if rows is None:
+        if not entered:
             raise ModelError(f"{type(self.user_pipe).__name__} {_CHANGES_LATENTS}")
-        return rows
 
-    def _probe(self) -> int | None:
-        """As `probe`; None where the loop never uses the latents that it was given."""
+    def _probe(self) -> bool:
+        """Whether the loop uses the latents that it is given, by one way or the other."""
         free = torch.stack([self._passed_on(problem) for problem in range(self.conditioning.problems or 1)])
         self.free = None if bool(free.all()) else free
-        rows = None if self._by_step else self._rows_if_entered(free[0])
-        if rows is None:
+        entered = not self._by_step and self._enters(free[0])
+        if not entered:
             self._by_step = True  # the scheduler steps something else than what prepare_latents returns
-            rows = self._rows_if_entered(free[0])
-        if rows is not None and self.free is not None:
+            entered = self._enters(free[0])
+        if entered and self.free is not None:
             self._skip = self._skipping_is_safe()
-        return rows
+        return entered
 
-    def _rows_if_entered(self, free: Tensor) -> int | None:
-        """Network rows of one prediction, or None where the loop does not use the latents that it was given."""
-        other = Key(1).normal(self._start.shape).to(self._start)
-        job = Job((0,), 1, index=0, x=torch.where(free, other, self._start))
+    def _enters(self, free: Tensor) -> bool:
+        """Whether the loop uses the latents that it is given."""
+        other = Key(1).normal(self.start.shape).to(self.start)
+        job = Job((0,), 1, index=0, x=torch.where(free, other, self.start))
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             seen = self._capture(job).sample
-        if job.sent is None or seen.shape != self._start.shape:
-            return None
-        return job.rows if torch.equal(seen, torch.where(free, job.sent[:1].to(seen), self._start)) else None
+        if job.sent is None or seen.shape != self.start.shape:
+            return False
+        return torch.equal(seen, torch.where(free, job.sent[:1].to(seen), self.start))
+
+    def _rows_by_step(self) -> list[int]:
+        """Network rows of one row's prediction at every step of the loop, from one pass over stubbed networks.
+
+        They change where guidance begins late or ends early, and where one network takes over from another.
+        """
+        last = Job((0,), 1, index=self.scheduler.length - 1, stubbed=True)
+        skip, self._skip = self._skip, False
+        try:
+            self._capture(last)
+        finally:
+            self._skip = skip
+        return [last.rows_by_step[step] for step in range(self.scheduler.length)]
 
     def _skipping_is_safe(self) -> bool:
         """Whether skipping earlier steps and running them on stubbed networks lead to the same latents.
 
         Skipped steps draw nothing, so a loop that draws what it pastes has to run them all. No network runs here.
         """
-        last = Job((0,), 1, index=self.scheduler.length - 1, x=self._start, stubbed=True)
+        last = Job((0,), 1, index=self.scheduler.length - 1, x=self.start, stubbed=True)
         skipped = self._capture(last).sample.clone()
         if not self._skip:
             return False
@@ -259,7 +361,7 @@ class PipelineCall:
 
         Elsewhere it must not depend on that result: raises ModelError where it mixes that with other latents.
         """
-        returned = Key(0).normal((2, *self._start.shape)).to(self._start)
+        returned = Key(0).normal((2, *self.start.shape)).to(self.start)
         # Cast back, as a change of dtype on the way is not a change of the latents.
         jobs = [Job((problem,), 1, index=0, stubbed=True, after=lambda _, __, y=y: y.clone()) for y in returned]
         one, two = (self._capture(job).sample.to(returned) for job in jobs)
@@ -308,12 +410,15 @@ class PipelineCall:
         job.by_step = (self._by_step or by_step or pastes) and job.x is not None
         arguments = {**self.conditioning.arguments(job.problems, job.rows_each), **extra}
         gradients = torch.is_grad_enabled()
+        alike = preparation.same_draw_per_row(len(job.problems) * job.rows_each)
+        self._forget_if_encoders_changed()
         while True:
-            job.skip, job.rows, job.sent = self._skip, 0, None
+            job.skip, job.sent = self._skip, None
+            job.rows_by_step.clear()
             self.scheduler.prepare(job)
             self._calls.clear()
             try:
-                with self._fixed_generators(arguments):
+                with self._fixed_generators(arguments), preparation.noise_replaced(self._draws, alike):
                     return self._pipe(**arguments)
             except CapturedStep as left:
                 return left
@@ -323,11 +428,21 @@ class PipelineCall:
                 torch.set_grad_enabled(gradients)
                 vars(self._loop).pop("_interrupt", None)
 
+    def _forget_if_encoders_changed(self) -> None:
+        """Drop conditions that were prepared by text encoders with other weights, adapters or adapter scales."""
+        answers = self._encoders.answers()
+        if answers != self._encoders_known:
+            self.computed.clear()
+            self._encoders_known = answers
+
     @contextmanager
     def _fixed_generators(self, arguments: dict[str, Any]) -> Iterator[None]:
-        """Within this context all generators are in a fixed state; the global ones are restored afterwards."""
+        """Within this context all generators are in a fixed state; the global ones are restored afterwards.
+
+        So are the user's modules, however the call ends.
+        """
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices), self.modules.left_as_found():
             torch.set_rng_state(torch.Generator().manual_seed(0).get_state())
             for device in devices:
                 torch.cuda.set_rng_state(torch.Generator(device).manual_seed(0).get_state(), device)
@@ -345,17 +460,18 @@ class PipelineCall:
             key = (name, self._calls[name], job.problems, job.rows_each)
             if name.startswith("prepare_"):
                 key = (*key, job.noise, job.given)
-            if key not in self._computed:
+            known = recall(self.computed, key)
+            if known is None:
                 if self._generator is not None:
                     # A larger batch draws more random numbers for its initial noise, and what is drawn after it, an
                     # encoded image say, must not change with that: every method starts from its state for one row.
                     entered = self._generator_states.setdefault(key[:2], self._generator.get_state())
                     self._generator.set_state(entered)
-                alike = preparation.same_draw_per_row(len(job.problems) * job.rows_each)
-                with torch.no_grad(), preparation.noise_replaced(type(self.owner), alike):
+                with torch.no_grad():
                     value = function(*args, **kwargs)
-                self._computed[key] = value, self._generator.get_state() if self._generator is not None else None
-            value, state = self._computed[key]
+                known = value, self._generator.get_state() if self._generator is not None else None
+                remember(self.computed, key, known, len(job.problems), job.rows_each)
+            value, state = known
             if self._generator is not None and state is not None:
                 self._generator.set_state(state)  # as if it had been computed again
             if name == "prepare_latents":

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .argument_division import same_value
 from .families import COMBINED_PIPELINES
 
 DrawFunction = Callable[..., Tensor]
@@ -77,11 +78,13 @@ def same_draw_per_row(rows: int) -> DrawFunction:
 
 
 @contextmanager
-def noise_replaced(kind: type, draw: DrawFunction) -> Iterator[None]:
-    """Within this context, draws that a pipeline class makes by diffusers' `randn_tensor` are made by `draw`."""
-    functions = (getattr(kind, name, None) for name in ("__call__", "prepare_latents"))
-    modules = [inspect.unwrap(function).__globals__ for function in functions if function is not None]
-    modules = [module for module in modules if "randn_tensor" in module]
+def noise_replaced(modules: list[dict[str, Any]], draw: DrawFunction) -> Iterator[None]:
+    """Within this context, draws by diffusers' `randn_tensor` in some modules' functions are made by `draw`.
+
+    Args:
+        modules: Global names of the modules, from `modules_that_draw`.
+        draw: What draws instead.
+    """
     drawn = [module["randn_tensor"] for module in modules]
 
     def replacement(original: Any) -> Any:
@@ -95,3 +98,98 @@ def noise_replaced(kind: type, draw: DrawFunction) -> Iterator[None]:
     finally:
         for module, original in zip(modules, drawn, strict=True):
             module["randn_tensor"] = original
+
+
+def modules_that_draw(pipe: Any, *, encoders: bool = False) -> list[dict[str, Any]]:
+    """Global names of the modules whose `randn_tensor` a pipeline calls.
+
+    Args:
+        pipe: The pipeline.
+        encoders: Whether to include those of its encoders, which draw from the distribution of an encoded image.
+    """
+    functions = [getattr(type(pipe), name, None) for name in ("__call__", "prepare_latents")]
+    if encoders:
+        functions += [type(part).encode for part in pipe.components.values() if has_encoder(part)]
+    names = {id(f.__globals__): f.__globals__ for f in map(inspect.unwrap, filter(None, functions))}
+    if encoders:
+        from diffusers.models.autoencoders import vae
+
+        names[id(vars(vae))] = vars(vae)
+    return [module for module in names.values() if "randn_tensor" in module]
+
+
+def has_encoder(component: Any) -> bool:
+    """Whether a component of a pipeline encodes images, frames or sound."""
+    return isinstance(component, torch.nn.Module) and callable(getattr(type(component), "encode", None))
+
+
+class EncodedOnce:
+    """Forwards everything to an autoencoder, but encodes equal rows, and equal inputs of later calls, once.
+
+    Args:
+        module: The autoencoder, which is never modified.
+    """
+
+    def __init__(self, module: torch.nn.Module):
+        vars(self).update(_module=module, _known=[])
+
+    def encode(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """The autoencoder's `encode`: each distinct row of x once."""
+        module, known = vars(self)["_module"], vars(self)["_known"]
+        if torch.is_grad_enabled() or not torch.is_tensor(x) or x.ndim == 0:
+            return module.encode(x, *args, **kwargs)
+        rows, places = _distinct_rows(x)
+        given = (x[rows], args, kwargs)
+        encoded = next((answer for before, answer in known if same_value(before, given)), None)
+        if encoded is None:
+            encoded = module.encode(*given[:1], *args, **kwargs)
+            known.append((given, encoded))
+            del known[:-KEPT_ENCODINGS]
+        return _taken(encoded, len(rows), torch.tensor(places, device=x.device))
+
+    @property
+    def __class__(self) -> type:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return type(vars(self)["_module"])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return vars(self)["_module"](*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["_module"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(vars(self)["_module"], name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(vars(self)["_module"], name)
+
+
+KEPT_ENCODINGS = 16
+"""Inputs whose encoding is kept, by each autoencoder of an opened pipeline."""
+
+
+def _distinct_rows(x: Tensor) -> tuple[list[int], list[int]]:
+    """The first row of every group of equal rows, and for each row the place of its group among them."""
+    rows: list[int] = []
+    places = []
+    for i in range(len(x)):
+        place = next((p for p, row in enumerate(rows) if torch.equal(x[row], x[i])), len(rows))
+        if place == len(rows):
+            rows.append(i)
+        places.append(place)
+    return rows, places
+
+
+def _taken(value: Any, count: int, places: Tensor) -> Any:
+    """An encoder's output with the rows at `places` of its `count` rows, as often as they are named."""
+    if torch.is_tensor(value):
+        return value.index_select(0, places.to(value.device)) if value.ndim and len(value) == count else value
+    if isinstance(value, (list, tuple)):
+        return type(value)(_taken(part, count, places) for part in value)
+    if hasattr(value, "items"):
+        return type(value)(**{name: _taken(part, count, places) for name, part in value.items()})
+    if hasattr(value, "sample") and hasattr(value, "mode"):  # a distribution
+        other = copy.copy(value)
+        vars(other).update({name: _taken(part, count, places) for name, part in vars(value).items()})
+        return other
+    return value

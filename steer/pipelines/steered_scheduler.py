@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -90,8 +91,9 @@ class Job:
         after: Function of what `step` received to what `step` returns; the call then ends at the next step, with what
             that receives (after the last step, with this result). None: the call ends at the step to evaluate.
         gradient: Whether the evaluation is recorded for differentiation.
-        rows: Network rows evaluated, counted by the networks.
+        rows_by_step: Network rows asked for in each step of the loop, of stubbed networks too.
         sent: The latents as the pipeline got them.
+        inputs: Where not None, what the networks are given in the step to evaluate is appended here.
     """
 
     problems: tuple[int, ...]
@@ -106,8 +108,9 @@ class Job:
     stubbed: bool = False
     after: Callable[[Tensor, Tensor], Tensor] | None = None
     gradient: bool = False
-    rows: int = 0
+    rows_by_step: Counter[int] = field(default_factory=Counter)
     sent: Tensor | None = None
+    inputs: list[Any] | None = None
 
 
 class SteeredScheduler:
@@ -124,6 +127,7 @@ class SteeredScheduler:
         steered: The copy.
         job: What the current call is for.
         stage: Where the pipeline is in it.
+        loop_step: The loop's own index of the step that it is in.
         timesteps: The pipeline's own timesteps, all of the scheduler's.
         first: Index of the loop's first timestep.
         length: Number of timesteps in the loop.
@@ -136,7 +140,7 @@ class SteeredScheduler:
         self.stage: Stage = "before"
         self.timesteps: Tensor = torch.empty(0)
         self.first, self.length = 0, 0
-        self._calls, self._loop_step, self._returned = 0, 0, torch.empty(0)
+        self._calls, self.loop_step, self._returned = 0, 0, torch.empty(0)
         self._known_attributes: dict[int, dict[str, Any]] = {}
         for name in _REPLACED:
             if hasattr(self.steered, name):
@@ -215,7 +219,7 @@ class SteeredScheduler:
 
     def _set_stage(self, stage: Stage, gradient: bool, step: int) -> None:
         """Enter a stage at a step of the loop."""
-        self.stage, self._loop_step = stage, step
+        self.stage, self.loop_step = stage, step
         self.interrupt(stage == "skip")
         # Pipelines run under no_grad; the step to evaluate may be differentiated. Restored when the call ends.
         torch.set_grad_enabled(gradient)
@@ -257,7 +261,7 @@ class SteeredScheduler:
             x = self._returned = _as_copies(job.after(model_output, sample), sample)
             self.stage = "stepped"
         if hasattr(self.steered, "_step_index"):  # pipelines read the counter after a step
-            self.steered._step_index = self.first + self._loop_step + 1
+            self.steered._step_index = self.first + self.loop_step + 1
         return SchedulerOutput((x, x))
 
     def _add_noise(self, clean: Tensor, noise: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -19,6 +19,7 @@ from ..processes.gaussian import GaussianProcess
 from ..processes.schedules import RectifiedFlow, Tabulated
 from ..processes.transitions import CPS, DDIM, Churn, ClippedPrediction
 from ..types import Denoiser, Rule, Schedule
+from .default_rule import chosen_rule
 from .families import BARE_UNET_SCHEDULERS, BARE_UNETS, name_is_in
 
 
@@ -61,7 +62,7 @@ def from_pipeline(
         scale=float(guidance_scale),
         chunk=chunk,
     )
-    denoiser, rule = _denoiser_and_rule(network, schedule, scheduler, transition or DDIM())
+    denoiser, rule = _denoiser_and_rule(network, schedule, scheduler, chosen_rule(scheduler, transition))
     size = unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     return GaussianProcess(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +13,11 @@ from torch import Tensor
 
 from ..errors import ModelError, SteerError
 from ..processes.gaussian import GaussianProcess, need_gaussian_process
+from .argument_division import divided
+from .families import PER_PROBLEM_ARGUMENTS
 from .from_pipeline import PipelineDecoder, PipelineDenoiser
+from .network_proxy import rows_of_arguments
+from .pipeline_call import PipelineCall
 from .preparation import copy_pipeline
 from .steered_scheduler import steered_grid
 
@@ -21,16 +27,19 @@ class Verified(NamedTuple):
 
     Args:
         steps: Number of steps compared.
-        prediction: From the pipeline's predictions in its own run.
+        prediction: From the pipeline's predictions in its own run, for each problem alone.
         output: From what the pipeline returns for the same latents; None where the process does not decode.
-        batched: Of a row in a batch from the same row alone; None where every row is a call of its own. Networks round
-            differently in batches of different sizes.
+        batched: Of several rows of all problems together, from each problem and row alone; None where every row is a
+            call of its own. Networks round differently in batches of different sizes.
+        divided: From the pipeline's own call with all problems at once, which shows how arguments are divided among
+            them; None where there is one problem, no argument to divide, or no such call.
     """
 
     steps: int
     prediction: float
     output: float | None
     batched: float | None
+    divided: float | None = None
 
 
 class _RecordedStep(NamedTuple):
@@ -41,14 +50,30 @@ class _RecordedStep(NamedTuple):
     following: Tensor
 
 
+class _PlainRun(NamedTuple):
+    """The pipeline's own run for one problem: its steps, by the loop's own index, and its output."""
+
+    problem: int
+    steps: list[_RecordedStep]
+    output: Tensor
+
+
 def verify(process: GaussianProcess, *, steps: int = 3, tolerance: float = 1e-5) -> Verified:
     """Compare a process from `steer.from_pipeline` with its pipeline, over the first steps and the decoder.
 
-    The pipeline runs its first `steps` steps and decodes, one row of problem 0, with its own scheduler and nothing of
-    steer's. The process then predicts from the same latents, last step first, and decodes the same final latents. That
-    finds networks that remember earlier steps, loops that keep state, and outputs made of more than the latents. A row
-    in a batch with another is compared with the row alone, which finds rows that affect each other, and inputs that the
-    pipeline draws anew for every row.
+    For each problem alone, the pipeline runs its first `steps` steps and decodes, one row, with its own scheduler and
+    nothing of steer's. Compared with that are:
+
+    - the process's predictions from the same latents, last step first, and its output. That finds networks that remember
+      earlier steps, loops that keep state, and outputs made of more than the latents;
+    - three rows of every problem in one batch, the first and the last of them equal. That finds problems that get each
+      other's conditions, rows that affect each other, and inputs that the pipeline draws anew for every row;
+    - the pipeline's own call with all problems at once, all with the first problem's texts, which would be padded to
+      the longest otherwise. That finds images, masks and other arguments that reach the wrong problem;
+    - the rows that reach the networks with those that a run would be charged, at each of the steps, and the rows
+      that the networks are asked for at all others;
+    - the state of all modules (attention processors, dtypes, hooks, adapter scales) with that before opening, and
+      before all this.
 
     Args:
         process: A process from `steer.from_pipeline`.
@@ -64,7 +89,8 @@ def verify(process: GaussianProcess, *, steps: int = 3, tolerance: float = 1e-5)
         ModelError: Where they differ by more than `tolerance`, where the pipeline cannot run row by row, and for
             processes without a pipeline.
 
-    Cost: 2 `steps` + 2 network evaluations and four decodes of one row; run it once for every pipeline new to you.
+    Cost: for each of B problems, 6 `steps` network evaluations and four decodes of one row; run it once for every
+    pipeline new to you.
     """
     process = need_gaussian_process(
         process, "verify, which compares a process with its pipeline,", cure="give it what steer.from_pipeline returned"
@@ -75,11 +101,20 @@ def verify(process: GaussianProcess, *, steps: int = 3, tolerance: float = 1e-5)
             "verify compares a process with its pipeline; this one calls a network directly; "
             "open the pipeline by steer.from_pipeline"
         )
-    steps = len(denoiser.grid.indices) if denoiser.call.free is not None else min(steps, len(denoiser.grid.indices))
+    call, indices = denoiser.call, denoiser.grid.indices
+    steps = len(indices) if call.free is not None else min(steps, len(indices))
+    all_problems = range(call.conditioning.problems or 1)
+    problems = all_problems if denoiser.problem is None else [denoiser.problem]
     with torch.no_grad():
         try:
-            seen, output = _run_pipeline(denoiser, denoiser.grid.indices[steps - 1] + 1)
-            return _compare(process, denoiser, steps, tolerance, seen, output)
+            _check_modules(call, call.changed_by_opening, "opening")
+            before = call.modules.read()
+            runs = [_run_alone(call, indices[steps - 1] + 1, b) for b in problems]
+            _check_rows(process, denoiser, steps, runs[0])
+            found = _compare(process, denoiser, steps, tolerance, runs)
+            found = found._replace(divided=_check_division(call, indices[:steps], tolerance))
+            _check_modules(call, call.modules.changes(before), "predicting or decoding")
+            return found
         except (SteerError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -91,27 +126,20 @@ def verify(process: GaussianProcess, *, steps: int = 3, tolerance: float = 1e-5)
 
 
 def _compare(
-    process: GaussianProcess,
-    denoiser: PipelineDenoiser,
-    steps: int,
-    tolerance: float,
-    seen: list[_RecordedStep],
-    output: Tensor,
+    process: GaussianProcess, denoiser: PipelineDenoiser, steps: int, tolerance: float, runs: list[_PlainRun]
 ) -> Verified:
-    """Compare steer's predictions and output with those recorded; raises ModelError above the tolerance."""
+    """Compare steer's predictions and outputs with those recorded; raises ModelError above the tolerance."""
     call = denoiser.call
-    worst = 0.0
-    for k in reversed(range(steps)):
-        index = denoiser.grid.indices[k]
-        ours = call.predict(seen[index].latents, (0,), 1, index)
-        worst = max(worst, _relative_difference(ours, seen[index].prediction))
-    decoded = None
-    if isinstance(process.decoder, PipelineDecoder):
-        decoded = _relative_difference(call.decode(seen[-1].following, (0,), 1), output)
-    batched = _batch_difference(denoiser, seen) if denoiser.chunk > 1 else None
-    if batched is not None and isinstance(process.decoder, PipelineDecoder):
-        pair = torch.cat([seen[-1].following, seen[0].latents])
-        batched = max(batched, _relative_difference(process.decoder.only(0)(pair)[:1].reshape_as(output), output))
+    decodes = isinstance(process.decoder, PipelineDecoder)
+    worst, decoded = 0.0, None
+    for run in runs:
+        for k in reversed(range(steps)):
+            index = denoiser.grid.indices[k]
+            ours = call.predict(run.steps[index].latents, (run.problem,), 1, index)
+            worst = max(worst, _relative_difference(ours, run.steps[index].prediction))
+        if decodes:
+            output = call.decode(run.steps[-1].following, (run.problem,), 1)
+            decoded = max(decoded or 0.0, _relative_difference(output, run.output))
     for name, error in (("predictions", worst), ("output", decoded)):
         if error is not None and not error <= tolerance:
             raise ModelError(
@@ -119,6 +147,9 @@ def _compare(
                 f"the largest value (tolerance {tolerance:.2g}): the pipeline keeps state from step to step, or does "
                 "more than predict, step and decode; switch its caches off, or wrap its network by steer.from_denoiser"
             )
+    batched = _batch_difference(denoiser, steps, runs)
+    if decodes and batched is not None:
+        batched = max(batched, _decoded_difference(process.decoder, runs))
     rounding = 10.0 * tolerance  # batches of another size are computed with other rounding
     if batched is not None and not batched <= rounding:
         raise ModelError(
@@ -129,21 +160,141 @@ def _compare(
     return Verified(steps, worst, decoded, batched)
 
 
-def _batch_difference(denoiser: PipelineDenoiser, seen: list[_RecordedStep]) -> float | None:
-    """Difference between the first step's prediction in a batch and the same prediction alone.
+def _batch_difference(denoiser: PipelineDenoiser, steps: int, runs: list[_PlainRun]) -> float | None:
+    """Difference of predictions in a batch of three rows per problem, the first and last equal, from each alone.
 
-    None where a call with several rows raises, so that every row is a call of its own.
+    None where every row is a call of its own, also because a call with several rows raises.
     """
-    denoiser, index = denoiser.only(0), denoiser.grid.indices[0]
-    rows = torch.stack([seen[index].latents, seen[-1].following], 1)
-    output, alone = denoiser.output(rows, index)[:, 0], seen[index].prediction
-    return _relative_difference(output, alone[:, : output.shape[1]]) if denoiser.chunk > 1 else None
+    denoiser = PipelineDenoiser(denoiser.call, denoiser.grid, denoiser.chunk, denoiser.problem)
+    worst = 0.0
+    for index in denoiser.grid.indices[:steps]:
+        own = [run.steps[index].latents[0] for run in runs]
+        others = [run.steps[0 if index else -1].following[0] for run in runs]
+        rows = torch.stack([torch.stack([x, other, x]) for x, other in zip(own, others, strict=True)])
+        output = denoiser.output(rows, index)
+        if denoiser.chunk == 1 and len(runs) == 1:
+            return None
+        for b, run in enumerate(runs):
+            alone = run.steps[index].prediction[0][: output.shape[2]]
+            worst = max(worst, *(_relative_difference(output[b, n], alone) for n in (0, 2)))
+    return worst
 
 
-def _run_pipeline(denoiser: PipelineDenoiser, length: int) -> tuple[list[_RecordedStep], Tensor]:
-    """The first `length` steps of the pipeline's own loop, and its output after them."""
+def _decoded_difference(decoder: PipelineDecoder, runs: list[_PlainRun]) -> float:
+    """Difference of outputs in a batch of two rows per problem from each problem's output alone."""
+    rows = torch.cat([torch.cat([run.steps[-1].following, run.steps[0].latents]) for run in runs])
+    outputs = decoder(rows)[::2]
+    return max(
+        _relative_difference(ours[None].reshape_as(run.output), run.output)
+        for ours, run in zip(outputs, runs, strict=True)
+    )
+
+
+def _check_division(call: PipelineCall, indices: Any, tolerance: float) -> float | None:
+    """Difference from the pipeline's own call with all problems; raises ModelError above the tolerance.
+
+    None where there is nothing to divide but texts, or where the pipeline does not take several problems.
+    """
+    given, problems = call.conditioning.given, call.conditioning.problems or 1
+    texts = [name for name in given if name.startswith(PER_PROBLEM_ARGUMENTS)]
+    others = [value for name, value in given.items() if name not in (*texts, "generator", "latents")]
+    if problems == 1 or all(isinstance(value, (str, int, float, type(None))) for value in others):
+        return None
+    same = {
+        name: divided(value, call.conditioning.division.get(name, "whole"), [0] * problems, problems)
+        for name, value in given.items()
+        if name in texts
+    }
+    equal = PipelineCall(call.user_pipe, {**given, **same}, call.conditioning.steps)
+    equal.record_start()
+    equal.probe()
+    try:
+        steps, _ = _run_pipeline(equal, max(indices) + 1, None)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # one prompt at a time is all that the pipeline takes
+        return None
+    if len(steps[0].latents) != problems:
+        return None
+    worst = 0.0
+    for index in indices:
+        for b in range(problems):
+            ours = equal.predict(steps[index].latents[b : b + 1], (b,), 1, index)
+            worst = max(worst, _relative_difference(ours, steps[index].prediction[b : b + 1]))
+    if not worst <= 10.0 * tolerance:
+        raise ModelError(
+            f"with all prompts in one call, {type(call.user_pipe).__name__} predicts otherwise than steer does for each "
+            f"alone, by {worst:.2g} of the largest value (tolerance {10.0 * tolerance:.2g}): an argument with an entry "
+            "per prompt reaches another prompt; open one process per prompt"
+        )
+    return worst
+
+
+def _check_rows(process: GaussianProcess, denoiser: PipelineDenoiser, steps: int, run: _PlainRun) -> None:
+    """Raises ModelError where other rows reach the networks, or are asked of them, than a run is charged for."""
     call = denoiser.call
+    for k, index in enumerate(denoiser.grid.indices):
+        if k < steps:
+            row = run.steps[index].latents
+            for count in (1, 2):
+                with _rows_counted(call) as counted:
+                    call.predict(row.repeat(count, *[1] * (row.ndim - 1)), (run.problem,), count, index)
+                    if denoiser.chunk == 1:
+                        break
+                if sum(counted) != count * process.rows_at(k):
+                    raise _wrong_rows(call, k, sum(counted), count * process.rows_at(k))
+        elif call.rows_asked_for(index) != process.rows_at(k):
+            raise _wrong_rows(call, k, call.rows_asked_for(index), process.rows_at(k))
+
+
+def _wrong_rows(call: PipelineCall, k: int, rows: int, charged: int) -> ModelError:
+    return ModelError(
+        f"a prediction of {type(call.user_pipe).__name__} at step {k} takes {rows} network rows, and {charged} are "
+        "counted, so budgets and costs would be wrong; wrap its network by steer.from_denoiser"
+    )
+
+
+def _check_modules(call: PipelineCall, changed: list[str], when: str) -> None:
+    """Raises ModelError where modules are not what they were."""
+    if changed:
+        raise ModelError(
+            f"{when} left the {', '.join(changed)} of {type(call.user_pipe).__name__}'s modules changed, so what else "
+            "uses them computes something else; load the pipeline again, and wrap its network by steer.from_denoiser"
+        )
+
+
+@contextmanager
+def _rows_counted(call: PipelineCall) -> Iterator[list[int]]:
+    """The rows of every call of the pipeline's networks in its loop, counted at the modules themselves."""
+    counted: list[int] = []
+
+    def count(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if call.scheduler.stage != "before":
+            counted.append(rows_of_arguments(args, kwargs))
+
+    handles = [network.register_forward_pre_hook(count, with_kwargs=True) for network in call.networks]
+    try:
+        yield counted
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _run_alone(call: PipelineCall, length: int, problem: int) -> _PlainRun:
+    """The pipeline's own run for one problem."""
+    return _PlainRun(problem, *_run_pipeline(call, length, problem))
+
+
+def _run_pipeline(call: PipelineCall, length: int, problem: int | None) -> tuple[list[_RecordedStep], Tensor]:
+    """The first `length` steps of the pipeline's own loop, and its output after them.
+
+    Args:
+        call: The opened pipeline, of which arguments and random numbers are taken.
+        length: Number of steps.
+        problem: The problem; None: all in one call, with the arguments as the user gave them.
+    """
     scheduler, seen = copy.deepcopy(call.owner.scheduler), []
+    rows = 1 if problem is not None else call.conditioning.problems or 1
     set_timesteps, step = scheduler.set_timesteps, scheduler.step
 
     def shortened(*args: Any, **kwargs: Any) -> None:
@@ -156,13 +307,19 @@ def _run_pipeline(denoiser: PipelineDenoiser, length: int) -> tuple[list[_Record
         following = result[0] if isinstance(result, tuple) else result.prev_sample
         # Copies, as some loops write into their latents.
         seen.append(
-            _RecordedStep(*(call.first_copy(tensor, 1).clone() for tensor in (model_output, sample, following)))
+            _RecordedStep(*(_first_copy(tensor, rows).clone() for tensor in (model_output, sample, following)))
         )
         return result
 
     scheduler.set_timesteps = functools.wraps(set_timesteps)(shortened)
     scheduler.step = functools.wraps(step)(recorded)
-    return seen, call.output(copy_pipeline(call.user_pipe, scheduler), (0,), 1)
+    pipe = copy_pipeline(call.user_pipe, scheduler)
+    return seen, call.output(pipe, None if problem is None else (problem,), 1)
+
+
+def _first_copy(tensor: Tensor, rows: int) -> Tensor:
+    """The rows of a batch, where some loops carry one copy per guidance branch."""
+    return tensor[:rows] if len(tensor) % rows == 0 else tensor
 
 
 def _relative_difference(ours: Tensor, theirs: Tensor) -> float:

@@ -34,7 +34,7 @@ class GaussianProcess:
     decoder:   states [M, *event] to what rewards see, for instance images [M, 3, H, W] in [0, 1]; None: the state.
     problems:  number of conditionings the denoiser is closed over (axis 0), None where any batch runs.
     prompts:   their texts, handed to rewards that ask for them.
-    rows:      network rows per prediction, for the ledger (2 under classifier-free guidance).
+    rows:      most network rows per prediction (2 under classifier-free guidance); at a level, `rows_at`.
     initial:   mean (broadcast to [B, N, *event]) and standard deviation of the prior, where a pipeline starts from
                another distribution than N(0, sigma^2): image-to-image, or a scheduler with a scale of its own.
     reference: what knows exact answers about this model (analytic models), else None.
@@ -118,10 +118,15 @@ class GaussianProcess:
         del key
         if self.meter is None:
             return self._predict(x, k)
-        with self.meter.network(x.shape[0] * x.shape[1] * self.rows):
+        with self.meter.network(x.shape[0] * x.shape[1] * self.rows_at(k)):
             x0 = self._predict(x, k)
         self.meter.finite.prediction(x, x0, k, self.steps)
         return x0
+
+    def rows_at(self, k: int) -> int:
+        """Network rows of a prediction at level k, which a denoiser may say by its own `rows_at(t)`."""
+        at = getattr(self.denoiser, "rows_at", None)
+        return self.rows if at is None else at(self.times[k])
 
     def _predict(self, x: Tensor, k: int) -> Tensor:
         x0 = checked_output(

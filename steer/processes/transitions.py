@@ -92,7 +92,8 @@ class TransformedTransition:
         return TransformedTransition(self.law.shift(delta), self.change)
 
 
-def _keep_marginal(x: Tensor, x0: Tensor, here: Level, there: Level, std: float) -> Normal:
+def keep_marginal(x: Tensor, x0: Tensor, here: Level, there: Level, std: float) -> Normal:
+    """The step that re-noises the prediction with std z of fresh noise, and the rest along the predicted eps."""
     carried = math.sqrt(max(0.0, there.sigma**2 - std**2)) / here.sigma
     return Normal(torch.add(x * carried, x0, alpha=there.alpha - carried * here.alpha), std)
 
@@ -108,7 +109,7 @@ class DDIM:
     eta: float = 1.0
 
     def __call__(self, x: Tensor, x0: Tensor, here: Level, there: Level) -> Normal:
-        return _keep_marginal(x, x0, here, there, self.std(here, there))
+        return keep_marginal(x, x0, here, there, self.std(here, there))
 
     def std(self, here: Level, there: Level) -> float:
         kept = (here.alpha * there.sigma / (there.alpha * here.sigma)) ** 2
@@ -126,7 +127,7 @@ class CPS:
     eta: float = 0.7
 
     def __call__(self, x: Tensor, x0: Tensor, here: Level, there: Level) -> Normal:
-        return _keep_marginal(x, x0, here, there, self.std(here, there))
+        return keep_marginal(x, x0, here, there, self.std(here, there))
 
     def std(self, here: Level, there: Level) -> float:
         return there.sigma * math.sin(0.5 * math.pi * self.eta)
@@ -149,7 +150,7 @@ class Churn:
     highest: float = math.inf
 
     def __call__(self, x: Tensor, x0: Tensor, here: Level, there: Level) -> Normal:
-        return _keep_marginal(x, x0, here, there, self.std(here, there))
+        return keep_marginal(x, x0, here, there, self.std(here, there))
 
     def std(self, here: Level, there: Level) -> float:
         if not self.lowest <= there.sigma / there.alpha <= self.highest:

@@ -25,7 +25,7 @@ from ..core.objective import Objective, num_problems
 from ..core.resampling import Resampler, multinomial
 from ..core.start import Start, prior
 from ..core.trajectory import Trajectory
-from ..cost import Cost, affordable, check_counts
+from ..cost import Cost, affordable, check_counts, rows_between
 from ..errors import ShapeError, StateSpaceError
 from ..key import Key, as_key
 from ..particles.potentials import Potential
@@ -156,7 +156,7 @@ def particle_gibbs(
             "or use steer.smc"
         )
     check_counts(sweeps=sweeps)
-    count = affordable(sweeps * process.steps * process.rows, particles=particles, budget=budget)
+    count = affordable(sweeps * rows_between(process, 0, process.steps), particles=particles, budget=budget)
     batch = num_problems(process, batch)
     _check_path(path, (batch, process.steps + 1, *process.event))
     begins_pinned = path is not None

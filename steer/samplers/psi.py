@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..core.event import OnStep
-from ..cost import check_counts
+from ..cost import check_counts, rows_between
 from ..errors import BudgetError, SteerError
 from ..key import Key
 from ..particles.langevin import Langevin, pcnl
@@ -99,7 +99,7 @@ def _planned(
     process: ReverseProcess, start: Langevin, particles: int | None, budget: int | None, share: float
 ) -> tuple[int, Langevin]:
     """How many particles, and for how long the chains run."""
-    chain, per_step = process.steps * process.rows, start.rows(process)
+    chain, per_step = rows_between(process, 0, process.steps), start.rows(process)
     check_counts(particles=particles, budget=budget)
     if budget is None:
         particles = particles or 16

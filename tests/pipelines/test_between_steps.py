@@ -133,7 +133,7 @@ def test_between_two_levels_the_pasted_part_has_the_level_asked_for():
         t = 0.7 * process.times[first] + 0.3 * process.times[second]
         process.denoiser(x, t)
         at = steer.schedules.level(process.schedule, t)
-        known = at.alpha * PICTURE + at.sigma * process.denoiser.call._start  # the prelude's own draw
+        known = at.alpha * PICTURE + at.sigma * process.denoiser.call.start  # the prelude's own draw
         near(seen[-1][~FREE], known[~FREE])
         near(seen[-1][FREE], x[0][FREE])
 

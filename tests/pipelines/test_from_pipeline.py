@@ -422,11 +422,11 @@ def test_only_the_first_call_with_several_rows_may_fall_back_to_single_ones():
         return rows
 
     flat, limit = torch.arange(6.0)[:, None], 1
-    single = Chunked("a network", function, 4, True)
+    single = Chunked("a network", function, 4)
     assert torch.equal(single(flat, 1), flat)
     assert (single.chunk, calls) == (1, [3, *[1] * 6])
     limit = 6
-    together = Chunked("a network", function, 4, True)
+    together = Chunked("a network", function, 4)
     together(flat, 1)
     limit = 1
     with pytest.raises(RuntimeError, match="too many rows"):
