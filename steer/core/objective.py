@@ -13,6 +13,7 @@ from torch import Tensor
 from ..cost import Meter, check_counts
 from ..errors import NonFiniteError, NotDifferentiableError, RewardError, ShapeError, SteerError
 from ..key import Key
+from ..torch_modes import without_autocast
 from ..types import ReverseProcess, RewardSpec
 
 
@@ -23,6 +24,9 @@ class Objective:
     Built by `open_objective`. What it checks at once: the reward's exceptions, type and shape. NaN and +inf are looked
     for by `check_finite`, where reading the scores does not stall the device. A groupwise reward is called once per
     problem: its group is the particles of one problem.
+
+    Rewards run outside the caller's autocast, and own what they are given and what they return: they may work in place,
+    or return one buffer again and again.
     """
 
     process: ReverseProcess
@@ -35,6 +39,8 @@ class Objective:
         if torch.is_grad_enabled() and x.requires_grad:
             self._check_differentiable()
         samples, prompts = self.process.decode(x), self._prompts(particles)
+        if _memory(samples) == _memory(x):  # by storage: numpy writes leave a tensor's version as it was
+            samples = samples.clone()
         with self.process.meter.scoring(problems * particles):
             if self.groupwise:
                 starts = range(0, problems * particles, particles)
@@ -92,7 +98,8 @@ class Objective:
 
     def _score(self, samples: Tensor, prompts: dict[str, Any]) -> Tensor:
         try:
-            raw = self.reward(samples, **prompts)
+            with without_autocast(samples.device):
+                raw = self.reward(samples, **prompts)
         except (SteerError, KeyboardInterrupt):
             raise
         except Exception as error:
@@ -124,7 +131,7 @@ class Objective:
                 f"the reward {_name(self.reward)} must return shape ({rows},), one score per sample, for samples of "
                 f"shape {tuple(samples.shape)}, got {tuple(scores.shape)}"
             )
-        return scores
+        return scores.to(torch.float64, copy=True)
 
 
 def open_objective(
@@ -182,6 +189,11 @@ def check_temperature(temperature: float) -> float:
     if not isinstance(temperature, int | float) or not temperature > 0.0:
         raise SteerError(f"temperature divides rewards and must be positive (inf turns them off), got {temperature}")
     return float(temperature)
+
+
+def _memory(x: Tensor) -> int:
+    """Where the storage of a tensor begins, the same for all its views."""
+    return x.untyped_storage().data_ptr()
 
 
 def _prompts_of(reward: Callable[..., Any]) -> str:

@@ -134,7 +134,7 @@ class MaskedProcess:
             return self._predict(x, k)
 
     def _predict(self, x: Tensor, k: int) -> Tensor:
-        logits = self.network(x, self.times[k])
+        logits = self.network(x.clone(), self.times[k])  # a copy: networks may work in place
         if logits.shape != (*x.shape, self.vocabulary):
             raise ShapeError(
                 f"the network must return logits of shape (B, N, L, V) = {(*x.shape, self.vocabulary)} for tokens "
@@ -148,7 +148,7 @@ class MaskedProcess:
 
     def complete(self, x: Tensor, x0: Tensor) -> Tensor:
         """Tokens [B, N, L] with every mask filled: by the likeliest token, or by `completion`."""
-        filled = x0.argmax(3) if self.completion is None else self.completion(x, x0)
+        filled = x0.argmax(3) if self.completion is None else self.completion(x.clone(), x0.clone())
         return torch.where(x == self.mask, filled.to(x.dtype), x)
 
     def transition(self, x: Tensor, x0: Tensor, k: int) -> Unmasking:
@@ -174,6 +174,7 @@ class MaskedProcess:
         flat = x.flatten(0, 1)
         if self.decoder is None:
             return flat
+        flat = flat.clone()  # decoders may work in place
         if self.meter is None:
             return self.decoder(flat)
         with self.meter.decoding(flat.shape[0]):
