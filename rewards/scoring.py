@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from steer.errors import NotDifferentiableError, RewardError, ShapeError, SteerError
+from steer.torch_modes import without_autocast
 from steer.types import RewardSpec
 
 Scorer = Callable[..., Any]
@@ -190,6 +191,9 @@ def refuse_gradient(samples: Tensor, name: str) -> None:
 def score(reward: Scorer, samples: Tensor, prompts: Sequence[str] | None = None) -> Tensor:
     """Scores of samples by one reward, checked.
 
+    The reward gets a copy of the samples, and its answer is copied: it may work in place, on what other rewards or a
+    trainer still need, or return one buffer again and again. It runs outside the caller's autocast.
+
     Args:
         reward: any reward.
         samples: `[M, ...]`.
@@ -199,12 +203,17 @@ def score(reward: Scorer, samples: Tensor, prompts: Sequence[str] | None = None)
         Scores `[M]`, floating point.
 
     Raises:
-        RewardError: if the reward raises, or returns something other than numbers. steer's own errors pass unchanged.
-        ShapeError: if the scores do not have shape `[M]`. Both name the reward.
+        RewardError: if the reward raises, or returns something other than numbers; for another number of prompts. steer's
+            own errors pass unchanged.
+        ShapeError: if the scores do not have shape `[M]`. All name the reward.
     """
-    arguments = {"prompts": prompts} if prompts is not None and takes_prompts(reward) else {}
+    arguments = {}
+    if prompts is not None and takes_prompts(reward):
+        check_prompts(prompts, len(samples), name_of(reward))
+        arguments = {"prompts": prompts}
     try:
-        raw = reward(samples, **arguments)
+        with without_autocast(samples.device):
+            raw = reward(samples.clone(), **arguments)
     except SteerError:
         raise
     except Exception as error:
@@ -224,7 +233,7 @@ def score(reward: Scorer, samples: Tensor, prompts: Sequence[str] | None = None)
             f"the reward {name_of(reward)} must return shape ({samples.shape[0]},), one score per sample, for samples "
             f"of shape {tuple(samples.shape)}, got {tuple(scores.shape)}; average or sum over the other axes"
         )
-    return scores if scores.is_floating_point() else scores.double()  # flags and counts are numbers too
+    return scores.to(scores.dtype if scores.is_floating_point() else torch.float64, copy=True)  # flags are numbers too
 
 
 def score_part(whole: str, name: str, reward: Scorer, samples: Tensor, prompts: Sequence[str] | None) -> Tensor:

@@ -85,8 +85,6 @@ class Key:
     def peek(self, kind: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
         """What `normal` or `uniform` returns, made together with the draws of the next steps: for chains.
 
-        The tensor is shared with whoever asks again: read it, never write.
-
         Args:
             kind: "normal" or "uniform".
             shape: [B, N, *event].
@@ -97,8 +95,8 @@ class Key:
             steps = min(64, 1 << max(0, (_CALLS_PER_BLOCK // calls).bit_length() - 1))
             if steps > 1:
                 break
-        drawn = self._draw(kind, (shape[0], width, *shape[2:]), dtype, device, steps)
-        return drawn if width == shape[1] else drawn[:, : shape[1]]
+        drawn = self._draw(kind, (shape[0], width, *shape[2:]), dtype, device, steps)[:, : shape[1]]
+        return drawn if steps == 1 else drawn.clone()  # the block is kept, and what is handed out may be written to
 
     def _draw(
         self, kind: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str, steps: int

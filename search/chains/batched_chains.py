@@ -206,9 +206,9 @@ def _report(runs: list[Run], requests: dict[ChainId, EvaluationRequest], moved: 
         each = [best.score for states, best in held for _ in range(states.shape[1])]
         event = Event(
             run=run.name,
-            state=Trajectory.begin(run.process, x, k=k),
-            x0=x0,
-            scores=torch.tensor([each], dtype=torch.float64, device=x.device),
+            live_state=Trajectory.begin(run.process, x, k=k),
+            live_x0=x0,
+            live_scores=torch.tensor([each], dtype=torch.float64, device=x.device),
             problems=range(problem, problem + 1),
             chunk=0,
             meter=run.meter,

@@ -91,7 +91,7 @@ class Watch:
         if self._meter is not None and event.meter is not self._meter:
             self._done += self._meter.nfe  # the next run of several has begun
         self._meter, done = event.meter, (self._done + event.meter.nfe)
-        steps = event.state.process.steps
+        steps = event.process.steps
         note = f"step {event.level} of {steps}, ESS {event.ess.mean().item():.0f}"
         note += f", best {self.best:.3g}" if math.isfinite(self.best) else ""
         self._bar.update(self._task, completed=done, note=note)

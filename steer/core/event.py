@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from torch import Tensor
 
 from ..cost import Cost, Meter
+from ..types import ReverseProcess
 from .trajectory import Trajectory
 
 
@@ -17,9 +19,7 @@ class Event:
 
     run:      which method, and which of its passes where there are several ("driftlite, pass 2"): levels start again
               from noise in each.
-    state:    the population after the step, [B, N, *event].
-    x0:       the predictions that its particles stepped from, [B, N, ...]; None where a step needed none.
-    scores:   rewards of those predictions, [B, N]; None at levels where nothing was scored.
+    live_state, live_x0, live_scores: the run's own tensors behind `state`, `x0` and `scores`, which nobody may write to.
     problems: index of the prompt of every row of `state`, as long as its axis 0.
     chunk:    index of its first particle among those of the run, where a run goes in chunks.
     earlier:  what earlier passes of the method have spent.
@@ -27,9 +27,9 @@ class Event:
     """
 
     run: str
-    state: Trajectory
-    x0: Tensor | None
-    scores: Tensor | None
+    live_state: Trajectory
+    live_x0: Tensor | None
+    live_scores: Tensor | None
     problems: range
     chunk: int
     meter: Meter
@@ -40,15 +40,35 @@ class Event:
         # At once: the meter runs on, and events are kept.
         object.__setattr__(self, "cost", self.earlier + self.meter.cost())
 
+    @cached_property
+    def state(self) -> Trajectory:
+        """The population after the step, [B, N, *event]: a copy, made when first asked for, to do with as you like."""
+        return self.live_state.copied()
+
+    @cached_property
+    def x0(self) -> Tensor | None:
+        """A copy of the predictions that its particles stepped from, [B, N, ...]; None where a step needed none."""
+        return None if self.live_x0 is None else self.live_x0.clone()
+
+    @cached_property
+    def scores(self) -> Tensor | None:
+        """A copy of the rewards of those predictions, [B, N]; None at levels where nothing was scored."""
+        return None if self.live_scores is None else self.live_scores.clone()
+
+    @property
+    def process(self) -> ReverseProcess:
+        """What the population is moved by."""
+        return self.live_state.process
+
     @property
     def level(self) -> int:
-        """Timestep index that the population has reached, 0 = noise, `state.process.steps` = data."""
-        return self.state.k
+        """Timestep index that the population has reached, 0 = noise, `process.steps` = data."""
+        return self.live_state.k
 
     @property
     def ess(self) -> Tensor:
         """Effective sample size of the weights carried, [B]."""
-        return self.state.ess
+        return self.live_state.ess
 
 
 OnStep = Callable[[Event], None]

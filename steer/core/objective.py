@@ -14,6 +14,7 @@ from ..cost import Meter, check_counts, rows_at
 from ..errors import NonFiniteError, NotDifferentiableError, RewardError, ShapeError, SteerError
 from ..finite import total
 from ..key import Key
+from ..torch_modes import without_autocast
 from ..types import ReverseProcess, RewardSpec
 
 Owner = Callable[[int, int], tuple[int, int]]
@@ -31,6 +32,9 @@ class Objective:
     Built by `open_objective`. What it checks at once: the reward's exceptions, type and shape. NaN and +inf, in samples
     and scores, are looked for by the meter's `FiniteWatch`, which does not stall the device. A groupwise reward is
     called once per problem: its group is the particles of one problem.
+
+    Rewards run outside the caller's autocast, and own what they are given and what they return: they may work in place,
+    or return one buffer again and again.
     """
 
     process: ReverseProcess
@@ -45,6 +49,8 @@ class Objective:
             self._check_differentiable()
         samples, prompts = self.process.decode(x), self._prompts(particles)
         self.process.meter.finite.samples(x, samples, where)
+        if _memory(samples) == _memory(x):  # by storage: numpy writes leave a tensor's version as it was
+            samples = samples.clone()
         with self.process.meter.scoring(problems * particles):
             if self.groupwise:
                 starts = range(0, problems * particles, particles)
@@ -118,7 +124,8 @@ class Objective:
 
     def _score(self, samples: Tensor, prompts: dict[str, Any]) -> Tensor:
         try:
-            raw = self.reward(samples, **prompts)
+            with without_autocast(samples.device):
+                raw = self.reward(samples, **prompts)
         except SteerError:
             raise
         except Exception as error:
@@ -154,7 +161,7 @@ class Objective:
             raise RewardError(
                 f"the reward {_name(self.reward)} must return real numbers, got {scores.dtype} on {scores.device}"
             )
-        return scores
+        return scores.to(torch.float64, copy=True)
 
 
 def open_objective(
@@ -232,6 +239,11 @@ def check_temperature(temperature: float) -> float:
     if not isinstance(temperature, int | float) or not temperature > 0.0:
         raise SteerError(f"temperature divides rewards and must be positive (inf turns them off), got {temperature}")
     return float(temperature)
+
+
+def _memory(x: Tensor) -> int:
+    """Where the storage of a tensor begins, the same for all its views."""
+    return x.untyped_storage().data_ptr()
 
 
 def _prompts_of(reward: Callable[..., Any]) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SteerError
+from ..torch_modes import lasting
 
 SLACK = 1e-9
 """Relative rounding that an ESS of equal weights may fall short of N by."""
@@ -150,6 +151,7 @@ class Gather:
 
 
 @lru_cache(maxsize=64)
+@lasting()
 def positions(count: int, step: int, device: torch.device) -> Tensor:
     """0, step, 2 step, ... of that count."""
     return torch.arange(0, count * step, step, device=device)

@@ -213,6 +213,17 @@ class Trajectory:
         """Effective sample size of the weights carried, [B]; NaN where all are zero."""
         return population.ess(self.log_weight)
 
+    def copied(self) -> Trajectory:
+        """The same population in memory of its own. What `past` remembers is shared: read it, never write to it."""
+        return self._with(
+            x=self.x.clone(),
+            log_weight=self.log_weight.clone(),
+            log_evidence=self.log_evidence.clone(),
+            cache=self.cache.map(torch.clone),
+            path=self.path.map(torch.clone),
+            diagnostics={name: value.clone() for name, value in self.diagnostics.items()},
+        )
+
     def reset_weights(self) -> Trajectory:
         """The same states, with what is cached at them, as a population that begins here: weights of one, no past."""
         weight = torch.zeros_like(self.log_weight)

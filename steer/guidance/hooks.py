@@ -151,7 +151,7 @@ class Step:
     def climb(self, potential: Callable[[Tensor], Tensor], clean: Tensor) -> tuple[Tensor, Tensor]:
         """A function of clean states [B, N, *event] and its gradient there; the network is not involved."""
         with torch.enable_grad():
-            clean = clean.detach().requires_grad_()
+            clean = clean.detach().clone().requires_grad_()
             value = potential(clean)
             check_attached(value)
             return value.detach(), torch.autograd.grad(value.sum(), clean)[0]
@@ -264,7 +264,9 @@ def look(process: GaussianPath, hooks: Hooks, x: Tensor, k: int, key: Key | None
         process = process.metered(Meter())
     followed = torch.is_grad_enabled() and x.requires_grad
     with torch.set_grad_enabled(followed or hooks.through):
-        state = x if followed or not hooks.through else x.detach().requires_grad_()
+        state = (
+            x.clone() if followed or not hooks.through else x.detach().clone().requires_grad_()
+        )  # hooks may write to it
         raw = process.denoise(state, k, key)
     if raw.shape != x.shape:
         raise StateSpaceError(
@@ -272,7 +274,7 @@ def look(process: GaussianPath, hooks: Hooks, x: Tensor, k: int, key: Key | None
             f"{type(process).__name__}; where it is guided by mean hooks already, put all hooks into the "
             "proposal, or into the process (guide)"
         )
-    at = Step(process, state, k, raw, raw.detach(), torch.zeros_like(x), base, log)
+    at = Step(process, state, k, raw.clone(), raw.detach().clone(), torch.zeros_like(x), base, log)
     with torch.set_grad_enabled(hooks.through):
         for i, hook in enumerate(hooks.score):
             if at.here.alpha > 0.0:  # else no score determines a prediction
@@ -299,7 +301,7 @@ def checked(found: Tensor, x: Tensor, name: str) -> Tensor:
     """What a hook returned, detached; ShapeError where it has another shape than the states."""
     if found.shape != x.shape:
         raise ShapeError(f"a {name} hook returns (B, N, *event) = {tuple(x.shape)}, got {tuple(found.shape)}")
-    return found.detach().to(x.dtype)
+    return found.detach().to(x.dtype, copy=True)  # a hook may return memory that it, or the step, writes to again
 
 
 def extra_rows(process: GaussianPath, hooks: Hooks) -> int:

@@ -42,6 +42,7 @@ class Resample:
 
     def ancestors(self, log_weight: Tensor, k: int, key: Key) -> Tensor:
         """Which of N particles with log-weights [B, N] each particle at level k becomes a copy of, [B, N]."""
+        log_weight = log_weight.clone()  # resamplers may work in place
         if self.moves is not None and self.moving(k):
             return self.moves.ancestors(log_weight, self.resampler, key)
         return self.resampler(log_weight, key, log_weight.shape[1])

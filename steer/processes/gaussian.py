@@ -130,12 +130,12 @@ class GaussianProcess:
 
     def _predict(self, x: Tensor, k: int) -> Tensor:
         x0 = checked_output(
-            self.denoiser(x, self.times[k]),
+            self.denoiser(x.clone(), self.times[k]),  # a copy: networks may work in place
             x,
             x.shape,
             "the denoiser must return E[x_0 | x] in the shape of x, (B, N, *event)",
         )
-        return x0 if x0.dtype == x.dtype else x0.to(x.dtype)
+        return x0.to(x.dtype, copy=True)  # a network may write its next answer into the same memory
 
     def complete(self, x: Tensor, x0: Tensor) -> Tensor:
         """The prediction itself: it is a clean state."""
@@ -165,6 +165,7 @@ class GaussianProcess:
         flat = x.flatten(0, 1)
         if self.decoder is None:
             return flat
+        flat = flat.clone()  # decoders may work in place
         if self.meter is None:
             return self.decoder(flat)
         with self.meter.decoding(flat.shape[0]):

@@ -169,7 +169,7 @@ class MaskedProcess:
 
     def _predict(self, x: Tensor, k: int) -> Tensor:
         logits = checked_output(
-            self.network(x, self.times[k]),
+            self.network(x.clone(), self.times[k]),  # a copy: networks may work in place
             x,
             (*x.shape, self.vocabulary),
             "the network must return logits of shape (B, N, L, V) for tokens (B, N, L); where V counts the mask, say "
@@ -182,7 +182,7 @@ class MaskedProcess:
 
     def complete(self, x: Tensor, x0: Tensor) -> Tensor:
         """Tokens [B, N, L] with every mask filled: by the likeliest token, or by `completion`."""
-        filled = x0.argmax(3) if self.completion is None else self.completion(x, x0)
+        filled = x0.argmax(3) if self.completion is None else self.completion(x.clone(), x0.clone())
         return torch.where(x == self.mask, filled.to(x.dtype), x)
 
     def transition(self, x: Tensor, x0: Tensor, k: int) -> Unmasking:
@@ -216,6 +216,7 @@ class MaskedProcess:
         flat = x.flatten(0, 1)
         if self.decoder is None:
             return flat
+        flat = flat.clone()  # decoders may work in place
         if self.meter is None:
             return self.decoder(flat)
         with self.meter.decoding(flat.shape[0]):

@@ -203,7 +203,7 @@ class Result:
 
     def mean(self, f: Callable[[Tensor], Tensor]) -> Tensor:
         """Weighted mean over particles of f, a function of states [M, *event] to [M, ...]: [B, ...]."""
-        values = f(self.x.flatten(0, 1))
+        values = f(self.x.flatten(0, 1).clone())  # a copy: f may work in place
         return population.weighted_mean(self.log_weight, values.reshape(*self.reward.shape, *values.shape[1:]))
 
     def ranked(self) -> Tensor:
