@@ -13,6 +13,7 @@ from .cost import Cost
 from .errors import (
     BudgetError,
     CollapsedWeightsError,
+    JournalError,
     ModelError,
     NonFiniteError,
     NotDifferentiableError,
@@ -44,6 +45,7 @@ from .guidance import (
     tfg,
     ugd,
 )
+from .journal import resumable
 from .key import Key
 from .minority_sampling import (
     NewToken,
@@ -137,6 +139,7 @@ __all__ = [
     "GaussianProcess",
     "GuidedProcess",
     "Hooks",
+    "JournalError",
     "KernelRatio",
     "Key",
     "Level",
@@ -252,6 +255,7 @@ __all__ = [
     "resamplers",
     "residual",
     "restart",
+    "resumable",
     "rollout",
     "rules",
     "sample",

@@ -54,3 +54,7 @@ class StateSpaceError(SteerError):
 
 class ModelError(SteerError):
     """A pretrained model cannot be turned into a reverse process."""
+
+
+class JournalError(SteerError):
+    """A journal is damaged, in use, or of another run, model or reward."""

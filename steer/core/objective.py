@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..calls import Answer
 from ..cost import Meter, check_counts
 from ..errors import NonFiniteError, NotDifferentiableError, RewardError, ShapeError, SteerError
 from ..key import Key
@@ -31,6 +32,10 @@ class Objective:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Scores of clean states, through the decoder."""
+        kind = "groupwise" if self.groupwise else "score"
+        return self.process.meter.call(kind, -1, lambda x: {"score": self._scores(x)}, x)["score"]
+
+    def _scores(self, x: Tensor) -> Tensor:
         problems, particles = x.shape[:2]
         if torch.is_grad_enabled() and x.requires_grad:
             self._check_differentiable()
@@ -69,6 +74,16 @@ class Objective:
         Cost: one network row and one backward pass a state.
         """
         self._check_differentiable()
+        strengths = (strength,) if isinstance(strength, Tensor) else ()
+
+        def paid(x: Tensor, *strengths: Tensor) -> Answer:
+            return self._value_and_grad(x, k, strengths[0] if strengths else strength, key)
+
+        named = "" if strengths else repr(float(strength))
+        answer = self.process.meter.call("value_and_grad", k, paid, x, *strengths, named=named)
+        return answer["x0"], answer["score"], answer["gradient"]
+
+    def _value_and_grad(self, x: Tensor, k: int, strength: float | Tensor, key: Key | None) -> Answer:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             x0 = self.process.denoise(x, k, key)
@@ -81,7 +96,7 @@ class Objective:
                 )
             with self.process.meter.gradient(x.shape[0] * x.shape[1] * self.process.rows):
                 (gradient,) = torch.autograd.grad((strength * value).sum(), x)
-        return x0.detach(), value.detach(), gradient
+        return {"x0": x0.detach(), "score": value.detach(), "gradient": gradient}
 
     def _check_differentiable(self) -> None:
         if _spec(self.reward).gradient == "none":

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from ..calls import Answer
 from ..core.objective import Objective, check_temperature
 from ..core.population import broadcast_like, log_potential
 from ..errors import NotDifferentiableError, ShapeError, StateSpaceError, SteerError
@@ -107,8 +108,11 @@ class _Predicting:
         return self.process.complete(x, x0)
 
     def denoise(self, x: Tensor, k: int, key: Key | None = None) -> Tensor:
-        with self.meter.network(x.shape[0] * x.shape[1] * self.rows):
-            x0 = self.predictor(x)
+        def paid(x: Tensor) -> Answer:
+            with self.meter.network(x.shape[0] * x.shape[1] * self.rows):
+                return {"x0": self.predictor(x)}
+
+        x0 = self.meter.call("denoise", k, paid, x)["x0"]
         if x0.shape != x.shape:
             raise ShapeError(
                 f"x0_predictor must return samples of the shape of its states, {tuple(x.shape)}, got {tuple(x0.shape)}"

@@ -13,6 +13,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+from ..calls import Answer
 from ..cost import Meter
 from ..errors import ModelError, ShapeError, StateSpaceError, SteerError
 from ..key import Key
@@ -115,10 +116,15 @@ class GaussianProcess:
             key: names draws of hooks (`GuidedProcess`); a network alone draws nothing.
         """
         del key
-        if self.meter is None:
+        meter = self.meter
+        if meter is None:
             return self._predict(x, k)
-        with self.meter.network(x.shape[0] * x.shape[1] * self.rows):
-            return self._predict(x, k)
+
+        def paid(x: Tensor) -> Answer:
+            with meter.network(x.shape[0] * x.shape[1] * self.rows):
+                return {"x0": self._predict(x, k)}
+
+        return meter.call("denoise", k, paid, x)["x0"]
 
     def _predict(self, x: Tensor, k: int) -> Tensor:
         x0 = self.denoiser(x, self.times[k])

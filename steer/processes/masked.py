@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..calls import Answer
 from ..cost import Meter
 from ..errors import ModelError, ShapeError, StateSpaceError, SteerError
 from ..key import Key
@@ -128,10 +129,15 @@ class MaskedProcess:
 
         What it says of positions that are not masked is of no consequence.
         """
-        if self.meter is None:
+        meter = self.meter
+        if meter is None:
             return self._predict(x, k)
-        with self.meter.network(x.shape[0] * x.shape[1] * self.rows):
-            return self._predict(x, k)
+
+        def paid(x: Tensor) -> Answer:
+            with meter.network(x.shape[0] * x.shape[1] * self.rows):
+                return {"x0": self._predict(x, k)}
+
+        return meter.call("denoise", k, paid, x)["x0"]
 
     def _predict(self, x: Tensor, k: int) -> Tensor:
         logits = self.network(x, self.times[k])
