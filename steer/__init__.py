@@ -4,7 +4,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from . import exporters, grpo, guidance, models
+from . import distributed, exporters, grpo, guidance, models
 from .core import resampling as resamplers
 from .core.resampling import killing, multinomial, residual, ssp, stratified, systematic
 from .core.start import prior
@@ -13,12 +13,15 @@ from .cost import Cost
 from .errors import (
     BudgetError,
     CollapsedWeightsError,
+    DistributedError,
     JournalError,
     ModelError,
     NonFiniteError,
     NotDifferentiableError,
     NotStochasticError,
+    PromptError,
     RewardError,
+    RunDirectoryError,
     ShapeError,
     StateSpaceError,
     SteerError,
@@ -26,6 +29,7 @@ from .errors import (
 from .evaluation.compare import compare
 from .evaluation.methods import methods, sample
 from .evaluation.preflight import Preflight, preflight
+from .generation.generator import Generator
 from .guidance import (
     GuidedProcess,
     Hooks,
@@ -135,8 +139,10 @@ __all__ = [
     "Cosine",
     "Cost",
     "Denoiser",
+    "DistributedError",
     "FeynmanKac",
     "GaussianProcess",
+    "Generator",
     "GuidedProcess",
     "Hooks",
     "JournalError",
@@ -152,6 +158,7 @@ __all__ = [
     "NotDifferentiableError",
     "NotStochasticError",
     "Preflight",
+    "PromptError",
     "QuadraticForm",
     "RectifiedFlow",
     "Result",
@@ -159,6 +166,7 @@ __all__ = [
     "Reward",
     "RewardError",
     "Rule",
+    "RunDirectoryError",
     "Schedule",
     "ShapeError",
     "StateSpaceError",
@@ -188,6 +196,7 @@ __all__ = [
     "ddim",
     "density_guidance",
     "difference",
+    "distributed",
     "dps",
     "draw_path",
     "driftlite",

@@ -23,8 +23,9 @@ class Caller(Protocol):
 
     Args:
         meter: the run's ledger, into which `function` counts.
-        kind: "denoise", "score", "groupwise" (a score that depends on the other samples), "value_and_grad", "point"
-            (predictions and derivatives of a weighted SDE) or "guided" (a prediction with what hooks make of it).
+        kind: "denoise", "score" and "value_and_grad", whose rows are independent; "groupwise" (a score that depends on
+            the other samples); "point" (predictions of a weighted SDE and derivatives through them) and "guided" (a
+            prediction with what hooks make of it, who draw by the place of a particle).
         k: the level; -1 where a call has none.
         function: makes the call.
         tensors: its arguments, [B, N, ...].
@@ -37,6 +38,11 @@ class Caller(Protocol):
 
 
 _callers: ContextVar[tuple[Caller, ...]] = ContextVar("callers", default=())
+
+
+def callers() -> tuple[Caller, ...]:
+    """Those of the `with` blocks around, outermost first."""
+    return _callers.get()
 
 
 @contextmanager

@@ -11,6 +11,7 @@ of the whole file, and a segment names the digest of the one before it.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from .calls import Answer, through
 from .cost import Meter
+from .distributed import current
 from .errors import JournalError, SteerError
 from .files import write_atomically
 from .version import __version__
@@ -50,6 +52,7 @@ def resumable(
 
     Args:
         directory: where the journal is, or will be. One block, run again, per directory; several runs in it are fine.
+            Inside `steer.distributed.together` each rank has a journal of its own below it.
         every: seconds between two writes, which is what a kill can cost.
         memory: bytes of answers that are held before they are written.
         check: whether the first recorded call of each kind is made again, for one sample per problem, so that another
@@ -65,7 +68,12 @@ def resumable(
     3 to 4 % of a run of small networks; predictions that the caller itself differentiates through are not recorded, and
     are paid again.
     """
+    ranks, directory = current(), Path(directory)
+    if ranks is not None:
+        directory = directory / f"{ranks.rank}-of-{ranks.world}"
     journal = Journal(directory, every=every, memory=memory, check=check)
+    if ranks is not None:
+        journal.cut(ranks.least(journal.calls))
     try:
         with through(journal):
             yield journal
@@ -76,7 +84,8 @@ def resumable(
 class Journal:
     """The calls of a run in order; those that an earlier start has paid for are answered from disk.
 
-    replayed: calls answered so far.      recorded: calls made and noted so far.      bytes: on disk.
+    calls: on disk when it was opened.    replayed: calls answered so far.
+    recorded: calls made and noted so far.      bytes: on disk.
     """
 
     def __init__(self, directory: str | Path, *, every: float = 30.0, memory: int = 64 << 20, check: bool = True):
@@ -90,6 +99,7 @@ class Journal:
         self.bytes = sum(path.stat().st_size for path in self._segments)
         self._written, self._digest = len(self._segments), _digest_of(self._segments[-1]) if self._segments else ""
         self._told = self._stored()
+        self.calls = sum(len(_calls(path)) for path in self._segments)
         self._held: list[Entry] = []
         self._since, self._size, self._checked = time.monotonic(), 0, set[str]()
 
@@ -114,6 +124,24 @@ class Journal:
             self.flush()
         return answer
 
+    def cut(self, calls: int) -> None:
+        """Forgets all but the first calls: ranks of a group go on from what each of them has."""
+        kept = 0
+        for number, path in enumerate(self._segments):
+            more = len(_calls(path))
+            if kept + more > calls:
+                first = list(itertools.islice(_entries(path), calls - kept))
+                for later in self._segments[number:]:
+                    self.bytes -= later.stat().st_size
+                    later.unlink()
+                self._segments, self._written = self._segments[:number], number
+                self._digest = _digest_of(self._segments[-1]) if self._segments else ""
+                self._held = first
+                self.flush()
+                break
+            kept += more
+        self.calls, self._told = min(self.calls, calls), self._stored()
+
     def flush(self) -> None:
         """Writes what is held as the next segment."""
         if self._held:
@@ -124,7 +152,9 @@ class Journal:
             tensors = {f"{i}.{name}": t for i, entry in enumerate(self._held) for name, t in entry.answer.items()}
             blob = save(tensors, header)
             self._digest = _digest(blob)
-            write_atomically(self.directory / f"{self._written:06d}-{self._digest}.safetensors", blob)
+            path = write_atomically(self.directory / f"{self._written:06d}-{self._digest}.safetensors", blob)
+            if not self.recorded:  # what `cut` has kept of a segment
+                self._segments.append(path)
             self._written, self.bytes, self._held, self._size = self._written + 1, self.bytes + len(blob), [], 0
         self._since = time.monotonic()
 
@@ -144,13 +174,8 @@ class Journal:
 
     def _stored(self) -> Iterator[Entry]:
         """The calls on disk in order, one segment in memory at a time."""
-        from safetensors import safe_open
-
         for path in self._segments:
-            with safe_open(path, "pt") as file:
-                for i, call in enumerate(json.loads(file.metadata()["calls"])):
-                    names = call.pop("names")
-                    yield Entry(call, call.pop("counts"), {name: file.get_tensor(f"{i}.{name}") for name in names})
+            yield from _entries(path)
 
     def _replay(
         self, entry: Entry, call: dict[str, Any], meter: Meter, function: Callable[..., Answer], tensors: Any
@@ -238,6 +263,24 @@ def _sound(directory: Path) -> list[Path]:
             "goes on from the segment before"
         )
     return paths
+
+
+def _calls(path: Path) -> list[dict[str, Any]]:
+    """The calls of a segment, without their answers."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["calls"])
+
+
+def _entries(path: Path) -> Iterator[Entry]:
+    """The calls of a segment with their answers."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        for i, call in enumerate(_calls(path)):
+            names = call.pop("names")
+            yield Entry(call, call.pop("counts"), {name: file.get_tensor(f"{i}.{name}") for name in names})
 
 
 def _digest(blob: bytes) -> str:

@@ -80,7 +80,8 @@ class Objective:
             return self._value_and_grad(x, k, strengths[0] if strengths else strength, key)
 
         named = "" if strengths else repr(float(strength))
-        answer = self.process.meter.call("value_and_grad", k, paid, x, *strengths, named=named)
+        kind = "value_and_grad" if self.process.hooks is None else "guided"
+        answer = self.process.meter.call(kind, k, paid, x, *strengths, named=named)
         return answer["x0"], answer["score"], answer["gradient"]
 
     def _value_and_grad(self, x: Tensor, k: int, strength: float | Tensor, key: Key | None) -> Answer:

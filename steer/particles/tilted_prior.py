@@ -101,6 +101,10 @@ class _Predicting:
     def prompts(self) -> Sequence[str] | None:
         return self.process.prompts
 
+    @property
+    def hooks(self) -> None:
+        return None
+
     def decode(self, x: Tensor) -> Tensor:
         return self.process.decode(x)
 
