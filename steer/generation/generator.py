@@ -123,7 +123,7 @@ class Generator:
         process = self.process(prompt, **call)
         return sample(
             process,
-            self._score(process),
+            self.score(process),
             method=self.method,
             temperature=self.temperature,
             key=Key(self.seed).shifted(problem=index),
@@ -192,9 +192,10 @@ class Generator:
                 continue
             with mine.held():
                 if directory.state(index) != "finished":  # another finished it before we claimed it
-                    yield index, self._row(directory, directory.rows[index])
+                    yield index, self.make(directory, directory.rows[index])
 
-    def _row(self, directory: RunDirectory, row: Row) -> Exception | None:
+    def make(self, directory: RunDirectory, row: Row) -> Exception | None:
+        """Makes a row of a run directory; its error, of which there is a record, where it failed."""
         folder = directory.folder(row.index)
         try:
             result = self._tried(row, folder / "journal")
@@ -264,7 +265,7 @@ class Generator:
 
     def _parts(self, chosen: Result) -> dict[str, torch.Tensor]:
         """Each reward's own score of the samples kept, where several are summed."""
-        reward = self._score(chosen.process)
+        reward = self.score(chosen.process)
         if not hasattr(reward, "parts"):
             return {}
         prompts = None if chosen.process.prompts is None else list(chosen.process.prompts) * len(chosen.decoded)
@@ -314,7 +315,8 @@ class Generator:
             f"a model is an embedded name, a folder, owner/name, a pipeline, a process or a function, got {model!r}"
         )
 
-    def _score(self, process: ReverseProcess) -> Any:
+    def score(self, process: ReverseProcess) -> Any:
+        """The reward, on samples of this process."""
         if self._reward is None:
             from .. import rewards
 

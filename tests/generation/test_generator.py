@@ -69,6 +69,16 @@ def test_any_number_of_workers_makes_the_same_dataset(pipe, tmp_path):
     assert len({path.read_bytes() for path in alone.path.glob("images/**/*.png")}) == 4
 
 
+def test_the_dataset_loads_as_an_image_folder(pipe, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    directory, _ = made(tmp_path / "run", generator(pipe, keep=2))
+    loaded = datasets.load_dataset("imagefolder", data_dir=str(directory.path), cache_dir=str(tmp_path / "cache"))
+    rows = loaded["train"]
+    assert sorted(rows["prompt"]) == sorted(2 * [entry["prompt"] for entry in PROMPTS])
+    assert {"score", "weight", "nfe", "tag"} <= set(rows.column_names)
+    assert rows[0]["image"].size == (16, 16)
+
+
 def test_a_row_is_its_index_and_nothing_else(pipe):
     maker = generator(pipe)
     result = maker.one(2, "a tree", guidance_scale=2.0)
