@@ -21,7 +21,7 @@ prompts of its samples has an argument named `prompts`.
     chunked, per_frame, timeout, full_precision     wrappers around any reward
     from_flow_grpo, from_trl            trainers' reward functions, as rewards here
     as_flow_grpo, as_flow_grpo_scores, as_trl, as_verl_omni     rewards from here, as trainers call them
-    from_spec                           rewards by name: "digit:3", "jpeg:+"
+    from_spec, from_specs               rewards by name: "digit:3", "jpeg:+"; several, with weights
 
 Built-in rewards declare their unit, bounds and gradient in an attribute `spec`, and give scores of at least float32.
 
@@ -31,7 +31,7 @@ goes over HTTP. Rewards are called through `scoring`, which checks names, prompt
 
 from .algebra import Composed, clip, gate, group_zscore, log, minimum, product, rank, softmin, target, zscore
 from .analytic import Linear, LogDensity, Quadratic
-from .by_name import from_spec
+from .by_name import from_spec, from_specs
 from .detection.colors import CLIPColors
 from .detection.count_and_layout import Count, Layout
 from .detection.detector import Detection, TransformersDetector
@@ -101,6 +101,7 @@ __all__ = [
     "clip",
     "from_flow_grpo",
     "from_spec",
+    "from_specs",
     "from_trl",
     "full_precision",
     "gate",

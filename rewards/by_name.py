@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 from steer.errors import RemoteError, RewardError
@@ -77,6 +80,58 @@ def from_spec(spec: str, text: ToText | None = None) -> Scorer:
     except (KeyError, ValueError) as error:  # RewardError is a ValueError: its text says what was wrong
         detail = f" ({error})" if isinstance(error, RewardError) else f", got {argument.strip()!r} as its argument"
         raise RewardError(f"the reward {spec!r} must have the form {form}{detail}") from error
+
+
+def from_specs(specs: Sequence[str | Scorer], text: ToText | None = None) -> Scorer:
+    """The sum of several rewards, each as a reward or as "name", "0.5*name", or "0.02 nat/kB*name" where units differ.
+
+    Args:
+        specs: rewards and specifications of `from_spec`, with a weight before a star; or "package.module:name", a
+            reward of your own, or a class or function without arguments that makes one.
+        text: as `from_spec`.
+
+    Returns:
+        The reward itself where there is one of weight 1; else their `weighted` sum.
+
+    Raises:
+        RewardError: as `from_spec` and `weighted`; and for a weight that is no number, and a name that cannot be
+            imported.
+    """
+    terms = [_weighted_term(spec, text) for spec in specs]
+    return terms[0][1] if len(terms) == 1 and terms[0][0] == 1.0 and len(terms[0]) == 2 else weighted(*terms)
+
+
+def _weighted_term(spec: str | Scorer, text: ToText | None) -> tuple[float, Scorer] | tuple[float, Scorer, str]:
+    if not isinstance(spec, str):
+        return 1.0, spec
+    found = re.fullmatch(r"\s*(?P<weight>[-+0-9.eE]+)\s*(?P<rate>[^*\s]*)\s*\*(?P<name>.*)", spec)
+    name = (found["name"] if found else spec).strip()
+    module, _, attribute = name.partition(":")
+    reward = _imported(module, attribute) if "." in module and attribute.isidentifier() else from_spec(name, text)
+    if not found:
+        return 1.0, reward
+    try:
+        weight = float(found["weight"])
+    except ValueError as error:
+        raise RewardError(
+            f"the weight of {spec!r} must be a number, as in 0.5*clip; got {found['weight']!r}"
+        ) from error
+    return (weight, reward, found["rate"]) if found["rate"] else (weight, reward)
+
+
+def _imported(module: str, attribute: str) -> Scorer:
+    """A reward of the user's own, or what their class or function of no arguments makes."""
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise RewardError(
+            f"no reward {module}:{attribute} can be imported ({error}); is its folder on PYTHONPATH?"
+        ) from error
+    try:
+        makes = inspect.isclass(found) or not inspect.signature(found).parameters
+    except (TypeError, ValueError):
+        makes = False
+    return found() if makes else found
 
 
 def _unknown(spec: str, name: str) -> str:

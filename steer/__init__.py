@@ -4,7 +4,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from . import exporters, grpo, guidance, models
+from . import distributed, exporters, grpo, guidance, models
 from .core import resampling as resamplers
 from .core.resampling import killing, multinomial, residual, ssp, stratified, systematic
 from .core.snapshot import load_trajectory, save_trajectory
@@ -14,12 +14,16 @@ from .cost import Cost
 from .errors import (
     BudgetError,
     CollapsedWeightsError,
+    DistributedError,
+    JournalError,
     ModelError,
     NonFiniteError,
     NotDifferentiableError,
     NotStochasticError,
+    PromptError,
     RemoteError,
     RewardError,
+    RunDirectoryError,
     ShapeError,
     StateSpaceError,
     SteerError,
@@ -27,6 +31,7 @@ from .errors import (
 from .evaluation.compare import compare
 from .evaluation.methods import methods, sample
 from .evaluation.preflight import Preflight, preflight
+from .generation.generator import Generator
 from .guidance import (
     GuidedProcess,
     Hooks,
@@ -46,6 +51,7 @@ from .guidance import (
     tfg,
     ugd,
 )
+from .journal import resumable
 from .key import Key
 from .minority_sampling import (
     NewToken,
@@ -136,10 +142,13 @@ __all__ = [
     "Cosine",
     "Cost",
     "Denoiser",
+    "DistributedError",
     "FeynmanKac",
     "GaussianProcess",
+    "Generator",
     "GuidedProcess",
     "Hooks",
+    "JournalError",
     "KernelRatio",
     "Key",
     "Level",
@@ -152,6 +161,7 @@ __all__ = [
     "NotDifferentiableError",
     "NotStochasticError",
     "Preflight",
+    "PromptError",
     "QuadraticForm",
     "RectifiedFlow",
     "RemoteError",
@@ -160,6 +170,7 @@ __all__ = [
     "Reward",
     "RewardError",
     "Rule",
+    "RunDirectoryError",
     "Schedule",
     "ShapeError",
     "StateSpaceError",
@@ -189,6 +200,7 @@ __all__ = [
     "ddim",
     "density_guidance",
     "difference",
+    "distributed",
     "dps",
     "draw_path",
     "driftlite",
@@ -258,6 +270,7 @@ __all__ = [
     "resamplers",
     "residual",
     "restart",
+    "resumable",
     "rollout",
     "rules",
     "sample",

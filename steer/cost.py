@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 import time
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from .calls import Answer, call
 from .errors import BudgetError, SteerError
 from .finite import FiniteWatch
 
@@ -97,6 +99,19 @@ class Meter:
         """Counts `rows` decoded states."""
         self.decodes += rows
         return Stopwatch(self.seconds, "decode")
+
+    def call(self, kind: str, k: int, function: Callable[..., Answer], *tensors: Tensor, named: str = "") -> Answer:
+        """function(*tensors), by whatever stands between the run and its models (`steer.calls`)."""
+        return call(self, kind, k, function, *tensors, named=named)
+
+    @property
+    def counts(self) -> tuple[int, int, int, int]:
+        """Network rows, gradients, rewards and decodes so far. Set, to count what was paid elsewhere."""
+        return self.nfe, self.grads, self.rewards, self.decodes
+
+    @counts.setter
+    def counts(self, counts: Sequence[int]) -> None:
+        self.nfe, self.grads, self.rewards, self.decodes = counts
 
     def cost(self) -> Cost:
         """What was spent so far."""

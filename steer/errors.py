@@ -73,3 +73,19 @@ class StateSpaceError(SteerError):
 
 class ModelError(SteerError):
     """A pretrained model cannot be turned into a reverse process."""
+
+
+class PromptError(SteerError):
+    """A file of prompts cannot be read, or has a column or row that the model cannot be called with."""
+
+
+class RunDirectoryError(SteerError):
+    """A directory is of another run, or of none."""
+
+
+class DistributedError(SteerError):
+    """A rank of a process group failed, was lost, or has drifted apart from the others."""
+
+
+class JournalError(SteerError):
+    """A journal is damaged, in use, or of another run, model or reward."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..calls import Answer
 from ..cost import Meter, check_counts, rows_at
 from ..errors import NonFiniteError, NotDifferentiableError, RewardError, ShapeError, SteerError
 from ..finite import total
@@ -44,6 +45,10 @@ class Objective:
 
     def __call__(self, x: Tensor, where: str = "") -> Tensor:
         """Scores of clean states, through the decoder. where: for messages, "at level 3 of 20"."""
+        kind = "groupwise" if self.groupwise else "score"
+        return self.process.meter.call(kind, -1, lambda x: {"score": self._scores(x, where)}, x)["score"]
+
+    def _scores(self, x: Tensor, where: str) -> Tensor:
         problems, particles = x.shape[:2]
         if torch.is_grad_enabled() and x.requires_grad:
             self._check_differentiable()
@@ -96,6 +101,17 @@ class Objective:
         Cost: one network row and one backward pass a state.
         """
         self._check_differentiable()
+        strengths = (strength,) if isinstance(strength, Tensor) else ()
+
+        def paid(x: Tensor, *strengths: Tensor) -> Answer:
+            return self._value_and_grad(x, k, strengths[0] if strengths else strength, key)
+
+        named = "" if strengths else repr(float(strength))
+        kind = "value_and_grad" if self.process.hooks is None else "guided"
+        answer = self.process.meter.call(kind, k, paid, x, *strengths, named=named)
+        return answer["x0"], answer["score"], answer["gradient"]
+
+    def _value_and_grad(self, x: Tensor, k: int, strength: float | Tensor, key: Key | None) -> Answer:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             x0 = self.process.denoise(x, k, key)
@@ -108,7 +124,7 @@ class Objective:
             with self.process.meter.gradient(x.shape[0] * x.shape[1] * rows_at(self.process, k)):
                 (gradient,) = torch.autograd.grad((strength * value).sum(), x)
         self._look_at_gradient(gradient, value.detach(), k)
-        return x0.detach(), value.detach(), gradient
+        return {"x0": x0.detach(), "score": value.detach(), "gradient": gradient}
 
     def _look_at_gradient(self, gradient: Tensor, scores: Tensor, k: int) -> None:
         """Has the meter look for gradients that are not finite although their score is."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib import import_module
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 from ..errors import SteerError
+from ..journal import resumable
 from ..key import Key, as_key
 from ..results.result import Result
 from ..types import ReverseProcess, Reward
@@ -72,6 +75,7 @@ def sample(
     batch: int = 1,
     key: Key | int = 0,
     seed: int | None = None,
+    journal: str | Path | None = None,
     **options: Any,
 ) -> Result:
     """Samples that follow the reward, by any method.
@@ -86,6 +90,7 @@ def sample(
         batch: independent problems; a conditioned process fixes it.
         key: names all noise of the run, an integer or a `Key`.
         seed: the same as `key`; give one of them.
+        journal: directory of a journal (`steer.resumable`): killed anywhere, the same call goes on where it ended.
         **options: the method's own, by keyword.
 
     Returns:
@@ -95,6 +100,6 @@ def sample(
         SteerError: no method of that name, or both `key` and `seed`.
         Others: those of the method.
     """
-    return resolve(method)(
-        process, reward, budget=budget, temperature=temperature, batch=batch, key=as_key(key, seed), **options
-    )
+    options |= {"budget": budget, "temperature": temperature, "batch": batch, "key": as_key(key, seed)}
+    with nullcontext() if journal is None else resumable(journal):
+        return resolve(method)(process, reward, **options)

@@ -24,7 +24,7 @@ pass the network and not the hooks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -32,6 +32,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..calls import Answer
 from ..core.objective import Objective, open_objective
 from ..cost import Meter
 from ..errors import NotDifferentiableError, ShapeError, StateSpaceError, SteerError
@@ -53,12 +54,26 @@ class Log:
     def add(self, name: str, k: int, values: Tensor) -> None:
         """Notes one value per particle at level k. Reads nothing from the device."""
         values = values.detach().double()
-        total, most = values.sum(), values.max()
+        self._merge(name, k, values.numel(), values.sum(), values.max())
+
+    def _merge(self, name: str, k: int, count: int, total: Tensor, most: Tensor) -> None:
         if (name, k) in self._entries:
-            count, before, highest = self._entries[name, k]
-            self._entries[name, k] = (count + values.numel(), before + total, torch.maximum(highest, most))
-        else:
-            self._entries[name, k] = (values.numel(), total, most)
+            before, earlier, highest = self._entries[name, k]
+            count, total, most = before + count, earlier + total, torch.maximum(highest, most)
+        self._entries[name, k] = (count, total, most)
+
+    def noted(self, k: int) -> dict[str, Tensor]:
+        """What was noted at level k as named tensors, for `merge`: numbers, which stay on the CPU, sums and maxima."""
+        found = {}
+        for (name, at), (count, total, most) in self._entries.items():
+            if at == k:
+                found |= {f"count.{name}": torch.tensor(count), f"sum.{name}": total, f"max.{name}": most}
+        return found
+
+    def merge(self, noted: Mapping[str, Tensor], k: int) -> None:
+        """Adds what another log noted at level k."""
+        for name in (entry.removeprefix("count.") for entry in noted if entry.startswith("count.")):
+            self._merge(name, k, int(noted[f"count.{name}"]), noted[f"sum.{name}"], noted[f"max.{name}"])
 
     def table(self, name: str = "displacement") -> dict[int, tuple[float, float]]:
         """Level -> (mean, maximum) of what was noted under a name."""
@@ -259,9 +274,20 @@ def hook_key(key: Key | None) -> Key:
 
 def look(process: GaussianPath, hooks: Hooks, x: Tensor, k: int, key: Key | None, log: Log) -> HookedPrediction:
     """The prediction at level k and what the score, x0 and mean hooks make of it. One network row per particle."""
-    base = hook_key(key).at(k)
     if process.meter is None:
         process = process.metered(Meter())
+    own = Log()
+
+    def paid(x: Tensor) -> Answer:
+        return _look(process, hooks, x, k, key, own)._asdict() | own.noted(k)
+
+    answer = process.meter.call("guided", k, paid, x)
+    log.merge(answer, k)
+    return HookedPrediction(answer["raw"], answer["x0"], answer["shift"])
+
+
+def _look(process: GaussianPath, hooks: Hooks, x: Tensor, k: int, key: Key | None, log: Log) -> HookedPrediction:
+    base = hook_key(key).at(k)
     followed = torch.is_grad_enabled() and x.requires_grad
     with torch.set_grad_enabled(followed or hooks.through):
         state = (

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from ..calls import Answer
 from ..core.objective import Objective, check_temperature
 from ..core.population import broadcast_like, log_potential
 from ..errors import NotDifferentiableError, StateSpaceError, SteerError
@@ -105,6 +106,10 @@ class _Predicting:
     def prompts(self) -> Sequence[str] | None:
         return self.process.prompts
 
+    @property
+    def hooks(self) -> None:
+        return None
+
     def decode(self, x: Tensor) -> Tensor:
         return self.process.decode(x)
 
@@ -112,10 +117,16 @@ class _Predicting:
         return self.process.complete(x, x0)
 
     def denoise(self, x: Tensor, k: int, key: Key | None = None) -> Tensor:
-        with self.meter.network(x.shape[0] * x.shape[1] * self.rows):
-            x0 = checked_output(
-                self.predictor(x), x, x.shape, "x0_predictor must return samples of the shape of its states"
-            )
+        def paid(x: Tensor) -> Answer:
+            with self.meter.network(x.shape[0] * x.shape[1] * self.rows):
+                return {"x0": self.predictor(x)}
+
+        x0 = checked_output(
+            self.meter.call("denoise", k, paid, x)["x0"],
+            x,
+            x.shape,
+            "x0_predictor must return samples of the shape of its states",
+        )
         self.meter.finite.prediction(x, x0, k, self.steps)
         return x0
 

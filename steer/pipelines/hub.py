@@ -48,6 +48,22 @@ def from_hub(
     To set up the scheduler, adapters or offloading first, load the pipeline yourself and open it by
     `steer.from_pipeline`.
     """
+    pipe = load_pipeline(
+        name, revision=revision, variant=variant, dtype=dtype, device=device, local_files_only=local_files_only
+    )
+    return from_pipeline(pipe, **options)
+
+
+def load_pipeline(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    local_files_only: bool = False,
+) -> Any:
+    """The pipeline of `from_hub`, to be opened for one prompt after another."""
     import diffusers
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
@@ -76,7 +92,7 @@ def from_hub(
             module.eval().requires_grad_(False)
     if device is not None:
         pipe.to(device)
-    return from_pipeline(pipe, **options)
+    return pipe
 
 
 def _check_complete(name: str | Path, part: str, module: torch.nn.Module) -> None:

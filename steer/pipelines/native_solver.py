@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from ..calls import Answer
 from ..cost import Meter
 from ..errors import ModelError, StateSpaceError
 from ..key import Key
@@ -164,12 +166,14 @@ class SolverProcess:
     def denoise(self, x: Tensor, k: int, key: Key | None = None) -> Tensor:
         """The network's own output and the clean latents that follow from it, [B, N, 2, *event], at level k."""
         denoiser, latents = cast(PipelineDenoiser, self.process.denoiser), x[:, :, 0]
-        rows = x.shape[0] * x.shape[1] * self.rows_at(k)
-        if self.meter is None:
-            output = denoiser.output(latents, k)
-        else:
-            with self.meter.network(rows):
-                output = denoiser.output(latents, k)
+        meter = self.meter
+
+        def paid(latents: Tensor) -> Answer:
+            rows = latents.shape[0] * latents.shape[1] * self.rows_at(k)
+            with nullcontext() if meter is None else meter.network(rows):
+                return {"output": denoiser.output(latents, k)}
+
+        output = (paid(latents) if meter is None else meter.call("denoise", k, paid, latents))["output"]
         grid = denoiser.grid
         at = level(grid.schedule, grid.times[max(i for i, index in enumerate(grid.indices) if index <= k)])
         return torch.stack([output, noise_levels.x0_from_output(output, latents, at, grid.kind, grid.data_std)], 2)

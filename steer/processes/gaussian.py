@@ -13,6 +13,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+from ..calls import Answer
 from ..cost import Meter
 from ..errors import ModelError, ShapeError, StateSpaceError, SteerError
 from ..key import Key
@@ -116,11 +117,16 @@ class GaussianProcess:
             key: names draws of hooks (`GuidedProcess`); a network alone draws nothing.
         """
         del key
-        if self.meter is None:
+        meter = self.meter
+        if meter is None:
             return self._predict(x, k)
-        with self.meter.network(x.shape[0] * x.shape[1] * self.rows_at(k)):
-            x0 = self._predict(x, k)
-        self.meter.finite.prediction(x, x0, k, self.steps)
+
+        def paid(x: Tensor) -> Answer:
+            with meter.network(x.shape[0] * x.shape[1] * self.rows_at(k)):
+                return {"x0": self._predict(x, k)}
+
+        x0 = meter.call("denoise", k, paid, x)["x0"]
+        meter.finite.prediction(x, x0, k, self.steps)
         return x0
 
     def rows_at(self, k: int) -> int:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..calls import Answer
 from ..cost import Meter
 from ..errors import ModelError, StateSpaceError, SteerError
 from ..key import Key
@@ -160,11 +161,16 @@ class MaskedProcess:
 
         What it says of positions that are not masked is of no consequence.
         """
-        if self.meter is None:
+        meter = self.meter
+        if meter is None:
             return self._predict(x, k)
-        with self.meter.network(x.shape[0] * x.shape[1] * self.rows):
-            x0 = self._predict(x, k)
-        self.meter.finite.prediction(x, x0, k, self.steps)
+
+        def paid(x: Tensor) -> Answer:
+            with meter.network(x.shape[0] * x.shape[1] * self.rows):
+                return {"x0": self._predict(x, k)}
+
+        x0 = meter.call("denoise", k, paid, x)["x0"]
+        meter.finite.prediction(x, x0, k, self.steps)
         return x0
 
     def _predict(self, x: Tensor, k: int) -> Tensor:

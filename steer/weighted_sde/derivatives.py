@@ -85,6 +85,12 @@ class ValueDerivatives:
 
     def __call__(self, x: Tensor, k: int, needs: RequiredDerivatives) -> Evaluation:
         """The population x [B, N, *event] at level k."""
+        if self.target.meter is None:
+            return self._at(x, k, needs)
+        answer = self.target.meter.call("point", k, lambda x: self._at(x, k, needs)._asdict(), x, named=str(needs))
+        return Evaluation(**answer)
+
+    def _at(self, x: Tensor, k: int, needs: RequiredDerivatives) -> Evaluation:
         target = self.target
         nothing = torch.zeros(x.shape[:2], dtype=torch.float64, device=x.device)
         with torch.set_grad_enabled(needs.gradient or needs.divergence), _twice(needs.laplacian):

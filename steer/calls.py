@@ -1,0 +1,69 @@
+"""The one seam at which a run pays: every prediction, score and gradient passes here, and can be answered elsewhere.
+
+A run is a function of its key and of what its paid calls return. So whatever must see a run from outside stands here,
+and no sampler knows of it: a journal that remembers the answers (`steer.resumable`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Any, Protocol
+
+from torch import Tensor
+
+Answer = dict[str, Tensor]
+"""What a paid call returns, by name."""
+
+
+class Caller(Protocol):
+    """Makes a paid call, or answers it without making it.
+
+    Args:
+        meter: the run's ledger, into which `function` counts.
+        kind: "denoise", "score" and "value_and_grad", whose rows are independent; "groupwise" (a score that depends on
+            the other samples); "point" (predictions of a weighted SDE and derivatives through them) and "guided" (a
+            prediction with what hooks make of it, who draw by the place of a particle).
+        k: the level; -1 where a call has none.
+        function: makes the call.
+        tensors: its arguments, [B, N, ...].
+        named: what else the answer depends on, as text.
+    """
+
+    def __call__(
+        self, meter: Any, kind: str, k: int, function: Callable[..., Answer], *tensors: Tensor, named: str = ""
+    ) -> Answer: ...
+
+
+_callers: ContextVar[tuple[Caller, ...]] = ContextVar("callers", default=())
+
+
+def callers() -> tuple[Caller, ...]:
+    """Those of the `with` blocks around, outermost first."""
+    return _callers.get()
+
+
+@contextmanager
+def through(caller: Caller) -> Iterator[None]:
+    """Paid calls pass this caller, inside those of the `with` blocks around it."""
+    token = _callers.set((*_callers.get(), caller))
+    try:
+        yield
+    finally:
+        _callers.reset(token)
+
+
+def call(meter: Any, kind: str, k: int, function: Callable[..., Answer], *tensors: Tensor, named: str = "") -> Answer:
+    """function(*tensors), by the callers of the `with` blocks around. Calls that it makes itself are part of it."""
+    callers = _callers.get()
+    if not callers:
+        return function(*tensors)
+    token = _callers.set(())
+    try:
+        for caller in reversed(callers):
+            function = partial(caller, meter, kind, k, function, named=named)
+        return function(*tensors)
+    finally:
+        _callers.reset(token)

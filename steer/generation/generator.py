@@ -1,0 +1,355 @@
+"""`steer.Generator`: a model, rewards and a method, opened once, for one prompt after another."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..errors import ModelError, SteerError
+from ..evaluation.methods import sample
+from ..files import write_atomically
+from ..key import Key
+from ..pipelines.from_pipeline import from_pipeline
+from ..report.images import is_images, to_images, to_png
+from ..report.run_report import shown
+from ..results.result import Result
+from ..types import ReverseProcess
+from .claims import Claim
+from .place import Place
+from .prompts import OWNED, Row, rows_of
+from .run_directory import RESULT, RunDirectory
+
+RETRIED = (OSError, torch.OutOfMemoryError)  # what may go well the next time; other errors would come again
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Made(NamedTuple):
+    """One row of a stream: its Row, and its Result or the error that ended it."""
+
+    row: Row
+    result: Result | None
+    error: Exception | None
+
+
+class Generator:
+    """Samples by a method, prompt after prompt, on a model that is loaded once, when it is first needed.
+
+        generator = steer.Generator("./my-pipeline", reward="clip:clip.safetensors", method="svdd", budget=2000)
+        result = generator.one(0, "a red fox in snow", guidance_scale=5.0)
+
+    Row i draws its noise by the key's problem i, and nothing else names it. So any subset of rows, in any order, on any
+    number of processes, gives the same bits.
+
+    Args:
+        model: the name of an embedded model, a folder with a model_index.json, "owner/name" of the hub (see
+            `steer.from_hub`), a pipeline, a process (of models without prompts), or a function of (prompt, **call) to a
+            process.
+        reward: a reward or its specification, "0.5*clip:FILE"; or several, which are summed.
+        method: name of a method, or a method.
+        budget: network rows a prompt, never exceeded; or
+        particles: samples a prompt.
+        temperature: divides the reward.
+        seed: of all noise.
+        steps: of the chain; None for the model's own number.
+        device: where the model goes; dtype: "fp32", "bf16" or "fp16" of its networks.
+        call: arguments of the model's call for all rows.
+        options: the method's own.
+        keep: how many samples of each row become pictures: drawn by weight, the best first.
+        retries: of a row, where memory or a connection failed.
+        download: whether a model or reward that is not on this machine may be fetched.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        reward: Any,
+        method: str | Callable[..., Result] = "smc",
+        budget: int | None = None,
+        particles: int | None = None,
+        temperature: float = 1.0,
+        seed: int = 0,
+        steps: int | None = None,
+        device: str | None = None,
+        dtype: str = "fp32",
+        call: Mapping[str, Any] | None = None,
+        options: Mapping[str, Any] | None = None,
+        keep: int = 1,
+        retries: int = 2,
+        download: bool = False,
+    ) -> None:
+        if dtype not in DTYPES:
+            raise SteerError(f"dtype is one of {', '.join(DTYPES)}, got {dtype!r}")
+        if budget is not None and particles is not None:
+            raise SteerError("give a budget or a number of particles, not both")
+        self.model, self.reward, self.method = model, reward, method
+        self.budget, self.particles, self.temperature, self.seed = budget, particles, temperature, seed
+        self.steps, self.device, self.dtype, self.call = steps, device, dtype, dict(call or {})
+        self.options, self.keep, self.retries, self.download = dict(options or {}), keep, retries, download
+        self._opener: Callable[..., ReverseProcess] | None = None
+        self._reward: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was loaded: each worker loads its own."""
+        return {**vars(self), "_opener": None, "_reward": None}
+
+    @property
+    def accepted(self) -> list[str]:
+        """Names of the arguments of the model's call, "prompt" among them where it takes one."""
+        return _accepted(self._open)
+
+    def rows(self, entries: Iterable[Mapping[str, Any]]) -> list[Row]:
+        """Rows of prompts and call arguments, checked against the model: see `prompts.rows_of`."""
+        return rows_of(entries, self.accepted)
+
+    def process(self, prompt: str | None = None, **call: Any) -> ReverseProcess:
+        """The model opened for a prompt."""
+        given = {**self.call, **call}
+        return self._open(**({} if prompt is None else {"prompt": prompt}), **given)
+
+    def one(self, index: int, prompt: str | None = None, /, *, journal: Path | None = None, **call: Any) -> Result:
+        """Samples of row `index`.
+
+        Args:
+            index: names the noise.
+            prompt: what the model is asked for.
+            journal: directory of a journal, so that a killed row goes on (`steer.resumable`).
+            **call: arguments of the model's call for this row, over those for all.
+        """
+        process = self.process(prompt, **call)
+        return sample(
+            process,
+            self.score(process),
+            method=self.method,
+            temperature=self.temperature,
+            key=Key(self.seed).shifted(problem=index),
+            journal=journal,
+            **({"budget": self.budget} if self.particles is None else {"particles": self.particles}),
+            **self.options,
+        )
+
+    def stream(self, rows: Iterable[Row]) -> Iterator[Made]:
+        """One row after another; an error ends its row, and not the stream."""
+        for row in rows:
+            try:
+                yield Made(row, self._tried(row, None), None)
+            except Exception as error:
+                if _poisoned(error):
+                    raise
+                yield Made(row, None, error)
+
+    def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+        """Columns in, columns out: for `ray.data.Dataset.map_batches` and `datasets.Dataset.map(batched=True)`.
+
+        Args:
+            batch: equal columns; "index", which names the noise, and "prompt" where the model takes one; columns that
+                the model's call takes are its arguments.
+
+        Returns:
+            One entry per sample kept: index, particle, prompt, image (uint8 [H, W, C], or [H, W]), score, weight, nfe
+            and error, which is "" where all went well; of a failed row there is one entry with the rest None.
+        """
+        if "index" not in batch:
+            raise SteerError("the batch needs a column index: the place in a batch would name other noise every time")
+        names = list(batch)
+        entries = [dict(zip(names, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        found: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
+        for entry in entries:
+            index = int(entry.pop("index"))
+            (row,) = self.rows([entry])
+            for made in self.stream([row._replace(index=index)]):
+                for record in self._records(made):
+                    for name in _COLUMNS:
+                        found[name].append(record[name])
+        return found
+
+    def run(
+        self, directory: RunDirectory, indices: Sequence[int], place: Place | None = None, *, claim: bool = True
+    ) -> Iterator[tuple[int, Exception | None]]:
+        """Makes rows of a run directory, those of this place first, then whatever nobody else makes.
+
+        Args:
+            directory: the run.
+            indices: rows to make.
+            place: of this process among those that share the directory.
+            claim: whether rows are claimed, so that processes share them out; without, only this place's are made.
+
+        Yields:
+            The index of each row made here, and the error of a failed one.
+        """
+        rank, world, _ = place or Place()
+        own = [index for index in indices if index % world == rank]
+        others = [index for index in indices if index % world != rank] if claim else []
+        for index in own + others:
+            if directory.state(index) == "finished":
+                continue
+            mine = Claim(directory.claim(index))
+            if claim and not mine.take():
+                continue
+            with mine.held():
+                if directory.state(index) != "finished":  # another finished it before we claimed it
+                    yield index, self.make(directory, directory.rows[index])
+
+    def make(self, directory: RunDirectory, row: Row) -> Exception | None:
+        """Makes a row of a run directory; its error, of which there is a record, where it failed."""
+        folder = directory.folder(row.index)
+        try:
+            result = self._tried(row, folder / "journal")
+            self._save(directory, row, result)
+        except Exception as error:
+            directory.failed(row.index, error)
+            if _poisoned(error):
+                raise
+            return error
+        return None
+
+    def _tried(self, row: Row, journal: Path | None) -> Result:
+        for attempt in range(self.retries + 1):
+            try:
+                return self.one(row.index, row.prompt, journal=journal, **row.call)
+            except Exception as error:
+                if attempt == self.retries or not isinstance(error.__cause__ or error, RETRIED):
+                    raise
+        raise AssertionError("unreachable")
+
+    def _save(self, directory: RunDirectory, row: Row, result: Result) -> None:
+        """Pictures first, the record last: with it the row is finished."""
+        import shutil
+
+        folder, index = directory.folder(row.index), shown(result, min(self.keep, result.reward.shape[1]))
+        chosen, pictures = result.take(index), []
+        parts = self._parts(chosen)
+        images = to_images(chosen.decoded) if is_images(chosen.decoded) else []
+        for number, particle in enumerate(index[0].tolist()):
+            entry: dict[str, Any] = {"prompt": row.prompt, "index": row.index, "particle": particle}
+            if images:
+                path = directory.picture(row.index, number)
+                write_atomically(path, to_png(images[number]))
+                entry = {"file_name": str(path.relative_to(directory.path)), **entry}
+            elif result.process.text is not None:
+                entry["text"] = chosen.texts[number]
+            entry |= {"score": chosen.reward[0, number].item(), "weight": result.log_weight[0, particle].exp().item()}
+            entry |= {f"reward.{name}": scores[number].item() for name, scores in parts.items()}
+            entry |= {"method": _name(self.method), "budget": self.budget, "nfe": result.cost.nfe, "seed": self.seed}
+            pictures.append({**entry, **row.notes})
+        result.save(folder, index=row.index, prompt=row.prompt, call=row.call, notes=row.notes, pictures=pictures)
+        (folder / "error.json").unlink(missing_ok=True)
+        shutil.rmtree(folder / "journal", ignore_errors=True)
+        if not (folder / RESULT).exists():
+            raise SteerError(f"{folder / RESULT} vanished while it was written; is something else cleaning up there?")
+
+    def _records(self, made: Made) -> Iterator[dict[str, Any]]:
+        blank = {"index": made.row.index, "particle": None, "prompt": made.row.prompt, "image": None, "score": None}
+        blank |= {"weight": None, "nfe": None, "error": ""}
+        if made.result is None:
+            yield {**blank, "error": f"{type(made.error).__name__}: {made.error}"}
+            return
+        import numpy
+
+        result, index = made.result, shown(made.result, min(self.keep, made.result.reward.shape[1]))
+        chosen = result.take(index)
+        images = to_images(chosen.decoded) if is_images(chosen.decoded) else [None] * index.shape[1]
+        for number, particle in enumerate(index[0].tolist()):
+            yield {
+                **blank,
+                "particle": particle,
+                "image": None if images[number] is None else numpy.asarray(images[number]),
+                "score": chosen.reward[0, number].item(),
+                "weight": result.log_weight[0, particle].exp().item(),
+                "nfe": result.cost.nfe,
+            }
+
+    def _parts(self, chosen: Result) -> dict[str, torch.Tensor]:
+        """Each reward's own score of the samples kept, where several are summed."""
+        reward = self.score(chosen.process)
+        if not hasattr(reward, "parts"):
+            return {}
+        prompts = None if chosen.process.prompts is None else list(chosen.process.prompts) * len(chosen.decoded)
+        takes = "prompts" in inspect.signature(reward).parameters
+        return reward.parts(chosen.decoded, **({"prompts": prompts} if takes and prompts else {}))
+
+    @property
+    def _open(self) -> Callable[..., ReverseProcess]:
+        if self._opener is None:
+            self._opener = self._loaded()
+        return self._opener
+
+    def _loaded(self) -> Callable[..., ReverseProcess]:
+        """The model, loaded, as a function of prompt and call arguments."""
+        from ..models.catalogue import embedded
+        from ..models.embedded import load
+
+        model, steps = self.model, {} if self.steps is None else {"steps": self.steps}
+        where = self.device or "cpu"
+        if isinstance(model, str) and model in [card["name"] for card in embedded()]:
+            text = model == "letters"  # takes no label
+
+            def labelled(label: int | None = None, guidance_scale: float = 1.0) -> ReverseProcess:
+                return load(model, labels=label, guidance_scale=guidance_scale, device=where, **steps)
+
+            def unlabelled() -> ReverseProcess:
+                return load(model, device=where, **steps)
+
+            return unlabelled if text else labelled
+        if isinstance(model, str | Path):
+            from ..pipelines.hub import load_pipeline
+
+            model = load_pipeline(
+                model, dtype=DTYPES[self.dtype], device=self.device, local_files_only=not self.download
+            )
+        if hasattr(model, "denoise"):
+            if self.steps is not None and self.steps != model.steps:
+                raise ModelError(
+                    f"the process has {model.steps} steps, and {self.steps} were asked for; leave steps out"
+                )
+            return lambda: model
+        if hasattr(model, "scheduler"):
+            return _Pipeline(model, steps)
+        if callable(model):
+            return model
+        raise ModelError(
+            f"a model is an embedded name, a folder, owner/name, a pipeline, a process or a function, got {model!r}"
+        )
+
+    def score(self, process: ReverseProcess) -> Any:
+        """The reward, on samples of this process."""
+        if self._reward is None:
+            from .. import rewards
+
+            given = self.reward if isinstance(self.reward, list | tuple) else [self.reward]
+            self._reward = rewards.from_specs(given, process.text)
+        return self._reward
+
+
+class _Pipeline:
+    """Opens a pipeline for a row. Its signature is the pipeline's."""
+
+    def __init__(self, pipe: Any, options: dict[str, Any]) -> None:
+        self.pipe, self.options = pipe, options
+        self.__signature__ = inspect.signature(type(pipe).__call__)
+
+    def __call__(self, **call: Any) -> ReverseProcess:
+        return from_pipeline(self.pipe, **self.options, **call)
+
+
+_COLUMNS = ("index", "particle", "prompt", "image", "score", "weight", "nfe", "error")
+
+
+def _accepted(function: Callable[..., Any]) -> list[str]:
+    """Names that a function takes by keyword."""
+    parameters = inspect.signature(function).parameters.values()
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [p.name for p in parameters if p.kind in kinds and p.name != "self" and p.name not in OWNED]
+
+
+def _poisoned(error: Exception) -> bool:
+    """Whether later rows would fail too: a CUDA error that is no lack of memory leaves the device unusable."""
+    return "CUDA error" in str(error) and not isinstance(error, torch.OutOfMemoryError)
+
+
+def _name(method: Any) -> str:
+    return method if isinstance(method, str) else getattr(method, "__name__", repr(method))

@@ -1,0 +1,210 @@
+"""Runs of many prompts: the same bytes for any order, number of processes, and place of a kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny_pipelines
+import torch
+
+import steer
+from steer.errors import RewardError, RunDirectoryError
+from steer.generation.claims import Claim
+from steer.generation.place import Place
+from steer.generation.run_directory import RunDirectory
+
+PROMPTS = [{"prompt": f"a {what}", "guidance_scale": 2.0, "tag": what} for what in ("fox", "car", "tree", "boat")]
+OPTIONS = {"model": "tiny", "reward": ["jpeg"]}
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    torch.manual_seed(0)
+    return tiny_pipelines.sd15()
+
+
+def generator(pipe, reward="jpeg", **options):
+    return steer.Generator(
+        pipe, reward=reward, method="svdd", steps=2, particles=2, options={"candidates": 2}, **options
+    )
+
+
+def made(path, maker, *, place=None, claim=True):
+    directory = RunDirectory.open(path, OPTIONS, maker.rows(PROMPTS))
+    found = list(maker.run(directory, range(len(PROMPTS)), place, claim=claim))
+    directory.gather()
+    return directory, found
+
+
+def contents(directory):
+    """Pictures and metadata as bytes, and tensors."""
+    files = sorted(path for kind in ("images/**/*.png", "metadata.jsonl") for path in directory.path.glob(kind))
+    return {str(path.relative_to(directory.path)): path.read_bytes() for path in files}
+
+
+def states(directory):
+    return [steer.load_run(directory.folder(row.index)).tensors["x"] for row in directory.rows]
+
+
+def test_any_number_of_workers_makes_the_same_dataset(pipe, tmp_path):
+    alone, _ = made(tmp_path / "alone", generator(pipe))
+    assert alone.states()["finished"] == [0, 1, 2, 3]
+    for world in (2, 3):
+        path = tmp_path / str(world)
+        for rank in reversed(range(world)):
+            shared, _ = made(path, generator(pipe), place=Place(rank, world), claim=False)
+        assert contents(shared) == contents(alone)
+        for one, other in zip(states(shared), states(alone), strict=True):
+            assert torch.equal(one, other)
+    lines = [json.loads(line) for line in (alone.path / "metadata.jsonl").read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == [entry["prompt"] for entry in PROMPTS]
+    assert {"file_name", "score", "weight", "nfe", "seed", "method", "tag"} <= set(lines[0])
+    assert all((alone.path / line["file_name"]).exists() for line in lines)
+    assert len({path.read_bytes() for path in alone.path.glob("images/**/*.png")}) == 4
+
+
+def test_the_dataset_loads_as_an_image_folder(pipe, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    directory, _ = made(tmp_path / "run", generator(pipe, keep=2))
+    loaded = datasets.load_dataset("imagefolder", data_dir=str(directory.path), cache_dir=str(tmp_path / "cache"))
+    rows = loaded["train"]
+    assert sorted(rows["prompt"]) == sorted(2 * [entry["prompt"] for entry in PROMPTS])
+    assert {"score", "weight", "nfe", "tag"} <= set(rows.column_names)
+    assert rows[0]["image"].size == (16, 16)
+
+
+def test_a_row_is_its_index_and_nothing_else(pipe):
+    maker = generator(pipe)
+    result = maker.one(2, "a tree", guidance_scale=2.0)
+    process = steer.from_pipeline(pipe, prompt="a tree", guidance_scale=2.0, steps=2)
+    key = steer.Key(0).shifted(problem=2)
+    from steer import rewards, search
+
+    expected = search.svdd(process, rewards.JPEGSize(), particles=2, candidates=2, key=key)
+    assert torch.equal(result.x, expected.x)
+    assert not torch.equal(result.x, maker.one(1, "a tree", guidance_scale=2.0).x)
+
+
+def test_a_failed_row_is_a_record_and_not_the_end(pipe, tmp_path):
+    class Faulty:
+        broken = True
+
+        def __call__(self, images, prompts):
+            if self.broken and "car" in prompts[0]:
+                raise RuntimeError("no cars today")
+            return images.flatten(1).mean(1)
+
+    reward = Faulty()
+    directory, found = made(tmp_path, generator(pipe, reward))
+    assert [index for index, error in found if error] == [1]
+    assert directory.states() == {"finished": [0, 2, 3], "failed": [1], "missing": []}
+    record = directory.error(1)
+    assert (record["type"], record["attempts"]) == (RewardError.__name__, 1)
+    assert "no cars today" in record["message"]
+    reward.broken = False
+    again, found = made(tmp_path, generator(pipe, reward))
+    assert [index for index, _ in found] == [1]
+    assert again.states()["finished"] == [0, 1, 2, 3]
+    assert not directory.error(1)
+
+
+def test_memory_and_connections_are_tried_again(pipe):
+    failures = [torch.OutOfMemoryError("full"), ConnectionError("gone"), ValueError("no")]
+
+    def flaky(images):
+        if failures:
+            raise failures.pop(0)
+        return images.flatten(1).mean(1)
+
+    rows = generator(pipe).rows(PROMPTS)[:2]
+    first, second = generator(pipe, flaky).stream(rows)
+    assert "no" in str(first.error)  # the third would come again, and is not tried again
+    assert not failures
+    assert second.result is not None
+
+
+def test_a_directory_of_another_run_is_refused(pipe, tmp_path):
+    rows = generator(pipe).rows(PROMPTS)
+    RunDirectory.open(tmp_path, OPTIONS, rows)
+    RunDirectory.open(tmp_path, OPTIONS, rows)
+    with pytest.raises(RunDirectoryError, match="model='tiny'"):
+        RunDirectory.open(tmp_path, {**OPTIONS, "model": "other"}, rows)
+    with pytest.raises(RunDirectoryError, match="other prompts"):
+        RunDirectory.open(tmp_path, OPTIONS, rows[:3])
+    with pytest.raises(RunDirectoryError, match=r"needs run\.yaml"):
+        RunDirectory(tmp_path / "nowhere")
+
+
+def test_batches_of_columns(pipe):
+    batch = {"index": [3, 0], "prompt": ["a boat", "a fox"], "guidance_scale": [2.0, 2.0]}
+    found = generator(pipe, keep=2)(batch)
+    assert found["index"] == [3, 3, 0, 0]
+    assert found["image"][0].shape[-1] == 3
+    assert set(found["error"]) == {""}
+    one = generator(pipe).one(3, "a boat", guidance_scale=2.0)
+    assert max(found["score"][:2]) == one.reward.max().item()
+    with pytest.raises(steer.SteerError, match="index"):
+        generator(pipe)({"prompt": ["a"]})
+
+
+def test_claims(tmp_path):
+    first, second = Claim(tmp_path / "0"), Claim(tmp_path / "0")
+    assert first.take()
+    assert not second.take()
+    old = time.time() - 1000.0
+    os.utime(tmp_path / "0", (old, old))
+    assert second.take()  # the first has died
+    first.leave()  # and is not the one to give it up now
+    assert (tmp_path / "0").exists()
+    with second.held(every=0.01):
+        time.sleep(0.05)
+        assert time.time() - (tmp_path / "0").stat().st_mtime < 1.0
+    assert not (tmp_path / "0").exists()
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+import steer
+from steer import rewards
+from steer.generation.run_directory import RunDirectory
+
+maker = steer.Generator("digits", reward="digit:3", method="smc", steps=5, particles=4)
+entries = [{{"label": i % 10}} for i in range(12)]
+directory = RunDirectory.open({out!r}, {{}}, maker.rows(entries))
+for _ in maker.run(directory, range(12)):
+    pass
+directory.gather()
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills by SIGKILL")
+def test_killed_workers_lose_nothing(tmp_path):
+    """Two workers on one directory, one killed on the way; the other makes its rows too, once its claim is stale."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def worker(out):
+        source = tmp_path / f"{out.name}.py"
+        source.write_text(SCRIPT.format(tests=str(Path(__file__).parents[1]), out=str(out)))
+        return subprocess.Popen([sys.executable, str(source)], env=environment)
+
+    plain, shared = tmp_path / "plain", tmp_path / "shared"
+    assert worker(plain).wait() == 0
+    victim, other = worker(shared), worker(shared)
+    while len(list(shared.glob("rows/*/*/result.json"))) < 3:
+        assert victim.poll() is None
+        time.sleep(0.01)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    assert other.wait() == 0
+    for claim in shared.glob("claims/0*"):  # what the killed one still holds
+        os.utime(claim, (0, 0))
+    assert worker(shared).wait() == 0
+    assert contents(RunDirectory(shared)) == contents(RunDirectory(plain))
+    for one, two in zip(states(RunDirectory(shared)), states(RunDirectory(plain)), strict=True):
+        assert torch.equal(one, two)
