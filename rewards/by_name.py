@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 from steer.errors import RemoteError, RewardError
@@ -107,7 +108,8 @@ def _weighted_term(spec: str | Scorer, text: ToText | None) -> tuple[float, Scor
     found = re.fullmatch(r"\s*(?P<weight>[-+0-9.eE]+)\s*(?P<rate>[^*\s]*)\s*\*(?P<name>.*)", spec)
     name = (found["name"] if found else spec).strip()
     module, _, attribute = name.partition(":")
-    reward = _imported(module, attribute) if "." in module and attribute.isidentifier() else from_spec(name, text)
+    own = module not in _BUILDERS and attribute.isidentifier() and ("." in module or find_spec(module) is not None)
+    reward = _imported(module, attribute) if own else from_spec(name, text)
     if not found:
         return 1.0, reward
     try:

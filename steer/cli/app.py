@@ -1,5 +1,5 @@
-"""The command line: `steer generate`, `steer compare`, `steer preflight`, `steer report`, `steer models`,
-`steer methods`, `steer serve-reward`.
+"""The command line: `steer generate`, `steer compare`, `steer preflight`, `steer resume`, `steer status`,
+`steer report`, `steer models`, `steer methods`, `steer serve-reward`.
 
 Exit codes: 0 done; 1 failed or interrupted at run time; 2 wrong usage. With --json, stdout holds one JSON object and
 nothing else; progress and errors go to stderr.
@@ -19,22 +19,47 @@ from rich.table import Table
 
 from ..files import check_writable
 from ..version import __version__
+from .console import print_json, say
+from .flags import (
+    AsJson,
+    Call,
+    Config,
+    Debug,
+    Device,
+    Download,
+    DryRun,
+    Dtype,
+    Force,
+    Label,
+    Model,
+    OnlyFailed,
+    Out,
+    Prompt,
+    Quiet,
+    RewardSpec,
+    Seed,
+    Shard,
+    Shown,
+    Steps,
+    Temperature,
+    Workers,
+)
 from .inputs import (
     by_method,
     command_line,
+    device_of,
     find_method,
     metrics_of,
     open_model,
     open_reward,
     own_options,
     parse_budgets,
-    print_json,
     reported_errors,
     rewards_by_name,
-    say,
     settings_of,
     unsteered_run,
 )
+from .many import Which, counted, finish, generator_of, open_directory, read_entries, run_many
 from .outputs import print_comparison, print_run, write_comparison_files, write_run
 from .progress import Interrupt, Watch
 
@@ -46,34 +71,11 @@ app = typer.Typer(
     help="Steers samples of frozen diffusion and flow models by a reward.",
 )
 
-Model = Annotated[str, typer.Option(help="An embedded model; `steer models` lists them.")]
-RewardSpec = Annotated[str, typer.Option("--reward", help="Reward to steer by: digit:3, digit:even, ink:-1, jpeg, ...")]
-Out = Annotated[
-    Path, typer.Option(file_okay=False, help="Directory to write to; files of an earlier run there are replaced.")
-]
 
-
-def _positive(value: float) -> float:
-    if not value > 0.0:
-        raise typer.BadParameter(f"must be positive, got {value}")
-    return value
-
-
-Temperature = Annotated[
-    float,
-    typer.Option(
-        callback=_positive,
-        help="Divides the reward. For log-probabilities (digit:...) 1 is Bayes' posterior; lower is greedier.",
-    ),
-]
-Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps per sample; default: the model's own.")]
-Seed = Annotated[int, typer.Option(help="Random seed: the same seed gives the same samples.")]
-Label = Annotated[int | None, typer.Option(help="Condition a class-conditional model on this class; default: none.")]
-Shown = Annotated[int, typer.Option("--n", min=1, help="How many pictures to show.")]
-Device = Annotated[str, typer.Option(help="Device to run on: cpu, cuda, cuda:1, mps.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no summary.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+def _only(prompts: list[str] | None) -> str | None:
+    if len(prompts or ()) > 1:
+        raise typer.BadParameter("one prompt at a time here; several make a run directory", param_hint="--prompt")
+    return prompts[0] if prompts else None
 
 
 def main() -> None:
@@ -98,8 +100,8 @@ def _global_options(
 
 
 @app.command(
-    epilog="Example: steer generate --model digits --reward digit:3 --method smc --budget 4000 --n 16 --seed 0 "
-    "--out runs/threes"
+    epilog="Examples: steer generate --model digits --reward digit:3 --method smc --budget 4000 --out runs/threes; "
+    "steer generate --model ./my-pipeline --prompts prompts.jsonl --reward clip:FILE --budget 2000 --out runs/foxes"
 )
 def generate(
     context: typer.Context,
@@ -116,7 +118,19 @@ def generate(
     particles: Annotated[
         int | None, typer.Option(min=1, help="Number of samples, in place of a budget; 16 if neither is given.")
     ] = None,
-    n: Shown = 16,
+    prompt: Prompt = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            dir_okay=False,
+            help="A file of prompts: .txt, .jsonl, .csv or .parquet. Other columns are arguments of the call, or "
+            "notes. Writes a run directory that can be resumed and shared.",
+        ),
+    ] = None,
+    call: Call = None,
+    n: Annotated[
+        int | None, typer.Option("--n", min=1, help="How many pictures to show: 16, and 1 a prompt of a file.")
+    ] = None,
     temperature: Temperature = 1.0,
     steps: Steps = None,
     seed: Seed = 0,
@@ -133,7 +147,15 @@ def generate(
     reference: Annotated[
         int, typer.Option(min=0, help="Unsteered samples to compare with; not counted in the budget.")
     ] = 64,
-    device: Device = "cpu",
+    device: Device = "auto",
+    dtype: Dtype = "fp32",
+    download: Download = False,
+    config: Config = None,
+    workers: Workers = None,
+    shard: Shard = None,
+    only_failed: OnlyFailed = False,
+    force: Force = False,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -145,11 +167,34 @@ def generate(
     """
     if budget is not None and particles is not None:
         raise typer.BadParameter("give --budget or --particles, not both", param_hint="--particles")
-    asked = {"model": model, "reward": reward, "method": method, "seed": seed, "temperature": temperature}
+    if prompts is not None or len(prompt or ()) > 1:
+        options = {"model": model, "call": list(call or ()), "reward": reward, "method": method, "budget": budget}
+        options |= {"particles": particles, "temperature": temperature, "seed": seed, "steps": steps, "dtype": dtype}
+        options |= {"set": list(settings or ()), "guided": guided, "n": n or 1}
+        with reported_errors(debug, as_json):
+            entries = read_entries(prompts, prompt)
+            maker = generator_of(options, device_of(device), download=download)
+            directory = open_directory(out, options, maker, entries)
+            which: Which = "all" if force else "failed" if only_failed else "missing"
+            found = run_many(
+                maker,
+                directory,
+                which=which,
+                shard=shard,
+                workers=workers,
+                dry_run=dry_run,
+                show=not (quiet or as_json),
+            )
+        finish(directory, found, as_json, quiet or dry_run)
+        return
+    n, rewarded = n or 16, " + ".join(reward)
+    asked = {"model": model, "reward": rewarded, "method": method, "seed": seed, "temperature": temperature}
+    asked |= {"prompt": _only(prompt), "call": ", ".join(call) if call else None}
     from ..core.loop import keeping
 
     with reported_errors(debug, as_json, out, **asked, command=command_line(context)):
-        process = open_model(model, steps, label, device)
+        given = {"prompt": _only(prompt), "call": call or (), "dtype": dtype, "download": download}
+        process = open_model(model, steps, label, device, **given)
         score = open_reward(reward, process)
         sampler = find_method(method)
         options = own_options(sampler, method, n, guided) | settings_of(sampler, method, settings or [])
@@ -166,10 +211,9 @@ def generate(
                     Watch(reference * process.steps * process.rows, "unsteered", show, interrupt) as watch,
                 ):
                     unsteered = unsteered_run(process, score, reference, seed, watch)
-        about = {"model": model, "reward": reward, "method": method, "seed": seed, "steps": process.steps}
-        about |= {"label": label, "temperature": temperature, "guided": guided}
+        about = {**asked, "steps": process.steps, "label": label, "guided": guided}
         about |= {"options": ", ".join(settings) if settings else None, "command": command_line(context)}
-        numbers = write_run(result, unsteered, out, min(n, result.reward.shape[1]), about, metrics_of(reward, score))
+        numbers = write_run(result, unsteered, out, min(n, result.reward.shape[1]), about, metrics_of(rewarded, score))
         print_run(numbers, out, about, as_json, quiet)
     if interrupt.asked:
         what = "the samples so far" if result.interrupted else "the finished run, without unsteered samples,"
@@ -194,6 +238,8 @@ def compare(
     n: Annotated[
         int, typer.Option("--n", min=1, help="Pictures to show of each method; best_of_n keeps this many samples.")
     ] = 16,
+    prompt: Prompt = None,
+    call: Call = None,
     temperature: Temperature = 1.0,
     steps: Steps = None,
     seed: Seed = 0,
@@ -202,7 +248,10 @@ def compare(
         list[str] | None,
         typer.Option("--set", metavar="METHOD.NAME=VALUE", help="An option of a method, as often as needed."),
     ] = None,
-    device: Device = "cpu",
+    device: Device = "auto",
+    dtype: Dtype = "fp32",
+    download: Download = False,
+    config: Config = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -216,8 +265,11 @@ def compare(
     import steer
 
     names, budgets = [name.strip() for name in methods.split(",") if name.strip()], parse_budgets(budget)
-    with reported_errors(debug, as_json, out, model=model, reward=reward, seed=seed, command=command_line(context)):
-        process = open_model(model, steps, label, device)
+    rewarded, asked = " + ".join(reward), {"prompt": _only(prompt), "call": ", ".join(call) if call else None}
+    asked = {"model": model, "reward": rewarded, "seed": seed, **asked}
+    with reported_errors(debug, as_json, out, **asked, command=command_line(context)):
+        given = {"prompt": _only(prompt), "call": call or (), "dtype": dtype, "download": download}
+        process = open_model(model, steps, label, device, **given)
         score = open_reward(reward, process)
         everyone = list(dict.fromkeys(["rollout", "best_of_n", *names]))
         options = {name: own_options(find_method(name), name, n, None) for name in everyone}
@@ -236,10 +288,10 @@ def compare(
                 temperature=temperature,
                 key=seed,
                 keys=keys,
-                metrics=metrics_of(reward, score),
+                metrics=metrics_of(rewarded, score),
                 options=options,
             )
-        about = {"model": model, "reward": reward, "seed": seed, "steps": process.steps, "label": label}
+        about = {**asked, "steps": process.steps, "label": label}
         about |= {"options": ", ".join(settings)} if settings else {}
         facts = write_comparison_files(table, out, n, {**about, "command": command_line(context)})
     if as_json:
@@ -252,16 +304,73 @@ def compare(
         raise typer.Exit(1)
 
 
+@app.command(epilog="Example: steer resume runs/foxes --workers 2")
+def resume(
+    directory: Annotated[Path, typer.Argument(file_okay=False, help="A run directory of `steer generate --prompts`.")],
+    device: Device = "auto",
+    download: Download = False,
+    workers: Workers = None,
+    shard: Shard = None,
+    only_failed: OnlyFailed = False,
+    force: Force = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Goes on with a run of many prompts: what is missing is made, failed rows are tried again.
+
+    Rows that were killed go on from their journals. Any number of processes may do this at once.
+    """
+    from ..generation.run_directory import RunDirectory
+
+    with reported_errors(debug, as_json):
+        run = RunDirectory(directory)
+        maker = generator_of(run.options, device_of(device), download=download)
+        which: Which = "all" if force else "failed" if only_failed else "missing"
+        show = not (quiet or as_json)
+        found = run_many(maker, run, which=which, shard=shard, workers=workers, dry_run=dry_run, show=show)
+    finish(run, found, as_json, quiet or dry_run)
+
+
+@app.command(epilog="Example: steer status runs/foxes")
+def status(
+    directory: Annotated[Path, typer.Argument(file_okay=False, help="A run directory of `steer generate --prompts`.")],
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Says how many rows of a run are finished, failed and missing, and why rows failed. Writes metadata.jsonl anew."""
+    from ..generation.run_directory import RunDirectory
+
+    with reported_errors(debug, as_json):
+        run = RunDirectory(directory)
+        states = run.states()
+        run.gather()
+        errors = {index: run.error(index) for index in states["failed"]}
+    numbers = {name: len(rows) for name, rows in states.items()}
+    if as_json:
+        print_json({**numbers, "errors": {str(i): f"{e['type']}: {e['message']}" for i, e in errors.items()}})
+        return
+    typer.echo(counted(numbers))
+    for index, error in list(errors.items())[:10]:
+        typer.echo(f"row {index}: {error['type']}: {error['message']}")
+
+
 @app.command("preflight", epilog="Example: steer preflight --model digits --reward digit:3 --samples 16")
 def preflight_(
     model: Model,
     reward: RewardSpec,
     samples: Annotated[int, typer.Option(min=4, help="Unsteered samples to measure; 4 rank coarsely.")] = 4,
+    prompt: Prompt = None,
+    call: Call = None,
     temperature: Temperature = 1.0,
     steps: Steps = None,
     seed: Seed = 0,
     label: Label = None,
-    device: Device = "cpu",
+    device: Device = "auto",
+    dtype: Dtype = "fp32",
+    download: Download = False,
+    config: Config = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -272,11 +381,13 @@ def preflight_(
     from ..evaluation.preflight import preflight
 
     with reported_errors(debug, as_json):
-        process = open_model(model, steps, label, device)
+        given = {"prompt": _only(prompt), "call": call or (), "dtype": dtype, "download": download}
+        process = open_model(model, steps, label, device, **given)
         score = open_reward(reward, process)
         found = preflight(process, score, samples=samples, temperature=temperature, key=seed)
     if as_json:
-        about = {"model": model, "reward": reward, "seed": seed, "steps": steps, "label": label}
+        about = {"model": model, "reward": " + ".join(reward), "seed": seed, "steps": steps, "label": label}
+        about |= {"prompt": _only(prompt), "call": ", ".join(call) if call else None}
         print_json({"about": about, **found.to_dict()})
     else:
         typer.echo(str(found))
@@ -287,7 +398,7 @@ def report(
     directory: Annotated[Path, typer.Argument(file_okay=False, help="A directory that `steer generate` wrote.")],
     out: Annotated[Path | None, typer.Option(file_okay=False, help="Directory to write to; default: the same.")] = None,
     n: Shown = 16,
-    device: Device = "cpu",
+    device: Device = "auto",
     debug: Debug = False,
 ) -> None:
     """Writes report.html of a saved run again: after an update of steer, or with another number of pictures.
@@ -306,7 +417,11 @@ def report(
                 "Saved.result(process), and write the page with its .report(...)"
             )
         out = out or directory
-        process = open_model(about["model"], saved.facts["process"]["steps"], about.get("label"), device)
+        given = {
+            "prompt": about.get("prompt"),
+            "call": (about.get("call") or "").split(", ") if about.get("call") else (),
+        }
+        process = open_model(about["model"], saved.facts["process"]["steps"], about.get("label"), device, **given)
         result, metrics = saved.result(process), metrics_of(about["reward"], open_reward(about["reward"], process))
         index = shown(result, min(n, result.reward.shape[1]))
         title = f"{about['reward']} on {about['model']}"

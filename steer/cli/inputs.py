@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import typer
-from rich.console import Console
 from rich.markup import escape
+
+from .console import print_json, say
 
 if TYPE_CHECKING:
     from ..processes.gaussian import GaussianProcess
@@ -54,44 +55,68 @@ def reported_errors(debug: bool, as_json: bool, out: Path | None = None, **about
         raise typer.Exit(1) from None
 
 
-def print_json(value: Any) -> None:
-    """Prints a value on stdout as one line of strict JSON: NaN and infinities, which JSON lacks, as null."""
-    from ..files import to_json
+def open_model(
+    model: str,
+    steps: int | None,
+    label: int | None,
+    device: str,
+    *,
+    prompt: str | None = None,
+    call: Sequence[str] = (),
+    dtype: str = "fp32",
+    download: bool = False,
+) -> GaussianProcess:
+    """A model that ships with steer, a folder, or a repository of the hub, opened for a prompt and call arguments."""
+    from ..errors import ModelError, PromptError, ShapeError
+    from ..generation.generator import Generator
+    from ..generation.prompts import call_arguments
 
-    typer.echo(to_json(value, indent=None).decode(), nl=False)
+    where = device_of(device)
+    try:
+        given = call_arguments(call)
+    except PromptError as error:
+        raise typer.BadParameter(str(error), param_hint="--call") from error
+    try:
+        generator = Generator(model, reward=None, steps=steps, device=where, dtype=dtype, download=download)
+        accepted = generator.accepted
+        if label is not None and "label" not in accepted:
+            raise typer.BadParameter(f"{model} takes no label", param_hint="--label")
+        if (prompt is None) == ("prompt" in accepted):
+            words = "needs a prompt: --prompt TEXT" if prompt is None else "takes no prompt"
+            raise typer.BadParameter(f"{model} {words}", param_hint="--prompt")
+        return generator.process(prompt, **given, **({} if label is None else {"label": label}))
+    except ShapeError as error:
+        raise typer.BadParameter(str(error), param_hint="--label" if label is not None else "--call") from error
+    except ModelError as error:
+        more = "" if download or Path(model).is_dir() else "; --download fetches what is not on this machine"
+        raise typer.BadParameter(f"{error}{more}", param_hint="--model") from error
 
 
-def say(markup: str) -> None:
-    """Prints rich markup on stderr."""
-    Console(stderr=True, soft_wrap=True, highlight=False).print(markup)
-
-
-def open_model(model: str, steps: int | None, label: int | None, device: str) -> GaussianProcess:
-    """Loads a model that ships with steer."""
+def device_of(device: str) -> str:
+    """The device of that name, which is tried; "auto" is this process's GPU where there is one."""
     import torch
 
-    import steer
+    from ..generation.place import place
 
+    if device == "auto":
+        if torch.cuda.is_available():
+            return f"cuda:{place().local % torch.cuda.device_count()}"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        where = torch.device(device)
-        torch.empty(0, device=where)
+        torch.empty(0, device=torch.device(device))
     except (RuntimeError, AssertionError) as error:
         raise typer.BadParameter(f"{device!r} cannot be used here; use --device cpu", param_hint="--device") from error
-    try:
-        return steer.load(model, steps=steps, labels=label, device=where)
-    except steer.ShapeError as error:
-        raise typer.BadParameter(str(error), param_hint="--label") from error
-    except steer.ModelError as error:
-        raise typer.BadParameter(str(error), param_hint="--model") from error
+    return device
 
 
-def open_reward(spec: str, process: Any = None) -> Callable[..., Any]:
-    """The reward of a specification; rewards of text need a process that reads its samples as text."""
+def open_reward(specs: str | Sequence[str], process: Any = None) -> Callable[..., Any]:
+    """The sum of the rewards specified; rewards of text need a process that reads its samples as text."""
     from .. import rewards
     from ..errors import RemoteError, SteerError
 
+    given = specs.split(" + ") if isinstance(specs, str) else specs
     try:
-        return rewards.from_spec(spec, None if process is None else process.text)
+        return rewards.from_specs(given, None if process is None else process.text)
     except RemoteError:  # no wrong usage: the run cannot begin
         raise
     except SteerError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,7 +11,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from .inputs import find_method, own_options, say, settings_of
+from .console import print_json, say
+from .inputs import find_method, own_options, settings_of
 
 if TYPE_CHECKING:
     from ..generation.generator import Generator
@@ -23,6 +24,7 @@ Which = Literal["missing", "failed", "all"]
 def generator_of(options: Mapping[str, Any], device: str | None, *, download: bool = False) -> Generator:
     """The model, rewards and method of a run's options, as `run.yaml` has them."""
     from ..generation.generator import Generator
+    from ..generation.prompts import call_arguments
 
     sampler = find_method(options["method"])
     own = own_options(sampler, options["method"], options["n"], options["guided"])
@@ -38,11 +40,61 @@ def generator_of(options: Mapping[str, Any], device: str | None, *, download: bo
         steps=options["steps"],
         device=device,
         dtype=options["dtype"],
-        call=options["call"],
+        call=call_arguments(options["call"]),
         options=own,
         keep=options["n"],
         download=download,
     )
+
+
+def read_entries(path: Path | None, prompts: Sequence[str] | None) -> list[dict[str, Any]]:
+    """The rows of a file of prompts, or of several --prompt."""
+    from ..errors import PromptError
+    from ..generation.prompts import read_prompts
+
+    if path is None:
+        return [{"prompt": text} for text in prompts or ()]
+    if prompts:
+        raise typer.BadParameter("give --prompt or --prompts, not both", param_hint="--prompts")
+    try:
+        return read_prompts(path)
+    except PromptError as error:
+        raise typer.BadParameter(str(error), param_hint="--prompts") from error
+
+
+def open_directory(
+    out: Path, options: Mapping[str, Any], generator: Generator, entries: Sequence[Mapping[str, Any]]
+) -> RunDirectory:
+    """The run directory of these rows. All of them, and the first with its rewards, are tried before it is made."""
+    from ..errors import ModelError, PromptError, RemoteError, RewardError, RunDirectoryError
+    from ..generation.run_directory import RunDirectory
+
+    try:
+        rows = generator.rows(entries)
+        generator.score(generator.process(rows[0].prompt, **rows[0].call))
+        return RunDirectory.open(out, options, rows)
+    except RemoteError:  # no wrong usage: the run cannot begin
+        raise
+    except RewardError as error:
+        raise typer.BadParameter(str(error), param_hint="--reward") from error
+    except PromptError as error:
+        raise typer.BadParameter(str(error), param_hint="--prompts") from error
+    except RunDirectoryError as error:
+        raise typer.BadParameter(str(error), param_hint="--out") from error
+    except ModelError as error:
+        raise typer.BadParameter(str(error), param_hint="--model") from error
+
+
+def finish(directory: RunDirectory, numbers: Mapping[str, int], as_json: bool, quiet: bool) -> None:
+    """Prints how a run of many prompts stands; exit code 1 where rows failed or are missing."""
+    if as_json:
+        print_json({"out": str(directory.path), **numbers})
+    elif not quiet:
+        typer.echo(f"{counted(numbers)}: {directory.path / 'metadata.jsonl'}")
+    if numbers["failed"] or numbers["missing"]:
+        if not quiet:
+            say(f"go on by [bold]steer resume {escape(str(directory.path))}[/]")
+        raise typer.Exit(1)
 
 
 def run_many(
@@ -145,10 +197,6 @@ def config_callback(context: typer.Context, path: Path | None) -> Path | None:
         )
     defaults: dict[str, Any] = {}
     for name, value in given.items():
-        if name == "call" and isinstance(value, dict):
-            import json
-
-            value = [f"{key}={entry if isinstance(entry, str) else json.dumps(entry)}" for key, entry in value.items()]
         if value is not None:
             defaults[names[name.replace("-", "_")]] = value
     context.default_map = {**(context.default_map or {}), **defaults}

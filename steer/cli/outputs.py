@@ -98,7 +98,7 @@ def print_run(numbers: dict[str, Any], out: Path, about: dict[str, Any], as_json
     from rich.table import Table
 
     from ..report.page import number
-    from .inputs import print_json
+    from .console import print_json
 
     if as_json:
         files = sorted(path.name for path in out.iterdir() if path.is_file())

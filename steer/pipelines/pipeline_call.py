@@ -275,7 +275,10 @@ class PipelineCall:
         everything = problems is None
         arguments = self.conditioning.undivided() if everything else self.conditioning.arguments(problems, rows_each)
         rows = (self.conditioning.problems or 1) if everything else len(problems) * rows_each
-        with self._fixed_generators(arguments), preparation.noise_replaced(self._draws, preparation.same_draw_per_row(rows)):
+        with (
+            self._fixed_generators(arguments),
+            preparation.noise_replaced(self._draws, preparation.same_draw_per_row(rows)),
+        ):
             return _first_field(pipe(**arguments))
 
     def rows_asked_for(self, index: int) -> int:

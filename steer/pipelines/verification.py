@@ -306,9 +306,7 @@ def _run_pipeline(call: PipelineCall, length: int, problem: int | None) -> tuple
         result = step(model_output, timestep, sample, *args, **kwargs)
         following = result[0] if isinstance(result, tuple) else result.prev_sample
         # Copies, as some loops write into their latents.
-        seen.append(
-            _RecordedStep(*(_first_copy(tensor, rows).clone() for tensor in (model_output, sample, following)))
-        )
+        seen.append(_RecordedStep(*(_first_copy(tensor, rows).clone() for tensor in (model_output, sample, following))))
         return result
 
     scheduler.set_timesteps = functools.wraps(set_timesteps)(shortened)

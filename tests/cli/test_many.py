@@ -1,0 +1,124 @@
+"""Many prompts and real model folders from the command line."""
+
+import json
+
+import pytest
+import tiny_pipelines
+import torch
+import yaml
+from typer.testing import CliRunner
+
+import steer
+from steer.cli import app
+
+SVDD = ["--reward", "jpeg", "--method", "svdd", "--steps", "2", "--particles", "2", "--set", "candidates=2"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("models") / "sd15"
+    tiny_pipelines.sd15().save_pretrained(path)
+    return str(path)
+
+
+def run(*words, code=0):
+    done = CliRunner().invoke(app.app, [str(word) for word in words])
+    assert done.exit_code == code, done.output
+    return done
+
+
+def test_a_folder_and_a_prompt_write_what_a_run_in_python_gives(folder, tmp_path):
+    words = ["generate", "--model", folder, "--prompt", "a fox", "--call", "guidance_scale=2", *SVDD]
+    run(*words, "--reference", 0, "--out", tmp_path)
+    saved = steer.load_run(tmp_path)
+    process = steer.from_hub(folder, prompt="a fox", guidance_scale=2, steps=2)
+    from steer import rewards, search
+
+    expected = search.svdd(process, rewards.JPEGSize(), particles=2, candidates=2, key=0)
+    assert torch.equal(saved.tensors["x"], expected.x)
+    run("report", tmp_path)
+    run("preflight", "--model", folder, "--prompt", "a fox", "--reward", "jpeg", "--steps", 2, "--json")
+
+
+def test_a_file_of_prompts_makes_a_run_directory_that_resumes(folder, tmp_path):
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "run"
+    entries = [{"prompt": f"a {what}", "guidance_scale": 2.0, "tag": what} for what in ("fox", "car", "tree")]
+    prompts.write_text("\n".join(map(json.dumps, entries)))
+    words = ["generate", "--model", folder, "--prompts", prompts, *SVDD, "--out", out]
+    assert "0 finished, 0 failed, 3 missing" in run(*words, "--dry-run", code=1).output
+    found = json.loads(run(*words, "--json").stdout)
+    assert (found["finished"], found["failed"], found["missing"]) == (3, 0, 0)
+    before = {path: path.read_bytes() for path in out.glob("images/**/*.png")}
+    (out / "rows/000/000001/result.json").unlink()
+    run("resume", out, "--quiet")
+    assert {path: path.read_bytes() for path in out.glob("images/**/*.png")} == before
+    assert "3 finished" in run("status", out).output
+    assert yaml.safe_load((out / "run.yaml").read_text())["options"]["method"] == "svdd"
+    again = run(*words[:-1], tmp_path / "again", "--config", out / "run.yaml", "--quiet")
+    assert not again.stdout
+    other = run(*words, "--temperature", 0.5, code=2)
+    assert "temperature=1.0" in other.output
+
+
+def test_labels_of_an_embedded_model_are_call_arguments(tmp_path):
+    prompts = tmp_path / "labels.csv"
+    prompts.write_text("label,tag\n3,three\n8,eight\n")
+    words = ["--reward", "ink", "--steps", "3", "--particles", "2", "--n", "2"]
+    run("generate", "--model", "digits", "--prompts", prompts, *words, "--out", tmp_path / "run")
+    lines = (tmp_path / "run/metadata.jsonl").read_text().splitlines()
+    assert [json.loads(line)["tag"] for line in lines] == ["three", "three", "eight", "eight"]
+
+
+def test_failed_rows_are_told_and_made_again(tmp_path, monkeypatch):
+    source = tmp_path / "own_rewards.py"
+    source.write_text(
+        "import os\n\n"
+        "def eights(samples):\n"
+        "    if os.environ.get('BROKEN'):\n"
+        "        raise RuntimeError('no scores today')\n"
+        "    return samples.flatten(1).mean(1)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    prompts = tmp_path / "labels.jsonl"
+    prompts.write_text('{"label": 3}\n{"label": 8}\n')
+    wrong = run(
+        "generate", "--model", "digits", "--prompts", prompts, "--reward", "ink2", "--out", tmp_path / "x", code=2
+    )
+    assert "did you mean ink" in wrong.output
+    assert not (tmp_path / "x").exists()
+    monkeypatch.setenv("BROKEN", "yes")
+    words = ["--reward", "own_rewards:eights", "--steps", "2", "--particles", "2", "--out", tmp_path / "run"]
+    failed = run("generate", "--model", "digits", "--prompts", prompts, *words, code=1)
+    assert "no scores today" in failed.output
+    assert "steer resume" in failed.output
+    assert "no scores today" in run("status", tmp_path / "run").output
+    monkeypatch.delenv("BROKEN")
+    assert "2 finished" in run("resume", tmp_path / "run", "--only-failed").output
+
+
+@pytest.mark.parametrize(
+    ("words", "cure"),
+    [
+        (["--model", "nowhere", "--prompt", "a"], "--download"),
+        (["--model", "digits", "--prompt", "a"], "takes no prompt"),
+        (["--model", "digits", "--call", "guidance_scale"], "NAME=VALUE"),
+        (["--model", "digits", "--prompts", "missing.txt"], "cannot read"),
+        (["--model", "letters", "--label", "3"], "takes no label"),
+        (["--model", "digits", "--device", "cuda:77"], "--device cpu"),
+    ],
+)
+def test_wrong_usage_says_what_is_right(words, cure, tmp_path):
+    done = run("generate", *words, "--reward", "ink", "--out", tmp_path, code=2)
+    assert cure in " ".join(done.output.replace("│", " ").split())
+
+
+def test_a_config_file_sets_options_and_flags_win(tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("model: digits\nreward: [ink]\nsteps: 3\nparticles: 2\nreference: 0\nset: [keep_states=true]\n")
+    run("generate", "--config", config, "--steps", 2, "--out", tmp_path / "run")
+    facts = json.loads((tmp_path / "run/result.json").read_text())
+    assert facts["process"]["steps"] == 2
+    assert len(facts["candidates"]) == 2
+    config.write_text("model: digits\nrewards: [ink]\n")
+    assert "rewards is no option" in run("generate", "--config", config, "--out", tmp_path / "run", code=2).output
