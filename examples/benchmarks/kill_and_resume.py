@@ -4,8 +4,8 @@
     python examples/benchmarks/kill_and_resume.py methods --kills 100               # every method, in Python
 
 `prompts` makes a tiny Stable Diffusion 1.5 folder with random weights, and compares pictures, metadata and tensors byte
-for byte. `methods` runs every method of `steer.methods()` under a journal, on the embedded digits, and compares bits and
-ledgers. Both print counts, and exit with 1 where anything differs.
+for byte. `methods` runs every method of `steer.methods()` under a journal, on the embedded digits, and compares bits
+and ledgers. Both print counts, and exit with 1 where anything differs.
 """
 
 from __future__ import annotations
