@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -126,10 +127,8 @@ class Saved:
     def _tree(self, process: ReverseProcess) -> Any:
         if self.facts["tree"] is None:
             return None
-        from .search.trees.snapshot import tree_from
-
         own = {name.removeprefix("tree."): t for name, t in self.tensors.items() if name.startswith("tree.")}
-        return tree_from(own, self.facts["tree"], process.device)
+        return import_module("steer.search.trees.snapshot").tree_from(own, self.facts["tree"], process.device)
 
     def _check(self) -> Saved:
         """Itself; SteerError where parts of it are missing, or are not of one population."""

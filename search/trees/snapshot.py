@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from steer.errors import SteerError
 
-from .backup import Backup, max_backup, soft_backup
+from .backup import Backup, Siblings, Values, max_backup, soft_backup
 from .node_table import NodeTable
 from .tree import Tree
 
 
+@dataclass(frozen=True)
 class ForgottenBackup:
     """In place of a backup rule of the user's own, which a file does not hold: values stay as they were saved."""
 
-    def __init__(self, name: str):
-        self.leaf_value = self.child_value = self.pool = self._refuse
-        self.name = name
+    name: str
 
-    def _refuse(self, *_: Any) -> NoReturn:
-        raise SteerError(
+    def leaf_value(self, reward: Values, temperature: float) -> Values:
+        raise self._error()
+
+    def child_value(self, value: Values, log_importance_ratio: Values) -> Values:
+        raise self._error()
+
+    def pool(self, value: Values, siblings: Siblings) -> Values:
+        raise self._error()
+
+    def _error(self) -> SteerError:
+        return SteerError(
             f"this tree was saved with values of the backup rule {self.name}, which is code and not in the file; grow "
             "it on with search.dts_star(tree=..., backup=...), or set tree.rule"
         )

@@ -120,6 +120,6 @@ class Watch:
                 self.best = max(self.best, scores.detach().max().item())
             return scores
 
-        if hasattr(reward, "spec"):  # an attribute of its class, which `wraps` does not copy
-            watched.spec = reward.spec  # pyright: ignore[reportFunctionMemberAccess]
+        spec = getattr(reward, "spec", None)  # of its class, which `wraps` does not copy
+        watched.__dict__.update({} if spec is None else {"spec": spec})
         return watched

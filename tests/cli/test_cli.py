@@ -298,6 +298,19 @@ def test_a_file_in_the_way_is_noticed_before_anything_is_spent(tmp_path, monkeyp
     assert "network rows" not in done.stderr
 
 
+def test_a_reward_that_is_watched_still_says_what_it_is():
+    """Its bounds, unit and whether it has a gradient are attributes of its class; the record has its own name."""
+    from steer import rewards
+
+    reward = rewards.JPEGSize()
+    watched = progress.Watch(10, "smc", True, progress.Interrupt()).watching(reward)
+    assert watched.spec == reward.spec
+    run = steer.sample(steer.load("digits", steps=2), watched, method="best_of_n", budget=4)
+    assert run.made_by.reward == "JPEGSize"
+    with pytest.raises(steer.NotDifferentiableError, match="says that it has none"):
+        steer.tds(steer.load("digits", steps=2), watched, particles=2)
+
+
 def test_progress_without_a_terminal_is_a_line_every_tenth(tmp_path):
     done = generate(tmp_path, "--particles", 8, "--n", 2, "--reference", 0)
     lines = [line for line in done.stderr.splitlines() if "network rows" in line]

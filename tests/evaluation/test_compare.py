@@ -1,5 +1,6 @@
 """One call for every method, and comparisons at equal budget."""
 
+import json
 import math
 
 import pytest
@@ -54,6 +55,13 @@ def test_a_comparison_is_at_equal_budget_with_both_baselines():
     assert str(table).splitlines()[0].split() == ["method", "reward", "best", "first", "ess", "nfe", "grads", "rewards",
                                                   "seconds"]  # fmt: skip
     assert table.to_dict()["rows"][1]["method"] == "best_of_n"
+
+
+def test_numbers_that_json_lacks_are_none():
+    """A forbidden sample's reward makes a mean of -inf, and one seed has no standard error."""
+    table = steer.compare(process(), lambda x: torch.where(x[:, 0] > 0, 0.0, -torch.inf), budget=40, keys=1)
+    assert table.rows[0].reward[0] == -math.inf
+    assert json.loads(json.dumps(table.to_dict(), allow_nan=False))["rows"][0]["reward"] == [None, None]
 
 
 def test_several_budgets_are_the_comparisons_at_each():
