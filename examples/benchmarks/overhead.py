@@ -4,8 +4,8 @@
 
 Three figures, each against a bare torch loop (predict, score, ancestral step with torch.randn) in the same run, as the
 minimum CPU time over interleaved rounds on one thread: a ratio or a difference, never an absolute speed. Kernels are
-dispatched operations that compute (views are free); reads are scalars read on the host. On an accelerator those of `FiniteWatch`
-are copied behind the queued work and read a step later, so they stall nothing.
+dispatched operations that compute (views are free); reads are scalars read on the host. On an accelerator, those of
+`FiniteWatch` are copied behind the queued work and read a step later, so they stall nothing.
 Then every sampler beside `steer.smc` at equal particles on the null network, and how both grow with particles and
 problems: the exponent of time against their number, at most 1.
 """

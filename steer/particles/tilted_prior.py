@@ -114,7 +114,7 @@ class _Predicting:
     def denoise(self, x: Tensor, k: int, key: Key | None = None) -> Tensor:
         with self.meter.network(x.shape[0] * x.shape[1] * self.rows):
             x0 = checked_output(
-                self.predictor(x), x, x.shape, "x0_predictor must return samples of the shape of its states"
+                self.predictor(x), x, x.shape, "x0_predictor must return samples of the shape of its states, {shape}"
             )
         self.meter.finite.prediction(x, x0, k, self.steps)
         return x0

@@ -128,7 +128,7 @@ class GaussianProcess:
             self.denoiser(x, self.times[k]),
             x,
             x.shape,
-            "the denoiser must return E[x_0 | x] in the shape of x, (B, N, *event)",
+            "the denoiser must return E[x_0 | x] in the shape of x, {shape} = (B, N, *event)",
         )
         return x0 if x0.dtype == x.dtype else x0.to(x.dtype)
 
