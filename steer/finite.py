@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -33,6 +34,7 @@ class FiniteWatch:
 
     def __init__(self) -> None:
         self._flags: list[_Flag] = []
+        self._seen: Callable[[], Tensor | None] = lambda: None  # the last prediction, while it lives
 
     def __reduce__(self) -> tuple[type[FiniteWatch], tuple[()]]:
         return FiniteWatch, ()  # flags under way belong to a device
@@ -59,6 +61,7 @@ class FiniteWatch:
     def prediction(self, x: Tensor, x0: Tensor, k: int, steps: int) -> None:
         """Looks at what a network made of states x at level k of `steps`. Reads the flags of the step before."""
         self.settle()
+        self._seen = weakref.ref(x0)
         x, x0 = x.detach(), x0.detach()
         if x.is_floating_point():
             self.look(total(x0), lambda: _of_prediction(x, x0, k, steps))
@@ -67,14 +70,19 @@ class FiniteWatch:
 
     def samples(self, x: Tensor, samples: Tensor, where: str) -> None:
         """Looks at what a decoder made of clean states x, before rewards see it."""
-        if samples.is_floating_point():
+        if samples.is_floating_point() and not self._is_seen(samples):
             x, samples = x.detach(), samples.detach()
             self.look(total(samples), lambda: _of_samples(x, samples, where))
+
+    def _is_seen(self, samples: Tensor) -> bool:
+        """Whether samples are the prediction that was just looked at, where nothing decodes it."""
+        seen = self._seen()
+        return seen is not None and seen.data_ptr() == samples.data_ptr() and seen.numel() == samples.numel()
 
 
 def total(values: Tensor) -> Tensor:
     """The sum of all entries, wide enough that it is finite where they are: one kernel."""
-    return values.sum(dtype=torch.promote_types(values.dtype, torch.float32))
+    return values.sum(dtype=torch.float64 if values.dtype == torch.float64 else torch.float32)
 
 
 def _read(flag: _Flag) -> None:

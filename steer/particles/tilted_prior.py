@@ -121,12 +121,8 @@ class _Predicting:
             with self.meter.network(x.shape[0] * x.shape[1] * self.rows):
                 return {"x0": self.predictor(x)}
 
-        x0 = checked_output(
-            self.meter.call("denoise", k, paid, x)["x0"],
-            x,
-            x.shape,
-            "x0_predictor must return samples of the shape of its states",
-        )
+        wanted = "x0_predictor must return samples of the shape of its states, {shape}"
+        x0 = checked_output(self.meter.call("denoise", k, paid, x)["x0"], x, x.shape, wanted)
         self.meter.finite.prediction(x, x0, k, self.steps)
         return x0
 

@@ -139,7 +139,7 @@ class GaussianProcess:
             self.denoiser(x.clone(), self.times[k]),  # a copy: networks may work in place
             x,
             x.shape,
-            "the denoiser must return E[x_0 | x] in the shape of x, (B, N, *event)",
+            "the denoiser must return E[x_0 | x] in the shape of x, {shape} = (B, N, *event)",
         )
         return x0.to(x.dtype, copy=True)  # a network may write its next answer into the same memory
 

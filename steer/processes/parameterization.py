@@ -36,9 +36,8 @@ class NetworkDenoiser:
                 f"{self.schedule}; start the time grid at or below {self.schedule.start} "
                 "(times=steer.uniform_times(schedule, steps))"
             )
-        output = checked_output(
-            self.network(x, t), x, x.shape, "the network must return its prediction in the shape of x, (B, N, *event)"
-        )
+        what = "the network must return its prediction in the shape of x, {shape} = (B, N, *event)"
+        output = checked_output(self.network(x, t), x, x.shape, what)
         return self.solve(x, output, at)
 
     def only(self, problem: int) -> NetworkDenoiser:
@@ -50,8 +49,9 @@ def checked_output(output: Any, x: Tensor, shape: Sequence[int], what: str) -> T
     """What a network returned for states x, if it is a tensor of numbers of that shape, where x is.
 
     Raises ModelError, or ShapeError for another shape, before arithmetic could broadcast or truncate it. what: which
-    function must return what, for the message.
+    function must return what of {shape}, for the message.
     """
+    what = what.replace("{shape}", str(tuple(shape)))
     if not isinstance(output, Tensor):
         kind, inside = type(output).__name__, ""
         if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
@@ -60,7 +60,7 @@ def checked_output(output: Any, x: Tensor, shape: Sequence[int], what: str) -> T
             inside = "; return its .sample, if that is the prediction"
         raise ModelError(f"{what}, a tensor; got {kind}{inside}")
     if tuple(output.shape) != tuple(shape):
-        raise ShapeError(f"{what}: {tuple(shape)}, got {tuple(output.shape)}")
+        raise ShapeError(f"{what}, got {tuple(output.shape)}")
     if output.device != x.device or not output.is_floating_point():
         raise ModelError(
             f"{what}, floating-point numbers on the device of x, {x.device}; got {output.dtype} on {output.device}; "

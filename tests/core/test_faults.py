@@ -119,8 +119,8 @@ def test_large_numbers_that_are_finite_are_none_of_its_business():
     [
         (lambda x: None, steer.ModelError, "a tensor; got NoneType"),
         (lambda x: (x,), steer.ModelError, "got tuple; return its first entry"),
-        (lambda x: x[:, :1], steer.ShapeError, r"\(1, 4, 2\), got \(1, 1, 2\)"),
-        (lambda x: x[..., :1], steer.ShapeError, r"\(1, 4, 2\), got \(1, 4, 1\)"),
+        (lambda x: x[:, :1], steer.ShapeError, r"\(1, 4, 2\) = \(B, N, \*event\), got \(1, 1, 2\)"),
+        (lambda x: x[..., :1], steer.ShapeError, r"\(1, 4, 2\) = \(B, N, \*event\), got \(1, 4, 1\)"),
         (lambda x: x.long(), steer.ModelError, "floating-point numbers .* got torch.int64"),
         (lambda x: x.to("meta"), steer.ModelError, "device of x, cpu; got torch.float32 on meta"),
     ],
