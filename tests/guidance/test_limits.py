@@ -6,7 +6,7 @@ import torch
 from exact import LIMIT, mixture_2d, z
 
 import steer
-from steer.guidance import Hooks, corrector, follow, mpgd, native
+from steer.guidance import Hooks, Log, corrector, follow, mpgd, native, settled
 
 MIXTURE = mixture_2d()
 
@@ -70,3 +70,10 @@ def test_a_correction_is_a_langevin_step():
         away = torch.full((1, 4000, 2), 3.0, dtype=torch.float64)
         there = hook(model, away, k, steer.Key(0)) - moved  # the same noise: what the score of N(0, I) at 3 adds
         torch.testing.assert_close(there, away * (1.0 - 0.2 * model.levels[k].sigma ** 2))
+
+
+def test_guidance_settles_after_the_last_level_below_the_threshold():
+    log = Log()
+    for k, similarity in enumerate((0.9, 0.995, 0.98, 0.992, 0.999)):
+        log.add("similarity", k, torch.full((1, 4), similarity, dtype=torch.float64))
+    assert [settled(log, similar) for similar in (0.5, 0.95, 0.991, 0.993, 0.9999)] == [0, 1, 3, 4, 5]
