@@ -12,6 +12,15 @@ from exact import Linear, mixture_2d
 import steer
 from steer import search
 
+
+@functools.wraps(search.depth_first)
+def depth_first(process, reward, *, particles=None, budget=None, **options):
+    """With rows for three samples where none are asked for, and not for sixteen: it moves a row at a time."""
+    if budget is None and isinstance(particles, int) and particles > 0:
+        budget = 3 * process.steps * process.rows * particles
+    return search.depth_first(process, reward, particles=particles, budget=budget, **options)
+
+
 METHODS = {
     "rollout": steer.rollout,
     "importance_sampling": steer.importance_sampling,
@@ -41,7 +50,7 @@ METHODS = {
     "beam_blocks": functools.partial(search.beam, block=2, keep=2),
     "beam_top": functools.partial(search.beam, candidates=3, select=search.selection.top()),
     "rbf": functools.partial(search.rbf, quota=1),
-    "depth_first": search.depth_first,
+    "depth_first": depth_first,
     "dts": search.dts,
     "dts_uniform": functools.partial(search.dts, build="uniform"),
     "dts_boltzmann": functools.partial(search.dts, build="boltzmann"),
@@ -67,7 +76,9 @@ START_ROWS = {
 MOVED = {"waste_free": lambda n: 5 * (n // 2), "waste_free_early": lambda n: 4 * (n // 2)}
 SWEEPS = {"particle_gibbs_pinned": 2}
 CANDIDATES = {"svdd": 2, "svdd_replacing": 2, "beam_top": 3}  # rows per particle and level
-WITHOUT_BUDGET = {name: 16 for name in METHODS if name.startswith(("depth_first", "noise"))}  # samples' worth of rows
+WITHOUT_BUDGET = {name: 16 for name in METHODS if name.startswith("noise")} | {
+    "depth_first": 3
+}  # samples' worth of rows
 GRADIENTS = {"fkc", "fkc_feynman_kac", "driftlite", "smc_guided", "dts_guided", "smc_pcnl", "psi", "tds", "das"}
 NO_EVIDENCE = {"rollout", "smc_pcnl", "smc_top_k", "psi"}
 

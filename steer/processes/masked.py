@@ -13,6 +13,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -142,13 +143,15 @@ class MaskedProcess:
 
     def level(self, k: int) -> MaskLevel:
         """Level k as rules see it."""
-        return MaskLevel(self.times[k], int(self._open()[0].sum()), self.mask)
+        return MaskLevel(self.times[k], self._open.shape[1], self.mask)
 
+    @cached_property
     def _open(self) -> Tensor:
-        """Where the chain writes, bool [1 or B, L]."""
+        """Where the chain writes: positions [1 or B, M] out of L, on the CPU."""
         if self.prompt is None:
-            return torch.ones((1, self.length), dtype=torch.bool)
-        return self.prompt.view(-1, self.length) == self.mask
+            return torch.arange(self.length)[None]
+        is_open = self.prompt.cpu().view(-1, self.length) == self.mask
+        return is_open.nonzero()[:, 1].view(len(is_open), -1)
 
     def prior(self, key: Key, batch: int, particles: int) -> Tensor:
         """The prompt, and masks elsewhere, [B, N, L]: nothing is drawn, and every particle begins the same."""
@@ -213,7 +216,7 @@ class MaskedProcess:
         if self.prompt is None:
             return x.masked_fill(self.rule.hides(x, here, there, key.at(k_to)), self.mask)
         # The forward process is that of the positions that the chain writes: rules see no others.
-        places = self._open().nonzero()[:, 1].view(-1, 1, there.length).expand(*x.shape[:2], -1).to(x.device)
+        places = self._open[:, None].expand(*x.shape[:2], -1).to(x.device)
         written = x.gather(2, places)
         return x.scatter(2, places, written.masked_fill(self.rule.hides(written, here, there, key.at(k_to)), self.mask))
 

@@ -185,6 +185,16 @@ def test_scouts_estimate_what_all_would_have_said():
         grpo.keep(scouts, best=8, worst=8, middle=0, by="reward")
 
 
+def test_rows_drawn_of_the_middle_stand_for_the_rest_of_it():
+    """Of 32 rows 3 + 3 are kept for certain and 4 of 26 drawn, which weigh 26 / 4 as much; the mean weight is one."""
+    scouts = grpo.collect(exact_chain(MIXTURE, "flow", 3), REWARD, groups=2, group_size=32, key=8)
+    kept = grpo.keep(scouts, best=3, worst=3, middle=4, by="reward")
+    expected = torch.tensor([1.0] * 3 + [26 / 4] * 4 + [1.0] * 3) * 10 / 32
+    for log_weight in (kept.log_w_base, kept.log_w_target):
+        torch.testing.assert_close(log_weight.exp().view(2, 10), expected.expand(2, -1))
+    assert float(expected.mean()) == pytest.approx(1.0)
+
+
 def test_an_ess_of_rows_is_blind_where_one_noise_is_left():
     """Far too cold, all rows descend from one particle and weigh the same: only counting their roots tells."""
     process = exact_chain(MIXTURE, "flow", STEPS)

@@ -321,7 +321,7 @@ def test_guidance_alone_does_not_sample_the_posterior(setting):
     """What the weights are for: the guided chain's mean or variance is off by far more than 4 standard errors."""
     process = gaussian(30)
     target = chain_law(process).exact(EVIDENCE)
-    x = steer.rollout(guide(process, SETTINGS[setting](EVIDENCE)), EVIDENCE, particles=4000, key=1).x[0]
+    x = steer.rollout(guide(process, SETTINGS[setting](EVIDENCE)), EVIDENCE, particles=1000, key=1).x[0]
     off = [z(x[:, 0] - target.mean[0]), z((x[:, 0] - target.mean[0]).square() - target.cov[0, 0])]
     assert max(map(abs, off)) > LIMIT
 

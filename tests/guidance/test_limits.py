@@ -1,12 +1,12 @@
-"""What bounds a guided step: the limit of a proposal, backtracking; and the noise of going back."""
+"""What bounds a guided step: the limit of a proposal, backtracking; and the noise of going back and of corrections."""
 
 from types import SimpleNamespace
 
 import torch
-from exact import mixture_2d
+from exact import LIMIT, mixture_2d, z
 
 import steer
-from steer.guidance import Hooks, follow, mpgd, native
+from steer.guidance import Hooks, Log, corrector, follow, mpgd, native, settled
 
 MIXTURE = mixture_2d()
 
@@ -58,3 +58,22 @@ def test_two_visits_of_a_restart_have_noise_of_their_own():
     for i in range(3):
         for j in range(i):
             assert not bool((draws[i] == draws[j]).any())
+
+
+def test_a_correction_is_a_langevin_step():
+    """From 0, where the score of N(0, I) is 0, it adds noise of variance 2 size sigma^2; standard error 1.6%."""
+    model = steer.models.gaussian(torch.zeros(2), 1.0, steps=6, dtype=torch.float64)
+    (hook,) = corrector(1, 0.2).after
+    for k in (1, 4):
+        moved = hook(model, torch.zeros(1, 4000, 2, dtype=torch.float64), k, steer.Key(0))
+        assert abs(z(moved.square().mean(2)[0] - 2.0 * 0.2 * model.levels[k].sigma ** 2)) < LIMIT
+        away = torch.full((1, 4000, 2), 3.0, dtype=torch.float64)
+        there = hook(model, away, k, steer.Key(0)) - moved  # the same noise: what the score of N(0, I) at 3 adds
+        torch.testing.assert_close(there, away * (1.0 - 0.2 * model.levels[k].sigma ** 2))
+
+
+def test_guidance_settles_after_the_last_level_below_the_threshold():
+    log = Log()
+    for k, similarity in enumerate((0.9, 0.995, 0.98, 0.992, 0.999)):
+        log.add("similarity", k, torch.full((1, 4), similarity, dtype=torch.float64))
+    assert [settled(log, similar) for similar in (0.5, 0.95, 0.991, 0.993, 0.9999)] == [0, 1, 3, 4, 5]

@@ -96,6 +96,15 @@ def test_tent_rises_to_the_rarest_points_and_falls_beyond():
     assert reward.scale == pytest.approx((own.quantile(0.5).item(), own.quantile(0.95).item()))
 
 
+def test_tent_is_two_lines_that_meet_at_the_ceiling():
+    reward = NeighbourDistance(points(200, 3, 0), ceiling=0.9, fall=1.5)
+    x = points(300, 3, 5) * torch.linspace(0.1, 3.0, 300, dtype=torch.float64)[:, None]
+    distance, (median, top) = knn_distance(x, points(200, 3, 0), 5), reward.scale
+    height = (distance - median) / (top - median)
+    assert 50 < int((height > 1.0).sum()) < 250
+    torch.testing.assert_close(reward(x), torch.minimum(height, 1.0 - 1.5 * (height - 1.0)))
+
+
 def test_tent_has_its_gradient():
     reward = NeighbourDistance(points(100, 3, 0))
     x = points(4, 3, 5).requires_grad_()

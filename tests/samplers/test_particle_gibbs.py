@@ -124,7 +124,7 @@ def test_mutant_resamplers_are_rejected(monkeypatch, mutant, rejected):
 def test_it_comes_from_a_bad_start_to_the_target():
     """Paths that sit five standard deviations off: forgotten after 30 sweeps of 8 particles, not after one."""
     bad = torch.full(
-        (BATCH, STEPS + 1, 1), float(TARGET.mean) - 5.0 * math.sqrt(float(TARGET.cov)), dtype=torch.float64
+        (BATCH // 4, STEPS + 1, 1), float(TARGET.mean) - 5.0 * math.sqrt(float(TARGET.cov)), dtype=torch.float64
     )
     once, result = sweep(bad, 1, 8, Key(4))
     assert worst(scores(once)) > LIMIT

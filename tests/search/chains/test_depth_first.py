@@ -37,6 +37,10 @@ def test_the_first_sample_is_the_rollout():
     torch.testing.assert_close(result.x, steer.rollout(chain, REWARD, particles=4, batch=2, key=3).x)
 
 
+def test_without_a_budget_it_has_rows_for_sixteen_samples_a_chain():
+    assert search.depth_first(process(), REWARD, particles=2).cost.nfe == 2 * 16 * 8
+
+
 def test_a_low_threshold_never_goes_back_before_the_data():
     levels, result = visited(budget=20, threshold=-1e9, back=5, every=2)
     assert levels == [*range(8), *range(3, 8), *range(3, 8), 6, 7]

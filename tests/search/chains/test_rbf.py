@@ -101,6 +101,12 @@ def test_no_improvement_spends_each_level_where_it_is():
     assert counts == [10] * 6
 
 
+def test_an_equal_value_is_no_improvement():
+    run = functools.partial(search.rbf, reward=scripted([1.0] * 200), budget=60, particles=1)
+    _, counts = levels_of(lambda p: run(p), process(6))
+    assert counts == [10] * 6
+
+
 def test_rollover_moves_to_the_next_level_only():
     """An improvement at the third call of level 1 leaves 7 of its 10 calls to level 2."""
     scores = [0.0] * 10 + [-1.0, -1.0, 5.0] + [-2.0] * 100

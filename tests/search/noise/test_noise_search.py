@@ -156,7 +156,7 @@ def test_paths_spend_the_rest_in_shorter_rounds():
 
 def test_finished_paths_are_never_lost():
     last = -math.inf
-    for budget in range(9 + 5 + 4, 400, 20):  # to near the data, one round to it; every four rows more add a candidate
+    for budget in range(9 + 5 + 4, 400, 40):  # to near the data, one round to it; every four rows more add a candidate
         result = found(process(10), search.paths(1, back=0.4), particles=1, budget=budget, key=2)
         assert result.reward.item() >= last
         last = max(last, result.reward.item())
