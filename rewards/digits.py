@@ -11,6 +11,8 @@ from importlib import resources
 import torch
 from torch import nn
 
+from steer.torch_modes import lasting
+
 NUM_CLASSES = 10
 
 
@@ -87,6 +89,7 @@ def _mlp_body(width: int, num_features: int) -> nn.Sequential:
     )
 
 
+@lasting()
 def load_digit_net(name: str) -> DigitNet:
     """A stored network, frozen and in evaluation mode.
 

@@ -17,9 +17,9 @@ SOURCES = sorted(path for folder in FOLDERS.values() for path in folder.rglob("*
 # A room may import those above it in this list, and never the other way round, also inside functions. `cli` and the
 # package's own __init__ stand on all of them.
 ROOMS = (
-    "version", "errors", "torch_modes", "key", "types", "cost", "files", "rewards", "processes", "core", "particles", "pipelines",
-    "report", "results", "weighted_sde", "samplers", "search", "evaluation", "guidance", "models", "minority_sampling",
-    "grpo", "exporters", "testing", "cli",
+    "version", "errors", "torch_modes", "key", "types", "cost", "files", "rewards", "processes", "core", "particles",
+    "pipelines", "report", "results", "weighted_sde", "samplers", "search", "evaluation", "guidance", "models",
+    "minority_sampling", "grpo", "exporters", "testing", "cli",
 )  # fmt: skip
 # A target that the user asked for and that is biased, or may not exist, is no numerical failure: it runs, with a
 # warning.

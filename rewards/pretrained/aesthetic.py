@@ -9,6 +9,7 @@ from functools import cached_property
 
 from torch import Tensor, nn
 
+from steer.torch_modes import lasting, scores_in_full
 from steer.types import RewardSpec
 
 from .clip_network import CLIPNetwork, from_open_clip
@@ -57,11 +58,13 @@ class Aesthetic:
         return RewardSpec("aesthetic", gradient="exact", version=version)
 
     @cached_property
+    @lasting()
     def network(self) -> CLIPNetwork:
         """The CLIP network, read when first needed."""
         return from_open_clip(self.model, self.weights, None, "Aesthetic", download=self.download)
 
     @cached_property
+    @lasting()
     def affine_map(self) -> tuple[Tensor, float]:
         """The head as w `[D]` in float64 and b: the rating is w . e + b of the unit embedding e."""
         layers = self.head
@@ -69,6 +72,7 @@ class Aesthetic:
             layers = read_weights(weights_file(layers, REPOSITORY, FILE, download=self.download))
         return linear_layers_as_one({key.removeprefix("layers."): value for key, value in layers.items()})
 
+    @scores_in_full
     def __call__(self, samples: Tensor) -> Tensor:
         weight, offset = self.affine_map
         embedding = self.network.images(samples)

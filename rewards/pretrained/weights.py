@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from steer.errors import RewardError
+from steer.torch_modes import lasting
 
 from ..hub import optional_package
 
@@ -143,4 +144,7 @@ def move_to(network: nn.Module, device: torch.device) -> Any:
         The network, and the dtype of its weights.
     """
     first = next(network.parameters())
-    return (network if first.device == device else network.to(device)), first.dtype
+    if first.device != device:
+        with lasting():
+            network.to(device)
+    return network, first.dtype
