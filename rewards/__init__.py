@@ -19,6 +19,7 @@ prompts of its samples has an argument named `prompts`.
     zscore, clip, target, log, minimum, softmin, product, gate, Composed    functions of rewards, with units
     rank, group_zscore                  a sample compared with the others in its call: for search, not for tilting
     chunked, per_frame, timeout, full_precision     wrappers around any reward
+    from_pil                            a function of PIL images, as a reward
     from_flow_grpo, from_trl            trainers' reward functions, as rewards here
     as_flow_grpo, as_flow_grpo_scores, as_trl, as_verl_omni     rewards from here, as trainers call them
     from_spec, from_specs               rewards by name: "digit:3", "jpeg:+"; several, with weights
@@ -54,7 +55,7 @@ from .remote.vlm_judge import VLMJudge
 from .text import InWords, LetterCount, Matches, TextLogProb
 from .trainers import as_flow_grpo, as_flow_grpo_scores, as_trl, as_verl_omni, from_flow_grpo, from_trl
 from .weighted_sum import Weighted, weighted
-from .wrappers import chunked, full_precision, per_frame, timeout
+from .wrappers import chunked, from_pil, full_precision, per_frame, timeout
 
 __all__ = [
     "HPS",
@@ -100,6 +101,7 @@ __all__ = [
     "chunked",
     "clip",
     "from_flow_grpo",
+    "from_pil",
     "from_spec",
     "from_specs",
     "from_trl",

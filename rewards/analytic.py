@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from steer.errors import ShapeError
+from steer.torch_modes import scores_in_full
 from steer.types import QuadraticForm, RewardSpec
 
 NATS = RewardSpec("nat", gradient="exact")
@@ -44,6 +45,7 @@ class Linear:
     def __post_init__(self) -> None:
         object.__setattr__(self, "weight", torch.as_tensor(self.weight, dtype=torch.float64).flatten())
 
+    @scores_in_full
     def __call__(self, samples: Tensor) -> Tensor:
         x = flatten_samples(samples, self.weight.numel(), "Linear(weight)")
         return x @ self.weight.to(x) + self.offset
@@ -103,6 +105,7 @@ class Quadratic:
         object.__setattr__(self, "center", center.flatten())
         object.__setattr__(self, "precision", matrix)
 
+    @scores_in_full
     def __call__(self, samples: Tensor) -> Tensor:
         x = flatten_samples(samples, self.center.numel(), "Quadratic(center)")
         offset = x - self.center.to(x)
@@ -148,6 +151,7 @@ class LogDensity:
     reference: Callable[[Tensor], Tensor] | None = None
     spec: RewardSpec = NATS_OF_UNKNOWN_GRADIENT
 
+    @scores_in_full
     def __call__(self, samples: Tensor) -> Tensor:
         x = flatten_samples(samples)
         value = _log_density(self.log_prob, x, "log_prob")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from steer.errors import RewardError
+from steer.torch_modes import lasting, scores_in_full
 from steer.types import RewardSpec
 
 from .image_checks import check_images
@@ -50,6 +51,7 @@ class DigitLogProb:
     def __name__(self) -> str:
         return f"DigitLogProb({_comma_separated(self.label)})"
 
+    @scores_in_full
     def __call__(self, samples: Tensor) -> Tensor:
         images = check_images(samples, self.__name__, channels=(1,), side=8)
         log_prob = torch.log_softmax(_network(self.net, images.device, images.dtype)(images), 1)
@@ -85,6 +87,7 @@ class DigitProb:
     def __name__(self) -> str:
         return f"DigitProb({_comma_separated(self.label)})"
 
+    @scores_in_full
     def __call__(self, samples: Tensor) -> Tensor:
         return DigitLogProb(self.label, self.net)(samples).exp()
 
@@ -120,6 +123,7 @@ def _comma_separated(label: int | Collection[int]) -> str:
 
 
 @cache
+@lasting()
 def _network(name: str, device: torch.device, dtype: torch.dtype) -> DigitNet:
     """The stored network, loaded once per device and dtype."""
     from .digits import load_digit_net

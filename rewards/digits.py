@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from steer.files import check_digests
+from steer.torch_modes import lasting
 
 NUM_CLASSES = 10
 
@@ -89,6 +90,7 @@ def _mlp_body(width: int, num_features: int) -> nn.Sequential:
     )
 
 
+@lasting()
 def load_digit_net(name: str) -> DigitNet:
     """A stored network, frozen and in evaluation mode.
 

@@ -1,8 +1,9 @@
-"""Checks of image tensors: their shape, and that their values lie in [0, 1]."""
+"""Checks of images: their layout, their shape, and that their values lie in [0, 1]."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ def check_images(samples: Tensor, name: str, *, channels: tuple[int, ...] = (), 
     """Images in at least float32, their shape checked.
 
     Values are not checked: reading them would stall the device, and predictions of x_0 may overshoot [0, 1] where a
-    decoder does not clamp.
+    decoder does not clamp. Integers are refused: they count levels up to 255.
 
     Args:
         samples: `[M, C, H, W]`.
@@ -30,7 +31,12 @@ def check_images(samples: Tensor, name: str, *, channels: tuple[int, ...] = (), 
 
     Raises:
         ShapeError: where the shape is not what the reward reads.
+        RewardError: for integers.
     """
+    if not samples.is_floating_point():
+        raise RewardError(
+            f"{name} reads images in [0, 1], got {samples.dtype}; divide 8-bit levels by 255: images.float() / 255"
+        )
     shape = tuple(samples.shape)
     if (
         len(shape) != 4
@@ -43,6 +49,46 @@ def check_images(samples: Tensor, name: str, *, channels: tuple[int, ...] = (), 
             f"{name} reads images of shape {wanted}, got {shape}; give the process a decoder that makes such images"
         )
     return samples.to(torch.promote_types(samples.dtype, torch.float32))
+
+
+def from_any_layout(images: Any, name: str) -> Tensor:
+    """Images as trainers have them, in the form that rewards read.
+
+    Args:
+        images: M images of 1 or 3 channels, channels first or last: a float tensor in [0, 1], or a tensor or array of
+            uint8. Where both axes could be channels, they are first in a tensor and last in an array.
+        name: of the reward, for the message.
+
+    Returns:
+        `[M, 1 or 3, H, W]` in [0, 1], at least float32; memory of its own where anything was converted.
+
+    Raises:
+        ShapeError: for another shape, such as RGBA, and for arrays of other numbers.
+        RewardError: for values that are NaN or outside [0, 1], and for tensors of other integers.
+    """
+    try:
+        pixels = (images if isinstance(images, Tensor) else torch.as_tensor(images)).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ShapeError(
+            f"{name} takes a tensor (M, C, H, W) in [0, 1] or an array (M, H, W, C) of uint8, got a "
+            f"{type(images).__name__}; rewards of PIL images are made by rewards.from_pil"
+        ) from error
+    if pixels.dtype != torch.uint8 and not isinstance(images, Tensor):
+        raise ShapeError(
+            f"{name} takes a tensor in [0, 1] or an array of uint8, got an array of {pixels.dtype}; make it a tensor "
+            "(M, C, H, W)"
+        )
+    first, last = (pixels.ndim == 4 and pixels.shape[axis] in (1, 3) for axis in (1, 3))
+    if not first and not last:
+        raise ShapeError(
+            f"{name} takes images (M, C, H, W) or (M, H, W, C) of 1 or 3 channels, got {tuple(pixels.shape)}; add a "
+            "leading axis to a single image, and drop an alpha channel"
+        )
+    if last and not (first and isinstance(images, Tensor)):
+        pixels = pixels.movedim(-1, 1)
+    pixels = pixels.float().div(255) if pixels.dtype == torch.uint8 else check_images(pixels, name)
+    check_range(pixels, name, nan_passes=False)
+    return pixels
 
 
 def check_range(images: Tensor, name: str, *, nan_passes: bool = True) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from steer.errors import RewardError
+from steer.torch_modes import lasting, scores_in_full
 from steer.types import RewardSpec
 
 from .analytic import flatten_samples
@@ -65,12 +66,14 @@ class NeighbourDistance:
         self.reference, self.k, self.ceiling, self.fall, self.features = reference, k, ceiling, fall, features
 
     @cached_property
+    @lasting()
     def points(self) -> Tensor:
         """Features of the reference `[R, F]`."""
         with torch.no_grad():
             return _flat_features(self.features, self.reference)
 
     @cached_property
+    @lasting()
     def scale(self) -> tuple[float, float]:
         """Median and `ceiling` quantile of the reference's distances among themselves.
 
@@ -86,6 +89,7 @@ class NeighbourDistance:
             )
         return median, top
 
+    @scores_in_full
     def __call__(self, samples: Tensor) -> Tensor:
         x = flatten_samples(_features(self.features, samples), self.points.shape[1], self.__name__)
         distance = _distances(x, self.points.to(x)).topk(self.k, dim=1, largest=False).values.mean(1)
@@ -139,12 +143,14 @@ class OnManifold:
         self.reference, self.k, self.radius, self.features = reference, k, radius, features
 
     @cached_property
+    @lasting()
     def balls(self) -> tuple[Tensor, Tensor]:
         """Centres `[R, F]` and radii `[R]`."""
         with torch.no_grad():
             points = _flat_features(self.features, self.reference)
             return points, self.radius * _own_neighbours(points, self.k)[:, -1]
 
+    @scores_in_full
     def __call__(self, samples: Tensor) -> Tensor:
         points, radii = self.balls
         x = flatten_samples(_features(self.features, samples), points.shape[1], self.__name__)

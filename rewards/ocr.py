@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from steer.errors import RewardError
+from steer.torch_modes import scores_in_full
 from steer.types import RewardSpec
 
 from .hub import model_and_processor
@@ -62,6 +63,7 @@ class OCR:
     reader: Callable[[Image], str] = field(repr=False)
     spec: ClassVar[RewardSpec] = RewardSpec("1", (0.0, 1.0), "none", prompts=True)
 
+    @scores_in_full
     def __call__(self, samples: Tensor, *, prompts: Sequence[str]) -> Tensor:
         pictures = to_rgb(samples, "OCR")
         check_prompts(prompts, len(pictures), "OCR")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from steer.errors import RewardError, ShapeError
+from steer.torch_modes import scores_in_full
 from steer.types import RewardSpec
 
 from .image_checks import check_images
@@ -19,7 +20,7 @@ from .image_checks import check_images
 class Ink:
     """Mean brightness of an image. The embedded digits are 1 where there is ink; weigh it by -1 for less of it.
 
-    Called with images `[M, C, H, W]`.
+    Called with images `[M, 1 or 3, H, W]`.
 
     Returns:
         Scores `[M]`, in [0, 1] for images in [0, 1]; differentiable.
@@ -30,15 +31,16 @@ class Ink:
 
     spec: ClassVar[RewardSpec] = RewardSpec("1", bounds=(0.0, 1.0), gradient="exact")
 
+    @scores_in_full
     def __call__(self, samples: Tensor) -> Tensor:
-        return check_images(samples, "Ink").mean((1, 2, 3))
+        return check_images(samples, "Ink", channels=(1, 3)).mean((1, 2, 3))
 
 
 @dataclass(frozen=True)
 class Symmetry:
     """Minus the mean absolute difference between an image and its mirror image.
 
-    Called with images `[M, C, H, W]`.
+    Called with images `[M, 1 or 3, H, W]`.
 
     Args:
         axis: "horizontal" swaps left and right, "vertical" swaps top and bottom.
@@ -58,8 +60,9 @@ class Symmetry:
         if self.axis not in ("horizontal", "vertical"):
             raise RewardError(f"Symmetry(axis=...) must be 'horizontal' or 'vertical', got {self.axis!r}")
 
+    @scores_in_full
     def __call__(self, samples: Tensor) -> Tensor:
-        images = check_images(samples, "Symmetry")
+        images = check_images(samples, "Symmetry", channels=(1, 3))
         mirrored = images.flip(3 if self.axis == "horizontal" else 2)
         return -(images - mirrored).abs().mean((1, 2, 3))
 
@@ -85,6 +88,7 @@ class Sharpness:
 
     spec: ClassVar[RewardSpec] = RewardSpec("1", bounds=(0.0, inf), gradient="exact")
 
+    @scores_in_full
     def __call__(self, samples: Tensor) -> Tensor:
         images = check_images(samples, "Sharpness", channels=(1, 3))
         if min(images.shape[2:]) < 2:
@@ -117,6 +121,7 @@ class Saturation:
 
     spec: ClassVar[RewardSpec] = RewardSpec("1", bounds=(0.0, 1.0), gradient="exact")
 
+    @scores_in_full
     def __call__(self, samples: Tensor) -> Tensor:
         images = check_images(samples, "Saturation", channels=(3,))
         high, low = images.amax(1), images.amin(1)

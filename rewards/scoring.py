@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from math import inf
 from typing import Any, Literal
 
 import torch
@@ -145,6 +146,55 @@ def check_prompts(prompts: Sequence[str], count: int, name: str) -> None:
         )
 
 
+def score_tensor(scores: Any, rows: int, name: str) -> Tensor:
+    """Scores of whatever holds numbers.
+
+    Args:
+        scores: a tensor, an array or a list of M numbers.
+        rows: M.
+        name: of the reward, for messages.
+
+    Returns:
+        `[M]`, float64, detached.
+
+    Raises:
+        RewardError: for something other than numbers.
+        ShapeError: for another number of them.
+    """
+    try:
+        tensor = scores if isinstance(scores, Tensor) else torch.tensor([float(v) for v in scores], dtype=torch.float64)
+    except (TypeError, ValueError) as error:
+        raise RewardError(
+            f"{name} must return one number per sample, got {type(scores).__name__}; return a list of {rows} numbers"
+        ) from error
+    if tensor.shape != (rows,):
+        raise ShapeError(
+            f"{name} must return {rows} scores for {rows} samples, got shape {tuple(tensor.shape)}; return one number "
+            "per sample"
+        )
+    return tensor.detach().double()
+
+
+def without_gradient(
+    call: Scorer, name: str, unit: str | None, version: str, bounds: tuple[float, float] = (-inf, inf)
+) -> Scorer:
+    """A function as a reward that has no gradient.
+
+    Args:
+        call: of samples and prompts to scores; changed in place.
+        name: its name in messages.
+        unit: of the scores, if they have one.
+        version: of the weights behind it.
+        bounds: the least and the greatest score.
+
+    Returns:
+        The function.
+    """
+    call.__name__ = call.__qualname__ = name
+    vars(call)["spec"] = RewardSpec(unit, bounds, "none", prompts=takes_prompts(call), version=version)
+    return call
+
+
 def refuse_groupwise(reward: Scorer, why: str) -> None:
     """Refuses a reward whose scores depend on the other samples in its call.
 
@@ -203,8 +253,8 @@ def score(reward: Scorer, samples: Tensor, prompts: Sequence[str] | None = None)
         Scores `[M]`, floating point.
 
     Raises:
-        RewardError: if the reward raises, or returns something other than numbers; for another number of prompts. steer's
-            own errors pass unchanged.
+        RewardError: if the reward raises, or returns something other than numbers; for another number of prompts.
+            steer's own errors pass unchanged.
         ShapeError: if the scores do not have shape `[M]`. All name the reward.
     """
     arguments = {}

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from steer.errors import RewardError
+from steer.torch_modes import scores_in_full
 from steer.types import RewardSpec
 
 from .hub import model_and_processor
@@ -53,6 +54,7 @@ class InWords:
             raise RewardError(f"InWords(words) takes a non-empty list of words, got {self.words!r}")
         object.__setattr__(self, "words", frozenset(self.words))
 
+    @scores_in_full
     def __call__(self, samples: Tensor) -> Tensor:
         return score_tensor([float(text in self.words) for text in decode(self.text, samples)], samples)
 
@@ -84,6 +86,7 @@ class LetterCount:
         """Unit and bounds of the scores, which depend on whether there is a target."""
         return RewardSpec("letters", (0.0, inf) if self.target is None else (-inf, 0.0), "none")
 
+    @scores_in_full
     def __call__(self, samples: Tensor) -> Tensor:
         counts = [sum(text.count(letter) for letter in set(self.letters)) for text in decode(self.text, samples)]
         if self.target is None:
@@ -121,6 +124,7 @@ class Matches:
                 "characters with a backslash"
             ) from error
 
+    @scores_in_full
     def __call__(self, samples: Tensor) -> Tensor:
         texts = decode(self.text, samples)
         return score_tensor([float(re.fullmatch(self.pattern, text) is not None) for text in texts], samples)
@@ -189,6 +193,7 @@ class TextLogProb:
         return RewardSpec("nat", (-inf, 0.0), "none", version=version)
 
     @torch.no_grad()
+    @scores_in_full
     def __call__(self, samples: Tensor) -> Tensor:
         texts, scores = decode(self.text, samples), [torch.zeros(0)]
         for start in range(0, len(texts), self.rows):

@@ -22,9 +22,20 @@ import torch
 from torch import Tensor
 
 from steer.errors import NonFiniteError, RewardError, ShapeError
-from steer.types import RewardSpec
 
-from .scoring import Scorer, name_of, needs_prompts, refuse_gradient, refuse_groupwise, score, takes_prompts
+from .image_checks import check_images, check_range, from_any_layout
+from .scoring import (
+    Scorer,
+    check_prompts,
+    name_of,
+    needs_prompts,
+    refuse_gradient,
+    refuse_groupwise,
+    score,
+    score_tensor,
+    takes_prompts,
+    without_gradient,
+)
 from .text import ToText, decode
 
 Columns = Callable[[Sequence[str]], Mapping[str, Sequence[Any]]]
@@ -59,16 +70,19 @@ def from_flow_grpo(
         A reward with scores `[M]`, float64, without a gradient (their functions round to 8 bits).
 
     Raises:
-        RewardError: when called, where fn does not give one number per image, or has no scores called `key`.
+        RewardError: when called, where fn does not give one number per image, or has no scores called `key`; for
+            pixels that are NaN or outside [0, 1], which their functions would clamp.
         ShapeError: when called, for another number of scores.
     """
 
     def call(samples: Tensor, *, prompts: Sequence[str] | None = None) -> Tensor:
         refuse_gradient(samples, call.__name__)
-        texts = None if prompts is None else list(prompts)
+        images = check_images(samples, call.__name__, channels=(1, 3)).detach()
+        check_range(images, call.__name__, nan_passes=False)
+        texts = _texts(prompts, len(samples), call.__name__)
         metadata_of_rows = [{} for _ in samples] if metadata is None else list(metadata(texts or []))
         with torch.no_grad():
-            answer = fn(samples.detach(), texts, metadata_of_rows)
+            answer = fn(images.clone(), texts, metadata_of_rows)
         scores = answer[0] if isinstance(answer, tuple) else answer
         if isinstance(scores, Mapping):
             if key not in scores:
@@ -77,9 +91,9 @@ def from_flow_grpo(
                     "these as key=..."
                 )
             scores = scores[key]
-        return _score_tensor(scores, len(samples), call.__name__).to(samples.device)
+        return score_tensor(scores, len(samples), call.__name__).to(samples.device)
 
-    return _as_reward(call, f"from_flow_grpo({name_of(fn)})", unit, version)
+    return without_gradient(call, f"from_flow_grpo({name_of(fn)})", unit, version)
 
 
 def from_trl(
@@ -117,7 +131,7 @@ def from_trl(
 
     def call(samples: Tensor, *, prompts: Sequence[str] | None = None) -> Tensor:
         completions: list[Any] = list(decode(text, samples))
-        asked: list[Any] = [""] * len(samples) if prompts is None else list(prompts)
+        asked: list[Any] = _texts(prompts, len(samples), call.__name__) or [""] * len(samples)
         rest = {} if columns is None else {name: list(column) for name, column in columns(asked).items()}
         if conversational:
             asked = [[{"role": "user", "content": each}] for each in asked]
@@ -132,9 +146,9 @@ def from_trl(
                 "a sampler needs one for every sample: pass absent=..., the score of such samples"
             )
         filled = [absent if value is None else value for value in scores]
-        return _score_tensor(filled, len(samples), call.__name__).to(samples.device)
+        return score_tensor(filled, len(samples), call.__name__).to(samples.device)
 
-    return _as_reward(call, f"from_trl({name_of(fn)})", unit, version)
+    return without_gradient(call, f"from_trl({name_of(fn)})", unit, version)
 
 
 def as_flow_grpo(reward: Scorer, *, forbidden: float | None = None) -> Callable[..., tuple[list[float], dict]]:
@@ -148,17 +162,19 @@ def as_flow_grpo(reward: Scorer, *, forbidden: float | None = None) -> Callable[
 
     Returns:
         A function of images, a tensor `[M, C, H, W]` in [0, 1] or an array `[M, H, W, C]` of uint8 (as their own
-        functions take), to M scores and an empty dictionary.
+        functions take; either may have its channels first or last, and be of uint8), to M scores and an empty
+        dictionary.
 
     Raises:
         RewardError: for a groupwise reward; when called, where the reward needs prompts and none come.
         NonFiniteError: when called, for a score that is not finite.
         ShapeError: when called, for other images.
+        RewardError: when called, for pixels that are NaN or outside [0, 1].
     """
     refuse_groupwise(reward, _NOT_GROUPS_OF_ONE_PROMPT)
 
     def fn(images: Any, prompts: Sequence[str], metadata: Any = None) -> tuple[list[float], dict]:
-        return _finite_scores(reward, _images(images, name_of(reward)), prompts, forbidden), {}
+        return _finite_scores(reward, from_any_layout(images, name_of(reward)), prompts, forbidden), {}
 
     return _named_after(fn, reward)
 
@@ -183,6 +199,7 @@ def as_flow_grpo_scores(
         RewardError: for no rewards, other names of weights, and groupwise rewards.
         NonFiniteError: when called, for a score that is not finite.
         ShapeError: when called, for other images.
+        RewardError: when called, for pixels that are NaN or outside [0, 1].
     """
     weight = dict.fromkeys(rewards, 1.0) | dict(weights or {})
     if not rewards or set(weight) != set(rewards) or {"avg", "ori_avg"} & set(rewards):
@@ -196,7 +213,7 @@ def as_flow_grpo_scores(
     def reward_fn(
         images: Any, prompts: Sequence[str], metadata: Any = None, only_strict: bool = True
     ) -> tuple[dict[str, list[float]], dict]:
-        pixels = _images(images, "as_flow_grpo_scores")
+        pixels = from_any_layout(images, "as_flow_grpo_scores")
         scores = {name: _finite_scores(reward, pixels, prompts, forbidden) for name, reward in rewards.items()}
         rows = zip(*scores.values(), strict=True)
         total = [sum((weight[name] * value for name, value in zip(scores, row, strict=True)), 0.0) for row in rows]
@@ -235,6 +252,8 @@ def as_trl(reward: Scorer, *, pad: int, forbidden: float | None = None) -> Calla
         length = max((len(ids) for ids in completion_ids), default=0)
         padded = [[*ids, *[pad] * (length - len(ids))] for ids in completion_ids]
         tokens = torch.tensor(padded, dtype=torch.long).reshape(len(completion_ids), length)
+        if isinstance(prompts, str):
+            check_prompts(prompts, len(completion_ids), name_of(reward))
         texts = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in prompts]
         return _finite_scores(reward, tokens, texts, forbidden)
 
@@ -251,7 +270,7 @@ def as_verl_omni(reward: Scorer, *, forbidden: float | None = None) -> Callable[
         forbidden: the score that -inf becomes; None makes that an error.
 
     Returns:
-        A function of one solution_image `[C, H, W]` of uint8, to {"score": number}.
+        A function of one solution_image `[C, H, W]` or `[H, W, C]` of uint8, to {"score": number}.
 
     Raises:
         RewardError: for a groupwise reward.
@@ -269,29 +288,18 @@ def as_verl_omni(reward: Scorer, *, forbidden: float | None = None) -> Callable[
                 f"as_verl_omni({name_of(reward)}) scores one image (C, H, W) of uint8, got {tuple(image.shape)} of "
                 f"{image.dtype}; pass verl-omni's solution_image as it is"
             )
-        return {"score": _finite_scores(reward, image[None].float().div(255), [ground_truth], forbidden)[0]}
+        images = from_any_layout(image[None], f"as_verl_omni({name_of(reward)})")
+        return {"score": _finite_scores(reward, images, [ground_truth], forbidden)[0]}
 
     return _named_after(compute_score, reward)
 
 
-def _images(images: Any, name: str) -> Tensor:
-    """Images [M, C, H, W] in [0, 1] of either form that flow_grpo's functions take."""
-    if isinstance(images, Tensor):
-        pixels = images.detach()
-    else:
-        pixels = torch.as_tensor(images)
-        if pixels.dtype != torch.uint8:
-            raise ShapeError(
-                f"{name} takes a tensor in [0, 1] or an array of uint8, got an array of {pixels.dtype}; make it a "
-                "tensor (M, C, H, W)"
-            )
-        pixels = pixels.movedim(-1, 1).float().div(255) if pixels.ndim == 4 else pixels
-    if pixels.ndim != 4:
-        raise ShapeError(
-            f"{name} takes images (M, C, H, W), or an array (M, H, W, C), got {tuple(pixels.shape)}; add a leading "
-            "axis to a single image"
-        )
-    return pixels.float() if pixels.element_size() < 4 else pixels
+def _texts(prompts: Sequence[str] | None, count: int, name: str) -> list[str] | None:
+    """Prompts as a list, checked; None where there are none."""
+    if prompts is None:
+        return None
+    check_prompts(prompts, count, name)
+    return list(prompts)
 
 
 @torch.no_grad()
@@ -299,7 +307,7 @@ def _finite_scores(
     reward: Scorer, samples: Tensor, prompts: Sequence[str] | None, forbidden: float | None
 ) -> list[float]:
     """M finite scores of one of our rewards; -inf becomes `forbidden`."""
-    texts = list(prompts) if prompts is not None and takes_prompts(reward) else None
+    texts = _texts(prompts, len(samples), name_of(reward)) if takes_prompts(reward) else None
     if texts is None and needs_prompts(reward):
         raise RewardError(f"{name_of(reward)} needs prompts and the trainer passed none; pass one per sample")
     scores = [float(value) for value in score(reward, samples, texts)]
@@ -318,22 +326,6 @@ def _finite_scores(
     return scores
 
 
-def _score_tensor(scores: Any, rows: int, name: str) -> Tensor:
-    """Scores [M], float64, of whatever holds M numbers."""
-    try:
-        tensor = scores if isinstance(scores, Tensor) else torch.tensor([float(v) for v in scores], dtype=torch.float64)
-    except (TypeError, ValueError) as error:
-        raise RewardError(
-            f"{name} must return one number per sample, got {type(scores).__name__}; return a list of {rows} numbers"
-        ) from error
-    if tensor.shape != (rows,):
-        raise ShapeError(
-            f"{name} must return {rows} scores for {rows} samples, got shape {tuple(tensor.shape)}; return one number "
-            "per sample"
-        )
-    return tensor.detach().double()
-
-
 def _awaited(answer: Any) -> list:
     """The answer of a function that may be asynchronous, also from inside a running event loop (a notebook's)."""
     if not inspect.isawaitable(answer):
@@ -348,13 +340,6 @@ def _awaited(answer: Any) -> list:
 
 def _log_nothing(*columns: Any) -> None:
     """What log_extra and log_metric are here."""
-
-
-def _as_reward(call: Scorer, name: str, unit: str | None, version: str) -> Scorer:
-    """The function `call` under a name and with the spec of a reward without a gradient."""
-    call.__name__ = call.__qualname__ = name
-    vars(call)["spec"] = RewardSpec(unit=unit, gradient="none", prompts=True, version=version)
-    return call
 
 
 def _named_after(fn: Callable[..., Any], reward: Scorer) -> Callable[..., Any]:

@@ -1,21 +1,36 @@
-"""Wrappers around any reward: fewer samples at a time, frame by frame, a deadline, full precision.
+"""Wrappers around any reward: fewer at a time, frame by frame, a deadline, full precision; and rewards of PIL images.
 
-Each keeps the wrapped reward's spec and closed form, takes prompts exactly when the reward does, and carries its name.
+All but the last keep the wrapped reward's spec and closed form, take prompts exactly when the reward does, and carry
+its name.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from math import inf
 from queue import Empty, SimpleQueue
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from steer.errors import RewardError, ShapeError
 
-from .scoring import Scorer, name_of, needs_prompts, refuse_groupwise, reward_signature, score, takes_prompts
+from .pil_images import to_rgb
+from .scoring import (
+    Scorer,
+    check_prompts,
+    name_of,
+    needs_prompts,
+    refuse_groupwise,
+    reward_signature,
+    score,
+    score_tensor,
+    takes_prompts,
+    without_gradient,
+)
 
 
 def chunked(reward: Scorer, rows: int) -> Scorer:
@@ -37,6 +52,8 @@ def chunked(reward: Scorer, rows: int) -> Scorer:
     refuse_groupwise(reward, "so chunks would change its scores; chunk the reward inside it")
 
     def call(samples: Tensor, *, prompts: Sequence[str] | None = None) -> Tensor:
+        if prompts is not None:
+            check_prompts(prompts, len(samples), name_of(reward))
         starts = range(0, max(len(samples), 1), rows)  # one call also for no samples: it sets dtype and device
         chunks = ((samples[i : i + rows], None if prompts is None else prompts[i : i + rows]) for i in starts)
         return torch.cat([score(reward, chunk, texts) for chunk, texts in chunks])
@@ -72,6 +89,8 @@ def per_frame(reward: Scorer, every: int = 1) -> Scorer:
                 f"per_frame scores videos (M, F, C, H, W), got {tuple(samples.shape)}; give the process a decoder that "
                 "makes videos, or use the reward without per_frame for images"
             )
+        if prompts is not None:
+            check_prompts(prompts, len(samples), name_of(reward))
         frames = samples[:, ::every]
         texts = None if prompts is None else [text for text in prompts for _ in range(frames.shape[1])]
         return score(reward, frames.flatten(0, 1), texts).view(frames.shape[:2]).mean(1)
@@ -84,7 +103,7 @@ def timeout(reward: Scorer, seconds: float) -> Scorer:
 
     Python cannot stop the call itself: it continues in a daemon thread, keeping its memory, until it returns or the
     program ends (which does not wait for it). Limit what can be limited inside, such as network requests. The call
-    sees the caller's grad mode and CUDA stream, but no other state of the thread, such as autocast.
+    sees the caller's grad mode and CUDA stream, but no other state of the thread.
 
     Args:
         reward: any reward.
@@ -146,6 +165,46 @@ def full_precision(reward: Scorer) -> Scorer:
         return score(reward, samples.float() if half else samples, prompts)
 
     return _renamed(reward, call, f"full_precision({name_of(reward)})")
+
+
+def from_pil(
+    fn: Callable[..., Any],
+    *,
+    unit: str | None = None,
+    bounds: tuple[float, float] = (-inf, inf),
+    version: str = "",
+) -> Scorer:
+    """A reward of images from a function of PIL images.
+
+    Args:
+        fn: from a list of M PIL images, RGB, to M numbers. Where it has an argument `prompts`, it gets M strings too.
+        unit: of the scores, if they have one.
+        bounds: the least and the greatest score.
+        version: of the weights behind fn, which a cached score must match.
+
+    Returns:
+        A reward of images `[M, 1 or 3, H, W]` in [0, 1] with scores `[M]`, float64, without a gradient: PIL images are
+        rounded to 8 bits.
+
+    Raises:
+        RewardError: where fn is no function; when called, for pixels that are NaN or outside [0, 1], and where fn does
+            not give one number per image.
+        ShapeError: when called, for other samples, and for another number of scores.
+    """
+    if not callable(fn):
+        raise RewardError(f"from_pil(fn) takes a function of a list of PIL images, got {type(fn).__name__}")
+    name = f"from_pil({name_of(fn)})"
+
+    def call(samples: Tensor, *, prompts: Sequence[str] | None = None) -> Tensor:
+        arguments = {}
+        if prompts is not None and takes_prompts(fn):
+            check_prompts(prompts, len(samples), name)
+            arguments = {"prompts": list(prompts)}
+        with torch.no_grad():
+            return score_tensor(fn(to_rgb(samples, name), **arguments), len(samples), name).to(samples.device)
+
+    vars(call)["__signature__"] = reward_signature(takes_prompts(fn), needs_prompts(fn))
+    return without_gradient(call, name, unit, version, bounds)
 
 
 def _renamed(reward: Scorer, call: Scorer, name: str) -> Scorer:

@@ -46,7 +46,7 @@ def autocast_of(device: torch.device | str) -> str:
 
 @contextmanager
 def lasting() -> Iterator[None]:
-    """For what outlives a call (caches, networks): outside its inference mode and autocast, and in float32 by default.
+    """For what outlives a call (caches, networks): outside its inference mode and gradients, and in float32 by default.
 
     A tensor made in inference mode can never be part of a gradient again, and a network made while another default
     dtype is set holds rounded weights. Usable as a decorator too.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from steer.errors import RewardError
+from steer.torch_modes import scores_in_full
 from steer.types import RewardSpec
 
 from ..pil_images import to_rgb
@@ -49,6 +50,7 @@ class Count:
     above: float = 0.3
     spec: ClassVar[RewardSpec] = RewardSpec("objects^2", (-inf, 0.0), "none", prompts=True)
 
+    @scores_in_full
     def __call__(self, samples: Tensor, *, prompts: Sequence[str]) -> Tensor:
         wanted = [_wanted_by(prompt, self.wanted, "Count", "numbers") for prompt in prompts]
         found = _detections(self.detector, samples, prompts, [list(numbers) for numbers in wanted], "Count")
@@ -100,6 +102,7 @@ class Layout:
             if not boxes:
                 raise RewardError(f"Layout needs at least one box for the prompt {prompt!r}, got none")
 
+    @scores_in_full
     def __call__(self, samples: Tensor, *, prompts: Sequence[str]) -> Tensor:
         wanted = [_wanted_by(prompt, self.wanted, "Layout", "boxes") for prompt in prompts]
         labels = [[label for label, _ in boxes] for boxes in wanted]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from steer.errors import RewardError
+from steer.torch_modes import scores_in_full
 from steer.types import RewardSpec
 
 from ..pil_images import crop, to_rgb
@@ -127,6 +128,7 @@ class GenEval:
         object.__setattr__(self, "tasks", tasks)
         object.__setattr__(self, "spec", RewardSpec("1", (0.0, 1.0), "none", prompts=True))
 
+    @scores_in_full
     def __call__(self, samples: Tensor, *, prompts: Sequence[str]) -> Tensor:
         pictures = to_rgb(samples, "GenEval")
         check_prompts(prompts, len(pictures), "GenEval")

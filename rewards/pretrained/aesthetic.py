@@ -9,6 +9,7 @@ from functools import cached_property
 
 from torch import Tensor, nn
 
+from steer.torch_modes import lasting, scores_in_full
 from steer.types import RewardSpec
 
 from .clip_network import CLIPNetwork, from_open_clip
@@ -58,11 +59,13 @@ class Aesthetic:
         return RewardSpec("aesthetic", gradient="exact", version=version)
 
     @cached_property
+    @lasting()
     def network(self) -> CLIPNetwork:
         """The CLIP network, read when first needed."""
         return from_open_clip(self.model, self.weights, None, "Aesthetic", download=self.download)
 
     @cached_property
+    @lasting()
     def rating(self) -> RatingHead:
         """The head, read when first needed."""
         layers = self.head
@@ -70,6 +73,7 @@ class Aesthetic:
             layers = read_weights(weights_file(layers, REPOSITORY, FILE, download=self.download))
         return rating_head({key.removeprefix("layers."): value for key, value in layers.items()})
 
+    @scores_in_full
     def __call__(self, samples: Tensor) -> Tensor:
         rating = self.rating
         return rating(self.network.images(samples), "Aesthetic")

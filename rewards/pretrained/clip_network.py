@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from steer.errors import RewardError
+from steer.torch_modes import lasting
 
 from ..hub import from_hub, optional_package, refuse_lfs_pointer
 from ..scoring import check_prompts
@@ -100,17 +101,17 @@ class CLIPNetwork:
             return images.sum(1)
         return (images * self.prompts([prefix + prompt for prompt in prompts], samples.device)).sum(1)
 
+    @lasting()
     def _embed(self, prompt: str) -> Tensor:
         """Unit embedding [D] of a prompt."""
         network: Any = self.network
         device = next(network.parameters()).device
         tokens = self.tokenizer([prompt])
-        with torch.no_grad():
-            if hasattr(network, "encode_text"):
-                features = network.encode_text(tokens.to(device))
-            else:
-                inputs = {key: ids.to(device) for key, ids in tokens.items()}
-                features = feature_tensor(network.get_text_features(**inputs))
+        if hasattr(network, "encode_text"):
+            features = network.encode_text(tokens.to(device))
+        else:
+            inputs = {key: ids.to(device) for key, ids in tokens.items()}
+            features = feature_tensor(network.get_text_features(**inputs))
         return normalize(features[0], dim=0)
 
     def _side(self) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from steer.torch_modes import lasting, scores_in_full
 from steer.types import RewardSpec
 
 from .clip_network import CLIPNetwork, from_open_clip
@@ -58,9 +59,11 @@ class CLIPScore:
         return RewardSpec("CLIPScore", (0.0, self.scale), "exact", prompts=True, version=version)
 
     @cached_property
+    @lasting()
     def network(self) -> CLIPNetwork:
         """The network, read when first needed."""
         return from_open_clip(self.model, self.weights, self.tokenizer, "CLIPScore", download=self.download)
 
+    @scores_in_full
     def __call__(self, samples: Tensor, *, prompts: Sequence[str]) -> Tensor:
         return self.scale * self.network.similarity(samples, prompts, self.prefix).clamp(min=0.0)

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from steer.torch_modes import lasting, scores_in_full
 from steer.types import RewardSpec
 
 from .clip_network import CLIPNetwork, from_open_clip
@@ -60,6 +61,7 @@ class HPS:
         return RewardSpec("cos", (-1.0, 1.0), "exact", prompts=True, version=version)
 
     @cached_property
+    @lasting()
     def network(self) -> CLIPNetwork:
         """The network, read when first needed."""
         if isinstance(self.model, nn.Module):
@@ -67,5 +69,6 @@ class HPS:
         path = weights_file(self.weights, REPOSITORY, FILE, download=self.download)
         return from_open_clip(self.model, path, self.tokenizer, "HPS", fit="pad")
 
+    @scores_in_full
     def __call__(self, samples: Tensor, *, prompts: Sequence[str]) -> Tensor:
         return self.network.similarity(samples, prompts)

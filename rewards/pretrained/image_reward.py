@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from steer.errors import RewardError
+from steer.torch_modes import lasting, scores_in_full
 from steer.types import RewardSpec
 
 from ..hub import from_hub, optional_package
@@ -75,6 +76,7 @@ class ImageReward:
         return RewardSpec("ImageReward", gradient="exact", prompts=True, version=version)
 
     @cached_property
+    @lasting()
     def network(self) -> tuple[nn.Module, Tensor, float]:
         """The towers {vision, text} and the head as w `[768]` and b, read when first needed."""
         weights = self.weights
@@ -98,6 +100,7 @@ class ImageReward:
             tokenizer = partial(loaded, padding="max_length", truncation=True, max_length=35, return_tensors="pt")
         return lru_cache(256)(lambda prompt: {key: ids[0] for key, ids in tokenizer([prompt]).items()})
 
+    @scores_in_full
     def __call__(self, samples: Tensor, *, prompts: Sequence[str]) -> Tensor:
         check_prompts(prompts, len(samples), "ImageReward")
         towers, weight, offset = self.network

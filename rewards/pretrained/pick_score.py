@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from steer.torch_modes import lasting, scores_in_full
 from steer.types import RewardSpec
 
 from .clip_network import CLIPNetwork, from_transformers
@@ -53,10 +54,12 @@ class PickScore:
         return RewardSpec("logit", (-100.0, 100.0), "exact", prompts=True, version=version)
 
     @cached_property
+    @lasting()
     def network(self) -> CLIPNetwork:
         """The network, read when first needed."""
         return from_transformers(self.model, self.tokenizer, "PickScore", download=self.download)
 
+    @scores_in_full
     def __call__(self, samples: Tensor, *, prompts: Sequence[str]) -> Tensor:
         cosines = self.network.similarity(samples, prompts)
         scale: Any = self.network.network.logit_scale

@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from steer.errors import RewardError
+from steer.torch_modes import scores_in_full
 from steer.types import RewardSpec
 
 from ..hub import model_and_processor
-from ..image_checks import check_images
+from ..image_checks import check_images, check_range
 from ..pil_images import to_pictures
 from ..scoring import check_prompts, name_of
 
@@ -50,8 +51,8 @@ class VQAScore:
         are rounded to 8 bits as files are.
 
     Raises:
-        RewardError: for a missing package (pip install 'steer-diffusion[vlm]') or weights, a model without a processor
-            or template, an answer of several tokens, and a wrong number of prompts.
+        RewardError: for values outside [0, 1], a missing package (pip install 'steer-diffusion[vlm]') or weights, a
+            model without a processor or template, an answer of several tokens, and a wrong number of prompts.
         ShapeError: for samples of another shape.
 
     Cost: one forward pass per sample.
@@ -100,8 +101,10 @@ class VQAScore:
         gradient = "exact" if _keeps_gradient(processor) else "none"
         object.__setattr__(self, "spec", RewardSpec("1", (0.0, 1.0), gradient, prompts=True, version=version))
 
+    @scores_in_full
     def __call__(self, samples: Tensor, *, prompts: Sequence[str]) -> Tensor:
         images = check_images(samples, "VQAScore", channels=(3,))
+        check_range(images, "VQAScore", nan_passes=False)
         check_prompts(prompts, len(images), "VQAScore")
         scores: list[Tensor] = [torch.empty(0)] * len(images)
         for prompt in dict.fromkeys(prompts):
@@ -171,8 +174,8 @@ def _answer_token(processor: Any, answer: str) -> int:
 
 def _keeps_gradient(processor: Any) -> bool:
     """Whether a processor takes float tensors in [0, 1] and keeps their gradient."""
-    image = torch.full((3, 32, 32), 0.5, requires_grad=True)
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
+        image = torch.full((3, 32, 32), 0.5, requires_grad=True)
         try:
             out = processor.image_processor([image], do_rescale=False, return_tensors="pt")
         except (TypeError, ValueError, RuntimeError):  # a processor of arrays refuses a tensor with a gradient

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from steer.errors import RewardError
+from steer.torch_modes import lasting
 
 from ..hub import optional_package, refuse_lfs_pointer
 
@@ -201,4 +202,7 @@ def move_to(network: nn.Module, device: torch.device) -> Any:
         The network, and the dtype of its weights.
     """
     first = next(network.parameters())
-    return (network if first.device == device else network.to(device)), first.dtype
+    if first.device != device:
+        with lasting():
+            network.to(device)
+    return network, first.dtype

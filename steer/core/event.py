@@ -19,7 +19,7 @@ class Event:
 
     run:      which method, and which of its passes where there are several ("driftlite, pass 2"): levels start again
               from noise in each.
-    live_state, live_x0, live_scores: the run's own tensors behind `state`, `x0` and `scores`, which nobody may write to.
+    live_state, live_x0, live_scores: what `state`, `x0` and `scores` are copies of. Nobody may write to these.
     problems: index of the prompt of every row of `state`, as long as its axis 0.
     chunk:    index of its first particle among those of the run, where a run goes in chunks.
     earlier:  what earlier passes of the method have spent.

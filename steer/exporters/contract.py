@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import ShapeError, StateSpaceError, SteerError
+from ..errors import NonFiniteError, ShapeError, StateSpaceError, SteerError
 from ..grpo.batch import Kind, RolloutBatch
+from ..rewards.image_checks import check_range
 
 NOISE_LEVEL_PARAMETER = {"FlowSDE": "a", "DanceSDE": "eta", "CPS": "eta"}
 """Kernels that trainers know, and the parameter of each that they call its noise level."""
@@ -147,20 +148,65 @@ def joined_states(batch: RolloutBatch, trainer: str) -> Tensor:
     return torch.cat([batch.x_t[:, :1], batch.x_next], 1)
 
 
-def chosen_reward(batch: RolloutBatch, reward: str | None) -> Tensor:
-    """The reward to train on, [B] float32.
+def trainer_rewards(batch: RolloutBatch, trainer: str, forbidden: float | None) -> dict[str, Tensor]:
+    """All rewards by name, [B] float32, finite.
 
     Args:
         batch: The rollouts.
+        trainer: The trainer's name, for error messages.
+        forbidden: The reward that -inf becomes; None makes that an error.
+
+    Raises:
+        NonFiniteError: For a reward that is not finite: it would turn every advantage of its group into NaN.
+    """
+    rewards = {name: value.float() for name, value in batch.rewards.items()}
+    if forbidden is not None:
+        rewards = {name: value.masked_fill(value == -torch.inf, forbidden) for name, value in rewards.items()}
+    return need_finite(
+        rewards,
+        trainer,
+        "it would turn every advantage of its group into NaN; pass forbidden=..., the reward that -inf becomes (the "
+        "lowest there is), and look into a reward that gives NaN or +inf",
+    )
+
+
+def need_finite(tensors: Mapping[str, Tensor], trainer: str, cure: str = "look into what made it") -> dict[str, Tensor]:
+    """Tensors by name, [B, ...] each, checked to be finite.
+
+    Args:
+        tensors: What is to be exported.
+        trainer: The trainer's name, for error messages.
+        cure: What to do instead, for error messages.
+
+    Raises:
+        NonFiniteError: Naming the tensor and the row.
+    """
+    for name, value in tensors.items():
+        bad = ~value.isfinite()
+        if bool(bad.any()):
+            place = bad.nonzero()[0]
+            raise NonFiniteError(
+                f"{trainer} takes finite numbers only, got {value[tuple(place)].item()} in {name!r} of row "
+                f"{int(place[0])} ({int(bad.flatten(1).any(1).sum()) if bad.ndim > 1 else int(bad.sum())} rows of "
+                f"{len(bad)}): {cure}"
+            )
+    return dict(tensors)
+
+
+def chosen_reward(rewards: Mapping[str, Tensor], reward: str | None) -> Tensor:
+    """The reward to train on, [B] float32.
+
+    Args:
+        rewards: All of them, by name.
         reward: Its name; None: the only one.
 
     Raises:
         SteerError: Where there is no such reward, or several and no name.
     """
-    name = next(iter(batch.rewards)) if reward is None and len(batch.rewards) == 1 else reward
-    if name is None or name not in batch.rewards:
-        raise SteerError(f"name the reward to train on, one of {sorted(batch.rewards)}, got {reward!r}")
-    return batch.rewards[name].float()
+    name = next(iter(rewards)) if reward is None and len(rewards) == 1 else reward
+    if name is None or name not in rewards:
+        raise SteerError(f"name the reward to train on, one of {sorted(rewards)}, got {reward!r}")
+    return rewards[name]
 
 
 def importance_weights(batch: RolloutBatch) -> Tensor | None:
@@ -235,12 +281,14 @@ def need_images(batch: RolloutBatch, images: Tensor, *, frames: bool = False) ->
 
     Raises:
         ShapeError: For other shapes.
+        RewardError: For values that are NaN or outside [0, 1].
     """
     if images.ndim not in ((4, 5) if frames else (4,)) or len(images) != batch.rows:
         raise ShapeError(
             f"images are (B, C, H, W) with B = {batch.rows}, got {tuple(images.shape)}; decode batch.x0, one "
             "image a row"
         )
+    check_range(images, "the trainer", nan_passes=False)
     return images
 
 

@@ -16,7 +16,16 @@ from torch import Tensor
 
 from ..errors import ShapeError
 from ..grpo.batch import Kind, RolloutBatch
-from .contract import conditioning_rows, mean_logp, need_images, prompt_groups, trainer_kernel, weighted_advantages
+from .contract import (
+    conditioning_rows,
+    mean_logp,
+    need_finite,
+    need_images,
+    prompt_groups,
+    trainer_kernel,
+    trainer_rewards,
+    weighted_advantages,
+)
 
 KERNEL_NAMES = {"FlowSDE": "Flow-SDE", "DanceSDE": "Dance-SDE", "CPS": "CPS"}
 """Flow-Factory's name of each kernel it has."""
@@ -31,6 +40,7 @@ def to_flow_factory(
     cond: Mapping[str, Tensor] | None = None,
     images: Tensor | None = None,
     advantages: Tensor | None = None,
+    forbidden: float | None = None,
     num_train_timesteps: int = 1000,
 ) -> list[dict[str, Any]]:
     """Convert rollouts to one dict per row, for `SD3_5Sample.from_dict` or another of Flow-Factory's samples.
@@ -40,6 +50,7 @@ def to_flow_factory(
         cond: Conditioning by name, [P, ...] each, over `batch.cond`.
         images: Decoded images [B, C, H, W] in [0, 1], by which the trainer computes rewards.
         advantages: Advantages [B], needed for weighted rows.
+        forbidden: The reward that -inf, which forbids a sample, becomes; None makes that an error.
         num_train_timesteps: The scheduler's number of training timesteps.
 
     Returns:
@@ -68,6 +79,8 @@ def to_flow_factory(
         SteerError: For batches that Flow-Factory cannot train on (see `contract.trainer_kernel`), and for weighted rows
             without advantages.
         ShapeError: Where rows have different windows, and for an advantage per step.
+        NonFiniteError: For rewards, densities, states or advantages that are not finite.
+        RewardError: For images outside [0, 1].
     """
     kernel = trainer_kernel(batch, "Flow-Factory", KERNEL_NAMES)
     steps = _common_window(batch)
@@ -88,20 +101,18 @@ def to_flow_factory(
         "latent_index_map": _index_map(places, count),
         "log_prob_index_map": _index_map(steps, count),
     }
-    rows = {
-        "all_latents": states,
-        "log_probs": mean_logp(batch, LOGP_KINDS[kernel.name]),
-        **conditioning_rows(batch, cond),
-    }
+    steps_of_rows = {"all_latents": states, "log_probs": mean_logp(batch, LOGP_KINDS[kernel.name])}
+    rows = {**need_finite(steps_of_rows, "Flow-Factory"), **conditioning_rows(batch, cond)}
     rows |= {} if images is None else {"image": need_images(batch, images)}
     extra = {"sample_id": batch.sample_id, "parent_id": batch.parent_id, "log_weight": batch.log_w_base}
-    extra |= {} if given is None else {"advantage": given[:, 0]}
+    extra |= {} if given is None else need_finite({"advantage": given[:, 0]}, "Flow-Factory")
+    rewards = trainer_rewards(batch, "Flow-Factory", forbidden)
     return [
         {
             **shared,
             **_row(rows, b),
             "prompt": prompts[b],
-            "extra_kwargs": {"rewards": _row(batch.rewards, b), **_row(extra, b)},
+            "extra_kwargs": {"rewards": _row(rewards, b), **_row(extra, b)},
         }
         for b in range(batch.rows)
     ]

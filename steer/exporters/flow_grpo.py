@@ -19,9 +19,11 @@ from .contract import (
     chosen_reward,
     conditioning_rows,
     mean_logp,
+    need_finite,
     prompt_groups,
     timesteps,
     trainer_kernel,
+    trainer_rewards,
     weighted_advantages,
 )
 
@@ -38,6 +40,7 @@ def to_flow_grpo(
     reward: str | None = None,
     cond: Mapping[str, Tensor] | None = None,
     advantages: Tensor | None = None,
+    forbidden: float | None = None,
     num_train_timesteps: int = 1000,
 ) -> dict[str, Any]:
     """Convert rollouts to one sample dict of flow_grpo's SD3 scripts, as it is after "Waiting for rewards".
@@ -48,6 +51,7 @@ def to_flow_grpo(
         cond: Conditioning by name, [P, ...] each, over `batch.cond`. Must have prompt_ids, prompt_embeds and
             pooled_prompt_embeds.
         advantages: Advantages [B] or [B, S], needed for weighted rows.
+        forbidden: The reward that -inf, which forbids a sample, becomes; None makes that an error.
         num_train_timesteps: The scheduler's number of training timesteps.
 
     Returns:
@@ -72,6 +76,7 @@ def to_flow_grpo(
     Raises:
         SteerError: For batches that flow_grpo cannot train on (see `contract.trainer_kernel`), missing conditioning,
             and weighted rows without advantages.
+        NonFiniteError: For rewards, densities, states or advantages that are not finite.
     """
     kernel = trainer_kernel(batch, "flow_grpo", KERNEL_NAMES)
     fields = conditioning_rows(batch, cond)
@@ -85,17 +90,20 @@ def to_flow_grpo(
     given = weighted_advantages(batch, advantages, "flow_grpo")
     if given is None:
         prompt_groups(batch, [tuple(ids) for ids in fields["prompt_ids"].tolist()], "flow_grpo")
-    rewards = {name: value.float() for name, value in batch.rewards.items()}
-    return {
-        "prompt_ids": fields["prompt_ids"].long(),
-        "prompt_embeds": fields["prompt_embeds"],
-        "pooled_prompt_embeds": fields["pooled_prompt_embeds"],
+    rewards = trainer_rewards(batch, "flow_grpo", forbidden)
+    steps = {
         "timesteps": timesteps(batch, num_train_timesteps),
         "latents": batch.x_t.to(torch.float32),
         "next_latents": batch.x_next.to(torch.float32),
         "log_probs": mean_logp(batch, LOGP_KINDS[kernel.name]),
-        "rewards": {**rewards, "avg": chosen_reward(batch, reward)},
         **({} if given is None else {"advantages": given}),
+    }
+    return {
+        "prompt_ids": fields["prompt_ids"].long(),
+        "prompt_embeds": fields["prompt_embeds"],
+        "pooled_prompt_embeds": fields["pooled_prompt_embeds"],
+        "rewards": {**rewards, "avg": chosen_reward(rewards, reward)},
+        **need_finite(steps, "flow_grpo"),
     }
 
 

@@ -23,10 +23,12 @@ from .contract import (
     importance_weights,
     joined_states,
     mean_logp,
+    need_finite,
     need_images,
     per_step,
     timesteps,
     trainer_kernel,
+    trainer_rewards,
 )
 
 KERNEL_NAMES = {"FlowSDE": "sde", "DanceSDE": "dance_sde", "CPS": "cps"}
@@ -44,6 +46,7 @@ def to_verl_omni(
     images: Tensor | None = None,
     uid: Sequence[str] | None = None,
     advantages: Tensor | None = None,
+    forbidden: float | None = None,
     num_train_timesteps: int = 1000,
 ) -> dict[str, dict[str, Any]]:
     """Convert rollouts to the three parts of the DataProto that verl-omni's `generate_sequences` returns.
@@ -58,6 +61,7 @@ def to_verl_omni(
         uid: B strings, equal for rows of a group; by default the group's number. Pass the trainer's own where it
             assigned them.
         advantages: Advantages [B] or [B, W], to use in place of the trainer's own.
+        forbidden: The reward that -inf, which forbids a sample, becomes; None makes that an error.
         num_train_timesteps: The scheduler's number of training timesteps.
 
     Returns:
@@ -87,14 +91,16 @@ def to_verl_omni(
     Raises:
         SteerError: For batches that verl-omni cannot train on (see `contract.trainer_kernel`).
         ShapeError: For windows with gaps, and for images, advantages or uid of another number of rows.
+        NonFiniteError: For rewards, densities, states or advantages that are not finite.
+        RewardError: For images outside [0, 1].
     """
-    kernel = trainer_kernel(batch, "verl-omni", KERNEL_NAMES)
+    kernel, rewards = trainer_kernel(batch, "verl-omni", KERNEL_NAMES), trainer_rewards(batch, "verl-omni", forbidden)
     fields, log_probs = conditioning_rows(batch, cond), mean_logp(batch, LOGP_KINDS[kernel.name])
     tensors: dict[str, Tensor] = {
         "all_latents": joined_states(batch, "verl-omni").to(torch.float32),
         "all_timesteps": timesteps(batch, num_train_timesteps),
         "rollout_log_probs": log_probs,
-        "rm_scores": chosen_reward(batch, reward)[:, None],
+        "rm_scores": chosen_reward(rewards, reward)[:, None],
     }
     if "prompt_ids" in fields:
         tensors["prompts"] = fields.pop("prompt_ids").long()
@@ -106,13 +112,13 @@ def to_verl_omni(
     if advantages is not None:
         tensors |= {"old_log_probs": log_probs.clone(), "advantages": per_step(batch, advantages)}
     return {
-        "batch": {**fields, **tensors},
-        "non_tensor_batch": _objects(batch, uid),
+        "batch": {**fields, **need_finite(tensors, "verl-omni")},
+        "non_tensor_batch": _objects(batch, rewards, uid),
         "meta_info": {"reward_extra_keys": sorted(batch.rewards), "global_steps": batch.policy_version},
     }
 
 
-def _objects(batch: RolloutBatch, uid: Sequence[str] | None) -> dict[str, Any]:
+def _objects(batch: RolloutBatch, rewards: Mapping[str, Tensor], uid: Sequence[str] | None) -> dict[str, Any]:
     """numpy arrays of B objects by name: uid, sample_id, parent_id and rewards."""
     import numpy as np
 
@@ -122,7 +128,7 @@ def _objects(batch: RolloutBatch, uid: Sequence[str] | None) -> dict[str, Any]:
             f"uid is one string per row, {batch.rows}, got {len(groups)}; rows of a group have the same uid"
         )
     objects = {"uid": groups, "sample_id": batch.sample_id.tolist(), "parent_id": batch.parent_id.tolist()}
-    objects |= {name: value.tolist() for name, value in batch.rewards.items()}
+    objects |= {name: value.tolist() for name, value in rewards.items()}
     return {name: np.array(value, dtype=object) for name, value in objects.items()}
 
 

@@ -193,7 +193,7 @@ def _step_ids(steps: Sequence[RecordedStep], problems: int, rows: int) -> list[T
 def _samples_only(process: GaussianProcess, *, x: Tensor, storage: torch.dtype, **run: Any) -> RolloutBatch:
     """A batch of finished samples, where a collector keeps no steps."""
     rows = x.shape[0] * x.shape[1]
-    none = torch.zeros(rows, 0, device=x.device)
+    none = torch.zeros(rows, 0, dtype=torch.float32, device=x.device)
     state = torch.zeros(rows, 0, *x.shape[2:], dtype=storage, device=x.device)
     return RolloutBatch(
         x_t=state,
@@ -224,7 +224,7 @@ def _fields_of_the_run(
     """Every field that does not belong to a step; `fields` replaces the defaults."""
     problems, rows = x.shape[:2]
     row = torch.arange(problems * rows, device=x.device)
-    zero = torch.zeros(problems * rows, device=x.device)
+    zero = torch.zeros(problems * rows, dtype=torch.float32, device=x.device)
     counts = {"nfe": cost.nfe, "rewards": cost.rewards, "grads": cost.grads, "decodes": cost.decodes}
     problem = row // rows
     defaults: dict[str, Any] = {
@@ -237,7 +237,7 @@ def _fields_of_the_run(
         "sample_id": row,
         "root_id": row,
         "parent_id": row,
-        "sigmas": torch.tensor([level.sigma for level in process.levels], device=x.device),
+        "sigmas": torch.tensor([level.sigma for level in process.levels], dtype=torch.float32, device=x.device),
         "times": torch.tensor(process.times, dtype=torch.float64, device=x.device),
         "kernel": describe_kernel(process, window=window, storage=storage),
         "seed": torch.full_like(row, ((key.seed + 2**63) % 2**64) - 2**63),

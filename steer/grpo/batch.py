@@ -64,7 +64,8 @@ class RolloutBatch:
     sigmas:        [K + 1] float32, noise scale at every level of the grid, noise first.
     times:         [K + 1] float64, times of the path at every level, noise first.
     path:          [B, K + 1, *event], storage dtype, all states of each row, where `path=True` asked for them.
-    kernel:        what drew the steps: {"rule", "parameters", "window", "schedule", "times", "hash", "storage"}.
+    kernel:        what drew the steps: {"rule", "parameters", "window", "schedule", "times", "autocast", "hash",
+                   "storage"}.
     cond:          name -> [P, ...], conditioning of each problem, for your own use; index by problem_id for rows.
     prompts:       P texts, or None.
     cfg_scale:     guidance scale, for your own use.

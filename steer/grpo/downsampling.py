@@ -54,7 +54,7 @@ def keep(batch: RolloutBatch, *, best: int, worst: int, middle: int, by: str, ke
     chosen = draw.argsort(1)[:, :middle] + best
     place = torch.arange(rows, device=batch.x0.device).expand(problems, -1)
     index = ranked.gather(1, torch.cat([place[:, :best], chosen, place[:, rows - worst :]], 1))
-    log_w = torch.zeros(problems, size, device=batch.x0.device)
+    log_w = torch.zeros(problems, size, dtype=torch.float32, device=batch.x0.device)
     log_w[:, best : best + middle] = math.log(others / middle) if middle else 0.0
     log_w -= math.log(rows / size)  # weights to mean one over the rows kept, in expectation
     out = batch.select(index)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -23,7 +24,7 @@ class Advantages:
     mean:  name -> [groups] float32, mean reward of each group, in units of the reward.
     std:   name -> [groups] float32, standard deviation of each group's rewards.
     flat:  [groups] bool, True where all rewards of a group were equal: its rows have advantage 0 and no gradient, and
-           trainers drop such groups or collect more.
+           trainers drop such groups or collect more. Rewards of weight 0 are left out of this.
     """
 
     value: Tensor
@@ -44,18 +45,19 @@ def advantages(
 
     Args:
         batch: rows with rewards.
-        weights: name -> weight of each reward, which are normalised one by one; all equal to 1 if None.
+        weights: name -> weight of each reward, which are normalised one by one; all equal to 1 if None. One of weight 0
+            is reported, and trained on in no way.
         std: of each "group", or "global", over all rows (Flow-GRPO's default).
         eps: added to the standard deviation, in units of the reward.
         limit: largest absolute value of an advantage.
 
     Returns:
         `Advantages`, value [B]. Means and standard deviations are self-normalised by the weights back to the policy;
-        on-policy rows all weigh the same. Statistics that a batch brings along (`reward_mean`, `reward_std`, from
-        `grpo.keep`) are used as they are.
+        on-policy rows all weigh the same, and a row without weight has advantage 0. Statistics that a batch brings
+        along (`reward_mean`, `reward_std`, from `grpo.keep`) are used as they are.
 
     Raises:
-        SteerError: weights for a reward that the batch does not have.
+        SteerError: weights for a reward that the batch does not have, not finite, or all 0.
         NotStochasticError: no weight corrects the rows.
         NonFiniteError: a reward of a row with weight is not finite.
 
@@ -73,8 +75,9 @@ def advantages(
         divisor = _global_std(reward, row_weight).expand_as(spread) if std == "global" else spread
         total += factor * (reward - mean[batch.group_id]) / (divisor + eps)[batch.group_id]
         means[name], stds[name] = mean.float(), spread.float()
-        flat &= spread <= 1e-8 * (1.0 + mean.abs())
-    total = torch.where(flat[batch.group_id], 0.0, total)
+        if factor:
+            flat &= spread <= 1e-8 * (1.0 + mean.abs())
+    total = torch.where(flat[batch.group_id] | (row_weight == 0.0), 0.0, total)
     return Advantages(total.clamp(-limit, limit).float(), means, stds, flat)
 
 
@@ -164,5 +167,10 @@ def _reward_weights(batch: RolloutBatch, weights: Mapping[str, float] | None) ->
     if unknown:
         raise SteerError(
             f"the batch has rewards {sorted(batch.rewards)}, got weights for {sorted(unknown)}; leave those out"
+        )
+    if not any(asked.values()) or not all(map(math.isfinite, asked.values())):
+        raise SteerError(
+            f"weights of rewards are finite numbers, not all of them 0, got {dict(asked)}; give the reward to train on "
+            "a weight of 1"
         )
     return asked

@@ -15,6 +15,7 @@ from ..key import Key
 from ..processes import parameterization
 from ..processes.gaussian import GaussianProcess, need_gaussian_process
 from ..processes.transitions import DDIM, ClippedPrediction, TransformedTransition
+from ..torch_modes import autocast_of
 from ..types import Denoiser, GaussianTransition, Level, ReverseProcess, Rule
 
 
@@ -157,10 +158,11 @@ def describe_kernel(
 ) -> Mapping[str, Any]:
     """What draws the steps of a process, in plain types: `RolloutBatch.kernel`.
 
-    "hash" covers everything that changes a density except the network: rule, schedule and times.
+    "hash" covers everything that changes a density except the network: rule, schedule, times, and the autocast that the
+    network is called in.
     """
-    rule = process.rule
-    full = repr((rule, process.schedule, process.times))
+    rule, autocast = process.rule, autocast_of(process.device)
+    full = repr((rule, process.schedule, process.times, autocast))
     schedule, settings = repr(process.schedule), getattr(rule, "__dict__", {}).items()
     return {
         "rule": type(rule).__name__,
@@ -169,6 +171,7 @@ def describe_kernel(
         },
         "schedule": schedule if len(schedule) < 200 else type(process.schedule).__name__,
         "times": tuple(process.times),
+        "autocast": autocast,
         "window": repr(window),
         "storage": str(storage).removeprefix("torch."),
         "hash": hashlib.blake2b(full.encode(), digest_size=8).hexdigest(),

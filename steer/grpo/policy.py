@@ -10,6 +10,7 @@ from torch import Tensor
 from ..errors import ShapeError, SteerError
 from ..processes.gaussian import GaussianProcess
 from .batch import Reduction, RolloutBatch, scale
+from .evaluation_mode import check_evaluation_mode
 from .kernels import describe_kernel
 
 
@@ -88,13 +89,15 @@ def log_prob(
         `PolicyStep`. Its quantity is the batch's: a log-density, or -|x_next - mean|^2 after `as_neg_sq_err`.
 
     Raises:
-        SteerError: another rule, schedule or grid than the batch was drawn by, or another reduction.
+        SteerError: another rule, schedule, grid or autocast than the batch was drawn by, or another reduction; a
+            network whose predictions depend on train() and that was left in it.
         ShapeError: a policy of another number of prompts.
 
-    Cost: P M network rows.
+    Cost: P M network rows; 2 P more where a network is in train().
     """
     check_same_kernel(process, batch)
     x, x_next = (step.of(states).to(process.dtype) for states in (batch.x_t, batch.x_next))
+    check_evaluation_mode(process, lambda: x[:, :1], step.k)
     transition = process.transition(x, process.denoise(x, step.k), step.k)
     if batch.logp_kind == "gaussian":
         value = transition.log_prob(x_next)
@@ -125,8 +128,13 @@ def log_probs(process: GaussianProcess, batch: RolloutBatch, *, reduction: Reduc
 
 
 def check_same_kernel(process: GaussianProcess, batch: RolloutBatch) -> None:
-    """Raises SteerError where a process has another rule, schedule or grid than the batch was drawn by."""
+    """Raises SteerError where a process has another rule, schedule, grid or autocast than the batch was drawn by."""
     here = describe_kernel(process)
+    if here["autocast"] != batch.kernel["autocast"]:
+        raise SteerError(
+            f"densities are of the network that drew the rows, which ran with autocast {batch.kernel['autocast']}, and "
+            f"here it is {here['autocast']}; collect and update under the same torch.autocast, or both without"
+        )
     if here["hash"] != batch.kernel["hash"]:
         raise SteerError(
             f"densities are of the kernel that drew them, {batch.kernel['rule']}{batch.kernel['parameters']} on "

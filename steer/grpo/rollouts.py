@@ -17,6 +17,7 @@ from ..results.result import Law
 from ..types import ReverseProcess
 from .assembly import Rewards, assemble, recorded_steps, rewards_by_name, score_samples, with_meter
 from .batch import Objective, RolloutBatch
+from .evaluation_mode import check_evaluation_mode
 from .kernels import StochasticInSomeRows, need_policy, ode_of, stored_as
 from .weighted_rollouts import check_choice, collect_steered
 from .windows import Window, every, stochastic_steps
@@ -73,12 +74,13 @@ def collect(
     Raises:
         NotStochasticError: a policy gradient of steps that no weight turns into steps of the policy, because of their
             start, or because the method does not say what it targets; `.partial` has the Result.
-        SteerError: the ESS is too low, or the method moves by other transitions; `.partial` has the Result.
+        SteerError: the ESS is too low, or the method moves by other transitions; `.partial` has the Result. A network
+            whose predictions depend on train() was left in it.
         StateSpaceError: a process without Gaussian transitions.
         RewardError, NonFiniteError: from the reward.
 
     Cost: that of the method; for plain chains, K network rows and one call of each reward per row. Nothing is evaluated
-    twice.
+    twice, but where a network is in train(): it predicts one state of every problem twice more, not counted.
     Source: Liu et al. 2025 (Flow-GRPO); Xue et al. 2025 (DanceGRPO); Li et al. 2025 (MixGRPO).
     """
     check_counts(groups=groups, group_size=group_size)
@@ -86,6 +88,7 @@ def collect(
     check_choice("law", law, (None, *get_args(Law)))
     model, key = need_policy(process), as_key(key, seed)
     rewards, window = rewards_by_name(reward), window or every()
+    check_evaluation_mode(model, lambda: model.prior(key.fold("prior"), num_problems(model, groups), 1), 0)
     if method is not None:
         return collect_steered(
             model,

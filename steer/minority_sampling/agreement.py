@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ShapeError, SteerError
+from ..torch_modes import lasting
 from ..types import RewardSpec
 from .metrics import knn_distance
 
@@ -40,6 +41,7 @@ class AgreedRarity:
     spec: ClassVar[RewardSpec] = RewardSpec(unit="1", bounds=(-float("inf"), 1.0))
 
     @cached_property
+    @lasting()
     def known(self) -> tuple[Space, ...]:
         """What is to be known of the reference in every space."""
         return tuple(self._known(self._at(features, self.reference)) for features in self.spaces)

@@ -15,6 +15,7 @@ from ..pipelines.from_pipeline import from_pipeline
 from ..processes.gaussian import GaussianProcess
 from ..processes.masked import MaskedProcess
 from ..processes.unmasking import UnmaskRule
+from ..torch_modes import lasting
 from ..types import Rule
 from .letters import LettersNet, letters_process
 
@@ -69,6 +70,7 @@ def load(
     )
 
 
+@lasting()
 def _digits(name: str, device: torch.device | str, **options: Any) -> GaussianProcess:
     """A digits model through `steer.from_pipeline`."""
     from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
@@ -87,6 +89,7 @@ def _digits(name: str, device: torch.device | str, **options: Any) -> GaussianPr
     return from_pipeline(pipe.to(device), **options)
 
 
+@lasting()
 def _letters(steps: int, transition: UnmaskRule | None, device: torch.device | str) -> MaskedProcess:
     """The letters model from its own files."""
     from safetensors.torch import load as from_safetensors

@@ -15,6 +15,7 @@ from ..key import Key
 from ..processes import schedules
 from ..processes.gaussian import GaussianProcess
 from ..processes.transitions import DDIM
+from ..torch_modes import lasting
 from ..types import Level, QuadraticForm, Rule, Schedule
 
 
@@ -157,19 +158,22 @@ class GaussianMixture:
         """Coefficients of isotropic modes at a level, cached as chains use the same levels again."""
         known = self._levels.get((alpha, sigma))
         if known is None:
-            modes, size = self.means.shape
-            total = alpha**2 * self.variances + sigma**2  # (K, 1)
-            gain = alpha * self.variances / total
-            centres = alpha * self.means
-            # -|x - c|^2 / (2 total) is linear in x^2 and x: one matrix product instead of slow sums along a short axis.
-            squared = centres.square().sum(1) / total[:, 0]
-            constant = self.weights.log() - 0.5 * (size * (total[:, 0].log() + math.log(2.0 * math.pi)) + squared)
-            matrix = torch.cat([(-0.5 / total).expand(modes, size), centres / total], 1).T.contiguous()
-            known = IsotropicCoefficients(constant, matrix, gain, self.means * (1.0 - alpha * gain))
             if len(self._levels) >= 1024:
                 self._levels.clear()
-            self._levels[alpha, sigma] = known
+            known = self._levels[alpha, sigma] = self._coefficients_at(alpha, sigma)
         return known
+
+    @lasting()
+    def _coefficients_at(self, alpha: float, sigma: float) -> IsotropicCoefficients:
+        modes, size = self.means.shape
+        total = alpha**2 * self.variances + sigma**2  # (K, 1)
+        gain = alpha * self.variances / total
+        centres = alpha * self.means
+        # -|x - c|^2 / (2 total) is linear in x^2 and x: one matrix product instead of slow sums along a short axis.
+        squared = centres.square().sum(1) / total[:, 0]
+        constant = self.weights.log() - 0.5 * (size * (total[:, 0].log() + math.log(2.0 * math.pi)) + squared)
+        matrix = torch.cat([(-0.5 / total).expand(modes, size), centres / total], 1).T.contiguous()
+        return IsotropicCoefficients(constant, matrix, gain, self.means * (1.0 - alpha * gain))
 
     def exact(self, reward: Any, *, temperature: float = 1.0) -> Exact:
         """The distribution p(x) exp(r(x) / temperature) for a linear or quadratic reward, in closed form.

@@ -22,7 +22,7 @@ import torch
 
 import steer
 from steer import grpo, search
-from steer.errors import NotStochasticError, ShapeError, StateSpaceError, SteerError
+from steer.errors import NonFiniteError, NotStochasticError, RewardError, ShapeError, StateSpaceError, SteerError
 from steer.exporters import (
     flow_factory_settings,
     flow_grpo_settings,
@@ -711,3 +711,48 @@ def test_flow_factorys_own_samples_and_step_give_ratio_one(kernel, storage, monk
         )
         old = stack["log_probs"][:, stack["log_prob_index_map"][k]]
         torch.testing.assert_close((out.log_prob - old).exp(), torch.ones(batch.rows), rtol=0, atol=1e-5)
+
+
+def all_rewards(exported):
+    """Every reward in what an exporter gives, as numbers."""
+    if isinstance(exported, list):  # Flow-Factory
+        return [float(value) for row in exported for value in row["extra_kwargs"]["rewards"].values()]
+    if "meta_info" in exported:  # verl-omni
+        objects = [value for name in ("mean", "calm") for value in exported["non_tensor_batch"][name].tolist()]
+        return objects + exported["batch"]["rm_scores"].flatten().tolist()
+    return [value for each in exported["rewards"].values() for value in each.tolist()]
+
+
+@pytest.mark.parametrize("export", [flow_grpo_sample, verl_omni_rollout, flow_factory_samples])
+def test_trainers_get_finite_numbers(export):
+    batch = collected()
+    forbids = batch.rewards["calm"].clone()
+    forbids[1] = -math.inf
+    batch = replace(batch, rewards={**batch.rewards, "calm": forbids})
+    with pytest.raises(NonFiniteError, match=r"got -inf in 'calm' of row 1 .* pass forbidden="):
+        export(batch)
+    exported = all_rewards(export(batch, forbidden=-7.0))
+    assert -7.0 in exported
+    assert all(map(math.isfinite, exported))
+    unknown = batch.rewards["mean"].clone()
+    unknown[2] = math.nan
+    with pytest.raises(NonFiniteError, match="got nan in 'mean' of row 2"):
+        export(replace(batch, rewards={"mean": unknown, "calm": batch.rewards["mean"]}), forbidden=-7.0)
+    for field in ("x_next", "logp_old"):
+        broken = getattr(collected(), field).clone()
+        broken[3, -1] = math.nan
+        with pytest.raises(NonFiniteError, match="of row 3"):
+            export(replace(collected(), **{field: broken}))
+    given = torch.zeros(batch.rows)
+    given[4] = math.nan
+    with pytest.raises(NonFiniteError, match=r"got nan in 'advantages?' of row 4"):
+        export(collected(), advantages=given)
+
+
+@pytest.mark.parametrize("export", [verl_omni_rollout, flow_factory_samples])
+@pytest.mark.parametrize("wrong", [lambda x: 2 * x - 1, lambda x: x * math.nan])
+def test_images_for_trainers_are_in_their_range(export, wrong):
+    images = torch.rand(PROMPTS * ROWS, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    export(collected(), images=images)
+    with pytest.raises(RewardError, match=r"images in \[0, 1\]"):
+        export(collected(), images=wrong(images))

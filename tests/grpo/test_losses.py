@@ -71,6 +71,50 @@ def test_clipped_loss_is_ppos():
         grpo.clipped_loss(new, old * math.nan, advantage)
 
 
+def test_what_a_mask_leaves_out_touches_neither_loss_nor_gradient():
+    new = torch.tensor([[math.nan, 0.3], [1000.0, -0.3]], requires_grad=True)
+    old, advantage = torch.tensor([[0.0, 0.0], [math.nan, 0.0]]), torch.tensor([[math.nan, 1.0], [-1.0, -1.0]])
+    mask = torch.tensor([[False, True], [False, True]])
+    weight = torch.tensor([[1.0, 1.0], [math.inf, 1.0]])
+    loss = grpo.clipped_loss(new, old, advantage, clip=0.2, mask=mask, weight=weight)
+    loss.backward()
+    alone = torch.tensor([0.3, -0.3], requires_grad=True)
+    expected = grpo.clipped_loss(alone, torch.zeros(2), torch.tensor([1.0, -1.0]), clip=0.2)
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(new.grad, torch.tensor([[0.0, alone.grad[0]], [0.0, alone.grad[1]]]))
+    with pytest.raises(steer.SteerError, match="the mask is False for all"):
+        grpo.clipped_loss(torch.zeros(2), torch.zeros(2), torch.ones(2), mask=torch.zeros(2, dtype=torch.bool))
+
+
+def test_a_loss_that_is_not_finite_names_its_cause():
+    zero, one = torch.zeros(3), torch.ones(3)
+    with pytest.raises(steer.NonFiniteError, match="log-probs under the policy"):
+        grpo.clipped_loss(zero * math.nan, zero, one)
+    with pytest.raises(steer.NonFiniteError, match="finite advantages, got 3"):
+        grpo.clipped_loss(zero, zero, one * math.nan)
+    with pytest.raises(steer.NonFiniteError, match="rise by up to 1000 nats"):
+        grpo.clipped_loss(zero + 1000.0, zero, -one)
+    new = torch.tensor([1000.0, 0.0], requires_grad=True)  # a flat group counts nothing, however far the policy went
+    loss = grpo.clipped_loss(new, torch.zeros(2), torch.tensor([0.0, 1.0]))
+    loss.backward()
+    assert loss == -0.5
+    assert new.grad.tolist() == [0.0, -0.5]
+
+
+def test_rewards_and_rows_of_weight_0_count_nothing():
+    rewards = {"a": [0.0, 1.0, 2.0, 3.0], "same": [0.3, 0.3, 0.3, 0.3]}
+    got = grpo.advantages(batch_of(rewards), weights={"same": 1.0, "a": 0.0})
+    assert got.flat.tolist() == [True, True]
+    assert got.value.tolist() == [0.0] * 4
+    assert set(got.mean) == {"a", "same"}
+    rows = grpo.advantages(batch_of({"r": [1.0, 9.0, 3.0, 1.0]}, groups=1, log_w=[0.0, -math.inf, 0.0, 0.0]))
+    assert rows.value[1] == 0.0
+    for weights in ({"a": 0.0}, {"a": math.nan}, {}):
+        with pytest.raises(steer.SteerError, match="not all of them 0"):
+            grpo.advantages(batch_of(rewards), weights=weights)
+
+
 def test_kl_is_that_of_two_normals():
     one, two = steer.Key(0).normal((2, 3, 4)), steer.Key(1).normal((2, 3, 4))
     p, q = (torch.distributions.Normal(mean, 0.3) for mean in (one, two))

@@ -24,10 +24,15 @@ from steer.rewards import (
     as_flow_grpo_scores,
     as_trl,
     as_verl_omni,
+    chunked,
     from_flow_grpo,
+    from_pil,
     from_trl,
     group_zscore,
+    per_frame,
+    weighted,
 )
+from steer.types import RewardSpec
 
 
 def images(count: int = 4, channels: int = 3) -> torch.Tensor:
@@ -221,3 +226,84 @@ def test_what_a_trainer_cannot_average_is_refused():
         as_flow_grpo(Ink())(np.zeros((1, 8, 8, 3)), None)
     with pytest.raises(ShapeError, match="M, C, H, W"):
         as_flow_grpo(Ink())(torch.zeros(8, 8), None)
+
+
+LEVELS = torch.randint(0, 256, (2, 3, 8, 12), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+LAYOUTS = {
+    "float tensor": LEVELS.float() / 255,
+    "uint8 tensor": LEVELS,
+    "uint8 tensor, channels last": LEVELS.permute(0, 2, 3, 1),
+    "uint8 array": LEVELS.numpy(),
+    "uint8 array, channels last": LEVELS.permute(0, 2, 3, 1).numpy(),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_images_of_every_layout_score_the_same(layout):
+    expected = (LEVELS.float() / 255).mean((1, 2, 3)).tolist()
+    assert as_flow_grpo(Ink())(LAYOUTS[layout], ["", ""])[0] == pytest.approx(expected)
+    assert as_flow_grpo_scores({"ink": Ink()})(LAYOUTS[layout], ["", ""])[0]["avg"] == pytest.approx(expected)
+    if "uint8" in layout:
+        assert as_verl_omni(Ink())(solution_image=LAYOUTS[layout][0])["score"] == pytest.approx(expected[0])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        (LEVELS.float() / 127.5 - 1, RewardError),
+        (LEVELS.float(), RewardError),
+        (LEVELS.float() * torch.nan, RewardError),
+        (LEVELS.long(), RewardError),
+        (torch.rand(2, 4, 8, 12), ShapeError),
+        (torch.rand(2, 8, 12), ShapeError),
+        ([Image.new("RGB", (8, 12))] * 2, ShapeError),
+    ],
+    ids=["-1 to 1", "0 to 255", "NaN", "int64", "RGBA", "one axis less", "PIL"],
+)
+def test_images_that_are_none_are_refused_at_every_door(wrong, error):
+    with pytest.raises(error):
+        as_flow_grpo(Ink())(wrong, ["", ""])
+    with pytest.raises(error):
+        as_flow_grpo_scores({"ink": Ink()})(wrong, ["", ""])
+    if isinstance(wrong, torch.Tensor):
+        with pytest.raises((RewardError, ShapeError)):
+            from_flow_grpo(theirs)(wrong)
+
+
+def test_one_string_is_no_list_of_prompts():
+    """Nor is a string as long as the batch."""
+    four = images(4)
+    for call in (
+        lambda: as_flow_grpo(with_prompts)(four, "four"),
+        lambda: as_flow_grpo_scores({"r": with_prompts})(four, "four"),
+        lambda: from_flow_grpo(theirs)(four, prompts="four"),
+        lambda: chunked(with_prompts, 2)(four, prompts="four"),
+        lambda: per_frame(with_prompts)(four[:, None].expand(-1, 4, -1, -1, -1), prompts="four"),
+        lambda: weighted((1.0, with_prompts), (1.0, with_prompts))(four, prompts="four"),
+        lambda: from_pil(lambda pictures, prompts: [1.0] * 4)(four, prompts="four"),
+        lambda: as_trl(with_prompts, pad=0)(prompts="ab", completions=["a", "b"], completion_ids=[[1], [2]]),
+        lambda: from_trl(lambda prompts, completions, **_: [1.0] * 4, str)(four.long()[:, 0, 0], prompts="four"),
+    ):
+        with pytest.raises(RewardError, match="single string"):
+            call()
+
+
+def test_rewards_of_pil_images():
+    def brightness(pictures, prompts=None):
+        assert all(picture.mode == "RGB" for picture in pictures)
+        bonus = [0.0] * len(pictures) if prompts is None else [float(len(prompt)) for prompt in prompts]
+        return [np.asarray(p).mean() / 255 + more for p, more in zip(pictures, bonus, strict=True)]
+
+    reward = from_pil(brightness, unit="1", bounds=(0.0, 1.0))
+    assert reward.spec == RewardSpec("1", (0.0, 1.0), "none", prompts=True)
+    torch.testing.assert_close(reward(images()), images().mean((1, 2, 3)).double(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(reward(images(2), prompts=["", "four"])[1], images(2).mean((1, 2, 3)).double()[1] + 4)
+    steer.testing.check_reward(from_pil(lambda pictures: [p.getpixel((0, 0))[0] for p in pictures]), images(4, 1))
+    with pytest.raises(RewardError, match=r"\[0, 1\]"):
+        reward(2 * images() - 1)
+    with pytest.raises(NotDifferentiableError):
+        reward(images().requires_grad_())
+    with pytest.raises(ShapeError, match="4 samples"):
+        from_pil(lambda pictures: [1.0])(images())
+    with pytest.raises(RewardError, match="takes a function"):
+        from_pil(3)
