@@ -77,7 +77,10 @@ def blanked(value: Any, division: Division) -> Any:
     """A value of the same form in which the first entry is black, zero or another text; None where it has no such."""
     if division == "inside":
         parts = value.items() if isinstance(value, dict) else enumerate(value)
-        new = {name: blanked(part, "entries") if isinstance(part, list) or _is_array(part) else part for name, part in parts}
+        new = {
+            name: blanked(part, "entries") if isinstance(part, list) or _is_array(part) else part
+            for name, part in parts
+        }
         if any(part is None for part in new.values()):
             return None
         return new if isinstance(value, dict) else type(value)(new.values())

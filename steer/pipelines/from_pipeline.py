@@ -133,9 +133,7 @@ class PipelineDenoiser:
         self.call, self.grid, self.problem = call, grid, problem
         self.clamp: float | None = None
         self._step, self._off_grid = 0, None
-        self._network = Chunked(
-            f"{type(call.user_pipe).__name__}'s networks", self._predict, chunk, call.may_share
-        )
+        self._network = Chunked(f"{type(call.user_pipe).__name__}'s networks", self._predict, chunk, call.may_share)
 
     @property
     def chunk(self) -> int:

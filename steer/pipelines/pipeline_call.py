@@ -101,6 +101,12 @@ class PipelineCall:
         """Device that the pipeline computes on, which under offloading is not where its modules are."""
         return torch.device(self.user_pipe._execution_device)
 
+    @property
+    def network_dtype(self) -> torch.dtype:
+        """What the networks of the loop compute in, by their first parameter of a floating type."""
+        types = (parameter.dtype for network in self.networks for parameter in network.parameters())
+        return next((dtype for dtype in types if dtype.is_floating_point), torch.float32)
+
     def record_start(self) -> None:
         """Record the pipeline's own starting latents, one row of problem 0, and fix what is drawn before its loop.
 
@@ -275,7 +281,10 @@ class PipelineCall:
         everything = problems is None
         arguments = self.conditioning.undivided() if everything else self.conditioning.arguments(problems, rows_each)
         rows = (self.conditioning.problems or 1) if everything else len(problems) * rows_each
-        with self._fixed_generators(arguments), preparation.noise_replaced(self._draws, preparation.same_draw_per_row(rows)):
+        with (
+            self._fixed_generators(arguments),
+            preparation.noise_replaced(self._draws, preparation.same_draw_per_row(rows)),
+        ):
             return _first_field(pipe(**arguments))
 
     def rows_asked_for(self, index: int) -> int:

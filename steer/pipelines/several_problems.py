@@ -128,23 +128,24 @@ def _division_of(call: PipelineCall, name: str, possible: list[Division]) -> Div
 
 def _changed(call: PipelineCall, pair: tuple[int, int], name: str, replaced: Any) -> set[int]:
     """Which of two problems' predictions an exchanged argument changes, at the first step where it changes any."""
-    for index in range(call.scheduler.length or 1):
+    rounding = max(1e-5, 4.0 * torch.finfo(call.network_dtype).eps)  # of encoders in batches of another size
+    for index in range(call.scheduler.length):
         try:
             plain, other = (call.first_predictions(pair, index, **given) for given in ({}, {name: replaced}))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             raise _cannot_tell(call, name, f"with entries exchanged, the pipeline raised {error}") from error
-        found = {row for row, (a, b) in enumerate(zip(plain, other, strict=True)) if not _alike(a, b)}
-        if found:
-            return found
+        changes = [_change(a, b) for a, b in zip(plain, other, strict=True)]
+        if max(changes) > rounding:
+            return {row for row, change in enumerate(changes) if change > max(rounding, 0.02 * max(changes))}
     return set()
 
 
-def _alike(one: list[Tensor], other: list[Tensor]) -> bool:
-    """Whether one problem's prediction and next latents are the same, up to how devices round from call to call."""
-    return all(
-        a.shape == b.shape and float((a - b).abs().max()) <= 1e-6 * float(a.abs().max())
+def _change(one: list[Tensor], other: list[Tensor]) -> float:
+    """How much one problem's prediction and next latents differ, relative to the largest value."""
+    return max(
+        float((a - b).abs().max() / (a.abs().max() or 1.0)) if a.shape == b.shape else 1.0
         for a, b in zip(one, other, strict=True)
     )
 

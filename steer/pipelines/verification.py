@@ -66,7 +66,7 @@ def verify(process: GaussianProcess, *, steps: int = 3, tolerance: float = 1e-5)
 
     - the process's predictions from the same latents, last step first, and its output. That finds networks that remember
       earlier steps, loops that keep state, and outputs made of more than the latents;
-    - three rows of every problem in one batch, the first and the last of them equal. That finds problems that get each
+    - three rows of every problem in one batch, the first two of them equal. That finds problems that get each
       other's conditions, rows that affect each other, and inputs that the pipeline draws anew for every row;
     - the pipeline's own call with all problems at once, all with the first problem's texts, which would be padded to
       the longest otherwise. That finds images, masks and other arguments that reach the wrong problem;
@@ -161,8 +161,9 @@ def _compare(
 
 
 def _batch_difference(denoiser: PipelineDenoiser, steps: int, runs: list[_PlainRun]) -> float | None:
-    """Difference of predictions in a batch of three rows per problem, the first and last equal, from each alone.
+    """Difference of predictions in a batch of three rows per problem, the first two equal, from each alone.
 
+    The second row tells: where conditions are in the order p0, p1, p0, p1, every problem's first and third may be right.
     None where every row is a call of its own, also because a call with several rows raises.
     """
     denoiser = PipelineDenoiser(denoiser.call, denoiser.grid, denoiser.chunk, denoiser.problem)
@@ -170,13 +171,13 @@ def _batch_difference(denoiser: PipelineDenoiser, steps: int, runs: list[_PlainR
     for index in denoiser.grid.indices[:steps]:
         own = [run.steps[index].latents[0] for run in runs]
         others = [run.steps[0 if index else -1].following[0] for run in runs]
-        rows = torch.stack([torch.stack([x, other, x]) for x, other in zip(own, others, strict=True)])
+        rows = torch.stack([torch.stack([x, x, other]) for x, other in zip(own, others, strict=True)])
         output = denoiser.output(rows, index)
         if denoiser.chunk == 1 and len(runs) == 1:
             return None
         for b, run in enumerate(runs):
             alone = run.steps[index].prediction[0][: output.shape[2]]
-            worst = max(worst, *(_relative_difference(output[b, n], alone) for n in (0, 2)))
+            worst = max(worst, *(_relative_difference(output[b, n], alone) for n in (0, 1)))
     return worst
 
 
@@ -306,9 +307,7 @@ def _run_pipeline(call: PipelineCall, length: int, problem: int | None) -> tuple
         result = step(model_output, timestep, sample, *args, **kwargs)
         following = result[0] if isinstance(result, tuple) else result.prev_sample
         # Copies, as some loops write into their latents.
-        seen.append(
-            _RecordedStep(*(_first_copy(tensor, rows).clone() for tensor in (model_output, sample, following)))
-        )
+        seen.append(_RecordedStep(*(_first_copy(tensor, rows).clone() for tensor in (model_output, sample, following))))
         return result
 
     scheduler.set_timesteps = functools.wraps(set_timesteps)(shortened)
