@@ -34,18 +34,19 @@ def divide_arguments(call: PipelineCall) -> None:
     Raises:
         ModelError: Where the pipeline does not run with two problems, so that this cannot be found out.
 
-    Cost: none without such arguments; for each, two network evaluations of two rows, or more where its entries matter at
-    later steps only.
+    Cost: none without such arguments; for each, two network evaluations of two rows, or more where its entries matter
+    at later steps only.
     """
     conditioning = call.conditioning
     if not conditioning.undecided:
         return
-    likeliest = {name: found[0] for name, found in conditioning.undecided.items()}
+    likeliest: dict[str, Division] = {name: found[0] for name, found in conditioning.undecided.items()}
     conditioning.division.update(likeliest)
     with call.forgetting():
         problem = _why_not(call)
         if problem is not None:
-            conditioning.division.update(dict.fromkeys(likeliest, "whole"))
+            for name in likeliest:
+                conditioning.division[name] = "whole"
             if _why_not(call) is None:
                 return  # lists of another length than two make no call for two prompts, and their whole does
             raise _cannot_tell(call, next(iter(likeliest)), f"with two prompts the pipeline raised {problem}")
@@ -153,8 +154,9 @@ def _change(one: list[Tensor], other: list[Tensor]) -> float:
 def _cannot_tell(call: PipelineCall, name: str, why: str) -> ModelError:
     """The error for arguments of which it is not known whether problems share them."""
     return ModelError(
-        f"{name} has as many entries as there are prompts, and steer cannot tell whether {type(call.user_pipe).__name__} "
-        f"gives each prompt its own or all to every prompt: {why}; open one process per prompt"
+        f"{name} has as many entries as there are prompts, and steer cannot tell whether "
+        f"{type(call.user_pipe).__name__} gives each prompt its own or all to every prompt: {why}; open one process "
+        "per prompt"
     )
 
 
