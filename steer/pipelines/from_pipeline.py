@@ -47,9 +47,9 @@ def from_pipeline(
         **call: The pipeline's own call arguments: prompt, negative_prompt, guidance_scale, height, image, ... A list
             of B prompts makes B problems (axis 0), each with all its particles and as it is alone; other arguments with
             an entry per prompt are divided likewise, which is found out by what the pipeline does with them. Bare UNets
-            (DDPMPipeline) take class_labels and guidance_scale: see `unet2d.from_pipeline`. `latents`, one row per prompt as the pipeline takes them, are where all particles of
-            that prompt start, so that only the transition's noise separates them (`steer.from_latents` gives each its
-            own). `generator` fixes what the pipeline draws before its loop, an encoded image say; all other noise
+            (DDPMPipeline) take class_labels and guidance_scale: see `unet2d.from_pipeline`. `latents`, one row per
+            prompt as the pipeline takes them, are where all particles of that prompt start, so that only the
+            transition's noise separates them (`steer.from_latents` gives each its own). `generator` fixes what the pipeline draws before its loop, an encoded image say; all other noise
             follows from the sampler's key.
 
     Returns:
