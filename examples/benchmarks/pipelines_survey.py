@@ -15,9 +15,10 @@ outputs depend on everything. Of every pipeline class that runs here by itself:
     random access  a later level in a batch of three equals the same row alone; just beside a level nearly the same
     gradient       of the output, or else of the predicted clean latents, with respect to noisy latents
     decode         three rows at once, finite, the first as by itself
+    two prompts    with a second, longer prompt, `steer.verify` again: every prompt as by itself
 
 Outcomes: works; refused (by a SteerError, at opening or by verify); wrong (differs, and nothing said so); crashed (any
-other exception). Every test module runs in a process of its own. Half an hour of CPU.
+other exception). Every test module runs in a process of its own. An hour of CPU.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ class Row:
     why: str = ""
     differences: dict[str, float] = field(default_factory=dict)
     gradient: str = ""
+    two_prompts: str = ""
     seconds: float = 0.0
 
 
@@ -147,7 +149,59 @@ def survey_class(tester: type, row: Row) -> None:
         compare(row, "decode", process.decode(x0)[::3], process.decode(x0[:, :1]), BYTE)
     stage("gradient")
     row.gradient = gradient(process, x[:, :1])
+    stage("two prompts")
+    row.two_prompts = two_prompts(pipe, call, steps)
     stage(alone if plain is not None else "verified only: its scheduler draws noise, and none without fits its loop")
+
+
+def two_prompts(pipe: Any, call: dict[str, Any], steps: int) -> str:
+    """The largest difference of two prompts together from each alone; a reason where there are no two prompts."""
+    import steer
+
+    for words in (" among a great many other things", "<eos><mask>"):  # the vocabulary of some encoders ends at 8
+        second = with_second_prompt(call, words)
+        if second is None:
+            return "no prompt"
+        try:
+            run_plain(pipe, {name: second_of(value, call[name]) for name, value in second.items()}, steps, record=False)
+            break
+        except Exception:  # text that has to hold certain words, say
+            continue
+    else:
+        return "no other prompt"
+    verified = steer.verify(opened(pipe, second, steps), steps=2)
+    return f"{max(filter(None, verified[1:]), default=0.0):.0e}"
+
+
+def with_second_prompt(call: dict[str, Any], words: str) -> dict[str, Any] | None:
+    """The arguments with a second, longer prompt, and all that is of prompts doubled; None where there are none."""
+    from steer.pipelines.families import PER_PROBLEM_ARGUMENTS, PROMPT_ARGUMENTS
+
+    if not any(call.get(name) is not None for name in (*PROMPT_ARGUMENTS, "prompt_embeds")):
+        return None
+    new = {}
+    for name, value in call.items():
+        ours = name.startswith(PER_PROBLEM_ARGUMENTS) and not name.startswith("negative_prompt_2")
+        if ours and isinstance(value, str) and name in PROMPT_ARGUMENTS:
+            new[name] = [value, f"{value}{words}"]
+        elif ours and isinstance(value, list) and len(value) == 1:
+            entry = value[0]
+            new[name] = [entry, f"{entry}{words}" if isinstance(entry, str) else entry[: max(1, len(entry) // 2)]]
+        elif ours and torch.is_tensor(value) and value.ndim > 1 and len(value) == 1:
+            other = value.flip(-1) if value.is_floating_point() else value.clone()
+            if not value.is_floating_point():
+                other[:, max(1, value.shape[1] // 2) :] = 0  # a mask, of a shorter prompt
+            new[name] = torch.cat([value, other])
+        else:
+            new[name] = value
+    return new
+
+
+def second_of(value: Any, before: Any) -> Any:
+    """What the second of two prompts has of an argument, in the form in which the first was given."""
+    if value is before:
+        return value
+    return value[1:] if torch.is_tensor(value) or isinstance(before, list) else value[1]
 
 
 def whole_runs(row: Row, process: Any, solver: Any, plain: Plain) -> None:
@@ -477,8 +531,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         f"{len(rows)} configurations of pipelines were found, and {len(ran)} run here without steer. Of these, "
         f"{counts[WORKS]} work with it ({share:.0%}), {counts[REFUSED]} are refused with an error that gives the "
         f"reason, {counts[WRONG]} give wrong results without an error, and {counts[CRASHED]} crash.", "",
-        "| pipeline | does | scheduler | outcome | whole run | rows, levels | gradient of | why |",
-        "|---|---|---|---|---|---|---|---|",
+        "| pipeline | does | scheduler | outcome | whole run | rows, levels | two prompts | gradient of | why |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for row in sorted(ran, key=lambda row: (row["outcome"] == WORKS, row["pipeline"])):
         found = row["differences"]
@@ -487,7 +541,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         cells = [
             row["pipeline"].removesuffix("Pipeline"), row["does"], row["scheduler"], row["outcome"],
             *("" if value is None else "0" if value == 0 else f"{value:.0e}" for value in (whole, other)),
-            row["gradient"], short(row["why"], 200),
+            row.get("two_prompts", ""), row["gradient"], short(row["why"], 200),
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "Not counted, because the pipeline does not run here without steer:", ""]

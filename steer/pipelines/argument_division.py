@@ -11,9 +11,9 @@ from torch import Tensor
 Division = Literal["whole", "entries", "inside", "blocks"]
 """How a value is divided among B problems.
 
-whole: every problem gets all of it. entries: a list, tensor or array of B, one entry each. inside: a list or dictionary of
-such, as with one image per prompt for each of several control networks. blocks: a tensor of several blocks of B entries,
-as embeddings for guidance and without are.
+whole: every problem gets all of it. entries: a list, tensor or array of B, one entry each. inside: a list or dictionary
+of such, as with one image per prompt for each of several control networks. blocks: a tensor of several blocks of B
+entries, as embeddings for guidance and without are.
 """
 
 

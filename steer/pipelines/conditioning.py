@@ -113,8 +113,8 @@ class Conditioning:
         named = name.startswith(PER_PROBLEM_ARGUMENTS) or name == _counted(call)
         if named and _entries(value) not in (None, 1, problems):
             raise ModelError(
-                f"{kind} got {problems} prompt(s) and {_entries(value)} entries of {name}; give one entry per prompt, or one "
-                "for all"
+                f"{kind} got {problems} prompt(s) and {_entries(value)} entries of {name}; give one entry per "
+                "prompt, or one for all"
             )
         if named and "entries" in found:
             self.division[name] = "entries"

@@ -44,13 +44,13 @@ def from_pipeline(
         chunk: Most rows per network or decoder call, 16 by default (256 for bare UNets). Halved, with a warning to the
             log "steer", whenever memory runs out.
         checkpoint_decode: Recompute the decoder in the backward pass instead of keeping its activations.
-        **call: The pipeline's own call arguments: prompt, negative_prompt, guidance_scale, height, image, ... A list
-            of B prompts makes B problems (axis 0), each with all its particles; other lists of that length, and prompt
-            embeddings, are split by problem. Bare UNets (DDPMPipeline) take class_labels and guidance_scale: see
-            `unet2d.from_pipeline`. `latents`, one row per prompt as the pipeline takes them, are where all particles of
-            that prompt start, so that only the transition's noise separates them (`steer.from_latents` gives each its
-            own). `generator` fixes what the pipeline draws before its loop, an encoded image say; all other noise
-            follows from the sampler's key.
+        **call: The pipeline's own call arguments: prompt, negative_prompt, guidance_scale, height, image, ... A list of
+            B prompts makes B problems (axis 0), each with all its particles and as it is alone; other arguments with an
+            entry per prompt are divided likewise, which is found out by what the pipeline does with them. Bare UNets
+            (DDPMPipeline) take class_labels and guidance_scale: see `unet2d.from_pipeline`. `latents`, one row per
+            prompt as the pipeline takes them, are where all particles of that prompt start, so that only the
+            transition's noise separates them (`steer.from_latents` gives each its own). `generator` fixes what the
+            pipeline draws before its loop, an encoded image say; all other noise follows from the sampler's key.
 
     Returns:
         A process whose states [B, N, *event] are the latents that the pipeline's scheduler steps, float32 whatever the

@@ -101,6 +101,12 @@ class PipelineCall:
         """Device that the pipeline computes on, which under offloading is not where its modules are."""
         return torch.device(self.user_pipe._execution_device)
 
+    @property
+    def network_dtype(self) -> torch.dtype:
+        """What the networks of the loop compute in, by their first parameter of a floating type."""
+        types = (parameter.dtype for network in self.networks for parameter in network.parameters())
+        return next((dtype for dtype in types if dtype.is_floating_point), torch.float32)
+
     def record_start(self) -> None:
         """Record the pipeline's own starting latents, one row of problem 0, and fix what is drawn before its loop.
 

@@ -34,18 +34,19 @@ def divide_arguments(call: PipelineCall) -> None:
     Raises:
         ModelError: Where the pipeline does not run with two problems, so that this cannot be found out.
 
-    Cost: none without such arguments; for each, two network evaluations of two rows, or more where its entries matter at
-    later steps only.
+    Cost: none without such arguments; for each, two network evaluations of two rows, or more where its entries matter
+    at later steps only.
     """
     conditioning = call.conditioning
     if not conditioning.undecided:
         return
-    likeliest = {name: found[0] for name, found in conditioning.undecided.items()}
+    likeliest: dict[str, Division] = {name: found[0] for name, found in conditioning.undecided.items()}
     conditioning.division.update(likeliest)
     with call.forgetting():
         problem = _why_not(call)
         if problem is not None:
-            conditioning.division.update(dict.fromkeys(likeliest, "whole"))
+            for name in likeliest:
+                conditioning.division[name] = "whole"
             if _why_not(call) is None:
                 return  # lists of another length than two make no call for two prompts, and their whole does
             raise _cannot_tell(call, next(iter(likeliest)), f"with two prompts the pipeline raised {problem}")
@@ -128,23 +129,24 @@ def _division_of(call: PipelineCall, name: str, possible: list[Division]) -> Div
 
 def _changed(call: PipelineCall, pair: tuple[int, int], name: str, replaced: Any) -> set[int]:
     """Which of two problems' predictions an exchanged argument changes, at the first step where it changes any."""
-    for index in range(call.scheduler.length or 1):
+    rounding = max(1e-5, 4.0 * torch.finfo(call.network_dtype).eps)  # of encoders in batches of another size
+    for index in range(call.scheduler.length):
         try:
             plain, other = (call.first_predictions(pair, index, **given) for given in ({}, {name: replaced}))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             raise _cannot_tell(call, name, f"with entries exchanged, the pipeline raised {error}") from error
-        found = {row for row, (a, b) in enumerate(zip(plain, other, strict=True)) if not _alike(a, b)}
-        if found:
-            return found
+        changes = [_change(a, b) for a, b in zip(plain, other, strict=True)]
+        if max(changes) > rounding:
+            return {row for row, change in enumerate(changes) if change > max(rounding, 0.02 * max(changes))}
     return set()
 
 
-def _alike(one: list[Tensor], other: list[Tensor]) -> bool:
-    """Whether one problem's prediction and next latents are the same, up to how devices round from call to call."""
-    return all(
-        a.shape == b.shape and float((a - b).abs().max()) <= 1e-6 * float(a.abs().max())
+def _change(one: list[Tensor], other: list[Tensor]) -> float:
+    """How much one problem's prediction and next latents differ, relative to the largest value."""
+    return max(
+        float((a - b).abs().max() / (a.abs().max() or 1.0)) if a.shape == b.shape else 1.0
         for a, b in zip(one, other, strict=True)
     )
 
@@ -152,8 +154,9 @@ def _alike(one: list[Tensor], other: list[Tensor]) -> bool:
 def _cannot_tell(call: PipelineCall, name: str, why: str) -> ModelError:
     """The error for arguments of which it is not known whether problems share them."""
     return ModelError(
-        f"{name} has as many entries as there are prompts, and steer cannot tell whether {type(call.user_pipe).__name__} "
-        f"gives each prompt its own or all to every prompt: {why}; open one process per prompt"
+        f"{name} has as many entries as there are prompts, and steer cannot tell whether "
+        f"{type(call.user_pipe).__name__} gives each prompt its own or all to every prompt: {why}; open one process "
+        "per prompt"
     )
 
 

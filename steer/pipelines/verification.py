@@ -64,9 +64,9 @@ def verify(process: GaussianProcess, *, steps: int = 3, tolerance: float = 1e-5)
     For each problem alone, the pipeline runs its first `steps` steps and decodes, one row, with its own scheduler and
     nothing of steer's. Compared with that are:
 
-    - the process's predictions from the same latents, last step first, and its output. That finds networks that remember
-      earlier steps, loops that keep state, and outputs made of more than the latents;
-    - three rows of every problem in one batch, the first and the last of them equal. That finds problems that get each
+    - the process's predictions from the same latents, last step first, and its output. That finds networks that
+      remember earlier steps, loops that keep state, and outputs made of more than the latents;
+    - three rows of every problem in one batch, the first two of them equal. That finds problems that get each
       other's conditions, rows that affect each other, and inputs that the pipeline draws anew for every row;
     - the pipeline's own call with all problems at once, all with the first problem's texts, which would be padded to
       the longest otherwise. That finds images, masks and other arguments that reach the wrong problem;
@@ -130,14 +130,14 @@ def _compare(
 ) -> Verified:
     """Compare steer's predictions and outputs with those recorded; raises ModelError above the tolerance."""
     call = denoiser.call
-    decodes = isinstance(process.decoder, PipelineDecoder)
+    decoder = process.decoder if isinstance(process.decoder, PipelineDecoder) else None
     worst, decoded = 0.0, None
     for run in runs:
         for k in reversed(range(steps)):
             index = denoiser.grid.indices[k]
             ours = call.predict(run.steps[index].latents, (run.problem,), 1, index)
             worst = max(worst, _relative_difference(ours, run.steps[index].prediction))
-        if decodes:
+        if decoder is not None:
             output = call.decode(run.steps[-1].following, (run.problem,), 1)
             decoded = max(decoded or 0.0, _relative_difference(output, run.output))
     for name, error in (("predictions", worst), ("output", decoded)):
@@ -148,8 +148,8 @@ def _compare(
                 "more than predict, step and decode; switch its caches off, or wrap its network by steer.from_denoiser"
             )
     batched = _batch_difference(denoiser, steps, runs)
-    if decodes and batched is not None:
-        batched = max(batched, _decoded_difference(process.decoder, runs))
+    if decoder is not None and batched is not None:
+        batched = max(batched, _decoded_difference(decoder, runs))
     rounding = 10.0 * tolerance  # batches of another size are computed with other rounding
     if batched is not None and not batched <= rounding:
         raise ModelError(
@@ -161,8 +161,9 @@ def _compare(
 
 
 def _batch_difference(denoiser: PipelineDenoiser, steps: int, runs: list[_PlainRun]) -> float | None:
-    """Difference of predictions in a batch of three rows per problem, the first and last equal, from each alone.
+    """Difference of predictions in a batch of three rows per problem, the first two equal, from each alone.
 
+    The second row tells: where conditions are in the order p0, p1, p0, p1, a problem's first and third may be right.
     None where every row is a call of its own, also because a call with several rows raises.
     """
     denoiser = PipelineDenoiser(denoiser.call, denoiser.grid, denoiser.chunk, denoiser.problem)
@@ -170,13 +171,13 @@ def _batch_difference(denoiser: PipelineDenoiser, steps: int, runs: list[_PlainR
     for index in denoiser.grid.indices[:steps]:
         own = [run.steps[index].latents[0] for run in runs]
         others = [run.steps[0 if index else -1].following[0] for run in runs]
-        rows = torch.stack([torch.stack([x, other, x]) for x, other in zip(own, others, strict=True)])
+        rows = torch.stack([torch.stack([x, x, other]) for x, other in zip(own, others, strict=True)])
         output = denoiser.output(rows, index)
         if denoiser.chunk == 1 and len(runs) == 1:
             return None
         for b, run in enumerate(runs):
             alone = run.steps[index].prediction[0][: output.shape[2]]
-            worst = max(worst, *(_relative_difference(output[b, n], alone) for n in (0, 2)))
+            worst = max(worst, *(_relative_difference(output[b, n], alone) for n in (0, 1)))
     return worst
 
 
@@ -223,9 +224,9 @@ def _check_division(call: PipelineCall, indices: Any, tolerance: float) -> float
             worst = max(worst, _relative_difference(ours, steps[index].prediction[b : b + 1]))
     if not worst <= 10.0 * tolerance:
         raise ModelError(
-            f"with all prompts in one call, {type(call.user_pipe).__name__} predicts otherwise than steer does for each "
-            f"alone, by {worst:.2g} of the largest value (tolerance {10.0 * tolerance:.2g}): an argument with an entry "
-            "per prompt reaches another prompt; open one process per prompt"
+            f"with all prompts in one call, {type(call.user_pipe).__name__} predicts otherwise than steer does for "
+            f"each alone, by {worst:.2g} of the largest value (tolerance {10.0 * tolerance:.2g}): an argument with an "
+            "entry per prompt reaches another prompt; open one process per prompt"
         )
     return worst
 
