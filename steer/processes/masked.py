@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..calls import Answer
 from ..cost import Meter
-from ..errors import ModelError, StateSpaceError, SteerError
+from ..errors import ModelError, ShapeError, StateSpaceError, SteerError
 from ..key import Key
 from .gaussian import check_batch
 from .parameterization import checked_output, only
@@ -181,8 +181,8 @@ class MaskedProcess:
             self.network(x.clone(), self.times[k]),  # a copy: networks may work in place
             x,
             (*x.shape, self.vocabulary),
-            "the network must return logits of shape {shape} = (B, N, L, V) for tokens (B, N, L); where V counts the mask, "
-            f"say vocabulary={self.vocabulary + 1}, mask={self.mask}",
+            "the network must return logits of shape {shape} = (B, N, L, V) for tokens (B, N, L); where V counts the "
+            f"mask, say vocabulary={self.vocabulary + 1}, mask={self.mask}",
         )
         if self.mask < self.vocabulary:
             at_mask = torch.arange(self.vocabulary, device=logits.device) == self.mask
