@@ -4,6 +4,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+# In a checkout that is on the path but not installed, the folders of steer.rewards and steer.search stand beside this.
+# Before the imports below, or those of steer.rewards find another, installed one.
+if not (Path(__file__).parent / "search").exists():
+    __path__.append(str(Path(__file__).parent.parent))
+
+# ruff: noqa: E402
 from . import exporters, grpo, guidance, models
 from .core import resampling as resamplers
 from .core.resampling import killing, multinomial, residual, ssp, stratified, systematic
@@ -109,11 +115,6 @@ from .weighted_sde.transports import (
     score_transport,
     vcg,
 )
-
-# In a checkout that is on the path but not installed, the folders of steer.rewards and steer.search stand beside this.
-if not (Path(__file__).parent / "search").exists():
-    __path__.append(str(Path(__file__).parent.parent))
-
 
 def __getattr__(name: str) -> Any:
     """`steer.rewards` and `steer.search`, imported when they are first asked for."""
