@@ -9,7 +9,6 @@ from typing import Any
 if not (Path(__file__).parent / "search").exists():
     __path__.append(str(Path(__file__).parent.parent))
 
-# ruff: noqa: E402
 from . import exporters, grpo, guidance, models
 from .core import resampling as resamplers
 from .core.resampling import killing, multinomial, residual, ssp, stratified, systematic
@@ -115,6 +114,7 @@ from .weighted_sde.transports import (
     score_transport,
     vcg,
 )
+
 
 def __getattr__(name: str) -> Any:
     """`steer.rewards` and `steer.search`, imported when they are first asked for."""
