@@ -200,8 +200,9 @@ def from_pil(
         if prompts is not None and takes_prompts(fn):
             check_prompts(prompts, len(samples), name)
             arguments = {"prompts": list(prompts)}
+        pictures = to_rgb(samples, name)
         with torch.no_grad():
-            return score_tensor(fn(to_rgb(samples, name), **arguments), len(samples), name).to(samples.device)
+            return score_tensor(fn(pictures, **arguments), len(samples), name).to(samples.device)
 
     vars(call)["__signature__"] = reward_signature(takes_prompts(fn), needs_prompts(fn))
     return without_gradient(call, name, unit, version, bounds)

@@ -44,11 +44,13 @@ def trainer_kernel(batch: RolloutBatch, trainer: str, names: Mapping[str, str]) 
 
     Raises:
         NotStochasticError: Where the rows have no density.
+        NonFiniteError: For states or densities that are not finite.
         SteerError: Where the rows suit other losses only.
         StateSpaceError: For a kernel or a path that the trainer does not have.
         ShapeError: Where rows have different numbers of steps, or none.
     """
     batch.need_density()
+    need_finite({"x_t": batch.x_t, "x_next": batch.x_next, "logp_old": batch.logp_old}, trainer)
     if batch.objective != "policy_gradient":
         raise SteerError(
             f"{trainer} needs rows for policy gradients, and these were collected as {batch.objective!r}: their "
@@ -182,13 +184,11 @@ def need_finite(tensors: Mapping[str, Tensor], trainer: str, cure: str = "look i
         NonFiniteError: Naming the tensor and the row.
     """
     for name, value in tensors.items():
-        bad = ~value.isfinite()
-        if bool(bad.any()):
-            place = bad.nonzero()[0]
+        bad = (~value.isfinite()).nonzero()
+        if len(bad):
             raise NonFiniteError(
-                f"{trainer} takes finite numbers only, got {value[tuple(place)].item()} in {name!r} of row "
-                f"{int(place[0])} ({int(bad.flatten(1).any(1).sum()) if bad.ndim > 1 else int(bad.sum())} rows of "
-                f"{len(bad)}): {cure}"
+                f"{trainer} takes finite numbers only, got {value[tuple(bad[0])].item()} in {name!r} of row "
+                f"{int(bad[0, 0])} (in {len(bad[:, 0].unique())} rows of {len(value)}): {cure}"
             )
     return dict(tensors)
 
@@ -258,12 +258,13 @@ def weighted_advantages(batch: RolloutBatch, given: Tensor | None, trainer: str)
 
 
 def per_step(batch: RolloutBatch, given: Tensor) -> Tensor:
-    """Advantages [B] or [B, S] as [B, S] float32; raises ShapeError for other shapes."""
+    """Advantages [B] or [B, S] as [B, S] float32; ShapeError for other shapes, NonFiniteError for other numbers."""
     if given.shape not in ((batch.rows,), batch.mask.shape):
         raise ShapeError(
             f"advantages are (B,) or (B, S) = {tuple(batch.mask.shape)}, got {tuple(given.shape)}; give one number a "
             "row, or one a step"
         )
+    need_finite({"advantages": given}, "a trainer")
     whole = given if given.ndim == 2 else given[:, None].expand(batch.mask.shape)
     return whole.float().contiguous()
 

@@ -19,7 +19,6 @@ from ..grpo.batch import Kind, RolloutBatch
 from .contract import (
     conditioning_rows,
     mean_logp,
-    need_finite,
     need_images,
     prompt_groups,
     trainer_kernel,
@@ -101,11 +100,14 @@ def to_flow_factory(
         "latent_index_map": _index_map(places, count),
         "log_prob_index_map": _index_map(steps, count),
     }
-    steps_of_rows = {"all_latents": states, "log_probs": mean_logp(batch, LOGP_KINDS[kernel.name])}
-    rows = {**need_finite(steps_of_rows, "Flow-Factory"), **conditioning_rows(batch, cond)}
+    rows = {
+        "all_latents": states,
+        "log_probs": mean_logp(batch, LOGP_KINDS[kernel.name]),
+        **conditioning_rows(batch, cond),
+    }
     rows |= {} if images is None else {"image": need_images(batch, images)}
     extra = {"sample_id": batch.sample_id, "parent_id": batch.parent_id, "log_weight": batch.log_w_base}
-    extra |= {} if given is None else need_finite({"advantage": given[:, 0]}, "Flow-Factory")
+    extra |= {} if given is None else {"advantage": given[:, 0]}
     rewards = trainer_rewards(batch, "Flow-Factory", forbidden)
     return [
         {

@@ -19,7 +19,6 @@ from .contract import (
     chosen_reward,
     conditioning_rows,
     mean_logp,
-    need_finite,
     prompt_groups,
     timesteps,
     trainer_kernel,
@@ -91,19 +90,16 @@ def to_flow_grpo(
     if given is None:
         prompt_groups(batch, [tuple(ids) for ids in fields["prompt_ids"].tolist()], "flow_grpo")
     rewards = trainer_rewards(batch, "flow_grpo", forbidden)
-    steps = {
-        "timesteps": timesteps(batch, num_train_timesteps),
-        "latents": batch.x_t.to(torch.float32),
-        "next_latents": batch.x_next.to(torch.float32),
-        "log_probs": mean_logp(batch, LOGP_KINDS[kernel.name]),
-        **({} if given is None else {"advantages": given}),
-    }
     return {
         "prompt_ids": fields["prompt_ids"].long(),
         "prompt_embeds": fields["prompt_embeds"],
         "pooled_prompt_embeds": fields["pooled_prompt_embeds"],
+        "timesteps": timesteps(batch, num_train_timesteps),
+        "latents": batch.x_t.to(torch.float32),
+        "next_latents": batch.x_next.to(torch.float32),
+        "log_probs": mean_logp(batch, LOGP_KINDS[kernel.name]),
         "rewards": {**rewards, "avg": chosen_reward(rewards, reward)},
-        **need_finite(steps, "flow_grpo"),
+        **({} if given is None else {"advantages": given}),
     }
 
 

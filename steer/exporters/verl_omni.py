@@ -23,7 +23,6 @@ from .contract import (
     importance_weights,
     joined_states,
     mean_logp,
-    need_finite,
     need_images,
     per_step,
     timesteps,
@@ -112,7 +111,7 @@ def to_verl_omni(
     if advantages is not None:
         tensors |= {"old_log_probs": log_probs.clone(), "advantages": per_step(batch, advantages)}
     return {
-        "batch": {**fields, **need_finite(tensors, "verl-omni")},
+        "batch": {**fields, **tensors},
         "non_tensor_batch": _objects(batch, rewards, uid),
         "meta_info": {"reward_extra_keys": sorted(batch.rewards), "global_steps": batch.policy_version},
     }

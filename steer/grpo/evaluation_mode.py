@@ -27,7 +27,7 @@ def check_evaluation_mode(process: GaussianProcess, states: Callable[[], Tensor]
 
     Args:
         process: the policy.
-        states: gives states to predict at, [P, M, *event].
+        states: gives states to predict at, [P, M, *event]; more than one, for batch statistics.
         k: their level.
 
     Raises:

@@ -93,11 +93,11 @@ def log_prob(
             network whose predictions depend on train() and that was left in it.
         ShapeError: a policy of another number of prompts.
 
-    Cost: P M network rows; 2 P more where a network is in train().
+    Cost: P M network rows; 4 P more where a network is in train().
     """
     check_same_kernel(process, batch)
     x, x_next = (step.of(states).to(process.dtype) for states in (batch.x_t, batch.x_next))
-    check_evaluation_mode(process, lambda: x[:, :1], step.k)
+    check_evaluation_mode(process, lambda: x[:, :2], step.k)
     transition = process.transition(x, process.denoise(x, step.k), step.k)
     if batch.logp_kind == "gaussian":
         value = transition.log_prob(x_next)

@@ -80,7 +80,7 @@ def collect(
         RewardError, NonFiniteError: from the reward.
 
     Cost: that of the method; for plain chains, K network rows and one call of each reward per row. Nothing is evaluated
-    twice, but where a network is in train(): it predicts one state of every problem twice more, not counted.
+    twice, but where a network is in train(): it predicts two states of every problem twice more, not counted.
     Source: Liu et al. 2025 (Flow-GRPO); Xue et al. 2025 (DanceGRPO); Li et al. 2025 (MixGRPO).
     """
     check_counts(groups=groups, group_size=group_size)
@@ -88,7 +88,7 @@ def collect(
     check_choice("law", law, (None, *get_args(Law)))
     model, key = need_policy(process), as_key(key, seed)
     rewards, window = rewards_by_name(reward), window or every()
-    check_evaluation_mode(model, lambda: model.prior(key.fold("prior"), num_problems(model, groups), 1), 0)
+    check_evaluation_mode(model, lambda: model.prior(key.fold("prior"), num_problems(model, groups), 2), 0)
     if method is not None:
         return collect_steered(
             model,

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import steer
+from steer import testing
 from steer.errors import NonFiniteError, NotDifferentiableError, RewardError, ShapeError
 from steer.models import letters
 from steer.rewards import (
@@ -282,7 +283,7 @@ def test_one_string_is_no_list_of_prompts():
         lambda: weighted((1.0, with_prompts), (1.0, with_prompts))(four, prompts="four"),
         lambda: from_pil(lambda pictures, prompts: [1.0] * 4)(four, prompts="four"),
         lambda: as_trl(with_prompts, pad=0)(prompts="ab", completions=["a", "b"], completion_ids=[[1], [2]]),
-        lambda: from_trl(lambda prompts, completions, **_: [1.0] * 4, str)(four.long()[:, 0, 0], prompts="four"),
+        lambda: from_trl(lambda **_: [1.0] * 4, lambda tokens: [""] * 4)(four.long()[:, 0, 0], prompts="four"),
     ):
         with pytest.raises(RewardError, match="single string"):
             call()
@@ -298,7 +299,7 @@ def test_rewards_of_pil_images():
     assert reward.spec == RewardSpec("1", (0.0, 1.0), "none", prompts=True)
     torch.testing.assert_close(reward(images()), images().mean((1, 2, 3)).double(), rtol=0, atol=1e-6)
     torch.testing.assert_close(reward(images(2), prompts=["", "four"])[1], images(2).mean((1, 2, 3)).double()[1] + 4)
-    steer.testing.check_reward(from_pil(lambda pictures: [p.getpixel((0, 0))[0] for p in pictures]), images(4, 1))
+    testing.check_reward(from_pil(lambda pictures: [p.getpixel((0, 0))[0] for p in pictures]), images(4, 1))
     with pytest.raises(RewardError, match=r"\[0, 1\]"):
         reward(2 * images() - 1)
     with pytest.raises(NotDifferentiableError):
