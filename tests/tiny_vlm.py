@@ -6,14 +6,17 @@ from functools import cache
 
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 
-def word_tokenizer(text: str, *special: str) -> transformers.PreTrainedTokenizerFast:
-    """One token per word of the text."""
-    words = ["<pad>", "<unk>", "<s>", "</s>", *special, *dict.fromkeys(text.replace("\n", " ").split())]
+def word_tokenizer(text: str, *special: str, blanks: bool = False) -> transformers.PreTrainedTokenizerFast:
+    """One token per word of the text. blanks: whether a word with a blank before it is another token, as in GPT-2's."""
+    found = dict.fromkeys(text.replace("\n", " ").split())
+    words = ["<pad>", "<unk>", "<s>", "</s>", *special, *found, *([f" {word}" for word in found] if blanks else [])]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if blanks:
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?[^ \n]+|\n"), "isolated")
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>",
         extra_special_tokens=list(special),
@@ -25,8 +28,8 @@ VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "n
 
 
 @cache
-def llava() -> tuple[transformers.LlavaForConditionalGeneration, transformers.LlavaProcessor]:
-    tokenizer = word_tokenizer(WORDS, "<image>")
+def llava(blanks: bool = False) -> tuple[transformers.LlavaForConditionalGeneration, transformers.LlavaProcessor]:
+    tokenizer = word_tokenizer(WORDS, "<image>", blanks=blanks)
     image = tokenizer.convert_tokens_to_ids("<image>")
     config = transformers.LlavaConfig(
         vision_config=transformers.CLIPVisionConfig(image_size=32, **VISION),

@@ -13,7 +13,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 
-from steer import rewards
 from steer.errors import RewardError
 from steer.rewards.pil_images import from_png
 from steer.rewards.remote.vlm_judge import VLMJudge, read_json, read_line
@@ -54,11 +53,6 @@ def seen(asked) -> torch.Tensor:
     url = asked["messages"][0]["content"][0]["image_url"]["url"]
     assert url.startswith("data:image/png;base64,")
     return from_png(base64.b64decode(url.partition(",")[2]))
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(rewards.remote.http_request, "FIRST_WAIT", 0.01)
 
 
 IMAGES = (torch.arange(11) / 255).view(11, 1, 1, 1).expand(11, 3, 2, 2)
