@@ -60,7 +60,8 @@ def serve(
         RewardError: for bad arguments, and missing packages (pip install 'steer-diffusion[serve]').
         OSError: where the port is taken, or there is no such host.
 
-    Cost: at most `memory` bytes besides the rewards' own and 0.3 MB for each of at most 256 connections.
+    Cost: at most `memory` bytes besides the rewards' own, 0.3 MB for each of at most 256 connections, and what the
+        allocator keeps of pictures, up to 1.4 max_pixels bytes a thread.
     """
     rewards = dict(reward) if isinstance(reward, Mapping) else {"": reward}
     limits = Limits(max_bytes, max_pixels)

@@ -141,7 +141,7 @@ def test_decoding_waits_for_memory(monkeypatch):
 
     monkeypatch.setattr(rewards.remote.web_app, "decode_samples", counted)
     images = torch.zeros(8, 3, 310, 310)
-    with serve(reward, threads=8, max_pixels=most, max_bytes=10_000, memory=2 * 8 * most + 100_000) as server:
+    with serve(reward, threads=8, max_pixels=most, max_bytes=10_000, memory=2 * 10 * most + 100_000) as server:
         assert connect(server, batch=1, parallel=8)(images).shape == (8,)
     assert peak == [2]
 
