@@ -156,8 +156,8 @@ def max_decoded_bytes(limits: Limits) -> int:
 
     Returns:
         Bytes. A number of an image takes one byte in the decoder's copies, of which there are up to four, and four as
-        float32, of which there are up to two beside one of the former: 10 with what the allocator rounds up. A tensor is
-        its file, which is copied, taken apart and stacked.
+        float32, of which there are up to two beside one of the former: 10 with what the allocator rounds up. A tensor
+        is its file, which is copied, taken apart and stacked.
     """
     return max(limits.bytes + 10 * limits.pixels, 3 * limits.bytes)
 
