@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+_WORD = r"(?:[^ \n:]+|:)"
 
 
-def word_tokenizer(text: str, *special: str) -> transformers.PreTrainedTokenizerFast:
-    """One token per word of the text."""
-    words = ["<pad>", "<unk>", "<s>", "</s>", *special, *dict.fromkeys(text.replace("\n", " ").split())]
+def word_tokenizer(text: str, *special: str, blanks: bool = False) -> transformers.PreTrainedTokenizerFast:
+    """One token per word of the text. blanks: a word with a blank before it is another token, as GPT-2 has it."""
+    found = text.replace("\n", " ").split()
+    if blanks:
+        found = [blank + word for word in [*re.findall(_WORD, text), "\n"] for blank in ("", " ")]
+    words = ["<pad>", "<unk>", "<s>", "</s>", *special, *dict.fromkeys(found)]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if blanks:
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(rf" ?{_WORD}|\n"), "isolated")
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>",
         extra_special_tokens=list(special),
@@ -25,8 +33,8 @@ VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "n
 
 
 @cache
-def llava() -> tuple[transformers.LlavaForConditionalGeneration, transformers.LlavaProcessor]:
-    tokenizer = word_tokenizer(WORDS, "<image>")
+def llava(blanks: bool = False) -> tuple[transformers.LlavaForConditionalGeneration, transformers.LlavaProcessor]:
+    tokenizer = word_tokenizer(WORDS, "<image>", blanks=blanks)
     image = tokenizer.convert_tokens_to_ids("<image>")
     config = transformers.LlavaConfig(
         vision_config=transformers.CLIPVisionConfig(image_size=32, **VISION),
@@ -87,9 +95,9 @@ def qwen2_vl() -> tuple[transformers.Qwen2VLForConditionalGeneration, transforme
         torch.manual_seed(0)
         model = transformers.Qwen2VLForConditionalGeneration(config)
     template = (
-        "{% for m in messages %}USER: {% for c in m['content'] %}{% if c['type'] == 'image' %}"
+        "{% for m in messages %}{{ m['role'].upper() }}: {% for c in m['content'] %}{% if c['type'] == 'image' %}"
         "<|vision_start|> <|image_pad|> <|vision_end|> {% else %}{{ c['text'] }} {% endif %}{% endfor %}{% endfor %}"
-        "ASSISTANT:"
+        "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
     )
     images = transformers.Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=28 * 28 * 16)
     videos = transformers.Qwen2VLVideoProcessor()

@@ -35,7 +35,9 @@ class VQAScore:
             included; or a hub id or folder. The model has its own licence.
         processor: the model's processor; None with an id.
         question: its "{prompt}" is replaced by the sample's prompt.
-        answer: one token of the model.
+        answer: one token of the model, where the template continues with it: the token by which the question with this
+            answer differs from the question alone. The blank that a chat template puts before an answer belongs to it
+            (" Yes"), and so does one after a `template` that ends without; an answer that begins with one keeps it.
         template: how question and image are put to a model without a chat template, for instance
             "USER: <image>\\n{question} ASSISTANT:".
         square: whether images are first padded to squares with the processor's mean color, as the authors do for
@@ -52,7 +54,8 @@ class VQAScore:
 
     Raises:
         RewardError: for values outside [0, 1], a missing package (pip install 'steer-diffusion[vlm]') or weights, a
-            model without a processor or template, an answer of several tokens, and a wrong number of prompts.
+            model without a processor or template, an answer that is not one further token, and a wrong number of
+            prompts.
         ShapeError: for samples of another shape.
 
     Cost: one forward pass per sample.
@@ -73,6 +76,7 @@ class VQAScore:
     device: torch.device | str = "cpu"
     dtype: torch.dtype = torch.float32
     spec: RewardSpec = field(init=False)
+    answer_token: int = field(init=False)
 
     def __post_init__(self) -> None:
         model, processor = model_and_processor(
@@ -96,7 +100,7 @@ class VQAScore:
             )
         object.__setattr__(self, "model", model)
         object.__setattr__(self, "processor", processor)
-        _answer_token(processor, self.answer)  # an answer of several tokens fails here already
+        object.__setattr__(self, "answer_token", self._answer_token())
         version = f"{getattr(model.config, '_name_or_path', '') or name_of(model)} {self.question} {self.answer}"
         gradient = "exact" if _keeps_gradient(processor) else "none"
         object.__setattr__(self, "spec", RewardSpec("1", (0.0, 1.0), gradient, prompts=True, version=version))
@@ -126,7 +130,7 @@ class VQAScore:
             start = self.model.generation_config.decoder_start_token_id or config.decoder_start_token_id
             inputs["decoder_input_ids"] = torch.full((len(images), 1), start, device=self.model.device)
         logits = self.model(**inputs).logits[:, -1].float()
-        return logits.softmax(1)[:, _answer_token(self.processor, self.answer)]
+        return logits.softmax(1)[:, self.answer_token]
 
     def _inputs(self, images: Tensor, text: str) -> Any:
         """The processor's output for images that share a text."""
@@ -140,8 +144,44 @@ class VQAScore:
         question = self.question.replace("{prompt}", prompt)
         if self.template is not None:
             return self.template.replace("{question}", question)
-        message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
-        return self.processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+        return self.processor.apply_chat_template([_asked(question)], add_generation_prompt=True, tokenize=False)
+
+    def _answer_token(self) -> int:
+        """The token by which the question with its answer differs from the question alone."""
+        tokenizer, text = self.processor.tokenizer, ""
+        if not self.model.config.is_encoder_decoder:  # those begin a text of their own
+            text = self._text("it")
+        before = tokenizer.encode(text, add_special_tokens=False) if text else []
+        whole = tokenizer.encode(text + (self._blank(text) if text else "") + self.answer, add_special_tokens=False)
+        if len(whole) != len(before) + 1 or whole[:-1] != before:
+            raise RewardError(
+                f"VQAScore needs an answer of one token, and {self.answer!r} has {len(whole) - len(before)} in this "
+                f"model's vocabulary, or joins with what is before it, {text[-20:]!r}; choose a shorter one, such as "
+                '"Yes", or a template that ends without a blank'
+            )
+        return whole[-1]
+
+    def _blank(self, text: str) -> str:
+        """What stands between the question in the model's template and the answer."""
+        if self.answer[:1].isspace() or text[-1:].isspace():
+            return ""
+        if self.template is not None:
+            return " "
+        answered = [
+            _asked(self.question.replace("{prompt}", "it")),
+            {"role": "assistant", "content": [{"type": "text", "text": self.answer}]},
+        ]
+        try:
+            whole = self.processor.apply_chat_template(answered, add_generation_prompt=False, tokenize=False)
+        except Exception:  # whatever a template raises that has no answers
+            whole = ""
+        between = whole.removeprefix(text).partition(self.answer)[0] if whole.startswith(text) else "?"
+        if between.strip():
+            raise RewardError(
+                f"VQAScore cannot tell how this model's chat template joins {text[-20:]!r} with an answer; begin the "
+                "answer with the blank, as in answer=' Yes', or pass a template=..."
+            )
+        return between
 
 
 def to_square(images: Tensor, mean: Sequence[float] | None) -> Tensor:
@@ -161,15 +201,9 @@ def to_square(images: Tensor, mean: Sequence[float] | None) -> Tensor:
     return pad(images - color, (left, side - width - left, top, side - height - top)) + color
 
 
-def _answer_token(processor: Any, answer: str) -> int:
-    """The one token of the answer; RewardError where it has several."""
-    tokens = processor.tokenizer.encode(answer, add_special_tokens=False)
-    if len(tokens) != 1:
-        raise RewardError(
-            f"VQAScore needs an answer of one token, and {answer!r} has {len(tokens)} in this model's vocabulary; "
-            'choose a shorter one, such as "Yes"'
-        )
-    return tokens[0]
+def _asked(question: str) -> dict[str, Any]:
+    """The message of a chat that shows an image and asks a question."""
+    return {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
 
 
 def _keeps_gradient(processor: Any) -> bool:

@@ -60,22 +60,20 @@ def serve(
         RewardError: for bad arguments, and missing packages (pip install 'steer-diffusion[serve]').
         OSError: where the port is taken, or there is no such host.
 
-    Cost: at most `memory` bytes besides the rewards' own and 0.3 MB for each of at most 256 connections.
+    Cost: at most `memory` bytes besides the rewards' own, 0.3 MB for each of at most 256 connections, and what the
+        allocator keeps of pictures, up to 1.4 max_pixels bytes a thread.
     """
     rewards = dict(reward) if isinstance(reward, Mapping) else {"": reward}
-    limits, reserve = Limits(max_bytes, max_pixels), max_decoded_bytes(Limits(max_bytes, max_pixels))
-    if (
-        min(queue, threads, max_bytes, max_pixels) < 1
-        or not 0 <= port < 1 << 16
-        or not all(map(callable, [*rewards.values()]))
-    ):
+    limits = Limits(max_bytes, max_pixels)
+    if not all(map(callable, rewards.values())) or min(queue, threads, *limits) < 1 or not 0 <= port < 1 << 16:
         raise RewardError(
             "serve takes callable rewards, a port below 65536, and queue, threads, max_bytes and max_pixels of at "
             f"least 1, got {[type(each).__name__ for each in rewards.values()]}, port={port}, queue={queue}, "
             f"threads={threads}, max_bytes={max_bytes} and max_pixels={max_pixels}"
         )
-    if not rewards or not (isinstance(reward, Mapping) <= all(re.fullmatch(_NAME, name) for name in rewards)):
+    if isinstance(reward, Mapping) and not (rewards and all(re.fullmatch(_NAME, name) for name in rewards)):
         raise RewardError(f"serve takes rewards by names of letters, digits and _.-, got {list(rewards)}")
+    reserve = max_decoded_bytes(limits)
     if memory < reserve + max_bytes:
         raise RewardError(
             f"serve(memory={memory}) has no room for one request of max_bytes={max_bytes} and max_pixels={max_pixels}, "

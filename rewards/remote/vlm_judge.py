@@ -287,10 +287,13 @@ def without_thoughts(reply: str) -> str:
 def _message(reply: bytes, name: str) -> str:
     """The text of a chat completion; RewardError for another reply."""
     try:
-        text = json.loads(reply)["choices"][0]["message"]["content"]
+        message = json.loads(reply)["choices"][0]["message"]
+        text = message["content"]
+        if text is None:  # the model refused, or was cut off while it thought
+            text = message.get("refusal") or ""
         if isinstance(text, list):  # in parts
             text = "".join(part["text"] for part in text if part["type"] == "text")
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise RewardError(
             f"{name} expected a chat completion, got {reply[:200]!r}; check that the url is of an OpenAI-compatible API"
         ) from error

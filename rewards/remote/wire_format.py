@@ -155,10 +155,11 @@ def max_decoded_bytes(limits: Limits) -> int:
         limits: of the request.
 
     Returns:
-        Bytes. A number of an image is one byte in its file's pixels, of which there are up to four copies, or four as
-        float32, of which there are up to two; a tensor is its file, which is copied, taken apart and stacked.
+        Bytes. A number of an image takes one byte in the decoder's copies, of which there are up to four, and four as
+        float32, of which there are up to two beside one of the former: 10 with what the allocator rounds up. A tensor
+        is its file, which is copied, taken apart and stacked.
     """
-    return max(limits.bytes + 8 * limits.pixels, 3 * limits.bytes)
+    return max(limits.bytes + 10 * limits.pixels, 3 * limits.bytes)
 
 
 def decode_samples(request: ScoreRequest, max_pixels: int) -> Tensor:

@@ -104,18 +104,80 @@ def test_images_are_padded_to_squares_with_the_mean():
     assert torch.equal(to_square(image.mT, None)[0, 0, :, 0], torch.zeros(5))
 
 
-def test_a_chat_template_is_used_where_there_is_one():
-    model, processor = llava()
-    processor.chat_template = (
-        "{% for m in messages %}USER: {% for c in m['content'] %}"
-        "{% if c['type'] == 'image' %}<image> {% else %}{{ c['text'] }} {% endif %}{% endfor %}{% endfor %}ASSISTANT:"
+def chat(between: str, end: str = "\n") -> str:
+    """A chat template that ends with "ASSISTANT:" where an answer is wanted, and puts `between` before answers."""
+    return (
+        "{% for m in messages %}{% if m['role'] == 'user' %}USER: {% for c in m['content'] %}"
+        "{% if c['type'] == 'image' %}<image> {% else %}{{ c['text'] }} {% endif %}{% endfor %}"
+        "{% else %}ASSISTANT:" + between + "{{ m['content'][0]['text'] }}" + end + "{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
     )
-    try:
-        images = pictures(2, 3, 32, 32)
-        chat = VQAScore(model, processor)(images, prompts=["dog", "dog"])
-    finally:
+
+
+@pytest.fixture
+def with_chat_template():
+    """Sets the chat template of a processor, and takes it away again."""
+    changed = []
+
+    def change(processor, template):
+        changed.append(processor)
+        processor.chat_template = template
+
+    yield change
+    for processor in changed:
         processor.chat_template = None
-    torch.testing.assert_close(chat, VQAScore(model, processor, template=TEMPLATE)(images, prompts=["dog", "dog"]))
+
+
+def test_a_chat_template_is_used_where_there_is_one(with_chat_template):
+    model, processor = llava()
+    with_chat_template(processor, chat(" "))
+    images = pictures(2, 3, 32, 32)
+    scores = VQAScore(model, processor)(images, prompts=["dog", "dog"])
+    with_chat_template(processor, None)
+    torch.testing.assert_close(scores, VQAScore(model, processor, template=TEMPLATE)(images, prompts=["dog", "dog"]))
+
+
+@pytest.mark.parametrize(
+    ("template", "between", "answer", "token"),
+    [
+        (None, " ", "Yes", " Yes"),  # SmolVLM and Idefics
+        (None, "", "Yes", "Yes"),
+        (None, " ", " No", " No"),
+        (None, "", " Yes", " Yes"),  # whoever gives the blank has it
+        (TEMPLATE, "", "Yes", " Yes"),
+        (TEMPLATE + "\n", "", "Yes", "Yes"),
+    ],
+)
+def test_the_answer_is_the_token_that_continues_the_question(with_chat_template, template, between, answer, token):
+    """A tokenizer for which "Yes" and " Yes" are two tokens, as for most."""
+    model, processor = llava(blanks=True)
+    with_chat_template(processor, chat(between))
+    reward, images = VQAScore(model, processor, template=template, answer=answer, square=False), pictures(2, 3, 32, 32)
+    wanted = processor.tokenizer.convert_tokens_to_ids(token)
+    assert wanted != processor.tokenizer.unk_token_id
+    assert reward.answer_token == wanted
+    scores, logits = reward(images, prompts=["dog", "dog"]), []
+    text = reward._text("dog")
+    for image in images:
+        inputs = processor(text=[text], images=[image], do_rescale=False, return_tensors="pt")
+        logits.append(model(**inputs).logits[0, -1])
+    probabilities = torch.stack(logits).softmax(1)
+    torch.testing.assert_close(scores, probabilities[:, wanted])
+    other = processor.tokenizer.convert_tokens_to_ids({"Yes": " Yes", " Yes": "Yes", " No": "No"}[token])
+    assert ((scores - probabilities[:, other]).abs() > 0.1 * scores).any()
+
+
+def test_a_template_that_does_not_show_how_answers_are_joined_is_named(with_chat_template):
+    model, processor = llava(blanks=True)
+    for template in (
+        chat(" so: "),
+        "{% if messages | length > 1 %}{{ raise_exception('no answers') }}{% endif %}USER: <image> ASSISTANT:",
+        "{% for m in messages %}USER: {% endfor %}ASSISTANT:",
+    ):
+        with_chat_template(processor, template)
+        with pytest.raises(RewardError, match=r"cannot tell how .* joins '.*ASSISTANT:' with.*answer=' Yes'"):
+            VQAScore(model, processor)
+        assert VQAScore(model, processor, answer=" Yes").answer_token
 
 
 def test_what_is_wrong_is_named(reward):
@@ -126,6 +188,8 @@ def test_what_is_wrong_is_named(reward):
         VQAScore(model)
     with pytest.raises(RewardError, match="one token, and 'Yes sir' has 2"):
         VQAScore(model, processor, template=TEMPLATE, answer="Yes sir")
+    with pytest.raises(RewardError, match=r"or joins with what is before it, '.*ASSISTANT: '"):
+        VQAScore(*llava(blanks=True), template=TEMPLATE + " ")
     with pytest.raises(RewardError, match=r"needs \{prompt\}"):
         VQAScore(model, processor, template=TEMPLATE, question="Is it?")
     with pytest.raises(RewardError, match="needs 2 prompts"):

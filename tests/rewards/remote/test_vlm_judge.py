@@ -13,7 +13,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 
-from steer import rewards
 from steer.errors import RewardError
 from steer.rewards.pil_images import from_png
 from steer.rewards.remote.vlm_judge import VLMJudge, read_json, read_line
@@ -54,11 +53,6 @@ def seen(asked) -> torch.Tensor:
     url = asked["messages"][0]["content"][0]["image_url"]["url"]
     assert url.startswith("data:image/png;base64,")
     return from_png(base64.b64decode(url.partition(",")[2]))
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(rewards.remote.http_request, "FIRST_WAIT", 0.01)
 
 
 IMAGES = (torch.arange(11) / 255).view(11, 1, 1, 1).expand(11, 3, 2, 2)
@@ -162,7 +156,7 @@ def test_json_is_read_strictly(said: str, score):
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
-        ((200, completion(None)), "expected an answer in words"),
+        ((200, completion(7)), "expected an answer in words"),
         ((200, b"{}"), "expected a chat completion"),
         ((200, b"<html>"), "expected a chat completion"),
         ((401, b'{"error": "bad key"}'), "answered 401.*bad key"),
@@ -197,6 +191,11 @@ def test_a_busy_endpoint_is_asked_again(status: int):
     answers = iter([(status, b"busy"), "Score: 4/10"])
     with endpoint(lambda *_: next(answers)) as url:
         assert VLMJudge(url, "m", token_env=None)(IMAGES[:1], prompts=["a"]).item() == pytest.approx(0.4)
+
+
+def test_a_refusal_is_a_failure_of_its_sample():
+    with endpoint(lambda *_: (200, completion(None))) as url:
+        assert VLMJudge(url, "m", token_env=None)(IMAGES[:1], prompts=["a"]).item() == -torch.inf
 
 
 def test_an_answer_in_parts_is_read():
