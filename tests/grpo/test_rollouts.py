@@ -402,3 +402,13 @@ def test_a_share_of_the_steps_is_whole_where_it_is(share, steps):
     """.29 of a hundred are 29, though their product in binary is 28.999999999999996."""
     held = grpo.every(share)(steps, 1, 1, steer.Key(0))
     assert int(held.sum()) == round(share * steps)
+
+
+def test_a_sliding_window_is_whole_wherever_it_stands_and_then_starts_over():
+    """Four of ten steps: it begins at 0, 2, 4, 6 and again at 1, never where less than four are left."""
+    begins = []
+    for update in range(0, 50, 10):
+        mask = grpo.sliding(update, size=4, stride=2, every=10)(10, 1, 1, steer.Key(0))[0, 0]
+        assert int(mask.sum()) == 4
+        begins.append(int(mask.nonzero()[0]))
+    assert begins == [0, 2, 4, 6, 1]

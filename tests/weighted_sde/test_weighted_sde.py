@@ -195,8 +195,8 @@ def test_a_flow_map_leaves_the_ramp_alone_in_the_weights(path):
 
 
 def reject(run, law, **options):
-    """4 times the problems: mutants get the power that the library's own runs do not need."""
-    found = worst(run, law, **{"batch": 4 * BATCH, **options})
+    """8 times the problems: mutants get the power that the library's own runs do not need."""
+    found = worst(run, law, **{"batch": 8 * BATCH, **options})
     assert found[0] > LIMIT, found
 
 
