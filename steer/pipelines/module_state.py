@@ -13,16 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
-
 
 class ModuleState(NamedTuple):
     """Modules at one moment: one entry per module, or per tensor for dtypes, in the order of `WatchedModules`."""
 
     processors: list[Any]
     dtypes: list[torch.dtype | None]
-    hooks: list[tuple[Any, ...]]
-    named_hooks: list[tuple[str, ...]]
+    hooks: list[tuple[str, ...]]
     adapter_scales: list[dict[str, float]]
     configs: list[Any]
     training: list[bool]
@@ -50,8 +47,8 @@ class WatchedModules:
         return ModuleState(
             processors=[getattr(module, "processor", None) for module in self._attention],
             dtypes=[getattr(tensor, "dtype", None) for kept in self._tensors for tensor in kept.values()],
-            hooks=[tuple(hooks.items()) if hooks else () for hooks in self._hooks],
-            named_hooks=[
+            # Those of diffusers, by name. Plain forward hooks stay: transformers adds its own at a module's first call.
+            hooks=[
                 () if (registry := own.get("_diffusers_hook")) is None else tuple(registry.hooks) for own in self._own
             ],
             adapter_scales=[dict(layer.scaling) for layer in self._adapter_layers],
@@ -95,7 +92,6 @@ class WatchedModules:
         every = list(dict.fromkeys(part for module in self.modules for part in module.modules()))
         self._own = [vars(module) for module in every]
         self._tensors = [kept for own in self._own for kept in (own["_parameters"], own["_buffers"]) if kept]
-        self._hooks = [own[name] for own in self._own for name in _HOOKS]
         self._attention = [module for module in every if getattr(module, "processor", None) is not None]
         self._adapter_layers = [module for module in every if isinstance(vars(module).get("scaling"), dict)]
         self._adapters_known = [_adapters(module) for module in self.modules]
@@ -113,13 +109,7 @@ class WatchedModules:
             if tensor is not None and dtype is not None and tensor.dtype != dtype:
                 tensor.data = tensor.data.to(dtype)
 
-    def _restore_hooks(self, hooks: list[tuple[Any, ...]]) -> None:
-        for kept, before in zip(self._hooks, hooks, strict=True):
-            if tuple(kept.items()) != before:
-                kept.clear()
-                kept.update(before)
-
-    def _restore_named_hooks(self, names: list[tuple[str, ...]]) -> None:
+    def _restore_hooks(self, names: list[tuple[str, ...]]) -> None:
         for own, before in zip(self._own, names, strict=True):
             registry = own.get("_diffusers_hook")
             for name in () if registry is None else set(registry.hooks) - set(before):
