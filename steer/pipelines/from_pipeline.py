@@ -88,7 +88,8 @@ def from_pipeline(
     try:
         opened.record_start()
     except Exception as error:
-        raise refusals.explained(error, pipe, call, number) from error
+        refusals.check_strength(pipe, call, number, error)
+        raise
     opened.probe()
     mean, std = _initial_moments(opened)
     grid = noise_levels.read_grid(opened.scheduler.plain(), opened.scheduler.first, opened.scheduler.length)

@@ -199,7 +199,7 @@ def x0_from_output(output: Tensor, x: Tensor, at: Level, kind: str, data_std: fl
         at: The noise level.
         kind: Prediction type: "epsilon", "sample", "v_prediction", "flow_prediction", "reversed_flow", "trigflow",
             "edm_epsilon" or "edm_v_prediction".
-        data_std: EDM's sigma_data, for the two "edm_" types.
+        data_std: sigma_data, for "trigflow" and the two "edm_" types.
 
     Returns:
         E[x_0 | x], same shape as x.
@@ -219,8 +219,8 @@ def x0_from_output(output: Tensor, x: Tensor, at: Level, kind: str, data_std: fl
         return x - sigma * output
     if kind == "reversed_flow":  # x_0 - eps
         return x + sigma * output
-    if kind == "trigflow":
-        return alpha * x - sigma * output
+    if kind == "trigflow":  # the output is in units of sigma_data, and so is sigma
+        return alpha * x - (sigma / data_std) * output
     if kind in ("edm_epsilon", "edm_v_prediction"):
         total = sigma**2 + data_std**2
         sign = 1.0 if kind == "edm_epsilon" else -1.0

@@ -76,7 +76,8 @@ class _Watermark:
         if not torch.is_tensor(images) or not images.requires_grad:
             return self._watermark.apply_watermark(images, *args, **kwargs)
         marked = self._watermark.apply_watermark(images.detach().clone(), *args, **kwargs)
-        return _PassGradient.apply(images, marked.to(images), torch.ones((), device=images.device))
+        # Outside [-1, 1] pixels are cut off with the watermark or without it.
+        return _PassGradient.apply(images, marked.to(images), images.detach().abs() <= 1.0)
 
 
 class _PassGradient(torch.autograd.Function):

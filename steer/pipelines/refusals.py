@@ -123,13 +123,12 @@ def check_arguments(pipe: Any, call: Mapping[str, Any], steps: int | None) -> No
         )
 
 
-def explained(error: Exception, pipe: Any, call: Mapping[str, Any], steps: int) -> Exception:
-    """The error of a pipeline's own call, or a ModelError where it comes from a strength that leaves no step."""
+def check_strength(pipe: Any, call: Mapping[str, Any], steps: int, error: Exception) -> None:
+    """Raises ModelError where an error of a pipeline's own call comes from a strength that leaves no step."""
     parameter = inspect.signature(type(pipe).__call__).parameters.get("strength")
     strength = call.get("strength", None if parameter is None else parameter.default)
-    if not isinstance(strength, int | float) or strength * steps >= 1.0 or isinstance(error, torch.OutOfMemoryError):
-        return error
-    return ModelError(
-        f"strength={strength} of {steps} steps leaves {type(pipe).__name__} no step to take; give a strength of at "
-        f"least {1.0 / steps:.3g}, or more steps"
-    )
+    if isinstance(strength, int | float) and strength * steps < 1.0 and not isinstance(error, torch.OutOfMemoryError):
+        raise ModelError(
+            f"strength={strength} of {steps} steps leaves {type(pipe).__name__} no step to take; give a strength of at "
+            f"least {1.0 / steps:.3g}, or more steps"
+        ) from error
