@@ -140,8 +140,8 @@ class MaskedProcess:
             self.network(x, self.times[k]),
             x,
             (*x.shape, self.vocabulary),
-            "the network must return logits of shape {shape} = (B, N, L, V) for tokens (B, N, L); where V counts the mask, "
-            f"say vocabulary={self.vocabulary + 1}, mask={self.mask}",
+            "the network must return logits of shape {shape} = (B, N, L, V) for tokens (B, N, L); where V counts the "
+            f"mask, say vocabulary={self.vocabulary + 1}, mask={self.mask}",
         )
         if self.mask < self.vocabulary:
             at_mask = torch.arange(self.vocabulary, device=logits.device) == self.mask
