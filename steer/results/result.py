@@ -49,7 +49,10 @@ class Result:
     tree:         the search tree, which can be grown further, where the method grows one.
     law:          what weighted means estimate: "target", p(x) exp(r(x) / temperature); "model", p(x); "none", where a
                   search chose the samples, or a start that no weight corrects for.
-    log_evidence_variance: estimated variance of log_evidence, [B], from the same run; NaN where there is none.
+    log_evidence_variance: estimated variance of log_evidence, [B]. From the ancestors of each problem's particles,
+                  where `multinomial` drew them or nothing was resampled. Else from the spread over problems, where these
+                  are repetitions of one (no prompts or labels, batch >= 2): then the same number for all. Else NaN: no
+                  estimate from one run holds for the other resamplers; repeat it, or resample by `steer.multinomial`.
     """
 
     process: ReverseProcess
@@ -85,10 +88,6 @@ class Result:
     ) -> Result:
         """What a sampler of a distribution returns: its last population, with its scores [B, N]."""
         root, weight = state.root, population.normalise(state.log_weight)
-        variance = torch.full_like(state.log_evidence, torch.nan)
-        if not state.moved:
-            variance = diagnostics.evidence_variance(weight, root, state.resamplings())
-            variance = variance.masked_fill(state.log_evidence.isnan(), torch.nan)  # NaN together
         return cls(
             process=state.process,
             x=state.x,
@@ -103,7 +102,7 @@ class Result:
             seen=tuple(seen),
             interrupted=interrupted,
             law="none" if state.biased_start else law,
-            log_evidence_variance=variance,
+            log_evidence_variance=_evidence_variance(state, weight, root),
         )
 
     @classmethod
@@ -241,3 +240,22 @@ class Result:
         from ..report.images import preview
 
         return preview(self)
+
+
+def _evidence_variance(state: Trajectory, log_weight: Tensor, root: Tensor) -> Tensor:
+    """Variance of each problem's log_evidence [B], by the estimator that holds; see `Result.log_evidence_variance`."""
+    evidence, independent = state.log_normaliser, state.independent_lineages()
+    own = diagnostics.evidence_variance(log_weight, root, state.resamplings())
+    # Where all problems repeat one, a single estimator for all: those that happened not to be resampled are a choice.
+    if repeats_one_problem(state.process) and len(evidence) > 1 and not bool(independent.all()):
+        own = diagnostics.variance_between(evidence)
+    else:
+        own = own.masked_fill(~independent, torch.nan)
+    return own.masked_fill(state.log_evidence.isnan(), torch.nan)  # NaN together
+
+
+def repeats_one_problem(process: ReverseProcess) -> bool:
+    """Whether the problems of a run are repetitions of one: no conditioning of the model or of its hooks differs."""
+    hooks = getattr(process, "hooks", None)
+    placed = () if hooks is None else (*hooks.start, *hooks.score, *hooks.x0, *hooks.mean, *hooks.after)
+    return process.problems is None and not any(hasattr(hook, "only") for hook in placed)

@@ -54,9 +54,9 @@ def _tensors(result: RunResult, reference: RunResult | None) -> dict[str, Tensor
         tensors["scores"] = _stacked([seen.score for seen in result.seen], math.nan)
     if result.trajectory is not None:
         moves = [event for event in result.trajectory.past if isinstance(event, ResamplingRecord)]
-        tensors["ancestor_levels"] = torch.tensor([k for k, _, _ in moves], dtype=torch.int64)
-        tensors["resampled"] = _stacked([happened for _, _, happened in moves], 0)
-        tensors["ancestors"] = _stacked([index.int() for _, index, _ in moves], -1)
+        tensors["ancestor_levels"] = torch.tensor([move.k for move in moves], dtype=torch.int64)
+        tensors["resampled"] = _stacked([move.happened for move in moves], 0)
+        tensors["ancestors"] = _stacked([move.parent.int() for move in moves], -1)
     if reference is not None:
         tensors |= {"reference_x": reference.x, "reference_reward": reference.reward}
     return tensors
