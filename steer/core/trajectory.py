@@ -117,13 +117,13 @@ class StepCache(ParticleFields):
 class PathState(ParticleFields):
     """What a particle's path remembers; it travels with the particle, and copies inherit it.
 
-    log_potential: what potentials have multiplied into the weight so far, [B, N]; None before the first.
+    log_potential: what potentials (and steps of a weighted SDE) have multiplied into the weight so far, [B, N]; None
+                   before the first.
     final_applied: whether r(x_0) / temperature is in it: to resume from there would count the reward twice.
-    exponent:      of the tempered value, [B, N]; None for 1.
+    exponent:      of the tempered value, [B, N]; None without tempering.
     highest, summed: maximum and sum of the values so far, [B, N].
     value:         of the last choice of a search, [B, N].
     log_q:         log-densities of a composite's models along the path, [B, N, I].
-    exponent_counted: exponent at which a Feynman-Kac step has counted the value of the state it led to, [B, N].
     clock, deadline: of birth-death processes, [B, N].
     driving_noise: by name, the noise of the start and of every step so far, [B, N, *event], from which MCMC moves
                    replay a path.
@@ -137,7 +137,6 @@ class PathState(ParticleFields):
     summed: Tensor | None = None
     value: Tensor | None = None
     log_q: Tensor | None = None
-    exponent_counted: Tensor | None = None
     clock: Tensor | None = None
     deadline: Tensor | None = None
     driving_noise: Mapping[str, Tensor] = field(default_factory=dict)
@@ -236,9 +235,7 @@ class Trajectory:
         state = self.path.replace(**path) if path else self.path
         return self._with(log_weight=self.log_weight + log_increment, path=state)
 
-    def resample(
-        self, ancestors: Tensor, where: Tensor | None = None, *, independent: bool = False
-    ) -> Trajectory:
+    def resample(self, ancestors: Tensor, where: Tensor | None = None, *, independent: bool = False) -> Trajectory:
         """With particles replaced by copies of their ancestors [B, M], in the problems [B] `where` is true.
 
         There the mean weight moves into the evidence and weights start again from 1; elsewhere nothing changes.
