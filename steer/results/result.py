@@ -50,9 +50,9 @@ class Result:
     law:          what weighted means estimate: "target", p(x) exp(r(x) / temperature); "model", p(x); "none", where a
                   search chose the samples, or a start that no weight corrects for.
     log_evidence_variance: estimated variance of log_evidence, [B]. From the ancestors of each problem's particles,
-                  where `multinomial` drew them or nothing was resampled. Else from the spread over problems, where these
-                  are repetitions of one (no prompts or labels, batch >= 2): then the same number for all. Else NaN: no
-                  estimate from one run holds for the other resamplers; repeat it, or resample by `steer.multinomial`.
+                  where `multinomial` drew them or nothing was resampled. Else from the spread over problems, the same
+                  number for all, where these repeat one: no prompts or labels, batch >= 2. Else NaN: no estimate from
+                  a single run holds for other resamplers. Repeat it, or resample by `steer.multinomial`.
     """
 
     process: ReverseProcess
