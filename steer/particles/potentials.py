@@ -47,9 +47,8 @@ class Potential:
     def apply(self, state: Trajectory, value: Tensor) -> Trajectory:
         """The state reweighted by values [B, N] = r(x0_hat) / temperature at its level."""
         exponent = None if self.tempering is None else self.tempering(state, value)[:, None].expand_as(value)
-        if (
-            exponent is not None or state.path.exponent is not None
-        ):  # of a run with tempering that this one goes on from
+        # Also where it is None: a tempered run that this one goes on from has left its own.
+        if exponent is not None or state.path.exponent is not None:
             state = state.with_path_state(exponent=exponent)
         value = self.tempered(state, value)
         increment, path = self.combine(value, state.path)
