@@ -105,7 +105,9 @@ def dts(
         start: where chains begin; it may set weights, a log-potential and its normalizing constant, and may not spend
             network rows.
         tree: `result.tree` of an earlier run, which is grown further (and changed). Its levels stand; a budget is what
-            this run may add. The same key resumes with fresh noise: a simulation's noise is named by its number.
+            this run may add. The same key resumes with fresh noise: a simulation's noise is named by its number. With
+            another reward, leaves and cached predictions are scored again, a reward each; a tree whose nodes hold
+            gradients of another reward (guided proposals) is refused.
         store: device to keep nodes' states on, "cpu" to offload them; by default the network's.
         keep_states: keep the states and densities of the steps between nodes too, for `steer.grpo.collect`.
         on_step: called with an `Event` of the simulations under way after each step. Raising `Stop` returns the tree as
@@ -122,8 +124,10 @@ def dts(
 
     Cost: per tree a simulation that expands the root takes K rows (K = process.steps), one that expands a node at level
         k takes K - k - 1, since the prediction of a node is cached; one reward per leaf, and one per inner node for
-        "unbiased". A model conditioned on several prompts also computes (and counts) columns that idle because trees
-        differ: never for "unbiased". Memory: two states a node, and with keep_states one for every step.
+        "unbiased". Trees of several prompts share their calls; where they differ ("uniform", "boltzmann"), the rows
+        that one has more are a call of its own, so that a tree costs what it costs alone. (A denoiser of yours that
+        is closed over several prompts and has no method `only` is paid for columns that idle.) Memory: two states a
+        node, and with keep_states one for every step.
     Source: Jain et al. 2025 (Diffusion Tree Sampling, 2506.20701), Algorithms 1 and 2.
     Differs: the default build; many simulations a batch, with visits counted on the way down; the readout is the exact
         weights, of which the paper's stochastic descent is one draw. log-mean-exp as in the camera-ready (the first

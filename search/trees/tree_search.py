@@ -60,6 +60,7 @@ class TreeSearch:
         check_counts(walkers=walkers)
         self.check_budget(particles, budget)
         self.check_same_states()
+        self.simulator.score_again()
         tree.rule = self.backup
         if self.backup_each_batch and tree.leaves.size:  # grown at another temperature, or by another rule
             tree.backup(self.run.temperature)
@@ -82,10 +83,12 @@ class TreeSearch:
             made, left = made + width, left - spent
 
     def trim_to_budget(self, plan: ExpansionPlan, left: Slots) -> tuple[ExpansionPlan, Slots]:
-        """The plan without its last simulations, where the idle columns of a conditioned network would overdraw the
-        budget; and the network rows that each tree spends on it, [B]."""
+        """The plan without its last simulations, where the idle columns of a network that cannot be asked about one
+        problem, or of steps that call it, would overdraw the budget; and the network rows that each tree spends on it,
+        [B]."""
         process, rows = self.run.process, rows_per_edge(self.run.process, self.tree.levels)
-        idle_columns_cost = process.problems is not None or sampling_uses_network(process)
+        apart = process.problems is None or bool(self.simulator.alone)
+        idle_columns_cost = not apart or sampling_uses_network(process)
         while True:
             running = plan.running()
             paid = running.max(1, keepdims=True) if idle_columns_cost else running
