@@ -8,13 +8,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from steer.core import population
+from steer.core import diagnostics, population
 from steer.core.loop import completed
 from steer.core.objective import check_finite
 from steer.core.run import Run
 from steer.core.trajectory import LevelRecord
 from steer.errors import CollapsedWeightsError
-from steer.results.result import Law, Result
+from steer.results.result import Law, Result, repeats_one_problem
 
 from .simulation import LastPrediction
 from .tree import Tree
@@ -112,6 +112,8 @@ def _result(
     """The Result of samples with log-weights of any scale; an error with it inside, where a problem has none."""
     known = torch.from_numpy(tree.normalizer_known).to(log_evidence.device) & (readout.law == "target")
     log_evidence = torch.where(known, log_evidence, torch.nan)
+    repeated = repeats_one_problem(run.process)
+    variance = diagnostics.variance_between(log_evidence) if repeated else torch.full_like(log_evidence, torch.nan)
     dead = (log_weight == -torch.inf).all(1)
     log_weight = torch.where(dead[:, None], log_weight, population.normalise(log_weight))
     reward, log_weight, log_evidence, root = (part.to(x.device) for part in (reward, log_weight, log_evidence, root))
@@ -129,6 +131,7 @@ def _result(
         interrupted=interrupted,
         tree=tree,
         law="none" if tree.biased_start else readout.law,
+        log_evidence_variance=variance.to(x.device),
     )
     if bool(dead.any()):
         raise CollapsedWeightsError(

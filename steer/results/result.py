@@ -50,9 +50,10 @@ class Result:
     law:          what weighted means estimate: "target", p(x) exp(r(x) / temperature); "model", p(x); "none", where a
                   search chose the samples, or a start that no weight corrects for.
     log_evidence_variance: estimated variance of log_evidence, [B]. From the ancestors of each problem's particles,
-                  where `multinomial` drew them or nothing was resampled. Else from the spread over problems, the same
-                  number for all, where these repeat one: no prompts or labels, batch >= 2. Else NaN: no estimate from
-                  a single run holds for other resamplers. Repeat it, or resample by `steer.multinomial`.
+                  where `multinomial` drew them or nothing was resampled, and more than one is left. Else from the
+                  spread over problems, the same number for all, where these repeat one: no prompts or labels, batch >=
+                  2. Else NaN: no estimate from a single run holds for other resamplers. Repeat it, or resample by
+                  `steer.multinomial`.
     """
 
     process: ReverseProcess
@@ -246,11 +247,12 @@ def _evidence_variance(state: Trajectory, log_weight: Tensor, root: Tensor) -> T
     """Variance of each problem's log_evidence [B], by the estimator that holds; see `Result.log_evidence_variance`."""
     evidence, independent = state.log_normaliser, state.independent_lineages()
     own = diagnostics.evidence_variance(log_weight, root, state.resamplings())
-    # Where all problems repeat one, a single estimator for all: those that happened not to be resampled are a choice.
-    if repeats_one_problem(state.process) and len(evidence) > 1 and not bool(independent.all()):
-        own = diagnostics.variance_between(evidence)
-    else:
-        own = own.masked_fill(~independent, torch.nan)
+    repeated = repeats_one_problem(state.process) and len(evidence) > 1
+    spread = diagnostics.variance_between(evidence) if repeated else torch.full_like(evidence, torch.nan)
+    if repeated and not bool(independent.all()):  # for all: those that happened not to be resampled are a choice
+        own = spread
+    # Of one surviving root the ancestors tell nothing.
+    own = torch.where(independent & (population.count_distinct(root) > 1), own, spread)
     return own.masked_fill(state.log_evidence.isnan(), torch.nan)  # NaN together
 
 
