@@ -50,10 +50,11 @@ class Result:
     law:          what weighted means estimate: "target", p(x) exp(r(x) / temperature); "model", p(x); "none", where a
                   search chose the samples, or a start that no weight corrects for.
     log_evidence_variance: estimated variance of log_evidence, [B]. From the ancestors of each problem's particles,
-                  where `multinomial` drew them or nothing was resampled, and more than one is left. Else from the
-                  spread over problems, the same number for all, where these repeat one: no prompts or labels, batch >=
-                  2. Else NaN: no estimate from a single run holds for other resamplers. Repeat it, or resample by
-                  `steer.multinomial`.
+                  where `multinomial` drew them, at most N / 2 times, or nothing was resampled, and more than one is
+                  left. Else from the spread over problems, the same number for all, where these repeat one: no prompts
+                  or labels, batch >= 2. Else NaN: a single run does not tell. Repeat it, or resample less, by
+                  `steer.multinomial`. By ancestors it is right on average, has an error of its own of about sqrt(2 R) /
+                  N after R resamplings, and may be negative where it is smaller than that.
     """
 
     process: ReverseProcess
@@ -246,13 +247,16 @@ class Result:
 def _evidence_variance(state: Trajectory, log_weight: Tensor, root: Tensor) -> Tensor:
     """Variance of each problem's log_evidence [B], by the estimator that holds; see `Result.log_evidence_variance`."""
     evidence, independent = state.log_normaliser, state.independent_lineages()
-    own = diagnostics.evidence_variance(log_weight, root, state.resamplings())
+    count = state.resamplings()
+    own = diagnostics.evidence_variance(log_weight, root, count)
     repeated = repeats_one_problem(state.process) and len(evidence) > 1
     spread = diagnostics.variance_between(evidence) if repeated else torch.full_like(evidence, torch.nan)
     if repeated and not bool(independent.all()):  # for all: those that happened not to be resampled are a choice
         own = spread
-    # Of one surviving root the ancestors tell nothing.
-    own = torch.where(independent & (population.count_distinct(root) > 1), own, spread)
+    # Pairs of different roots die out in the course of N resamplings: V then is 1, or far below zero in the few runs
+    # that have some left, which is right on average and says nothing of a run.
+    tells = (2 * count <= root.shape[1]) & (population.count_distinct(root) > 1)
+    own = torch.where(independent & tells, own, spread)
     return own.masked_fill(state.log_evidence.isnan(), torch.nan)  # NaN together
 
 

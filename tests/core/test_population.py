@@ -207,10 +207,10 @@ def test_evidence_and_its_variance_are_unbiased(runs):
     assert int(result.trajectory.resamplings().min()) >= 3
     assert abs(z(ratio - 1.0)) < LIMIT
     assert abs(unbiased_for_variance(by_ancestors(result), ratio)) < LIMIT
-    left = population.count_distinct(result.root) > 1  # of one root ancestors tell nothing: the spread does
-    expected = torch.where(left, by_ancestors(result), diagnostics.variance_between(result.log_evidence))
+    tells = population.count_distinct(result.root) > 1  # of one root ancestors tell nothing: the spread does
+    expected = torch.where(tells, by_ancestors(result), diagnostics.variance_between(result.log_evidence))
     assert torch.equal(result.log_evidence_variance, expected)
-    assert 0 < int((~left).sum()) < 1000
+    assert 0 < int((~tells).sum()) < 1000
 
 
 def test_other_estimates_of_the_variance_are_rejected(runs):
@@ -255,6 +255,8 @@ def test_a_single_run_says_what_it_knows_of_its_variance(resampler):
     plain = gaussian([0.5], 0.8, steps=8, dtype=torch.float64)
     prompted = dataclasses.replace(plain, problems=3, prompts=("a", "b", "c"))
     for process in (plain, prompted):
+        often = steer.smc(process, Linear([2.0]), particles=4, selection=steer.resample(resampler, threshold=1.0))
+        assert bool(often.log_evidence_variance.isnan().all())  # 7 times, with 4 particles: no two ancestors are left
         sharp = steer.smc(process, Linear([2.0]), particles=16, selection=steer.resample(resampler, threshold=1.0))
         assert bool(sharp.trajectory.resamplings().all())
         assert bool(sharp.log_evidence_variance.isnan().all()) == (resampler is steer.systematic)
