@@ -96,8 +96,9 @@ def dts(
             "boltzmann" (child c with probability proportional to exp(v_c / temperature)), which is biased.
         levels: branching levels, or how many (equally spaced); between them a chain is one edge. Many cost rewards and
             memory, no network rows; few cannot follow a reward that is decided late. The paper has four.
-        walkers: W, simulations per batch. They share network calls. "unbiased" does not depend on the rewards found, so
-            W may be as large as memory allows; the other builds learn only between batches.
+        walkers: W, simulations per batch. They share network calls: a batch is up to K calls of up to W rows, where SMC
+            makes K calls in all. "unbiased" does not depend on the rewards found, so W may be as large as memory allows
+            (but the first batch expands the root alone); the other builds learn only between batches.
         widening: (C, alpha) of "uniform" and "boltzmann": a node of N visits expands below C N^alpha children.
         defence: weight of the defensive part of the mixture, which ignores predicted rewards, in (0, 1].
         proposal: `steer.bootstrap`, or `steer.guided(scale)`, `steer.follow(hooks)` or a function of yours, corrected
