@@ -60,7 +60,7 @@ def dts(
     seed: int | None = None,
     build: str = "unbiased",
     levels: int | Sequence[int] = 9,
-    walkers: int = 16,
+    walkers: int | None = None,
     widening: tuple[float, float] = (2.0, 0.8),
     defence: float = 0.5,
     proposal: Proposal = bootstrap,
@@ -97,8 +97,8 @@ def dts(
         levels: branching levels, or how many (equally spaced); between them a chain is one edge. Many cost rewards and
             memory, no network rows; few cannot follow a reward that is decided late. The paper has four.
         walkers: W, simulations per batch. They share network calls: a batch is up to K calls of up to W rows, where SMC
-            makes K calls in all. "unbiased" does not depend on the rewards found, so W may be as large as memory allows
-            (but the first batch expands the root alone); the other builds learn only between batches.
+            makes K calls in all. The law of "unbiased" does not depend on W: None is 16, and half of the simulations
+            there are once that is more, up to 256. The other builds learn only between batches: None is 16.
         widening: (C, alpha) of "uniform" and "boltzmann": a node of N visits expands below C N^alpha children.
         defence: weight of the defensive part of the mixture, which ignores predicted rewards, in (0, 1].
         proposal: `steer.bootstrap`, or `steer.guided(scale)`, `steer.follow(hooks)` or a function of yours, corrected
@@ -153,6 +153,7 @@ def dts(
         backup=soft_backup,
         readout=LeafWeights(),
         backup_each_batch=build == "boltzmann",
+        widest=256 if build == "unbiased" else 16,
     )
     return search.grow(walkers, particles, budget)
 

@@ -38,6 +38,7 @@ class TreeSearch:
     backup:       how values rise from the leaves to the root.
     readout:      what the leaves weigh in the end.
     backup_each_batch: whether the policy selects by values, which then are kept up to date.
+    widest:       simulations per batch, where no number is given, once there are twice as many in the tree; 16 before.
     """
 
     policy: Policy
@@ -45,6 +46,7 @@ class TreeSearch:
     backup: Backup
     readout: Readout
     backup_each_batch: bool
+    widest: int = 16
 
     @property
     def run(self) -> Run:
@@ -54,7 +56,7 @@ class TreeSearch:
     def tree(self) -> Tree:
         return self.simulator.tree
 
-    def grow(self, walkers: int, particles: int | None, budget: int | None) -> Result:
+    def grow(self, walkers: int | None, particles: int | None, budget: int | None) -> Result:
         """Batches until the particles are made, the budget is spent, or `on_step` asks to stop."""
         tree, loop = self.tree, self.simulator.loop
         check_counts(walkers=walkers)
@@ -70,12 +72,13 @@ class TreeSearch:
                     self.simulate_batch(plan)
             return self.result(interrupted=loop.interrupted)
 
-    def plans(self, walkers: int, particles: int | None, budget: int | None) -> Iterator[ExpansionPlan]:
+    def plans(self, walkers: int | None, particles: int | None, budget: int | None) -> Iterator[ExpansionPlan]:
         """A plan for every batch, made of the tree as the batches before have left it."""
         most = particles or (16 if budget is None else None)
         made, left = 0, np.full(self.tree.problems, _UNLIMITED if budget is None else budget)
         while most is None or made < most:
-            width = walkers if most is None else min(walkers, most - made)
+            width = walkers or min(self.widest, max(16, self.tree.simulations // 2))
+            width = width if most is None else min(width, most - made)
             plan, spent = self.trim_to_budget(self.policy(self.tree, width, left, self.run.key), left)
             if not plan.real.any():
                 return

@@ -552,6 +552,24 @@ def test_a_tree_that_holds_gradients_of_another_reward_is_refused():
     search.dts(chain(), REWARD, tree=tree, **options)
 
 
+def test_batches_of_a_blind_build_widen_with_the_tree():
+    """Half as many calls at 64 chains' rows; the law of such trees does not depend on where batches end."""
+    process, calls = chain(20), {}
+    for walkers in (None, 16):
+        levels = []
+        run = search.dts(
+            process, REWARD, budget=64 * 20, walkers=walkers, on_step=lambda event: levels.append(event.level)
+        )
+        assert run.cost.nfe == 64 * 20
+        calls[walkers] = len(levels)
+    assert calls[None] < 0.6 * calls[16]
+    for build in ("uniform", "boltzmann"):
+        options = {"build": build, "particles": 50}
+        assert torch.equal(
+            search.dts(process, REWARD, **options).x, search.dts(process, REWARD, walkers=16, **options).x
+        )
+
+
 def test_repr_and_size():
     tree = search.dts(chain(), REWARD, particles=20, batch=2).tree
     assert isinstance(tree, Tree)
