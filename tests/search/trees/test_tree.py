@@ -556,12 +556,10 @@ def test_batches_of_a_blind_build_widen_with_the_tree():
     """Half as many calls at 64 chains' rows; the law of such trees does not depend on where batches end."""
     process, calls = chain(20), {}
     for walkers in (None, 16):
-        levels = []
-        run = search.dts(
-            process, REWARD, budget=64 * 20, walkers=walkers, on_step=lambda event: levels.append(event.level)
-        )
+        events: list[steer.Event] = []
+        run = search.dts(process, REWARD, budget=64 * 20, walkers=walkers, on_step=events.append)
         assert run.cost.nfe == 64 * 20
-        calls[walkers] = len(levels)
+        calls[walkers] = len(events)
     assert calls[None] < 0.6 * calls[16]
     for build in ("uniform", "boltzmann"):
         options = {"build": build, "particles": 50}
