@@ -46,21 +46,21 @@ class Key:
 
     def fold(self, *names: str | int) -> Key:
         """The independent key below this one with that name."""
-        return Key(self.seed, (*self.stream, *names), self.problem, self.slot, self.step, self.columns)
+        return type(self)(self.seed, (*self.stream, *names), self.problem, self.slot, self.step, self.columns)
 
     def at(self, step: int) -> Key:
         """This key at a step of the chain."""
         if not 0 <= step <= _MASK:
             raise SteerError(f"a key's step is a 32-bit counter, 0 <= step < 2**32, got {step}; fold the rest in")
-        return Key(self.seed, self.stream, self.problem, self.slot, step, self.columns)
+        return type(self)(self.seed, self.stream, self.problem, self.slot, step, self.columns)
 
     def shifted(self, *, problem: int = 0, slot: int = 0) -> Key:
         """This key with the slots of row 0 and column 0 moved on, for drawing part of a larger tensor."""
-        return Key(self.seed, self.stream, self.problem + problem, self.slot + slot, self.step, self.columns)
+        return type(self)(self.seed, self.stream, self.problem + problem, self.slot + slot, self.step, self.columns)
 
     def wide(self, columns: int) -> Key:
         """This key, for chains of which up to that many columns are under way at a time, and not always as many."""
-        return Key(self.seed, self.stream, self.problem, self.slot, self.step, columns)
+        return type(self)(self.seed, self.stream, self.problem, self.slot, self.step, columns)
 
     def normal(
         self, shape: Sequence[int], *, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu"

@@ -79,8 +79,9 @@ def svdd(
         chain where the last step draws noise): one prediction per candidate, which the one kept takes along to its next
         step. With a learned value N K rows.
     Source: Li et al. 2024 (SVDD, 2408.08252), Algs. 1 and 2. Their temperature is .01 for images and .05 for molecules,
-        M = 20 and 10. As M grows the distribution tends to p(x) exp(r(x) / temperature) if v is the soft value, with a
-        bias of order 1 / M; r(x0_hat) is one only for linear rewards on Gaussian data.
+        M = 20 and 10. As M grows the distribution tends to p(x) exp(r(x) / temperature) if v is the soft value and
+        replace = 0, with a bias of order 1 / M; r(x0_hat) is one only for linear rewards on Gaussian data. With
+        replace > 0 chains follow high values beyond that, for any M: there is no such limit.
     Differs: M predictions per step, where the released code makes M + 1.
     """
     if select not in RULES:

@@ -60,7 +60,7 @@ def dts(
     seed: int | None = None,
     build: str = "unbiased",
     levels: int | Sequence[int] = 9,
-    walkers: int = 16,
+    walkers: int | None = None,
     widening: tuple[float, float] = (2.0, 0.8),
     defence: float = 0.5,
     proposal: Proposal = bootstrap,
@@ -96,8 +96,9 @@ def dts(
             "boltzmann" (child c with probability proportional to exp(v_c / temperature)), which is biased.
         levels: branching levels, or how many (equally spaced); between them a chain is one edge. Many cost rewards and
             memory, no network rows; few cannot follow a reward that is decided late. The paper has four.
-        walkers: W, simulations per batch. They share network calls. "unbiased" does not depend on the rewards found, so
-            W may be as large as memory allows; the other builds learn only between batches.
+        walkers: W, simulations per batch. They share network calls: a batch is up to K calls of up to W rows, where SMC
+            makes K calls in all. The law of "unbiased" does not depend on W: None is 16, and half of the simulations
+            there are once that is more, up to 256. The other builds learn only between batches: None is 16.
         widening: (C, alpha) of "uniform" and "boltzmann": a node of N visits expands below C N^alpha children.
         defence: weight of the defensive part of the mixture, which ignores predicted rewards, in (0, 1].
         proposal: `steer.bootstrap`, or `steer.guided(scale)`, `steer.follow(hooks)` or a function of yours, corrected
@@ -105,7 +106,9 @@ def dts(
         start: where chains begin; it may set weights, a log-potential and its normalizing constant, and may not spend
             network rows.
         tree: `result.tree` of an earlier run, which is grown further (and changed). Its levels stand; a budget is what
-            this run may add. The same key resumes with fresh noise: a simulation's noise is named by its number.
+            this run may add. The same key resumes with fresh noise: a simulation's noise is named by its number. With
+            another reward, leaves and cached predictions are scored again, a reward each; a tree whose nodes hold
+            gradients of another reward (guided proposals) is refused.
         store: device to keep nodes' states on, "cpu" to offload them; by default the network's.
         keep_states: keep the states and densities of the steps between nodes too, for `steer.grpo.collect`.
         on_step: called with an `Event` of the simulations under way after each step. Raising `Stop` returns the tree as
@@ -122,8 +125,10 @@ def dts(
 
     Cost: per tree a simulation that expands the root takes K rows (K = process.steps), one that expands a node at level
         k takes K - k - 1, since the prediction of a node is cached; one reward per leaf, and one per inner node for
-        "unbiased". A model conditioned on several prompts also computes (and counts) columns that idle because trees
-        differ: never for "unbiased". Memory: two states a node, and with keep_states one for every step.
+        "unbiased". Trees of several prompts share their calls; where they differ ("uniform", "boltzmann"), the rows
+        that one has more are a call of its own, so that a tree costs what it costs alone. (A denoiser of yours that
+        is closed over several prompts and has no method `only` is paid for columns that idle.) Memory: two states a
+        node, and with keep_states one for every step.
     Source: Jain et al. 2025 (Diffusion Tree Sampling, 2506.20701), Algorithms 1 and 2.
     Differs: the default build; many simulations a batch, with visits counted on the way down; the readout is the exact
         weights, of which the paper's stochastic descent is one draw. log-mean-exp as in the camera-ready (the first
@@ -148,6 +153,7 @@ def dts(
         backup=soft_backup,
         readout=LeafWeights(),
         backup_each_batch=build == "boltzmann",
+        widest=256 if build == "unbiased" else 16,
     )
     return search.grow(walkers, particles, budget)
 

@@ -59,7 +59,8 @@ def dts_star(
         particles: simulations per tree, 16 by default; every one makes a new leaf.
         temperature: is noted in the result; values are best rewards (T -> 0), which it does not change.
         levels: branching levels, or how many (equally spaced).
-        walkers: W, simulations per batch. Those that meet at a node take its best child, its second best, and so on.
+        walkers: W, simulations per batch. Those that meet at a node take its best child, its second best, and so on. A
+            batch is up to K calls of up to W rows: more walkers, fewer calls, and less learned between them.
         widening: (C, alpha): a node of N visits is expanded while it has fewer than C N^alpha children.
         explore: weight of the bonus sqrt(log N(parent) / N(child)) that keeps rarely visited children in play, in units
             of the standard deviation of the leaf rewards so far.

@@ -8,12 +8,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from steer.core import population
+from steer.core import diagnostics, population
 from steer.core.loop import completed
 from steer.core.run import Run
 from steer.core.trajectory import LevelRecord
 from steer.errors import CollapsedWeightsError
-from steer.results.result import Law, MadeBy, Result
+from steer.results.result import Law, MadeBy, Result, repeats_one_problem
 
 from .simulation import LastPrediction
 from .tree import Tree
@@ -110,6 +110,8 @@ def _result(
     """The Result of samples with log-weights of any scale; an error with it inside, where a problem has none."""
     known = torch.from_numpy(tree.normalizer_known).to(log_evidence.device) & (readout.law == "target")
     log_evidence = torch.where(known, log_evidence, torch.nan)
+    repeated = repeats_one_problem(run.process)
+    variance = diagnostics.variance_between(log_evidence) if repeated else torch.full_like(log_evidence, torch.nan)
     dead = (log_weight == -torch.inf).all(1)
     log_weight = torch.where(dead[:, None], log_weight, population.normalise(log_weight))
     reward, log_weight, log_evidence, root = (part.to(x.device) for part in (reward, log_weight, log_evidence, root))
@@ -128,6 +130,7 @@ def _result(
         tree=tree,
         law="none" if tree.biased_start else readout.law,
         made_by=MadeBy.of(run),
+        log_evidence_variance=variance.to(x.device),
     )
     if bool(dead.any()):
         raise CollapsedWeightsError(

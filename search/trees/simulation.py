@@ -7,8 +7,9 @@ expand a deeper node join when the others reach it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,10 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from steer.core.loop import Loop
-from steer.core.objective import FINISHED, Owner
+from steer.core.objective import FINISHED
+from steer.core.run import Run
 from steer.core.start import Start, prior
 from steer.core.trajectory import StepRecord, Trajectory, required
-from steer.errors import SteerError
+from steer.errors import ShapeError, SteerError
 from steer.key import Key
 from steer.particles.proposals import Proposal, predict_and_score, propose
 from steer.types import ReverseProcess
@@ -39,42 +41,54 @@ class LastPrediction(NamedTuple):
 
 
 class LiveColumns(NamedTuple):
-    """Which of the simulations [B, W] that advance together are under way, both None for all of them.
+    """Which of the columns [B, W] that are evaluated together are live, None for all of them.
 
-    rows: those on the merged axis (B * W), where the others need not be evaluated.
+    In every problem they are the first ones.
+    alone: the run of each problem of a conditioned network; none where it cannot be asked about one (`only`). Idle
+           columns are then computed, and paid.
     """
 
     mask: NDArray[np.bool_] | None
-    rows: Tensor | None
+    alone: Sequence[Run] = ()
 
-    @classmethod
-    def of(cls, mask: NDArray[np.bool_] | None, process: ReverseProcess, device: torch.device) -> LiveColumns:
-        """A conditioned network needs the rows of every problem in place: there idle columns are computed, and paid."""
-        if mask is None or process.problems is not None:
-            return cls(mask, None)
-        return cls(mask, torch.from_numpy(mask.reshape(-1).nonzero()[0]).to(device))
+    def evaluate(self, function: Evaluated, run: Run, x: Tensor, first: int = 0) -> dict[str, Tensor]:
+        """What a function says of states [B, W, *event] of a run, evaluated on live ones alone; 0 elsewhere.
 
-    def owner(self, x: Tensor, first: int) -> Owner:
-        """Which problem and node (the layer has `first`) each row that is evaluated of states [B, W, ...] is."""
+        A conditioned network needs the rows of every problem in place, as many of each. There the columns that are live
+        in all problems share a call, and those that some problems have more are a call for each of these.
 
-        def named(row: int, column: int) -> tuple[int, int]:
-            place = row * x.shape[1] + column if self.rows is None else int(self.rows[column])
-            return place // x.shape[1], first + place % x.shape[1]
+        first: number of the layer's node in column 0, for messages.
+        """
+        width = x.shape[1]
+        if self.mask is None or not (run.process.problems is None or self.alone):
+            return function(_owned(run, torch.arange(x.shape[0] * width), width, first), x)
+        if run.process.problems is None:
+            live = torch.from_numpy(self.mask.reshape(-1).nonzero()[0])
+            calls = [(live, run, x.flatten(0, 1).index_select(0, live.to(x.device))[None])]
+        else:
+            calls = self._by_problem(run, x)
+        wide: dict[str, Tensor] = {}
+        for places, of, states in calls:
+            for name, part in function(_owned(of, places, width, first), states).items():
+                column = wide.setdefault(name, part.new_zeros((x.shape[0] * width, *part.shape[2:])))
+                column.index_copy_(0, places.to(x.device), part.flatten(0, 1))
+        return {name: column.view(*x.shape[:2], *column.shape[1:]) for name, column in wide.items()}
 
-        return named
+    def _by_problem(self, run: Run, x: Tensor) -> Iterator[tuple[Tensor, Run, Tensor]]:
+        """Places on the merged axis (B * W), with the run and the states of a call for them."""
+        assert self.mask is not None
+        place, count = torch.arange(self.mask.size).view(self.mask.shape), self.mask.sum(1)
+        shared = int(count.min())
+        if shared:
+            yield place[:, :shared].reshape(-1), run, x[:, :shared]
+        for b in (count > shared).nonzero()[0].tolist():
+            of_problem = replace(self.alone[b], key=run.key.shifted(problem=b, slot=shared))
+            yield place[b, shared : count[b]], of_problem, x[b : b + 1, shared : int(count[b])]
 
-    def evaluate(self, function: Callable[[Tensor], dict[str, Tensor]], x: Tensor) -> dict[str, Tensor]:
-        """What a function says of states [B, W, ...], evaluated on live rows alone where it may be; 0 elsewhere."""
-        rows = self.rows
-        if rows is None:
-            return function(x)
 
-        def unpacked(part: Tensor) -> Tensor:
-            wide = part.new_zeros((x.shape[0] * x.shape[1], *part.shape[2:]))
-            return wide.index_copy_(0, rows, part[0]).view(*x.shape[:2], *part.shape[2:])
-
-        packed = function(x.flatten(0, 1).index_select(0, rows)[None])
-        return {name: unpacked(part) for name, part in packed.items()}
+Evaluated = Callable[[Run, Tensor], dict[str, Tensor]]
+"""(run, states [B, W, *event]) -> tensors [B, W, ...] by name. The run is that of the problems which the states are of,
+and its key stands at their slots."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -106,6 +120,15 @@ class Simulator:
         except (RuntimeError, TypeError, AssertionError) as error:
             raise SteerError(f"store is a device to keep states on, as 'cpu', got {self.store!r}: {error}") from error
 
+    @cached_property
+    def alone(self) -> Sequence[Run]:
+        """The run of each problem alone; none where the network is not conditioned, or cannot be asked about one."""
+        run, problems = self.loop.run, self.process.problems or 1
+        try:
+            return [run.only(b) for b in range(problems)] if problems > 1 else []
+        except ShapeError:
+            return []
+
     @property
     def process(self) -> ReverseProcess:
         return self.loop.run.process
@@ -128,7 +151,7 @@ class Simulator:
                     if state is None:
                         continue
                     mask = None if fewest[depth] == width else plan.depth[:, :width] <= depth
-                    live = LiveColumns.of(mask, self.process, state.x.device)
+                    live = LiveColumns(mask, self.alone)
                     state = self.move_along_edge(state, live, tree.levels[depth], key, log_path_weight)
                     log_path_weight = log_path_weight + state.log_weight
                     slots, state = self.add_nodes(depth + 1, live, here, state, key)
@@ -201,27 +224,64 @@ class Simulator:
         self, state: Trajectory, live: LiveColumns, key: Key, *, score: bool
     ) -> tuple[Trajectory, Tensor | None]:
         """The state caching its prediction (and what a proposal needs), and scores [B, W] where they are asked for."""
-        process, run, k = self.process, self.loop.run, state.k
-        objective = run.objective.of(live.owner(state.x, 0))
+        k = state.k
 
-        def predicted(x: Tensor) -> dict[str, Tensor]:
-            here = Trajectory.begin(process, x, k=k)
-            here, scores = predict_and_score(here, objective, run.temperature, self.proposal, score, key)
+        def predicted(run: Run, x: Tensor) -> dict[str, Tensor]:
+            here = Trajectory.begin(run.process, x, k=k)
+            here, scores = predict_and_score(here, run.objective, run.temperature, self.proposal, score, run.key)
             found = here.cache.tensors()
             found.pop("score", None)
             return found if scores is None else {**found, "score": scores}
 
-        found = live.evaluate(predicted, state.x)
+        found = live.evaluate(predicted, replace(self.loop.run, key=key), state.x)
         scores = found.pop("score", None)
         return state.with_step_cache(**found), scores
 
     def _leaf_scores(self, state: Trajectory, live: LiveColumns) -> dict[str, NDArray[Any]]:
         """Rewards and values [B, W] of new leaves."""
         run = self.loop.run
-        objective = run.objective.of(live.owner(state.x, self.tree.leaves.size))
-        scores = live.evaluate(lambda x: {"score": objective(x, FINISHED)}, state.x)["score"].cpu()
+        scores = live.evaluate(_scored, run, state.x, self.tree.leaves.size)["score"].cpu()
         run.meter.finite.settle()  # scores are read here: nothing that is not finite enters the tree
         return {"reward": scores.numpy(), "value": self.tree.rule.leaf_value(scores.numpy(), run.temperature)}
+
+    def score_again(self) -> None:
+        """Makes the scores that a tree holds this run's: those of its leaves, and of its nodes' predictions.
+
+        Raises SteerError where nodes hold gradients of another reward, which is what guided proposals would follow.
+        """
+        tree, reward = self.tree, self.loop.run.objective.reward
+        if tree.reward is reward or not tree.leaves.size:
+            tree.reward = reward
+            return
+        if tree.reward is not None and any("gradient" in layer for layer in tree.layers):
+            raise SteerError(
+                "the nodes of this tree hold gradients of the reward it was grown with, and this is another; grow it "
+                "on with that one, or begin a new tree"
+            )
+        found = []
+        for depth, layer in enumerate(tree.layers[1:], start=1):
+            name = "reward" if depth == tree.depth else "predicted_reward"
+            if name in layer:
+                # Scores that this run would not keep up are none: "unbiased" asks for all of them.
+                wanted = self.predict_rewards or name == "reward"
+                found.append((layer, name, self._scores_of(depth) if wanted else torch.tensor(math.nan)))
+        for layer, name, scores in found:
+            layer[name][:] = torch.where(layer.filled, scores, layer[name])
+        tree.reward = reward
+
+    def _scores_of(self, depth: int) -> Tensor:
+        """Scores [B, size] of the leaves, or of the predictions of all nodes of a depth."""
+        run, layer, scores = self.loop.run, self.tree.layers[depth], []
+        for first in range(0, layer.size, run.chunk):
+            slots = torch.arange(first, min(first + run.chunk, layer.size)).expand(self.tree.problems, -1)
+            held = self.tree.states(depth, slots, self.process.device)
+            clean = held["x"] if "x0" not in held else self.process.complete(held["x"], held["x0"])
+            mask = layer.filled[:, first : first + run.chunk].numpy()
+            live = LiveColumns(None if mask.all() else mask, self.alone)
+            with torch.no_grad():
+                scores.append(live.evaluate(_scored, run, clean, first)["score"].cpu())
+        run.meter.finite.settle()
+        return torch.cat(scores, 1)
 
     def _edge(self, state: Trajectory) -> dict[str, Tensor]:
         """An edge's steps, [B, W, steps, ...], where they are kept: states left, and densities (NaN without noise)."""
@@ -250,3 +310,19 @@ class Simulator:
 
     def _stored(self, tensor: Tensor) -> Tensor:
         return tensor if self.store is None else tensor.to(self.store)
+
+
+def _owned(run: Run, places: Tensor, width: int, first: int) -> Run:
+    """The run, whose messages name problem and node of each row, by its place on the merged axis."""
+
+    def named(row: int, column: int) -> tuple[int, int]:
+        per_row = len(places) // run.problems if run.process.problems is not None else len(places)
+        problem, node = divmod(int(places[row * per_row + column]), width)
+        return problem, first + node
+
+    return replace(run, objective=run.objective.of(named))
+
+
+def _scored(run: Run, x: Tensor) -> dict[str, Tensor]:
+    """Rewards of clean states, as `LiveColumns.evaluate` asks for them."""
+    return {"score": run.objective(x, FINISHED)}

@@ -7,7 +7,7 @@ branching levels a chain is one edge.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any
@@ -43,7 +43,10 @@ class Tree:
     normalizer_known: whether the normalizing constant of the distribution that roots were drawn from is known, [B].
     biased_start: whether roots were chosen, by hand or greedily, so that no weight corrects for where they are.
     expansions:  simulations that expanded a node of depth d < D, of each tree, [D, B].
+    reward:      whose scores leaves and nodes hold; None where that is not known, as in a copy made by pickle.
     """
+
+    reward: Callable[..., Any] | None = None
 
     def __init__(self, problems: int, levels: tuple[int, ...], rule: Backup = soft_backup):
         self.problems, self.levels, self.rule = problems, levels, rule
@@ -54,6 +57,9 @@ class Tree:
         self.biased_start = False
         self.expansions = np.zeros((len(levels), problems), dtype=np.int64)
         self.add_nodes(0, None, np.zeros((problems, 1), dtype=np.int64))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "reward": None}  # a function of the user's, which need not travel
 
     def __repr__(self) -> str:
         leaves = int(self.leaves.count.sum())

@@ -39,6 +39,7 @@ class TreeSearch:
     backup:       how values rise from the leaves to the root.
     readout:      what the leaves weigh in the end.
     backup_each_batch: whether the policy selects by values, which then are kept up to date.
+    widest:       simulations per batch, where no number is given, once there are twice as many in the tree; 16 before.
     """
 
     policy: Policy
@@ -46,6 +47,7 @@ class TreeSearch:
     backup: Backup
     readout: Readout
     backup_each_batch: bool
+    widest: int = 16
 
     @property
     def run(self) -> Run:
@@ -55,12 +57,13 @@ class TreeSearch:
     def tree(self) -> Tree:
         return self.simulator.tree
 
-    def grow(self, walkers: int, particles: int | None, budget: int | None) -> Result:
+    def grow(self, walkers: int | None, particles: int | None, budget: int | None) -> Result:
         """Batches until the particles are made, the budget is spent, or `on_step` asks to stop."""
         tree, loop = self.tree, self.simulator.loop
         check_counts(walkers=walkers)
         self.check_budget(particles, budget)
         self.check_same_states()
+        self.simulator.score_again()
         tree.rule = self.backup
         if self.backup_each_batch and tree.leaves.size:  # grown at another temperature, or by another rule
             tree.backup(self.run.temperature)
@@ -70,12 +73,13 @@ class TreeSearch:
                     self.simulate_batch(plan)
             return self.result(interrupted=loop.interrupted)
 
-    def plans(self, walkers: int, particles: int | None, budget: int | None) -> Iterator[ExpansionPlan]:
+    def plans(self, walkers: int | None, particles: int | None, budget: int | None) -> Iterator[ExpansionPlan]:
         """A plan for every batch, made of the tree as the batches before have left it."""
         most = particles or (16 if budget is None else None)
         made, left = 0, np.full(self.tree.problems, _UNLIMITED if budget is None else budget)
         while most is None or made < most:
-            width = walkers if most is None else min(walkers, most - made)
+            width = walkers or min(self.widest, max(16, self.tree.simulations // 2))
+            width = width if most is None else min(width, most - made)
             plan, spent = self.trim_to_budget(self.policy(self.tree, width, left, self.run.key), left)
             if not plan.real.any():
                 return
@@ -83,10 +87,12 @@ class TreeSearch:
             made, left = made + width, left - spent
 
     def trim_to_budget(self, plan: ExpansionPlan, left: Slots) -> tuple[ExpansionPlan, Slots]:
-        """The plan without its last simulations, where the idle columns of a conditioned network would overdraw the
-        budget; and the network rows that each tree spends on it, [B]."""
+        """The plan without its last simulations, where the idle columns of a network that cannot be asked about one
+        problem, or of steps that call it, would overdraw the budget; and the network rows that each tree spends on it,
+        [B]."""
         process, rows = self.run.process, rows_per_edge(self.run.process, self.tree.levels)
-        idle_columns_cost = process.problems is not None or sampling_uses_network(process)
+        apart = process.problems is None or bool(self.simulator.alone)
+        idle_columns_cost = not apart or sampling_uses_network(process)
         while True:
             running = plan.running()
             paid = running.max(1, keepdims=True) if idle_columns_cost else running

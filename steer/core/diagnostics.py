@@ -19,14 +19,27 @@ def one_root(log_weight: Tensor, root: Tensor) -> Tensor:
 
 
 def evidence_variance(log_weight: Tensor, root: Tensor, resamplings: Tensor) -> Tensor:
-    """Estimate of Var(Z_hat) / Z^2, which is Var(log Z_hat) to first order, from one run: [B].
+    """Estimate of Var(Z_hat) / Z^2, which is Var(log Z_hat) to first order, from the ancestors of one run.
 
-    log_weight: final weights [B, N]. root: index of each particle's ancestor at the start, [B, N]. resamplings: how
-    often each problem was resampled, [B].
-    Source: Lee & Whiteley 2018, V = 1 - (N / (N - 1))^(R + 1) (1 - sum_n S_n^2) with S_n the weight that
-    descends from root n. Unbiased for multinomial resampling; an overestimate for the others. It degenerates to 1 once
-    one root is left (`one_root`); there is no fixed-lag remedy, since every generation adds to the variance of the
-    evidence.
+    It holds for multinomial resampling, at fixed levels or by ESS, and where nothing was resampled. Two particles that
+    multinomial resampling has drawn have independent ancestors, which is what pairs of particles of different roots
+    are counted by. Other resamplers keep nearly every particle in its place: roots do not coalesce while the factor of
+    R grows, and V falls below zero without bound. Which pairs they draw at all depends on the order of the particles
+    (systematic resampling never draws some), so no count of pairs of one run replaces it; `variance_between` does, over
+    several.
+
+    Args:
+        log_weight: final weights, [B, N].
+        root: index of each particle's ancestor at the start, [B, N].
+        resamplings: how often each problem was resampled, R, [B].
+
+    Returns:
+        [B]; NaN for one particle. Z_hat^2 V is unbiased for the variance of Z_hat, so a single V may be negative. It is
+        1 once one root is left (`one_root`), whatever the variance; there is no fixed-lag remedy, since every
+        generation adds to the variance of the evidence.
+
+    Source: Lee & Whiteley 2018, V = 1 - (N / (N - 1))^(R + 1) (1 - sum_n S_n^2) with S_n the weight that descends from
+    root n.
     """
     particles = log_weight.shape[1]
     if particles < 2:
@@ -35,6 +48,23 @@ def evidence_variance(log_weight: Tensor, root: Tensor, resamplings: Tensor) -> 
     descended = torch.zeros_like(weight).scatter_add_(1, root, weight)
     inflation = (particles / (particles - 1)) ** (resamplings.double() + 1.0)
     return 1.0 - inflation * (1.0 - descended.square().sum(1))
+
+
+def variance_between(log_evidence: Tensor) -> Tensor:
+    """Estimate of Var(Z_hat) / Z^2, which is Var(log Z_hat) to first order, from the spread of independent runs.
+
+    It holds for any method whose Z_hat is unbiased: any resampler, moves, trees.
+
+    Args:
+        log_evidence: of B independent repetitions of one run, [B].
+
+    Returns:
+        The same number for each, [B], with a relative standard error of about sqrt(2 / (B - 1)); NaN for B = 1.
+    """
+    if len(log_evidence) < 2:
+        return torch.full_like(log_evidence, math.nan)
+    relative = (log_evidence - torch.logsumexp(log_evidence, 0) + math.log(len(log_evidence))).exp()
+    return relative.var().expand_as(log_evidence)
 
 
 def mean_variance(log_weight: Tensor, values: Tensor, ancestor: Tensor, resamplings: Tensor) -> Tensor:

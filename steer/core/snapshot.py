@@ -78,6 +78,7 @@ def trajectory_parts(
     moves = [event for event in past if isinstance(event, ResamplingRecord)]
     tensors["ancestor_levels"] = torch.tensor([move.k for move in moves], dtype=torch.int64)
     tensors["resampled"] = stacked([move.happened for move in moves], 0)
+    tensors["independent"] = torch.tensor([move.independent for move in moves], dtype=torch.bool)
     tensors["ancestors"] = stacked([move.parent.int() for move in moves], -1)
     past_facts = []
     for i, event in enumerate(past):
@@ -89,8 +90,12 @@ def trajectory_parts(
 def trajectory_from(tensors: Mapping[str, Tensor], facts: Mapping[str, Any], process: ReverseProcess) -> Trajectory:
     """The trajectory of `trajectory_parts`, on a process and its device."""
     held = {name: tensor.to(process.device) for name, tensor in tensors.items()}
-    moves = zip(held["ancestor_levels"].tolist(), held["ancestors"], held["resampled"], strict=True)
-    records = (ResamplingRecord(k, index[:, index[0] >= 0].long(), done.bool()) for k, index, done in moves)
+    flags = (held[name].tolist() for name in ("ancestor_levels", "independent"))
+    moves = zip(*flags, held["ancestors"], held["resampled"], strict=True)
+    records = (
+        ResamplingRecord(k, index[:, index[0] >= 0].long(), done.bool(), independent)
+        for k, independent, index, done in moves
+    )
     past = tuple(next(records) if step is None else StepRecord(**_unpacked(step, held)) for step in facts["past"])
     values = {name: _unpacked(packed, held) for name, packed in facts["fields"].items()}
     for name, kind in _CLASSES.items():

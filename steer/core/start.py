@@ -98,7 +98,8 @@ def check_resume(
 
     Raises:
         ShapeError: of another event, number of problems or level.
-        SteerError: it is a run's end, or other numbers than its own were asked for.
+        SteerError: it is a run's end, other numbers than its own were asked for, or its weights are those of another
+            product of models.
         BudgetError: what is left of its chains costs more than the budget.
     """
     if tuple(state.x.shape[2:]) != tuple(process.event) or not 0 <= state.k <= process.steps:
@@ -111,6 +112,12 @@ def check_resume(
             "a trajectory to resume is one that a run passed through, and this one is a run's end: its weights hold "
             "the final reward, and where it was stopped its states are predictions; keep `event.state` of on_step "
             "instead"
+        )
+    made, wanted = _exponents(state.process, state.k), _exponents(process, state.k)
+    if made != wanted:
+        raise SteerError(
+            f"the weights of this trajectory are those of models to the powers {made}, and this run's target at level "
+            f"{state.k} has powers {wanted}; go on by the method, models and exponents that made it"
         )
     problems, count = state.x.shape[:2]
     check_batch(process.problems, problems)
@@ -126,3 +133,9 @@ def check_resume(
             f"raise it to {price}, or select fewer particles (Trajectory.select)"
         )
     return replace(state, process=process)
+
+
+def _exponents(process: ReverseProcess, k: int) -> tuple[float, ...]:
+    """The powers of the models whose product a process stands for at level k (`Composite.at`); (1,) for a model."""
+    at = getattr(process, "at", None)
+    return (1.0,) if at is None else tuple(at(k))

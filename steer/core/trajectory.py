@@ -20,11 +20,15 @@ Fields = TypeVar("Fields", bound="ParticleFields")
 
 
 class ResamplingRecord(NamedTuple):
-    """Particles were rearranged at level k: particle m came from parent[:, m]. happened: which problems, [B]."""
+    """Particles were rearranged at level k: particle m came from parent[:, m].
+
+    happened: in which problems, [B]. independent: whether the ancestors were independent draws by weight.
+    """
 
     k: int
     parent: Tensor
     happened: Tensor
+    independent: bool = False
 
 
 class StepRecord(NamedTuple):
@@ -113,13 +117,13 @@ class StepCache(ParticleFields):
 class PathState(ParticleFields):
     """What a particle's path remembers; it travels with the particle, and copies inherit it.
 
-    log_potential: what potentials have multiplied into the weight so far, [B, N]; None before the first.
+    log_potential: what potentials (and steps of a weighted SDE) have multiplied into the weight so far, [B, N]; None
+                   before the first.
     final_applied: whether r(x_0) / temperature is in it: to resume from there would count the reward twice.
-    exponent:      of the tempered value, [B, N]; None for 1.
+    exponent:      of the tempered value, [B, N]; None without tempering.
     highest, summed: maximum and sum of the values so far, [B, N].
     value:         of the last choice of a search, [B, N].
     log_q:         log-densities of a composite's models along the path, [B, N, I].
-    exponent_counted: exponent at which a Feynman-Kac step has counted the value of the state it led to, [B, N].
     clock, deadline: of birth-death processes, [B, N].
     driving_noise: by name, the noise of the start and of every step so far, [B, N, *event], from which MCMC moves
                    replay a path.
@@ -133,7 +137,6 @@ class PathState(ParticleFields):
     summed: Tensor | None = None
     value: Tensor | None = None
     log_q: Tensor | None = None
-    exponent_counted: Tensor | None = None
     clock: Tensor | None = None
     deadline: Tensor | None = None
     driving_noise: Mapping[str, Tensor] = field(default_factory=dict)
@@ -243,10 +246,11 @@ class Trajectory:
         state = self.path.replace(**path) if path else self.path
         return self._with(log_weight=self.log_weight + log_increment, path=state)
 
-    def resample(self, ancestors: Tensor, where: Tensor | None = None) -> Trajectory:
+    def resample(self, ancestors: Tensor, where: Tensor | None = None, *, independent: bool = False) -> Trajectory:
         """With particles replaced by copies of their ancestors [B, M], in the problems [B] `where` is true.
 
         There the mean weight moves into the evidence and weights start again from 1; elsewhere nothing changes.
+        independent: whether the ancestors are independent draws by weight, as those of `multinomial` are.
         """
         if where is not None and ancestors.shape != self.log_weight.shape:
             raise ShapeError(
@@ -262,7 +266,7 @@ class Trajectory:
             ancestors = torch.where(chosen, ancestors, population.positions(ancestors.shape[1], 1, ancestors.device))
             weight = self.log_weight.masked_fill(chosen, 0.0)
             evidence = torch.where(where, evidence, self.log_evidence)
-        return self._take(ancestors, where, weight)._with(log_evidence=evidence)
+        return self._take(ancestors, where, weight, independent)._with(log_evidence=evidence)
 
     def branch(self, copies: int) -> Trajectory:
         """With every particle repeated `copies` times side by side; weights are those of the parents."""
@@ -350,7 +354,18 @@ class Trajectory:
         count = torch.zeros(self.x.shape[0], dtype=torch.int64, device=self.x.device)
         return sum((event.happened.long() for event in self.past if isinstance(event, ResamplingRecord)), count)
 
-    def _take(self, index: Tensor, happened: Tensor, log_weight: Tensor) -> Trajectory:
+    def independent_lineages(self) -> Tensor:
+        """Whether each problem's particles came about by independent draws of ancestors, or were never rearranged, [B].
+
+        What the variance of log_evidence can be read off the ancestors for (`diagnostics.evidence_variance`).
+        """
+        independent = torch.full_like(self.log_evidence, not self.moved, dtype=torch.bool)
+        for event in self.past:
+            if isinstance(event, ResamplingRecord) and not event.independent:
+                independent = independent & ~event.happened
+        return independent
+
+    def _take(self, index: Tensor, happened: Tensor, log_weight: Tensor, independent: bool = False) -> Trajectory:
         # The one place where particles move: every per-particle field goes along, so none can go stale.
         moved = population.Gather(index, self.x.shape[1])
         return self._with(
@@ -358,7 +373,7 @@ class Trajectory:
             log_weight=log_weight,
             cache=self.cache.map(moved),
             path=self.path.map(moved),
-            past=(*self.past, ResamplingRecord(self.k, index, happened)),
+            past=(*self.past, ResamplingRecord(self.k, index, happened, independent)),
         )
 
     def _with(self, **changes: Any) -> Trajectory:

@@ -46,8 +46,10 @@ class Potential:
 
     def apply(self, state: Trajectory, value: Tensor) -> Trajectory:
         """The state reweighted by values [B, N] = r(x0_hat) / temperature at its level."""
-        if self.tempering is not None:
-            state = state.with_path_state(exponent=self.tempering(state, value)[:, None].expand_as(value))
+        exponent = None if self.tempering is None else self.tempering(state, value)[:, None].expand_as(value)
+        # Also where it is None: a tempered run that this one goes on from has left its own.
+        if exponent is not None or state.path.exponent is not None:
+            state = state.with_path_state(exponent=exponent)
         value = self.tempered(state, value)
         increment, path = self.combine(value, state.path)
         # A forbidden *prediction* says nothing certain about the sample: leave the weight until the sample is there.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core import population
-from ..core.resampling import Resampler, systematic
+from ..core.resampling import Resampler, multinomial, systematic
 from ..core.trajectory import LevelRecord, Trajectory
 from ..errors import CollapsedWeightsError, NonFiniteError, SteerError
 from ..key import Key
@@ -95,7 +95,8 @@ def select(state: Trajectory, scores: Tensor, selection: Resample, key: Key, see
     low = size < enough
     # Where nothing is resampled, possibly for want of any weight, ancestors are not used but must exist.
     log_weight = state.log_weight.masked_fill(~low[:, None], 0.0)
-    return state.resample(selection.ancestors(log_weight, state.k, key.at(state.k)), low)
+    ancestors = selection.ancestors(log_weight, state.k, key.at(state.k))
+    return state.resample(ancestors, low, independent=selection.resampler is multinomial)
 
 
 def check(state: Trajectory) -> None:

@@ -276,7 +276,8 @@ def _diagnostics(result: RunResult, numbers: dict[str, Any]) -> Iterator[tuple[s
         for i, (estimate, error) in enumerate(list(estimates)[:8]):
             name = f"log normalizing constant, problem {i}" if problems > 1 else "log normalizing constant"
             unknown = "unknown: the start has no known normalizing constant"
-            yield name, unknown if estimate is None else with_error(estimate, error)
+            alone = "" if error is not None else " (a single run does not tell its error: repeat it)"
+            yield name, unknown if estimate is None else with_error(estimate, error) + alone
         yield "effective sample size", f"{number(numbers['ess'])} of {whole(particles)}"
         tails = [k for k in numbers["pareto_k"] if k is not None]
         if tails:

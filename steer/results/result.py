@@ -74,8 +74,13 @@ class Result:
     tree:         the search tree, which can be grown further, where the method grows one.
     law:          what weighted means estimate: "target", p(x) exp(r(x) / temperature); "model", p(x); "none", where a
                   search chose the samples, or a start that no weight corrects for.
-    log_evidence_variance: estimated variance of log_evidence, [B], from the same run; NaN where there is none, as
-                  where one starting noise has all of the weight (a UserWarning says so).
+    log_evidence_variance: estimated variance of log_evidence, [B]. From the ancestors of each problem's particles,
+                  where `multinomial` drew them, at most N / 2 times, or nothing was resampled, and one starting noise
+                  has not all of the weight. Else from the spread over problems, the same number for all, where these
+                  repeat one: no prompts or labels, batch >= 2. Else NaN: a single run does not tell (a UserWarning says
+                  so where one starting noise has all of the weight). Repeat it, or resample less, by
+                  `steer.multinomial`. By ancestors it is right on average, has an error of its own of about sqrt(2 R) /
+                  N after R resamplings, and may be negative where it is smaller than that.
     made_by:      the method and the reward, by their names.
     """
 
@@ -113,13 +118,10 @@ class Result:
     ) -> Result:
         """What a sampler of a distribution returns: its last population, with its scores [B, N]."""
         root, weight = state.root, population.normalise(state.log_weight)
-        variance = torch.full_like(state.log_evidence, torch.nan)
-        if not state.moved:
-            variance = diagnostics.evidence_variance(weight, root, state.resamplings())
-            known, lost = ~state.log_evidence.isnan(), diagnostics.one_root(weight, root)
-            variance = variance.masked_fill(~known | lost, torch.nan)  # NaN together
-            if weight.shape[1] > 1 and bool((known & lost).any()):
-                _warn_of_one_root(int((known & lost).nonzero()[0]), weight.shape[1])
+        variance = _evidence_variance(state, weight, root)
+        lost = diagnostics.one_root(weight, root) & variance.isnan() & ~state.log_evidence.isnan()
+        if weight.shape[1] > 1 and bool(lost.any()):
+            _warn_of_one_root(int(lost.nonzero()[0]), weight.shape[1])
         return cls(
             process=state.process,
             x=state.x,
@@ -296,3 +298,26 @@ def _warn_of_one_root(problem: int, particles: int) -> None:
         UserWarning,
         stacklevel=level,
     )
+
+
+def _evidence_variance(state: Trajectory, log_weight: Tensor, root: Tensor) -> Tensor:
+    """Variance of each problem's log_evidence [B], by the estimator that holds; see `Result.log_evidence_variance`."""
+    evidence, independent = state.log_normaliser, state.independent_lineages()
+    count = state.resamplings()
+    own = diagnostics.evidence_variance(log_weight, root, count)
+    repeated = repeats_one_problem(state.process) and len(evidence) > 1
+    spread = diagnostics.variance_between(evidence) if repeated else torch.full_like(evidence, torch.nan)
+    if repeated and not bool(independent.all()):  # for all: those that happened not to be resampled are a choice
+        own = spread
+    # Pairs of different roots die out in the course of N resamplings: V then is 1, or far below zero in the few runs
+    # that have some left, which is right on average and says nothing of a run.
+    tells = (2 * count <= root.shape[1]) & ~diagnostics.one_root(log_weight, root)
+    own = torch.where(independent & tells, own, spread)
+    return own.masked_fill(state.log_evidence.isnan(), torch.nan)  # NaN together
+
+
+def repeats_one_problem(process: ReverseProcess) -> bool:
+    """Whether the problems of a run are repetitions of one: no conditioning of the model or of its hooks differs."""
+    hooks = getattr(process, "hooks", None)
+    placed = () if hooks is None else (*hooks.start, *hooks.score, *hooks.x0, *hooks.mean, *hooks.after)
+    return process.problems is None and not any(hasattr(hook, "only") for hook in placed)

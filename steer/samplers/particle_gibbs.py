@@ -14,7 +14,7 @@ prior each time, which repairs diversity.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -54,6 +54,22 @@ class PinnedRule:
 
     def std(self, here: Level, there: Level) -> float:
         return self.rule.std(here, there)
+
+
+class UndrawnKey(Key):
+    """The key that the process's hooks get, by which nothing may be drawn.
+
+    A path is its states. Where a hook draws, what it drew is part of how the states came about: drawn anew for a pinned
+    path it is from another distribution than theirs, and sweeps do not leave the distribution of the path as it is.
+    (Hooks of a proposal may draw: the model's own step, which the weight asks for, does not depend on it.)
+    """
+
+    def _draw(self, *_: Any, **__: Any) -> NoReturn:
+        raise StateSpaceError(
+            "particle Gibbs pins a path by its states, and a hook of this process draws noise that they depend on (a "
+            "smoothed gradient, a noise of its own), which is not in them; leave the noise out (sigma=0, noise=0), put "
+            "the hooks into the proposal (steer.follow), or use steer.smc"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +153,7 @@ def particle_gibbs(
     Raises:
         ShapeError: for a path of another shape.
         StateSpaceError: where there is no transition rule to pin, as on processes that restart or are corrected between
-            steps.
+            steps; where a hook of the process draws noise, which states alone do not pin.
         Others: as `steer.smc`. After the first sweep, `.partial` is the Result of the last whole one: its trajectory
             gives `draw_path` a path to go on from.
 
@@ -156,6 +172,8 @@ def particle_gibbs(
             "or use steer.smc"
         )
     check_counts(sweeps=sweeps)
+    pins = path is not None or sweeps > 1
+    guarded = _with_hook_key(free, UndrawnKey(0)) if pins else free
     count = affordable(sweeps * rows_between(process, 0, process.steps), particles=particles, budget=budget)
     batch = num_problems(process, batch)
     _check_path(path, (batch, process.steps + 1, *process.event))
@@ -165,7 +183,7 @@ def particle_gibbs(
     cost, sweep, renewed = Cost(), 0, list[Tensor]()
     while True:
         of_sweep = key.fold("sweep", sweep)
-        tied, begin, resampler = _tied(free, path)
+        tied, begin, resampler = _tied(guarded, path)
         with keeping(None if result is None else replace(result, interrupted=True)):
             result = smc(
                 tied,
@@ -194,7 +212,7 @@ def particle_gibbs(
     share = torch.stack(renewed).mean(0) if renewed else nowhere
     # Pinned runs overestimate the normalizing constant: it is the first run's, with its variance, unless that was one.
     evidence = (nowhere, nowhere) if begins_pinned else (first.log_evidence, first.log_evidence_variance)
-    process = need_gaussian(result.process, _WHAT).with_rule(free.rule)
+    process = _with_hook_key(need_gaussian(result.process, _WHAT).with_rule(free.rule), getattr(free, "key", None))
     state = replace(state, process=process, diagnostics={**state.diagnostics, "renewed": share})
     return replace(
         result,
@@ -212,6 +230,11 @@ def _tied(process: GaussianPath, path: Tensor | None) -> tuple[GaussianPath, Sta
         return process, prior, multinomial
     rule = PinnedRule(process.rule, path, process.levels)
     return process.with_rule(rule), PinnedPrior(path), conditional_multinomial
+
+
+def _with_hook_key(process: GaussianPath, key: Key | None) -> GaussianPath:
+    """The process, its hooks drawing by that key; itself where it has none."""
+    return process if process.hooks is None else replace(cast(Any, process), key=key)
 
 
 def _check_path(path: Tensor | None, shape: tuple[int, ...]) -> None:

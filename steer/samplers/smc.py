@@ -76,7 +76,9 @@ def smc(
 
     Returns:
         Result with x [B, N, *event], reward [B, N], log_weight [B, N] that sum to one, and log_evidence [B], which is
-        NaN after a start of unknown normalizing constant. `law` is "target".
+        NaN after a start of unknown normalizing constant. Its variance comes from the ancestors of one run for
+        `multinomial` resampling alone; for others run batch >= 2 repetitions (`Result.log_evidence_variance`). `law` is
+        "target".
 
     Raises:
         NonFiniteError: where the reward is NaN or +inf, or densities overflow.

@@ -59,8 +59,8 @@ def waste_free(
 
     Returns:
         Result as `steer.smc`. `result.diagnostics` has the share of moves accepted at each level, [B] each.
-        log_evidence is unbiased as in `smc`; its variance is not estimated (NaN), because moved particles no longer
-        descend from their ancestor's noise.
+        log_evidence is unbiased as in `smc`; its variance is known from repetitions alone (batch >= 2), because moved
+        particles no longer descend from their ancestor's noise.
 
     Raises:
         StateSpaceError: where paths cannot be replayed: no Gaussian prior, or steps that are not `steer.Normal`.

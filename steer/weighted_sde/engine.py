@@ -151,15 +151,16 @@ class WeightedSDE:
         """How much of the gradient of rho the kernel's proposal follows: 1, 1/2 and 0 for score, half and base."""
         return 1.0 + 0.5 * self.transport.theta(self.target.total(k), 1.0)[REWARD]
 
-    def evaluate(self, state: Trajectory) -> tuple[Trajectory, Tensor, Tensor]:
-        """The state weighted by its value and ready to move; its scores [B, N]; theta [B, 3], zero without a drift."""
+    def evaluate(self, state: Trajectory, point: Evaluation | None = None) -> tuple[Trajectory, Tensor, Tensor]:
+        """The state weighted by its value and ready to move; its scores [B, N]; theta [B, 3], zero without a drift.
+
+        point: its evaluation, where `settled` has made it.
+        """
         k, needs = state.k, self.needs(state)
-        point = self.derivatives(state.x, k, needs)
-        if state.path.exponent_counted is not None:  # Feynman-Kac steps count rho up to the state they lead to
-            state = state.with_path_state(log_potential=state.path.exponent_counted * point.value)
+        point = point or self.derivatives(state.x, k, needs)
         if needs.value and (isinstance(self.weight, FeynmanKac) or self.potential.active(k, self.target.steps)):
             state = self.potential.apply(state, point.value)
-        exponent = torch.ones_like(state.log_weight) if state.path.exponent is None else state.path.exponent
+        exponent = _exponent(state)
         state = state.with_step_cache(x0=point.x0, score=point.reward if needs.value else None)
         nowhere = state.log_weight.new_zeros(state.log_weight.shape[0], 3)
         if self.tracks_log_q or isinstance(self.weight, KernelRatio):
@@ -173,7 +174,6 @@ class WeightedSDE:
         partial = exponent * (later - point.value)
         point = point.tempered(exponent)
         state, theta = self.drift(state, point, self.terms(state, point, partial))
-        state = state.with_path_state(exponent_counted=exponent) if self.valued else state
         return state, point.reward, theta
 
     def model_terms(self, state: Trajectory, point: Evaluation) -> Terms:
@@ -272,6 +272,17 @@ class WeightedSDE:
             gain = gain + required(after.path.log_q) @ change
         return replace(self.weighted(replace(after, k=state.k), gain), k=after.k)
 
+    def settled(self, state: Trajectory) -> tuple[Trajectory, Evaluation | None]:
+        """A state just stepped to, with what of the reward is in its weight as a number; and its evaluation, if made.
+
+        A Feynman-Kac step counts rho up to the state that it leads to. What that is has to be said here, in the terms
+        of this run: whoever goes on from the state may have another reward, temperature, tempering or weight.
+        """
+        if not self.valued or isinstance(self.weight, KernelRatio) or state.k == self.target.steps:
+            return state, None
+        point = self.derivatives(state.x, state.k, self.needs(state))
+        return state.with_path_state(log_potential=_exponent(state) * point.value), point
+
     def followed(self, before: Trajectory, after: Trajectory) -> tuple[Trajectory, Tensor, Tensor]:
         """A step made: the state with log q_i moved on, log F_i [B, N, I] and log B [B, N] of it.
 
@@ -291,3 +302,8 @@ class WeightedSDE:
         if self.tracks_log_q:
             after = after.with_path_state(log_q=required(before.path.log_q) + forward - backward[..., None])
         return after, forward, backward
+
+
+def _exponent(state: Trajectory) -> Tensor:
+    """Exponent of the tempered value, [B, N]."""
+    return torch.ones_like(state.log_weight) if state.path.exponent is None else state.path.exponent

@@ -5,6 +5,7 @@
         evaluate    predictions, values and their derivatives; the weight of the step to come, as far as it is known
         selected    resampled where the ESS is low, or by birth-death clocks
         step        x' by Euler-Maruyama with integrated coefficients, or the composite of reverse kernels
+        settled     what of the reward the weight has counted at x', as a number: it takes the next level's evaluation
     close       score x_0; weight by what exp(r(x_0) / T) is still owed
 
 `engine` has the equations.
@@ -37,7 +38,7 @@ from ..particles.tempering import Tempering
 from ..results.result import Result
 from ..types import Reward
 from .composite import Composite
-from .derivatives import ValueDerivatives
+from .derivatives import Evaluation, ValueDerivatives
 from .engine import FeynmanKac, KernelRatio, Noise, WeightedSDE
 from .look_ahead import LookAhead
 from .transports import Transport
@@ -96,6 +97,7 @@ def weighted_loop(
     rows = rows_per_particle(target, objective is not None, weight, look_ahead)
     history: list[LevelRecord] = []
     thetas: dict[int, Tensor] = {}
+    ahead: Evaluation | None = None
     loop = Loop(run)
     with loop.keeping_partial():
         state = replace(_started(engine, start, run.problems, particles, budget, rows), keep_states=keep_states)
@@ -105,11 +107,11 @@ def weighted_loop(
         with loop.steps():
             for k in range(state.k, target.steps):
                 consistent = state  # the gain of the step from here is not in it yet
-                state, scores, thetas[k] = engine.evaluate(state)
+                state, scores, thetas[k] = engine.evaluate(state, ahead)
                 if not engine.last(k):
                     state = _selected(state, scores, selection, run.key, history)
                 loop.predicted(state, partial=consistent)
-                before, state = state, engine.step(state)
+                before, (state, ahead) = state, engine.settled(engine.step(state))
                 loop.stepped(before, state, partial=state)
         state = loop.ended(state)
         with torch.no_grad():

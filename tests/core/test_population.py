@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -10,6 +11,7 @@ import torch
 from exact import LIMIT, Linear, z
 
 import steer
+from steer import search
 from steer.core import diagnostics, population
 from steer.core.trajectory import ResamplingRecord
 from steer.key import Key
@@ -189,6 +191,11 @@ def runs():
     return result, (result.log_evidence - process.exact(reward).log_evidence).exp()
 
 
+def by_ancestors(result):
+    trajectory = result.trajectory
+    return diagnostics.evidence_variance(result.log_weight, trajectory.root, trajectory.resamplings())
+
+
 def unbiased_for_variance(estimate, ratio) -> float:
     """z of E[(Z_hat / Z)^2 V - (Z_hat / Z - 1)^2] = 0, which is Lee & Whiteley's theorem, at any N."""
     return z(ratio.square() * estimate - (ratio - 1.0).square())
@@ -200,13 +207,12 @@ def test_evidence_and_its_variance_are_unbiased(runs):
     root, resamplings = result.trajectory.root, result.trajectory.resamplings()
     assert int(resamplings.min()) >= 3
     assert abs(z(ratio - 1.0)) < LIMIT
-    estimate = diagnostics.evidence_variance(result.log_weight, root, resamplings)
-    assert abs(unbiased_for_variance(estimate, ratio)) < LIMIT
-    alone = diagnostics.one_root(result.log_weight, root)
+    assert abs(unbiased_for_variance(by_ancestors(result), ratio)) < LIMIT
+    alone = diagnostics.one_root(result.log_weight, root)  # of one root ancestors tell nothing: the spread does
+    expected = torch.where(alone, diagnostics.variance_between(result.log_evidence), by_ancestors(result))
+    assert torch.equal(result.log_evidence_variance, expected)
     assert 0 < int(alone.sum()) < 0.02 * 6000
-    assert bool((estimate[alone] > 0.99).all())  # whatever the evidence
-    assert torch.equal(result.log_evidence_variance.isnan(), alone)
-    assert torch.equal(result.log_evidence_variance[~alone], estimate[~alone])
+    assert bool((by_ancestors(result)[alone] > 0.99).all())  # whatever the evidence
 
 
 def test_other_estimates_of_the_variance_are_rejected(runs):
@@ -225,6 +231,44 @@ def test_other_estimates_of_the_variance_are_rejected(runs):
         assert abs(unbiased_for_variance(estimate, ratio)) > LIMIT, name
 
 
+def test_evidence_variance_where_ancestors_do_not_tell():
+    """By ancestors of coupled draws V is below zero; the spread of eight repetitions is right, over 150 such groups."""
+    process = gaussian([0.5], 0.8, steps=20, schedule=steer.RectifiedFlow(), dtype=torch.float64)
+    process = process.with_rule(ExactStep(process.reference))
+    reward, options = Linear([0.6]), {"particles": 8, "batch": 1200, "key": 5}
+    for resampler in (steer.systematic, steer.ssp, steer.stratified, steer.multinomial):
+        result = steer.smc(process, reward, selection=steer.resample(resampler, threshold=1.0), **options)
+        ratio = (result.log_evidence - process.exact(reward).log_evidence).exp()
+        true = (ratio - 1.0).square()
+        groups = torch.stack([diagnostics.variance_between(group)[0] for group in result.log_evidence.split(8)])
+        # To first order: 8 repetitions miss their own mean by an eighth of the variance, squared.
+        error = (groups.var() / len(groups) + true.var() / len(true)).sqrt()
+        assert abs(float((groups.mean() - true.mean()) / error)) < LIMIT, resampler
+        if resampler is steer.multinomial:
+            assert abs(unbiased_for_variance(by_ancestors(result), ratio)) < LIMIT
+        else:
+            assert unbiased_for_variance(by_ancestors(result), ratio) < -LIMIT  # the mutant: what this was
+            assert torch.equal(result.log_evidence_variance, diagnostics.variance_between(result.log_evidence))
+
+
+@pytest.mark.parametrize("resampler", [steer.systematic, steer.multinomial])
+def test_a_single_run_says_what_it_knows_of_its_variance(resampler):
+    """Prompts are problems of their own, and so is a run alone: NaN, unless nothing was resampled."""
+    plain = gaussian([0.5], 0.8, steps=8, dtype=torch.float64)
+    prompted = dataclasses.replace(plain, problems=3, prompts=("a", "b", "c"))
+    for process in (plain, prompted):
+        often = steer.smc(process, Linear([2.0]), particles=4, selection=steer.resample(resampler, threshold=1.0))
+        assert bool(often.log_evidence_variance.isnan().all())  # 7 times, with 4 particles: no two ancestors are left
+        sharp = steer.smc(process, Linear([2.0]), particles=16, selection=steer.resample(resampler, threshold=1.0))
+        assert bool(sharp.trajectory.resamplings().all())
+        assert bool(sharp.log_evidence_variance.isnan().all()) == (resampler is steer.systematic)
+        never = steer.smc(process, Linear([0.1]), particles=16, selection=steer.resample(resampler, threshold=0.0))
+        assert bool((never.log_evidence_variance > 0.0).all())
+    tree = search.dts(plain, Linear([2.0]), particles=8, batch=4)
+    assert torch.equal(tree.log_evidence_variance, diagnostics.variance_between(tree.log_evidence))
+    assert bool(search.dts(plain, Linear([2.0]), particles=8).log_evidence_variance.isnan().all())
+
+
 def test_evidence_variance_at_a_lag(runs):
     """Given the ancestors at a lag as roots: the whole lag is the run itself, none is independent particles."""
     result, ratio = runs
@@ -239,8 +283,7 @@ def test_evidence_variance_at_a_lag(runs):
 
     assert torch.equal(ancestors[len(rearranged)], trajectory.root)
     whole = at_lag(len(rearranged), trajectory.resamplings())
-    reported = result.log_evidence_variance
-    assert torch.equal(whole[~reported.isnan()], reported[~reported.isnan()])
+    assert torch.equal(whole, by_ancestors(result))
     weight = result.log_weight.exp()
     none = at_lag(0, torch.zeros(6000))
     torch.testing.assert_close(none, weight.var(1) / 8 / weight.mean(1).square())

@@ -12,6 +12,7 @@ import torch
 from exact import LIMIT, PATHS, Linear, Quadratic, exact_chain, mixture_2d, times, worst, z_scores
 
 import steer
+from steer.core import diagnostics
 from steer.particles.path_mcmc import PathMoves
 
 STEPS = 8
@@ -217,7 +218,9 @@ def test_waste_free_is_smc_with_moves():
     rates = {name: rate for name, rate in ours.diagnostics.items() if "acceptance" in name}
     assert list(rates) == ["acceptance of moves at level 4", "acceptance of moves at level 8"]
     assert all(bool(((rate > 0) & (rate <= 1)).all()) for rate in rates.values())
-    assert bool(ours.log_evidence_variance.isnan().all())
+    assert torch.equal(ours.log_evidence_variance, diagnostics.variance_between(ours.log_evidence))
+    alone = steer.waste_free(process, reward, particles=12, key=8, chain=3, levels=[4, 8])
+    assert bool(alone.log_evidence_variance.isnan().all())  # ancestors do not tell where moved particles come from
     assert ours.trajectory.path.driving_noise == {}
     assert ours.cost.nfe == 2 * (12 * 8 + 8 * (5 + 8))
     torch.testing.assert_close(ours.log_weight, torch.full((2, 12), -math.log(12.0), dtype=torch.float64))

@@ -192,3 +192,38 @@ def test_processes_whose_steps_cannot_be_pinned_are_refused(kind):
     }[kind]()
     with pytest.raises(steer.StateSpaceError, match="pins the one step"):
         steer.particle_gibbs(changed, REWARD, particles=4)
+
+
+NOISY = steer.Hooks(mean=(lambda step: step.mean + 1.5 * step.std * step.key.normal(step.x.shape),))
+
+
+def test_a_hook_that_draws_is_refused_where_a_path_is_pinned():
+    noisy = steer.guide(PROCESS, NOISY)
+    for options in ({}, {"sweeps": 1, "path": exact_path(Key(1), 2)}):
+        with pytest.raises(steer.StateSpaceError, match="a hook of this process draws noise"):
+            steer.particle_gibbs(noisy, REWARD, batch=2, particles=3, **options)
+    assert steer.particle_gibbs(noisy, REWARD, particles=3, sweeps=1).process.key is None  # plain SMC
+    still = steer.guide(PROCESS, steer.Hooks(x0=(lambda step: step.x0 + 0.1,)), key=7)
+    assert steer.particle_gibbs(still, REWARD, particles=3).process.key == Key(7)
+
+
+def test_noise_of_hooks_in_a_proposal_is_none_of_the_path():
+    paths, _ = sweep(exact_path(Key(1)), 3, 2, Key(2), threshold=1.0, proposal=steer.follow(NOISY))
+    assert worst(scores(paths)) < LIMIT
+
+
+def test_noise_of_hooks_in_the_process_would_change_the_law(monkeypatch):
+    """Six sweeps of 4000 paths of the noisy chain's own tilted distribution: what the refusal is for."""
+    monkeypatch.setattr(particle_gibbs, "_with_hook_key", lambda process, key: process)
+    noisy = steer.guide(steer.models.gaussian([0.4], 0.8, steps=STEPS, dtype=torch.float64), NOISY)
+    many = steer.rollout(noisy, REWARD, particles=100_000, key=16, keep_states=True)
+    weight = torch.softmax(many.reward[0], 0)
+    mean = (weight * many.x[0, :, 0]).sum()
+    of_reference = (weight * (many.x[0, :, 0] - mean)).square().sum()
+    chosen = torch.multinomial(weight, 4000, True, generator=torch.Generator().manual_seed(1))
+    result = steer.particle_gibbs(
+        noisy, REWARD, batch=4000, particles=2, sweeps=6, path=many.trajectory.states()[0, chosen], key=18,
+        threshold=1.0, proposal=steer.guided(0.5),
+    )  # fmt: skip
+    found = result.mean(lambda x: x[:, 0]) - mean
+    assert abs(float(found.mean() / (found.var() / len(found) + of_reference).sqrt())) > LIMIT

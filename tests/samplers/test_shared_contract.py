@@ -252,7 +252,11 @@ def test_event_costs_count_up(sampler, name):
         assert spent == sorted(spent)
         assert 0 <= spent[0] <= spent[-1] <= getattr(result.cost, field)
     network = [event.cost.nfe for event in events]
-    assert all(before < after for before, after in itertools.pairwise(network))
+    for before, after in itertools.pairwise(events):
+        # Feynman-Kac weights count the reward up to the state reached, whose prediction is thus made at once: the last
+        # step, which needs no more than that, is the one without a call.
+        ahead = after.level == STEPS and name in ("fkc_feynman_kac", "driftlite", "driftlite_refined")
+        assert (before.cost.nfe == after.cost.nfe) if ahead else (before.cost.nfe < after.cost.nfe)
     if name != "waste_free":  # its moves of finished samples come after the last step
         assert network[-1] == result.cost.nfe
 

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import pickle
 from collections import Counter
 from functools import partial
 
@@ -482,6 +483,96 @@ def test_conditioned_networks_pay_for_idle_columns():
             free = search.dts(plain, REWARD, budget=500, walkers=5, key=2, batch=3)
             torch.testing.assert_close(run.x, free.x, rtol=1e-9, atol=1e-9)
             assert run.cost.nfe > 1500 - 9
+
+
+class Conditioned:
+    """Predictions of Gaussians, a mean for each problem; can be asked about one."""
+
+    def __init__(self, means, rows):
+        self.means, self.rows = torch.tensor(means, dtype=torch.float64), rows
+
+    def __call__(self, x, t):
+        assert x.shape[0] == len(self.means)
+        self.rows.append(x.shape[0] * x.shape[1])
+        alpha, sigma = steer.VP()(float(t))[:2]
+        return self.means.view(-1, 1, 1) + 0.5 * alpha / (0.5 * alpha**2 + sigma**2) * (
+            x - alpha * self.means.view(-1, 1, 1)
+        )
+
+    def only(self, problem):
+        return Conditioned(self.means[problem : problem + 1].tolist(), self.rows)
+
+
+@pytest.mark.parametrize("method", ["star", "boltzmann", "unbiased"])
+def test_a_tree_of_several_prompts_is_what_it_is_alone(method):
+    """The same leaves at the same budget: no tree pays for columns that idle because another one differs."""
+
+    def grown(means, key):
+        rows = []
+        options = {"event": (1,), "problems": len(means), "dtype": torch.float64}
+        process = steer.from_denoiser(Conditioned(means, rows), steer.VP(), 12, **options)
+        run = search.dts_star if method == "star" else partial(search.dts, build=method, widening=(1.0, 0.5))
+        result = run(process, lambda x: torch.sin(3.0 * x[:, 0]) + 0.3 * x[:, 0], budget=400, walkers=5, key=key)
+        assert result.cost.nfe == sum(rows) <= 400 * len(means)
+        return result
+
+    means = [-1.0, 0.0, 3.0]
+    together = grown(means, steer.Key(3))
+    for problem, mean in enumerate(means):
+        alone = grown([mean], steer.Key(3).shifted(problem=problem))
+        count = alone.x.shape[1]
+        assert int(together.tree.leaves.count[problem]) == count
+        torch.testing.assert_close(together.x[problem, :count], alone.x[0], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(together.reward[problem, :count], alone.reward[0], rtol=1e-9, atol=1e-9)
+    assert method != "star" or len(set(together.tree.leaves.count.tolist())) > 1  # trees did differ
+
+
+@pytest.mark.parametrize("method", [*BUILDS, "star"])
+def test_a_tree_grown_on_with_another_reward_holds_its_scores(method):
+    """Rewards of old leaves, and of the predictions that "unbiased" goes by, as if it had been asked for that one."""
+    run = search.dts_star if method == "star" else partial(search.dts, build=method)
+    options = {"walkers": 5, "batch": 2, "levels": 3}
+
+    def other(x):
+        return -2.0 * REWARD(x)
+
+    tree = run(chain(), REWARD, particles=30, key=1, **options).tree
+    again = run(chain(), other, particles=10, key=2, tree=tree, **options)
+    scores = other(again.x.flatten(0, 1)).view(again.reward.shape)
+    torch.testing.assert_close(again.reward, scores, rtol=1e-12, atol=1e-12)
+    if method == "unbiased":
+        for layer in tree.layers[1:-1]:
+            found = other(layer["x0"].flatten(0, 1)).view(layer.filled.shape)
+            torch.testing.assert_close(
+                layer["predicted_reward"][layer.filled], found[layer.filled], rtol=1e-12, atol=1e-12
+            )
+    rewards = run(chain(), other, particles=5, tree=pickle.loads(pickle.dumps(tree)), key=3, **options).cost.rewards
+    kept = run(chain(), other, particles=5, tree=tree, key=3, **options).cost.rewards
+    assert kept < rewards - 60  # a copy does not know whose scores it holds, and asks again
+
+
+def test_a_tree_that_holds_gradients_of_another_reward_is_refused():
+    options = {"particles": 20, "levels": 2, "proposal": steer.guided(0.5)}
+    tree = search.dts(chain(), REWARD, **options).tree
+    with pytest.raises(steer.SteerError, match="gradients of the reward it was grown with"):
+        search.dts(chain(), lambda x: -REWARD(x), tree=tree, **options)
+    search.dts(chain(), REWARD, tree=tree, **options)
+
+
+def test_batches_of_a_blind_build_widen_with_the_tree():
+    """Half as many calls at 64 chains' rows; the law of such trees does not depend on where batches end."""
+    process, calls = chain(20), {}
+    for walkers in (None, 16):
+        events: list[steer.Event] = []
+        run = search.dts(process, REWARD, budget=64 * 20, walkers=walkers, on_step=events.append)
+        assert run.cost.nfe == 64 * 20
+        calls[walkers] = len(events)
+    assert calls[None] < 0.6 * calls[16]
+    for build in ("uniform", "boltzmann"):
+        options = {"build": build, "particles": 50}
+        assert torch.equal(
+            search.dts(process, REWARD, **options).x, search.dts(process, REWARD, walkers=16, **options).x
+        )
 
 
 def test_repr_and_size():
