@@ -50,7 +50,7 @@ def test_a_process_holds_what_its_prompts_take_whatever_the_number_of_particles(
     embeddings = pipe.encode_prompt(prompt=prompts, prompt_2=None, device="cpu", max_sequence_length=32)
     size = sum(part.numel() * part.element_size() for part in embeddings)
     process.denoise(states(process, 4, 16), 1)
-    kept = process.denoiser.call._computed
+    kept = process.denoiser.call.computed
     held = sum(condition_cache._bytes(kept[key][0]) for key in kept if key[0] == "encode_prompt" and key[3] == 16)
     assert 0 < held < 1.2 * size  # each prompt has its own position ids
 
@@ -65,4 +65,4 @@ def test_dropped_conditions_are_prepared_again_with_the_same_result(monkeypatch)
     bounded = steer.from_pipeline(pipe, steps=3, chunk=2, **call)
     for _ in range(2):
         assert torch.equal(bounded.denoise(x, 1), expected)
-    assert len(bounded.denoiser.call._computed) == 1
+    assert len(bounded.denoiser.call.computed) == 1
