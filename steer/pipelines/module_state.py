@@ -22,7 +22,7 @@ class ModuleState(NamedTuple):
     hooks: list[tuple[str, ...]]
     adapter_scales: list[dict[str, float]]
     configs: list[Any]
-    training: list[bool]
+    training: list[bool | None]
 
 
 class WatchedModules:
@@ -53,7 +53,7 @@ class WatchedModules:
             ],
             adapter_scales=[dict(layer.scaling) for layer in self._adapter_layers],
             configs=[vars(module).get("_internal_dict") for module in self.modules],
-            training=[own["training"] for own in self._own],
+            training=[own.get("training") for own in self._own],
         )
 
     def changes(self, before: ModuleState) -> list[str]:
@@ -125,9 +125,10 @@ class WatchedModules:
             if config is not None:
                 vars(module)["_internal_dict"] = config
 
-    def _restore_training(self, training: list[bool]) -> None:
+    def _restore_training(self, training: list[bool | None]) -> None:
         for own, mode in zip(self._own, training, strict=True):
-            own["training"] = mode
+            if mode is not None:  # compiled modules have that of the module inside
+                own["training"] = mode
 
 
 def _adapters(module: Any) -> tuple[Any, ...]:
