@@ -89,11 +89,11 @@ class WatchedModules:
 
     def _find(self) -> None:
         """Find the submodules, and those of each kind."""
-        every = list(dict.fromkeys(part for module in self.modules for part in module.modules()))
+        every: list[Any] = list(dict.fromkeys(part for module in self.modules for part in module.modules()))
         self._own = [vars(module) for module in every]
         self._tensors = [kept for own in self._own for kept in (own["_parameters"], own["_buffers"]) if kept]
         self._attention = [module for module in every if getattr(module, "processor", None) is not None]
-        self._adapter_layers = [module for module in every if isinstance(vars(module).get("scaling"), dict)]
+        self._adapter_layers: list[Any] = [module for module in every if isinstance(vars(module).get("scaling"), dict)]
         self._adapters_known = [_adapters(module) for module in self.modules]
 
     def _restore_processors(self, processors: list[Any]) -> None:
@@ -111,9 +111,9 @@ class WatchedModules:
 
     def _restore_hooks(self, names: list[tuple[str, ...]]) -> None:
         for own, before in zip(self._own, names, strict=True):
-            registry = own.get("_diffusers_hook")
-            for name in () if registry is None else set(registry.hooks) - set(before):
-                registry.remove_hook(name, recurse=False)
+            if (registry := own.get("_diffusers_hook")) is not None:
+                for name in set(registry.hooks) - set(before):
+                    registry.remove_hook(name, recurse=False)
 
     def _restore_adapter_scales(self, scales: list[dict[str, float]]) -> None:
         for layer, scaling in zip(self._adapter_layers, scales, strict=True):
@@ -127,7 +127,11 @@ class WatchedModules:
 
     def _restore_training(self, training: list[bool | None]) -> None:
         for own, mode in zip(self._own, training, strict=True):
+<<<<<<< HEAD
             if mode is not None:  # compiled modules have none of their own
+=======
+            if mode is not None:  # compiled modules have that of the module inside
+>>>>>>> pb
                 own["training"] = mode
 
 

@@ -52,7 +52,7 @@ SCHEDULERS = {
     "flow-heun": diffusers.FlowMatchHeunDiscreteScheduler(),
 }
 
-ENDS_NOISY = ("ddim", "pndm", "deis", "dpm-ends-noisy")
+ENDS_NOISY = ("ddim", "pndm", "tcd", "deis", "dpm-ends-noisy")  # TCD's own last step ends at timestep 0
 
 
 def grid_of(name, steps=7):

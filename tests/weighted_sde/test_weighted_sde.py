@@ -365,7 +365,9 @@ def test_log_q_along_the_path():
 
 
 @pytest.mark.parametrize(
-    ("weight", "transport"), [(EXACT, SCORE), (EXACT, HALF), (EXACT, BASE), (steer.KernelRatio(), HALF)], ids=str
+    ("weight", "transport"),
+    [(EXACT, SCORE), (EXACT, HALF), (EXACT, BASE), (steer.KernelRatio(), HALF)],
+    ids=["score", "half", "base", "half by kernels"],
 )
 def test_a_constant_exponent_is_a_smaller_reward(weight, transport):
     """On the way, a value tempered by a half is half the value, in the weights as in the drift: to rounding."""
