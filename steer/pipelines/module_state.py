@@ -127,11 +127,7 @@ class WatchedModules:
 
     def _restore_training(self, training: list[bool | None]) -> None:
         for own, mode in zip(self._own, training, strict=True):
-<<<<<<< HEAD
-            if mode is not None:  # compiled modules have none of their own
-=======
             if mode is not None:  # compiled modules have that of the module inside
->>>>>>> pb
                 own["training"] = mode
 
 
