@@ -196,9 +196,11 @@ def attempt(
         planted["network"] = Planted(network, fault, at if place == "network" else None)
         return planted["network"]
 
-    model, options = process(wrap), {"particles": 8, "key": 0}
-    options |= METHODS[name].keywords if isinstance(METHODS[name], partial) else {}
-    method = METHODS[name].func if isinstance(METHODS[name], partial) else METHODS[name]
+    method: Any = METHODS[name]
+    options: dict[str, Any] = {"particles": 8, "key": 0}
+    if isinstance(method, partial):
+        options, method = options | method.keywords, method.func
+    model = process(wrap)
     if "on_step" in inspect.signature(method).parameters:
         options["on_step"] = planted["on_step"]
     try:

@@ -98,8 +98,8 @@ def best_of_n(
         loop = Loop(here)
         try:
             with keeping(lambda: replace(so_far(), interrupted=True) if samples else None), loop.keeping_partial():
-                loop.partial = ready(run.process, run.objective, here.key, run.problems, min(chunk, count - first))
-                loop.partial = state = run_chain(loop, loop.partial, chunk=first)
+                state = ready(run.process, run.objective, here.key, run.problems, min(chunk, count - first))
+                state = run_chain(loop, state, chunk=first)
                 with torch.no_grad():
                     score = run.objective.of(from_column(first))(state.x, FINISHED)
         except (Stop, KeyboardInterrupt):
