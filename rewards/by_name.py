@@ -11,6 +11,7 @@ from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, cast
 
 from steer.errors import RemoteError, RewardError
 
@@ -124,7 +125,7 @@ def _weighted_term(spec: str | Scorer, text: ToText | None) -> tuple[float, Scor
 def _imported(module: str, attribute: str) -> Scorer:
     """A reward of the user's own, or what their class or function of no arguments makes."""
     try:
-        found = getattr(import_module(module), attribute)
+        found: Any = getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise RewardError(
             f"no reward {module}:{attribute} can be imported ({error}); is its folder on PYTHONPATH?"
@@ -133,7 +134,7 @@ def _imported(module: str, attribute: str) -> Scorer:
         makes = inspect.isclass(found) or not inspect.signature(found).parameters
     except (TypeError, ValueError):
         makes = False
-    return found() if makes else found
+    return cast(Scorer, found() if makes else found)
 
 
 def _unknown(spec: str, name: str) -> str:

@@ -81,11 +81,12 @@ class Ranks:
                 "together splits a population over a process group, and there is none; start the script by torchrun "
                 "and call torch.distributed.init_process_group() first"
             )
-        self.group, self.check = group, check
+        self.group: Any = group
+        self.check = check
         self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
         gloo = dist.get_backend(group) == "gloo"
         members = None if group is None else dist.get_process_group_ranks(group)
-        self.numbers = group if gloo else dist.new_group(members, backend="gloo")
+        self.numbers: Any = group if gloo else dist.new_group(members, backend="gloo")
         self.seconds, self.calls = 0.0, 0
         self.asked = self.stopping = self.ended = False
 
@@ -242,5 +243,5 @@ class _Scatter(torch.autograd.Function):
 
 def _mark(x: Tensor) -> int:
     """48 bits of a hash of the contents."""
-    raw = x.detach().contiguous().cpu().flatten().view(torch.uint8).numpy()
+    raw = x.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data
     return int.from_bytes(hashlib.blake2b(raw, digest_size=6).digest(), "big")

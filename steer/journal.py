@@ -293,7 +293,7 @@ def _digest_of(path: Path) -> str:
 
 def _fingerprint(tensor: Tensor) -> list[Any]:
     """Type, shape and a 64-bit hash of the contents."""
-    raw = tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy()
+    raw = tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data
     return [str(tensor.dtype), list(tensor.shape), hashlib.blake2b(raw, digest_size=8).hexdigest()]
 
 

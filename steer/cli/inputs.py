@@ -65,7 +65,7 @@ def open_model(
     call: Sequence[str] = (),
     dtype: str = "fp32",
     download: bool = False,
-) -> GaussianProcess:
+) -> Any:
     """A model that ships with steer, a folder, or a repository of the hub, opened for a prompt and call arguments."""
     from ..errors import ModelError, PromptError, ShapeError
     from ..generation.generator import Generator

@@ -13,9 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from steer.rewards.image_checks import check_range
+
 from ..errors import NonFiniteError, ShapeError, StateSpaceError, SteerError
 from ..grpo.batch import Kind, RolloutBatch
-from ..rewards.image_checks import check_range
 
 NOISE_LEVEL_PARAMETER = {"FlowSDE": "a", "DanceSDE": "eta", "CPS": "eta"}
 """Kernels that trainers know, and the parameter of each that they call its noise level."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -161,7 +162,7 @@ class Generator:
         for entry in entries:
             index = int(entry.pop("index"))
             (row,) = self.rows([entry])
-            for made in self.stream([row._replace(index=index)]):
+            for made in self.stream([replace(row, index=index)]):
                 for record in self._records(made):
                     for name in _COLUMNS:
                         found[name].append(record[name])
@@ -283,7 +284,8 @@ class Generator:
         from ..models.catalogue import embedded
         from ..models.embedded import load
 
-        model, steps = self.model, {} if self.steps is None else {"steps": self.steps}
+        model: Any = self.model
+        steps: dict[str, Any] = {} if self.steps is None else {"steps": self.steps}
         where = self.device or "cpu"
         if isinstance(model, str) and model in [card["name"] for card in embedded()]:
             text = model == "letters"  # takes no label

@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..errors import PromptError
 
@@ -25,7 +26,8 @@ OWNED = {
 """Arguments of a pipeline's call that steer decides, and what to set instead."""
 
 
-class Row(NamedTuple):
+@dataclass(frozen=True)
+class Row:
     """One row of a file of prompts.
 
     index:  its number in the whole file, from 0: it names the row's noise, its files and its claim.

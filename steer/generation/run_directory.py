@@ -118,7 +118,8 @@ class RunDirectory:
 
     def failed(self, index: int, error: BaseException) -> None:
         """Writes the record of a row that could not be made, with what it had paid for where the error has it."""
-        folder, partial = self.folder(index), getattr(error, "partial", None)
+        folder = self.folder(index)
+        partial: Any = getattr(error, "partial", None)
         record = {
             "type": type(error).__name__,
             "message": str(error),

@@ -60,9 +60,9 @@ def run(
     ours = not ray.is_initialized()
     if ours:
         ray.init(address=address, include_dashboard=False, log_to_driver=False, configure_logging=False)
-    actors = []
+    actors: list[Any] = []
     try:
-        kind = ray.remote(num_cpus=1, num_gpus=gpus_per_worker, max_restarts=-1, max_task_retries=3)(_Worker)
+        kind: Any = ray.remote(num_cpus=1, num_gpus=gpus_per_worker, max_restarts=-1, max_task_retries=3)(_Worker)
         actors = [kind.remote(generator, str(directory.path.absolute())) for _ in range(min(workers, len(indices)))]
         yield from _results(ray, actors, directory, list(indices), gpus_per_worker)
     finally:

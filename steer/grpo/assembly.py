@@ -65,10 +65,10 @@ def score_samples(process: GaussianProcess, x: Tensor, rewards: Mapping[str, Cal
         samples = process.decode(x)
         decoded, values = replace(process, decoder=None), {}
         for name, reward in rewards.items():
-            _, objective, _ = open_objective(process, reward, groupwise=True)
+            _, objective, meter = open_objective(process, reward, groupwise=True)
             wide = samples.view(*x.shape[:2], *samples.shape[1:])
             values[name] = replace(objective, process=decoded)(wide, FINISHED)
-    decoded.meter.finite.settle()
+            meter.finite.settle()
     return values
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from steer.errors import PromptError, SteerError
 from steer.generation.place import Place, place
-from steer.generation.prompts import call_arguments, read_prompts, rows_of
+from steer.generation.prompts import Row, call_arguments, read_prompts, rows_of
 
 ACCEPTED = ["prompt", "guidance_scale", "height", "negative_prompt"]
 ENTRIES = [
@@ -34,7 +34,7 @@ def test_parquet(tmp_path):
 
 def test_columns_are_arguments_or_notes():
     first, second = rows_of(ENTRIES, ACCEPTED)
-    assert first == (0, "a red fox, in snow", {"guidance_scale": 5.0}, {"tag": "fox"})
+    assert first == Row(0, "a red fox, in snow", {"guidance_scale": 5.0}, {"tag": "fox"})
     assert second.index == 1
 
 
