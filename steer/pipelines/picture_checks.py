@@ -76,7 +76,7 @@ class _Watermark:
         if not torch.is_tensor(images) or not images.requires_grad:
             return self._watermark.apply_watermark(images, *args, **kwargs)
         marked = self._watermark.apply_watermark(images.detach().clone(), *args, **kwargs)
-        # Outside [-1, 1] pixels are cut off with the watermark or without it.
+        # Outside [-1, 1] pixels are cut off with the watermark or without it, and those it rounds to the edge also.
         return _PassGradient.apply(images, marked.to(images), images.detach().abs() <= 1.0)
 
 

@@ -85,10 +85,16 @@ def test_a_watermark_passes_the_gradient_of_the_picture():
     pipe.watermark = None
     bare = steer.from_pipeline(pipe, steps=3, **call)
     x = states(process, 1, 2)
-    (marked, ours), (plain, theirs) = gradient(process, x), gradient(bare, x)
-    assert torch.equal(marked, process.decode(x))
-    assert 0.0 < float((marked - plain).detach().abs().max()) < 0.01
-    near(ours, theirs, 0.02)
+    marked, plain = process.decode(x), bare.decode(x)
+    assert 0.0 < float((marked - plain).abs().max()) < 0.01
+    # A pixel that the watermark rounds to black or white stands at the edge of the pipeline's clamp, and has none.
+    inside = ((marked > 0.0) & (marked < 1.0)).double()
+
+    def slope(opened):
+        y = x.clone().requires_grad_()
+        return torch.autograd.grad((inside * opened.decode(y)).sum(), y)[0]
+
+    near(slope(process), slope(bare), 1e-5)
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
