@@ -46,7 +46,7 @@ class Conditioning:
         latents: Latents given to start from, one row per problem, in the pipeline's own form; or None.
         division: How each argument is divided among problems, by name; those that are not in it are shared.
         undecided: Arguments that may be shared or hold an entry per problem, which their names do not tell: in how many
-            ways each may be divided. `PipelineCall.divide_arguments` settles them.
+            ways each may be divided. `several_problems.divide_arguments` settles them.
 
     Raises:
         ModelError: For arguments that the pipeline does not take, or that belong to the sampler.

@@ -149,7 +149,7 @@ PER_PROBLEM_ARGUMENTS = (
 )
 """Beginnings of arguments with one entry per problem wherever there are as many entries as problems.
 
-Arguments under other names are divided by what the pipeline does with them: see `PipelineCall.divide_arguments`.
+Arguments under other names are divided by what the pipeline does with them: see `several_problems.divide_arguments`.
 """
 
 SHARED_ARGUMENTS = ("timesteps", "sigmas")

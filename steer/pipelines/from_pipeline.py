@@ -12,7 +12,7 @@ from ..processes import schedules
 from ..processes.gaussian import GaussianProcess
 from ..processes.transitions import CPS, DDIM, Churn, ClippedPrediction
 from ..types import Rule
-from . import noise_levels, refusals, unet2d
+from . import noise_levels, refusals, several_problems, unet2d
 from .chunking import Chunked
 from .decoder_gradient import recomputed, weights_kept
 from .default_rule import chosen_rule
@@ -86,6 +86,7 @@ def from_pipeline(
     refusals.check_arguments(pipe, call, steps)
     opened = PipelineCall(pipe, call, number)
     try:
+        several_problems.divide_arguments(opened)
         opened.record_start()
     except Exception as error:
         refusals.check_strength(pipe, call, number, error)
@@ -134,7 +135,9 @@ class PipelineDenoiser:
         self.call, self.grid, self.problem = call, grid, problem
         self.clamp: float | None = None
         self._step, self._off_grid = 0, None
-        self._network = Chunked(f"{type(call.user_pipe).__name__}'s networks", self._predict, chunk, call.may_share)
+        self._network = Chunked(
+            f"{type(call.user_pipe).__name__}'s networks", self._predict, chunk, several_problems.SharedCalls(call)
+        )
 
     @property
     def chunk(self) -> int:

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from ..errors import ModelError, ShapeError, SteerError
 from ..key import Key
-from . import preparation, several_problems
+from . import preparation
 from .condition_cache import recall, remember
 from .conditioning import Conditioning
 from .families import METHODS_BEFORE_LOOP
 from .module_state import WatchedModules
 from .network_proxy import NetworkProxy, is_network
 from .picture_checks import PictureChecks
+from .row_composition import rows_of_pair
 from .steered_scheduler import CapturedStep, IgnoresInterrupt, Job, OffGridLevel, SteeredScheduler
 
 _CHANGES_LATENTS = (
@@ -86,7 +87,6 @@ class PipelineCall:
         self._random_device = "cpu" if generator is None else generator.device
         self._draws = preparation.modules_that_draw(self.owner, encoders=True)
         self.computed: dict[Any, Any] = {}
-        self._shared: dict[tuple[tuple[int, ...], int], bool] = {}
         self._generator_states: dict[tuple[str, int], Tensor] = {}
         self._calls: dict[str, int] = {}
         self._generator: torch.Generator | None = None
@@ -112,11 +112,8 @@ class PipelineCall:
 
         To be called before any other method.
 
-        Cost: one network evaluation of one row, for the form of the networks' output, and what
-        `several_problems.divide_arguments` costs.
+        Cost: one network evaluation of one row, for the form of the networks' output.
         """
-        self._found = self.modules.read()
-        several_problems.divide_arguments(self)
         start = self._capture(Job((0,), 1, index=0, stubbed=True)).sample.detach().clone()
         self._copies = len(start)
         self.start = self.first_copy(start, 1)
@@ -194,13 +191,6 @@ class PipelineCall:
             )
         return output
 
-    def may_share(self, problems: tuple[int, ...], rows_each: int) -> bool:
-        """Whether these problems can share a call: see `several_problems.may_share`. Found out once."""
-        key = problems, rows_each
-        if key not in self._shared:
-            self._shared[key] = several_problems.may_share(self, problems, rows_each)
-        return self._shared[key]
-
     def network_inputs(self, x: Tensor, problems: tuple[int, ...], rows_each: int, index: int) -> list[Any]:
         """What the networks are given at one step, and what the scheduler is; networks are stubbed.
 
@@ -237,7 +227,7 @@ class PipelineCall:
             left = self._run(Job(pair, 1, index=index, after=step), **exchanged)
         if not isinstance(left, CapturedStep):
             raise ModelError("its loop ends without calling scheduler.step")
-        return list(several_problems.rows_of_pair([*seen, left.sample]))
+        return list(rows_of_pair([*seen, left.sample]))
 
     @contextmanager
     def forgetting(self) -> Iterator[None]:

@@ -6,7 +6,7 @@ longest in the batch, so several problems share a call only where this says that
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -81,3 +81,9 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     finite = one[one.isfinite()]
     scale = float(finite.abs().max()) if len(finite) else 0.0
     return bool(((one == other) | ((one - other).abs() <= tolerance * scale)).all())
+
+
+def rows_of_pair(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """For each of two problems, its rows of what a loop carries, in all guidance branches."""
+    for row in (0, 1):
+        yield [tensor.detach().unflatten(0, (-1, 2))[:, row].double() for tensor in tensors]

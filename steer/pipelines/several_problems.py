@@ -6,8 +6,7 @@ may share a call. Everything else steer does with one problem per call, where no
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,10 +14,8 @@ from torch import Tensor
 from ..errors import ModelError
 from ..key import Key
 from .argument_division import Division, blanked, divided, first_other_problem
+from .pipeline_call import PipelineCall
 from .row_composition import composed_of
-
-if TYPE_CHECKING:
-    from .pipeline_call import PipelineCall
 
 
 def divide_arguments(call: PipelineCall) -> None:
@@ -52,6 +49,25 @@ def divide_arguments(call: PipelineCall) -> None:
             raise _cannot_tell(call, next(iter(likeliest)), f"with two prompts the pipeline raised {problem}")
         for name, possible in conditioning.undecided.items():
             conditioning.division[name] = _division_of(call, name, possible)
+
+
+class SharedCalls:
+    """Which problems of a pipeline may share a call: `may_share`, found out once for each number of rows.
+
+    Args:
+        call: The opened pipeline.
+    """
+
+    def __init__(self, call: PipelineCall):
+        self.call = call
+        self._known: dict[tuple[tuple[int, ...], int], bool] = {}
+
+    def __call__(self, problems: tuple[int, ...], rows_each: int) -> bool:
+        """Whether these problems may share a call, with so many rows each."""
+        key = problems, rows_each
+        if key not in self._known:
+            self._known[key] = may_share(self.call, problems, rows_each)
+        return self._known[key]
 
 
 def may_share(call: PipelineCall, problems: tuple[int, ...], rows_each: int) -> bool:
@@ -158,9 +174,3 @@ def _cannot_tell(call: PipelineCall, name: str, why: str) -> ModelError:
         f"{type(call.user_pipe).__name__} gives each prompt its own or all to every prompt: {why}; open one process "
         "per prompt"
     )
-
-
-def rows_of_pair(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """For each of two problems, its rows of what a loop carries, in all guidance branches."""
-    for row in (0, 1):
-        yield [tensor.detach().unflatten(0, (-1, 2))[:, row].double() for tensor in tensors]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import ModelError, SteerError
 from ..processes.gaussian import GaussianProcess, need_gaussian_process
+from . import several_problems
 from .argument_division import divided
 from .families import PER_PROBLEM_ARGUMENTS
 from .from_pipeline import PipelineDecoder, PipelineDenoiser
@@ -207,6 +208,7 @@ def _check_division(call: PipelineCall, indices: Any, tolerance: float) -> float
         if name in texts
     }
     equal = PipelineCall(call.user_pipe, {**given, **same}, call.conditioning.steps)
+    several_problems.divide_arguments(equal)
     equal.record_start()
     equal.probe()
     try:

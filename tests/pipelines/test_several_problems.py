@@ -12,12 +12,11 @@ from tiny_pipelines import conditional_unet as unet_of
 from tiny_pipelines import flux as make_flux
 
 import steer
-from steer.pipelines import preparation
+from steer.pipelines import preparation, several_problems
 from steer.pipelines.argument_division import blanked, divided, possible_divisions
 from steer.pipelines.from_pipeline import PipelineDenoiser
 from steer.pipelines.module_state import WatchedModules
 from steer.pipelines.network_proxy import NetworkProxy
-from steer.pipelines.pipeline_call import PipelineCall
 from steer.pipelines.row_composition import composed_of
 
 PROMPTS = ["a", "a very long prompt about many things"]
@@ -61,7 +60,7 @@ def test_prompts_of_different_length_are_each_alone(name, particles):
     both = steer.from_pipeline(pipe, steps=3, **{**call, "prompt": PROMPTS})
     alone = processed_alone(pipe, 3, [{**call, "prompt": prompt} for prompt in PROMPTS])
     assert max(differences(both, alone, 1, particles)) < 1e-5
-    assert both.denoiser.call.may_share((0, 1), 2) == (name == "sd15")
+    assert several_problems.may_share(both.denoiser.call, (0, 1), 2) == (name == "sd15")
 
 
 def test_embeddings_and_their_masks_stay_together():
@@ -229,13 +228,13 @@ def test_equal_particles_get_equal_predictions():
 
 
 def fault_of_shared_calls(patch):
-    patch.setattr(PipelineCall, "may_share", lambda *_: True)
+    patch.setattr("steer.pipelines.several_problems.may_share", lambda *_: True)
     pipe, call = build("ltx")
     return pipe, {**call, "prompt": PROMPTS}
 
 
 def fault_of_tensor_images(patch):
-    patch.setattr(PipelineCall, "may_share", lambda *_: True)
+    patch.setattr("steer.pipelines.several_problems.may_share", lambda *_: True)
     pipe, call = inpainting(9)
     return pipe, {**call, "prompt": PROMPTS}
 
