@@ -15,10 +15,11 @@ from ..evaluation.methods import sample
 from ..files import write_atomically
 from ..key import Key
 from ..pipelines.from_pipeline import from_pipeline
+from ..processes.transitions import ClippedPrediction
 from ..report.images import is_images, to_images, to_png
 from ..report.run_report import shown
 from ..results.result import Result
-from ..types import ReverseProcess
+from ..types import ReverseProcess, Rule
 from .claims import Claim
 from .place import Place
 from .prompts import OWNED, Row, rows_of
@@ -333,9 +334,13 @@ class _Pipeline:
     def __init__(self, pipe: Any, options: dict[str, Any]) -> None:
         self.pipe, self.options = pipe, options
         self.__signature__ = inspect.signature(type(pipe).__call__)
+        self.rule: Rule | None = None
 
     def __call__(self, **call: Any) -> ReverseProcess:
-        return from_pipeline(self.pipe, **self.options, **call)
+        process = from_pipeline(self.pipe, **self.options, transition=self.rule, **call)
+        # Given back, so that what replaces the scheduler is said once, and not for every row.
+        self.rule = process.rule.rule if isinstance(process.rule, ClippedPrediction) else process.rule
+        return process
 
 
 _COLUMNS = ("index", "particle", "prompt", "image", "score", "weight", "nfe", "error")
