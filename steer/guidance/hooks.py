@@ -290,17 +290,17 @@ def _look(process: GaussianPath, hooks: Hooks, x: Tensor, k: int, key: Key | Non
     base = hook_key(key).at(k)
     followed = torch.is_grad_enabled() and x.requires_grad
     with torch.set_grad_enabled(followed or hooks.through):
-        state = (
-            x.clone() if followed or not hooks.through else x.detach().clone().requires_grad_()
-        )  # hooks may write to it
+        # Copies, here and of the prediction: hooks may write to what they see.
+        state = x.clone() if followed or not hooks.through else x.detach().clone().requires_grad_()
         raw = process.denoise(state, k, key)
+        seen = raw.clone()
     if raw.shape != x.shape:
         raise StateSpaceError(
             f"hooks work on predictions of the shape of the states, {tuple(x.shape)}, got {tuple(raw.shape)} from "
             f"{type(process).__name__}; where it is guided by mean hooks already, put all hooks into the "
             "proposal, or into the process (guide)"
         )
-    at = Step(process, state, k, raw.clone(), raw.detach().clone(), torch.zeros_like(x), base, log)
+    at = Step(process, state, k, seen, raw.detach().clone(), torch.zeros_like(x), base, log)
     with torch.set_grad_enabled(hooks.through):
         for i, hook in enumerate(hooks.score):
             if at.here.alpha > 0.0:  # else no score determines a prediction
