@@ -299,6 +299,11 @@ class Generator:
 
             return unlabelled if text else labelled
         if isinstance(model, str | Path):
+            if not Path(model).is_dir() and str(model).count("/") != 1:
+                raise ModelError(
+                    f"there is no folder {str(model)!r}, and no embedded model of that name; embedded are digits, "
+                    "digits-flow and letters, and a repository of the hub is owner/name"
+                )
             from ..pipelines.hub import load_pipeline
 
             model = load_pipeline(

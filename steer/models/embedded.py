@@ -14,6 +14,7 @@ from ..files import check_digests
 from ..pipelines.from_pipeline import from_pipeline
 from ..processes.gaussian import GaussianProcess
 from ..processes.masked import MaskedProcess
+from ..processes.transitions import DDIM
 from ..processes.unmasking import UnmaskRule
 from ..torch_modes import lasting
 from ..types import Rule
@@ -64,7 +65,7 @@ def load(
         name,
         device,
         steps=50 if steps is None else steps,
-        transition=cast("Rule | None", transition),
+        transition=cast("Rule | None", transition) or DDIM(),
         class_labels=labels,
         guidance_scale=guidance_scale,
     )

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -88,7 +89,7 @@ def test_best_of_n_shows_its_n_best_and_numbers_their_noise(tmp_path):
         (["--method", "dts", "--set", "levels"], "NAME=VALUE"),
         (["--method", "dts", "--set", "levels=big"], "must be a whole number"),
         (["--method", "dts", "--set", "widening=2.0"], "widening of dts must be"),
-        (["--method", "dts", "--set", "budget=3"], "walkers=16"),
+        (["--method", "dts", "--set", "budget=3"], "walkers=none"),
         (["--method", "driftlite", "--set", "control=abc"], "'vcg' or 'ecg'"),
     ],
 )
@@ -376,7 +377,7 @@ def test_models_tolerates_a_folder_without_papers(tmp_path):
 def test_help_shows_an_example(command):
     done = run(command, "--help")
     assert done.exit_code == 0
-    assert f"Example: steer {command}" in done.stdout
+    assert re.search(f"Examples?: steer {command}", done.stdout)
 
 
 @pytest.mark.parametrize("method", ["rollout", "best_of_n", "smc"])

@@ -100,7 +100,8 @@ def test_failed_rows_are_told_and_made_again(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "cure"),
     [
-        (["--model", "nowhere", "--prompt", "a"], "--download"),
+        (["--model", "owner/nowhere", "--prompt", "a"], "--download"),
+        (["--model", "nowhere", "--prompt", "a"], "no embedded model of that name"),
         (["--model", "digits", "--prompt", "a"], "takes no prompt"),
         (["--model", "digits", "--call", "guidance_scale"], "NAME=VALUE"),
         (["--model", "digits", "--prompts", "missing.txt"], "cannot read"),

@@ -323,7 +323,9 @@ def test_a_declared_lack_of_gradient_is_refused_before_the_network_is_called():
             calls.append(len(samples))
             return samples[:, 0]
 
-    with pytest.raises(NotDifferentiableError, match=r'Silent, which says .*spec.gradient is "none".*steer.bootstrap'):
+    with pytest.raises(
+        NotDifferentiableError, match=r'Silent, which says .*spec.gradient is "none".*steer.smc with its default'
+    ):
         steer.smc(PROCESS, Silent(), particles=4, key=0, proposal=steer.guided())
     assert calls == []
     assert steer.smc(PROCESS, Silent(), particles=4, key=0).reward.shape == (1, 4)

@@ -106,7 +106,7 @@ def test_guidance_by_a_reward_without_gradient_is_refused():
     )
     guided = {"particles": 2, "key": 0, "proposal": steer.guided()}
     jpeg = JPEGSize(size=8)
-    with pytest.raises(NotDifferentiableError, match=r"gradient of the reward JPEGSize.* proposal=steer.bootstrap"):
+    with pytest.raises(NotDifferentiableError, match=r"gradient of the reward JPEGSize.*steer.smc with its default"):
         steer.smc(squares, jpeg, **guided)
     with pytest.raises(NotDifferentiableError, match=r"gradient of the reward 1\*DigitLogProb\(1\) \+ 1\*JPEGSize"):
         steer.smc(squares, weighted((1.0, DigitLogProb(1)), (1.0, jpeg, "nat/kB")), **guided)
