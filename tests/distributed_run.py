@@ -72,6 +72,16 @@ FAULTS = {
 }
 
 
+def told(method, reward, key):
+    """How a run under `together` ended."""
+    try:
+        with steer.distributed.together():
+            result = method(mixture_process(), reward, budget=60, key=key)
+        return ["interrupted" if result.interrupted else "finished", *facts(result)]
+    except steer.SteerError as error:
+        return [type(error).__name__, str(error), error.partial is not None]
+
+
 def main(case, rank, world, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     out = Path(folder) / f"{case}-{rank}.pt"
@@ -79,25 +89,15 @@ def main(case, rank, world, folder):
         with steer.distributed.together():
             found = {name: facts(result) for name, result in runs().items()}
         torch.save(found, out)
-    elif case in FAULTS:
-        reward = Faulty(FAULTS[case]) if rank == 1 else REWARD
-        for name, method in {"smc": steer.smc, "dts": search.dts, "rbf": search.rbf}.items():
-            if case == "killed" and name != "smc":
-                continue
-            reward = Faulty(FAULTS[case]) if rank == 1 else REWARD
-            try:
-                with steer.distributed.together():
-                    result = method(mixture_process(), reward, budget=60, key=5)
-                said = ["interrupted" if result.interrupted else "finished", *facts(result)]
-            except steer.SteerError as error:
-                said = [type(error).__name__, str(error), error.partial is not None]
-            torch.save(said, Path(folder) / f"{case}-{name}-{rank}.pt")
-    elif case == "drifted":
-        try:
-            with steer.distributed.together():
-                steer.smc(mixture_process(), REWARD, particles=5, key=rank)
-        except steer.DistributedError as error:
-            torch.save(str(error), out)
+    elif case == "faults":
+        for fault in FAULTS:
+            for name, method in {"smc": steer.smc, "dts": search.dts, "rbf": search.rbf}.items():
+                if fault == "killed" and name != "smc":
+                    continue
+                reward = Faulty(FAULTS[fault]) if rank == 1 else REWARD
+                torch.save(told(method, reward, key=5), Path(folder) / f"{fault}-{name}-{rank}.pt")
+            if fault == "interrupted":
+                torch.save(told(steer.smc, REWARD, key=rank), Path(folder) / f"drifted-{rank}.pt")
     elif case == "journal":
         reward = Slow()
         with steer.distributed.together(), steer.resumable(f"{folder}/journal", every=0.0):

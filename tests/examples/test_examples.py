@@ -46,7 +46,7 @@ def test_best_of_n_is_replaced_in_five_lines(tiny, monkeypatch):
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     (five,) = [cell for cell in code if "steer.sample" in cell.source]
     assert len([line for line in five.source.splitlines() if line]) <= 5
-    assert "image/png" in five.outputs[0].data
+    assert any("image/png" in output.get("data", {}) for output in five.outputs)
     spent = next(printed(cell) for cell in code if "the loop found" in cell.source)
     assert "24 network rows" in spent  # N * steps, two rows each under guidance
     assert "recommended" in printed(code[-2])
