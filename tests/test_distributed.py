@@ -31,6 +31,7 @@ def ended(ranks, codes=None):
     assert found == (codes or [0] * len(ranks))
 
 
+@pytest.mark.slow
 def test_all_methods_give_what_one_process_gives(tmp_path):
     """5 particles on 3 ranks: some rows are computed and dropped, and the ledger has none of them."""
     world = 3
@@ -91,6 +92,7 @@ def test_ranks_that_drift_apart_are_told_so(faults):
         assert "drifted apart" in message
 
 
+@pytest.mark.slow
 def test_killed_ranks_go_on_from_their_journals(tmp_path):
     ranks = started("journal", 2, tmp_path)
     while len(list(tmp_path.glob("journal/1-of-2/*.safetensors"))) < 5:

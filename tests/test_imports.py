@@ -182,6 +182,7 @@ def test_an_upward_import_is_seen(tmp_path, monkeypatch):
     assert upward(path) == {"steer.samplers.smc"}
 
 
+@pytest.mark.slow
 def test_a_users_own_search_and_rewards_do_not_collide(tmp_path):
     """GRPO repositories have a search.py and a rewards.py; Python puts their folder first on the path."""
     for name in ("search.py", "rewards.py"):

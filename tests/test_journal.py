@@ -218,6 +218,7 @@ torch.save([result.x, result.reward, result.log_weight, result.log_evidence], {o
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="kills by SIGKILL")
 def test_sigkill(tmp_path):
     journal, out, source = tmp_path / "journal", tmp_path / "result.pt", tmp_path / "run.py"

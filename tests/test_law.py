@@ -75,6 +75,7 @@ def test_law_in_the_plane(path, reward, weight, proposal):
         assert score < LIMIT, (selection, name, score)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reward", ["linear", "quadratic"])
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("proposal", PROPOSALS)

@@ -75,6 +75,7 @@ def test_the_wheel_holds_every_file(copy, wheel):
     assert "steer/rewards/assets/digits-judge/model.safetensors" in held
 
 
+@pytest.mark.slow
 def test_it_runs_from_any_directory(target, tmp_path):
     script = (
         "import steer\n"
@@ -88,6 +89,7 @@ def test_it_runs_from_any_directory(target, tmp_path):
     assert shape == "(1, 4, 1, 8, 8)"
 
 
+@pytest.mark.slow
 def test_all_versions_agree(target, tmp_path):
     script = "from importlib.metadata import version; print(version('steer-diffusion'))"
     assert run("-c", script, cwd=tmp_path, path=target) == __version__
@@ -99,6 +101,7 @@ def test_all_versions_agree(target, tmp_path):
     assert f"\n## {__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_methods_resolve_without_installed_metadata(copy, tmp_path):
     script = (
         "import importlib.metadata as metadata\n"

@@ -245,6 +245,7 @@ def test_where_nothing_can_be_written_nothing_is_paid(tmp_path, monkeypatch, com
     assert "nothing was run" in " ".join(done.stderr.split())
 
 
+@pytest.mark.slow
 def test_json_is_strict_where_samples_are_forbidden(tmp_path, monkeypatch):
     from steer import rewards
 
@@ -472,6 +473,7 @@ def test_ctrl_c_in_a_comparison_writes_nothing(tmp_path, monkeypatch):
     assert not list((tmp_path / "out").iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="sends signals to another process")
 def test_sigterm_to_a_real_process(tmp_path):
     """What job schedulers send before they kill; SIGINT is sent by the tests above."""
@@ -508,6 +510,7 @@ def test_more_steps_than_a_model_knows_are_named(tmp_path):
     assert "no grid of 1001 steps" in " ".join(done.output.split())
 
 
+@pytest.mark.slow
 def test_a_directory_holds_one_command_s_files(tmp_path):
     """What an earlier command left would be taken for this one's."""
     assert generate(tmp_path, "--budget", 40, "--n", 2, "--reference", 2).exit_code == 0

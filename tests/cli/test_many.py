@@ -28,6 +28,7 @@ def run(*words, code=0):
     return done
 
 
+@pytest.mark.slow
 def test_a_folder_and_a_prompt_write_what_a_run_in_python_gives(folder, tmp_path):
     words = ["generate", "--model", folder, "--prompt", "a fox", "--call", "guidance_scale=2", *SVDD]
     run(*words, "--reference", 0, "--out", tmp_path)
@@ -41,6 +42,7 @@ def test_a_folder_and_a_prompt_write_what_a_run_in_python_gives(folder, tmp_path
     run("preflight", "--model", folder, "--prompt", "a fox", "--reward", "jpeg", "--steps", 2, "--json")
 
 
+@pytest.mark.slow
 def test_a_file_of_prompts_makes_a_run_directory_that_resumes(folder, tmp_path):
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "run"
     entries = [{"prompt": f"a {what}", "guidance_scale": 2.0, "tag": what} for what in ("fox", "car", "tree")]

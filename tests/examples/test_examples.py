@@ -33,6 +33,7 @@ def printed(cell):
     return "".join(output.get("text", "") for output in cell.outputs)
 
 
+@pytest.mark.slow
 def test_best_of_n_is_replaced_in_five_lines(tiny, monkeypatch):
     """Runs every cell with the cell tagged "parameters" exchanged, as papermill does."""
     notebook = nbformat.read(ROOT / "examples" / "best_of_n_replaced.ipynb", as_version=4)
@@ -63,6 +64,7 @@ def test_notebooks_are_kept_without_outputs(path):
             assert cell.execution_count is None
 
 
+@pytest.mark.slow
 def test_prompts_from_a_file(tiny, tmp_path):
     out = tmp_path / "out"
     words = [

@@ -50,6 +50,7 @@ def states(directory):
     return [steer.load_run(directory.folder(row.index)).tensors["x"] for row in directory.rows]
 
 
+@pytest.mark.slow
 def test_any_number_of_workers_makes_the_same_dataset(pipe, tmp_path):
     alone, _ = made(tmp_path / "alone", generator(pipe))
     assert alone.states()["finished"] == [0, 1, 2, 3]
@@ -178,6 +179,7 @@ directory.gather()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="kills by SIGKILL")
 def test_killed_workers_lose_nothing(tmp_path):
     """Two workers on one directory, one killed on the way; its rows are made once its claims are stale."""

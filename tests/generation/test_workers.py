@@ -13,6 +13,7 @@ from steer.generation import workers
 from steer.generation.run_directory import RunDirectory
 
 ray = pytest.importorskip("ray")
+pytestmark = pytest.mark.slow
 ROWS = 6
 
 

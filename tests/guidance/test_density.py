@@ -34,6 +34,7 @@ def log_densities(process, hooks, particles=192, key=0):
     return process.reference.log_prob(result.x[0]), result.process.log
 
 
+@pytest.mark.slow
 def test_density_guidance_changes_log_density_by_the_closed_form():
     """Within half a nat from -97 to +13, on two modes in 32 dimensions; standard errors are below .08 nat."""
     process = mixture(512)
@@ -91,6 +92,7 @@ def test_more_than_the_density_has_is_an_error_or_clamped():
     assert float((unclamped - plain).min()) < -100.0
 
 
+@pytest.mark.slow
 def test_stochastic_density_guidance():
     """Noise across the score, its second-order effect taken off: the closed form within .6 nat, unlike without that."""
     process = mixture(512)
@@ -104,6 +106,7 @@ def test_stochastic_density_guidance():
     assert abs(float((log_densities(process, uncorrected)[0] - plain).mean()) + 19.0) > 5.0
 
 
+@pytest.mark.slow
 def test_prior_guidance_is_exact_where_the_data_is_gaussian():
     process = steer.models.gaussian(
         torch.zeros(SIZE), 1.0, schedule=SCHEDULE, times=grid(800), transition=steer.ode(), dtype=torch.float64

@@ -145,6 +145,7 @@ def guided_then_corrected(weighted):
     return ((result.log_weight.exp() if weighted else 0.01) * mass).sum(1), result.log_evidence.exp()
 
 
+@pytest.mark.slow
 def test_as_a_proposal_the_law_is_the_models():
     """SMC corrects: mass (evidence-weighted over 40 runs) is the plain chain's; the mutant without weights is not."""
     bare = rare_mass(chain(steps=30), samples=20_000)
@@ -159,6 +160,7 @@ def test_as_a_proposal_the_law_is_the_models():
 # Self-guided sampling
 
 
+@pytest.mark.slow
 def test_self_guidance_raises_the_rare_mode_in_its_window():
     """At 4 the mass doubles (error .004); at 20 samples leave the data: strength has a window."""
     found = {w: steer.rollout(minority(chain(), self_guided(w)), first, particles=4000).x[0] for w in (0.0, 4.0, 20.0)}
@@ -201,6 +203,7 @@ def test_displacement_is_scale_times_variance_by_largest_entry():
 # The minority score
 
 
+@pytest.mark.slow
 def test_score_of_a_gaussian_in_closed_form():
     """Data N(0, I): restored = alpha x_s, so with squared error the score is (1 - a)^2 |x|^2 + a (1 - a) D."""
     process = steer.models.gaussian(torch.zeros(SIZE), 1.0, times=steer.uniform_times(steer.VP(), 50))

@@ -117,6 +117,7 @@ def test_likelihood_of_held_out_words_is_the_cards_and_better_than_frequencies(p
     assert METRICS["nll_per_letter_train"] < METRICS["nll_per_letter"]
 
 
+@pytest.mark.slow
 def test_more_letters_a_step_make_fewer_words(process, samples):
     quick = steer.rollout(process.with_times(2), count_of_e, particles=2000, keep_states=False)
     shares = [sum(word in set(WORDS) for word in run.texts) / len(run.texts) for run in (quick, samples)]

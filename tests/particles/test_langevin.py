@@ -168,6 +168,7 @@ def test_stationary_law_of_a_prior_with_moments_of_its_own():
         assert abs(z(values.mean(1))) < LIMIT
 
 
+@pytest.mark.slow
 def test_stationary_law_at_65536_coordinates():
     """24 float32 chains of 20 steps at epsilon = .5: 240 tilted coordinates, independent at stationarity."""
     chain = steer.pcnl(chains=24, burn_in=19, kept=1, acceptance=None)

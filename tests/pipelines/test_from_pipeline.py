@@ -259,6 +259,7 @@ def test_offloaded_modules_stay_offloaded(name):
     assert steer.verify(process)[:3] == (3, 0.0, 0.0)
 
 
+@pytest.mark.slow
 def test_model_offload_goes_on_as_the_user_set_it_up():
     """diffusers' own enable_model_cpu_offload, with the CPU as execution device."""
     pipe, call = build("sd15")
@@ -277,6 +278,7 @@ def test_model_offload_goes_on_as_the_user_set_it_up():
     assert hasattr(pipe.unet, "_hf_hook")
 
 
+@pytest.mark.slow
 def test_sequential_offload_goes_on_as_the_user_set_it_up():
     """accelerate's hooks on every submodule, as enable_sequential_cpu_offload sets them, with the CPU to compute on."""
     plain = process_of("sd15")
@@ -350,6 +352,7 @@ def test_opening_that_fails_leaves_no_trace():
     assert diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion.randn_tensor.__name__ == "randn_tensor"
 
 
+@pytest.mark.slow
 def test_compiled_networks_see_one_shape():
     pipe, call = build("sd15")
     plain = steer.from_pipeline(pipe, steps=4, **call)

@@ -41,6 +41,7 @@ def test_smc_weighs_decoded_pictures(processes, name):
     assert 0.0 <= float(result.decoded.min()) <= float(result.decoded.max()) <= 1.0
 
 
+@pytest.mark.slow
 def test_searching_for_several_prompts_is_reported(tmp_path):
     """As the README has it: one best image for each prompt, and the trees."""
     pipe, call = build("sd15")

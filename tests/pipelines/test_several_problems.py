@@ -124,6 +124,7 @@ def test_reference_images_are_for_every_prompt():
     near(process.denoiser.output(seen[0][1][:, None], 0)[:, 0], seen[0][0])
 
 
+@pytest.mark.slow
 def test_two_control_networks_with_two_prompts():
     torch.manual_seed(0)
     base = sd15()

@@ -63,6 +63,7 @@ def test_law_after_conversion(source, target):
     assert score < LIMIT, (column, score)
 
 
+@pytest.mark.slow
 def test_mixtures_under_ancestral_steps_converge_as_one_over_steps():
     """Halving the step halves the error of the evidence: discretisation, which the exact chains above are free of."""
     mixture, reward = mixture_2d(), REWARDS["linear"]

@@ -138,6 +138,7 @@ def test_an_interrupt_inside_the_reward_reaches_the_caller():
         timeout(interrupted, 30)(rows(1, 2))
 
 
+@pytest.mark.slow
 def test_an_abandoned_call_does_not_hold_the_program_open():
     program = """
 import time, torch

@@ -97,6 +97,7 @@ def recorded(found):
         WeightedSDE.weighted = own
 
 
+@pytest.mark.slow
 def test_thirty_dimensions_need_no_resampling():
     """The 30-d mixture at gamma = 2: potential variance at most 1/100 of guided SMC's, masses to .04."""
     model = mixture_30d()

@@ -30,6 +30,7 @@ def gaussian(mean, variance, steps=20, size=1):
 # Laws in more dimensions.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reward", ["linear", "quadratic"])
 def test_tilts_in_sixteen_dimensions(reward):
     """Closed form of a mixture with full covariances. The finer of two step sizes has no bias that 256 problems see."""
@@ -43,6 +44,7 @@ def test_tilts_in_sixteen_dimensions(reward):
     raise AssertionError((name, score))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exponents", [(1.0, 1.0), (-0.4, 1.4), (0.5, 0.5)])
 def test_products_and_guidance_of_gaussians_in_thirty_dimensions(exponents):
     """Products of Gaussians are Gaussian: means, variances and the normaliser, in closed form, by probes."""
@@ -231,6 +233,7 @@ def test_a_start_that_knows_the_reward_control_and_tempering_in_one_call():
     assert bool(result.log_evidence.isnan().all())  # MCMC does not know the normaliser
 
 
+@pytest.mark.slow
 def test_tempering_leaves_the_law():
     """Exponents fixed and adaptive, with either weight: the evidence of a linear tilt."""
     exact = MIXTURE.exact(REWARD).log_evidence

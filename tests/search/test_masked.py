@@ -55,6 +55,7 @@ def test_tokens_are_searched_within_the_budget(name):
     assert torch.equal(again.x[0], result.x[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in SEARCHES if name not in ("best_of_n", "random")])
 def test_searching_beats_a_rollout(name):
     found = SEARCHES[name](process(), reward, budget=120, batch=20, temperature=0.1)

@@ -110,6 +110,7 @@ def test_guidance(path, w):
     check(guide(path, w), guided(w))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS)
 def test_strong_guidance(path):
     """w = 4: weights of large variance, so more particles and smaller steps."""
@@ -138,6 +139,7 @@ def test_tilts_on_the_state_by_kernel_ratios(path, transport):
     check(tilt(path, transport=TRANSPORTS[transport], look_ahead=steer.at_state()), TILTED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("transport", [SCORE, HALF], ids=["score", "half"])
 def test_tilts_by_feynman_kac(path, transport):
@@ -149,6 +151,7 @@ def test_tilts_on_the_state_by_feynman_kac(transport):
     check(tilt("vp", transport=transport, weight=EXACT, look_ahead=steer.at_state()), TILTED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS)
 def test_guidance_and_tilt(path):
     check(guide(path, 2.0, REWARD), guided(2.0, True))
@@ -214,6 +217,7 @@ def replaced(monkeypatch, **fields):
 STATE = {"transport": SCORE, "weight": EXACT, "look_ahead": steer.at_state()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [-1.0, 2.0])
 def test_mutant_sign_and_doubled_weight_are_rejected(monkeypatch, factor):
     own = Terms.total
@@ -221,21 +225,25 @@ def test_mutant_sign_and_doubled_weight_are_rejected(monkeypatch, factor):
     reject(guide("vp", 2.0), guided(2.0))
 
 
+@pytest.mark.slow
 def test_mutant_without_advection_is_rejected(monkeypatch):
     replaced(monkeypatch, advection=torch.zeros_like)
     reject(tilt("vp", **STATE), TILTED)
 
 
+@pytest.mark.slow
 def test_mutant_without_laplacian_is_rejected(monkeypatch):
     replaced(monkeypatch, laplacian=torch.zeros_like)
     reject(tilt("vp", **STATE), TILTED)
 
 
+@pytest.mark.slow
 def test_mutant_without_time_derivative_is_rejected(monkeypatch):
     replaced(monkeypatch, partial=torch.zeros_like)
     reject(tilt("vp", **STATE), TILTED)
 
 
+@pytest.mark.slow
 def test_mutant_total_for_partial_derivative_is_rejected(monkeypatch):
     """d rho / dt along the flow, where the state moves too, instead of at the state."""
     own = ValueDerivatives.later_value
@@ -248,6 +256,7 @@ def test_mutant_total_for_partial_derivative_is_rejected(monkeypatch):
     reject(tilt("vp", **STATE), TILTED)
 
 
+@pytest.mark.slow
 def test_mutant_without_the_constant_is_rejected(monkeypatch):
     """(A - 1) div f is the same for all particles: samples do not need it, the evidence does."""
     own = WeightedSDE.model_terms
@@ -264,6 +273,7 @@ def _gamma(here, there):
     return 2.0 * math.log(here.sigma / there.sigma)  # in proportion to the step, as S_churn / steps is
 
 
+@pytest.mark.slow
 def test_churn_is_weighted_by_the_net_interval(monkeypatch):
     run = guide("ve", 1.4, noise=churned)
     check(run, guided(1.4), steps=2 * STEPS)
@@ -323,6 +333,7 @@ def test_the_composites_own_transition_is_ancestral_sampling_for_one_model():
     assert ours.std == pytest.approx(theirs.std)
 
 
+@pytest.mark.slow
 def test_derivatives_agree_with_finite_differences_and_probes_with_the_trace():
     target = compose([process(THREE, "vp", 8), process(TWO, "vp", 8)], exponent=[1.5, -0.3])
     from steer.core.objective import open_objective

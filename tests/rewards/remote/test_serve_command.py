@@ -21,6 +21,7 @@ def run(*words: str, env: dict[str, str] | None = None):
     return CliRunner().invoke(app, ["serve-reward", *words], env=env)
 
 
+@pytest.mark.slow
 def test_it_serves_until_it_is_interrupted(monkeypatch):
     command = [sys.executable, "-c", "from steer.cli.app import main; main()", "serve-reward", "ink", "--port", "0"]
     process = subprocess.Popen(

@@ -30,6 +30,7 @@ from steer.types import RewardSpec
 # -- under load
 
 
+@pytest.mark.slow
 def test_two_hundred_at_once_lose_and_swap_nothing():
     """More clients than places: the rest hear 503 and come again."""
     refused = []

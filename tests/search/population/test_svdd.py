@@ -76,6 +76,7 @@ def errors(candidates, particles, **options):
     return centred, centred.square() - target.cov[0, 0]
 
 
+@pytest.mark.slow
 def test_bias_halves_when_candidates_double():
     """Exact values, nested importance sampling: a bias of order 1 / M, -1 at M = 1 where nothing is tilted."""
     bias = {m: errors(m, 40_000)[0].mean().item() for m in (1, 8, 16, 32)}
