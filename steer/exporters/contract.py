@@ -13,8 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from steer.rewards.image_checks import check_range
-
 from ..errors import NonFiniteError, ShapeError, StateSpaceError, SteerError
 from ..grpo.batch import Kind, RolloutBatch
 
@@ -285,12 +283,14 @@ def need_images(batch: RolloutBatch, images: Tensor, *, frames: bool = False) ->
         ShapeError: For other shapes.
         RewardError: For values that are NaN or outside [0, 1].
     """
+    from .. import rewards
+
     if images.ndim not in ((4, 5) if frames else (4,)) or len(images) != batch.rows:
         raise ShapeError(
             f"images are (B, C, H, W) with B = {batch.rows}, got {tuple(images.shape)}; decode batch.x0, one "
             "image a row"
         )
-    check_range(images, "the trainer", nan_passes=False)
+    rewards.image_checks.check_range(images, "the trainer", nan_passes=False)
     return images
 
 

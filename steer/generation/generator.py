@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -314,11 +314,11 @@ class Generator:
                 raise ModelError(
                     f"the process has {model.steps} steps, and {self.steps} were asked for; leave steps out"
                 )
-            return lambda: model
+            return lambda: cast(ReverseProcess, model)
         if hasattr(model, "scheduler"):
             return _Pipeline(model, steps)
         if callable(model):
-            return model
+            return cast(Callable[..., ReverseProcess], model)
         raise ModelError(
             f"a model is an embedded name, a folder, owner/name, a pipeline, a process or a function, got {model!r}"
         )
