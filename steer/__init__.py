@@ -95,6 +95,7 @@ from .processes.masked import MaskedProcess, from_logits
 from .processes.schedules import VE, VP, Cosine, RectifiedFlow, Tabulated, log_snr_times, sigma_times, uniform_times
 from .processes.transitions import Normal, churn, cps, dance_sde, ddim, euler_maruyama, flow_sde, ode
 from .processes.unmasking import Unmasking, unmask
+from .progress_bar import progress
 from .results.result import Result
 from .samplers.das import das
 from .samplers.driftlite import driftlite
@@ -263,6 +264,7 @@ __all__ = [
     "preflight",
     "prior",
     "prior_guidance",
+    "progress",
     "proposals",
     "psi",
     "quantile_labels",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from .. import progress_bar
 from ..errors import SteerError
 from ..journal import resumable
 from ..key import Key, as_key
@@ -76,6 +77,7 @@ def sample(
     key: Key | int = 0,
     seed: int | None = None,
     journal: str | Path | None = None,
+    progress: bool = False,
     **options: Any,
 ) -> Result:
     """Samples that follow the reward, by any method.
@@ -91,6 +93,7 @@ def sample(
         key: names all noise of the run, an integer or a `Key`.
         seed: the same as `key`; give one of them.
         journal: directory of a journal (`steer.resumable`): killed anywhere, the same call goes on where it ended.
+        progress: whether to show a bar: network rows, best score, time left (`steer.progress`).
         **options: the method's own, by keyword.
 
     Returns:
@@ -101,5 +104,14 @@ def sample(
         Others: those of the method.
     """
     options |= {"budget": budget, "temperature": temperature, "batch": batch, "key": as_key(key, seed)}
-    with nullcontext() if journal is None else resumable(journal):
+    with ExitStack() as around:
+        if progress:
+            around.enter_context(progress_bar.progress(progress_bar.rows_of(process, options), name=name_of(method)))
+        if journal is not None:
+            around.enter_context(resumable(journal))
         return resolve(method)(process, reward, **options)
+
+
+def name_of(method: str | Method) -> str:
+    """The name of a method, given by its name or itself."""
+    return method if isinstance(method, str) else getattr(method, "__name__", type(method).__name__)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from ..errors import ModelError, SteerError
-from ..evaluation.methods import sample
+from ..evaluation.methods import name_of, sample
 from ..files import write_atomically
 from ..key import Key
 from ..pipelines.from_pipeline import from_pipeline
@@ -236,7 +236,7 @@ class Generator:
                 entry["text"] = chosen.texts[number]
             entry |= {"score": chosen.reward[0, number].item(), "weight": result.log_weight[0, particle].exp().item()}
             entry |= {f"reward.{name}": scores[number].item() for name, scores in parts.items()}
-            entry |= {"method": _name(self.method), "budget": self.budget, "nfe": result.cost.nfe, "seed": self.seed}
+            entry |= {"method": name_of(self.method), "budget": self.budget, "nfe": result.cost.nfe, "seed": self.seed}
             pictures.append({**entry, **row.notes})
         result.save(folder, index=row.index, prompt=row.prompt, call=row.call, notes=row.notes, pictures=pictures)
         (folder / "error.json").unlink(missing_ok=True)
@@ -361,7 +361,3 @@ def _accepted(function: Callable[..., Any]) -> list[str]:
 def _poisoned(error: Exception) -> bool:
     """Whether later rows would fail too: a CUDA error that is no lack of memory leaves the device unusable."""
     return "CUDA error" in str(error) and not isinstance(error, torch.OutOfMemoryError)
-
-
-def _name(method: Any) -> str:
-    return method if isinstance(method, str) else getattr(method, "__name__", repr(method))
