@@ -20,7 +20,7 @@ from ..core.resampling import systematic
 from ..core.run import Run
 from ..core.trajectory import LevelRecord, Trajectory
 from ..cost import Cost, check_counts
-from ..errors import StateSpaceError
+from ..errors import StateSpaceError, SteerError
 from ..key import Key, as_key
 from ..types import ReverseProcess, RewardSpec
 
@@ -254,6 +254,54 @@ class Result:
         return to_images(self.decoded)
 
     @property
+    def best_images(self) -> list[Image]:
+        """The sample of highest reward of each problem, as PIL images."""
+        return self.take(self.reward.argmax(1, keepdim=True)).images
+
+    def __len__(self) -> int:
+        """The number of problems."""
+        return len(self.x)
+
+    def __getitem__(self, problem: int) -> Result:
+        """The result of one problem, such as one prompt: its samples, weights and history of scores.
+
+        Lineage and trees stay with the whole; the cost is that of the whole run.
+        """
+        problem = range(len(self))[problem]
+        one = slice(problem, problem + 1)
+        return replace(
+            self,
+            process=self.process.only(problem),
+            key=self.key.shifted(problem=problem),
+            seen=tuple(LevelRecord(k, ess[one], score[one]) for k, ess, score in self.seen),
+            trajectory=None,
+            tree=None,
+            **{name: getattr(self, name)[one] for name in _BY_PROBLEM},
+        )
+
+    def to_dataframe(self) -> Any:
+        """The samples as a pandas DataFrame, a line each: problem, prompt, particle, reward, weight, seed (its root).
+
+        Raises:
+            SteerError: pandas is not installed.
+        """
+        try:
+            from pandas import DataFrame
+        except ImportError as error:
+            raise SteerError('to_dataframe needs pandas: pip install "steer-diffusion[data]"') from error
+        problems, particles = self.reward.shape
+        prompts = self.process.prompts or [None] * problems
+        columns = {
+            "problem": [b for b in range(problems) for _ in range(particles)],
+            "prompt": [prompts[b] for b in range(problems) for _ in range(particles)],
+            "particle": list(range(particles)) * problems,
+            "reward": self.reward.flatten().tolist(),
+            "weight": self.log_weight.exp().flatten().tolist(),
+            "root": self.root.flatten().tolist(),
+        }
+        return DataFrame(columns)
+
+    @property
     def texts(self) -> list[str]:
         """Samples as strings, problem by problem; for processes over tokens that say how to read them."""
         read = self.process.text
@@ -284,6 +332,9 @@ class Result:
         from ..report.images import preview
 
         return preview(self)
+
+
+_BY_PROBLEM = ("x", "reward", "log_weight", "log_evidence", "log_evidence_variance", "root")
 
 
 def _warn_of_one_root(problem: int, particles: int) -> None:
