@@ -7,6 +7,7 @@ prompts of its samples has an argument named `prompts`.
     Ink, Symmetry, Sharpness, Saturation, JPEGSize, PNGSize     of an image alone
     DigitLogProb, DigitProb, judge      embedded digit classifiers: one to steer by, and a held-out one to report with
     CLIPScore, PickScore, HPS, ImageReward      pretrained networks: of an image and its prompt
+    clip_emoji                          the same for the embedded pipeline `emoji`, and shipped
     Aesthetic                           a pretrained network: of an image alone
     VQAScore, VLMJudge                  a vision-language model's opinion: VQAScore runs it here, VLMJudge calls an API
     GenEval, Count, Layout              of the objects that a detector finds; TransformersDetector is a detector
@@ -44,6 +45,7 @@ from .nearest_neighbours import NeighbourDistance, OnManifold
 from .ocr import OCR, TransformersReader
 from .pixel_statistics import Ink, Saturation, Sharpness, Symmetry
 from .pretrained.aesthetic import Aesthetic
+from .pretrained.clip_emoji import clip_emoji
 from .pretrained.clip_score import CLIPScore
 from .pretrained.hps import HPS
 from .pretrained.image_reward import ImageReward
@@ -100,6 +102,7 @@ __all__ = [
     "as_verl_omni",
     "chunked",
     "clip",
+    "clip_emoji",
     "from_flow_grpo",
     "from_pil",
     "from_spec",

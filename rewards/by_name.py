@@ -19,6 +19,7 @@ from .digit_probability import DigitLogProb
 from .file_size import JPEGSize, PNGSize
 from .pixel_statistics import Ink, Saturation, Sharpness, Symmetry
 from .pretrained.aesthetic import Aesthetic
+from .pretrained.clip_emoji import clip_emoji
 from .pretrained.clip_score import CLIPScore
 from .pretrained.hps import HPS
 from .pretrained.image_reward import ImageReward
@@ -43,6 +44,7 @@ def from_spec(spec: str, text: ToText | None = None) -> Scorer:
             png  png:-  png:+                           the same for lossless files
             clip  hps  pickscore  imagereward           fit to the process's own prompts, by pretrained networks
             aesthetic                                   rating of an image, about 1 to 10
+            clip-emoji                                  the same by the small network for the model emoji
             clip:download  clip:FILE                    for these five: fetch what is not in the hub's cache; weights
                                                         from a file
             letters:e  letters:aeiou                    how often these letters occur, for models of text
@@ -187,6 +189,10 @@ def _pretrained(name: str, make: Callable[..., Scorer], weights: str) -> tuple[C
     return build, f"{name} | {name}:download | {name}:FILE"
 
 
+def _clip_emoji(argument: str) -> Scorer:
+    return {"": clip_emoji}[argument]()
+
+
 def _letters(argument: str, text: ToText) -> Scorer:
     if not argument:
         raise RewardError("no letters were given")
@@ -212,6 +218,7 @@ _BUILDERS: dict[str, tuple[Callable[..., Scorer], str]] = {
     "saturation": (_saturation, "saturation"),
     "jpeg": (_jpeg, "jpeg | jpeg:- | jpeg:+"),
     "png": (_png, "png | png:- | png:+"),
+    "clip-emoji": (_clip_emoji, "clip-emoji"),
     "clip": _pretrained("clip", CLIPScore, "weights"),
     "hps": _pretrained("hps", HPS, "weights"),
     "pickscore": _pretrained("pickscore", PickScore, "model"),

@@ -15,7 +15,7 @@ from ..evaluation.methods import name_of, sample
 from ..files import write_atomically
 from ..key import Key
 from ..pipelines.from_pipeline import from_pipeline
-from ..processes.transitions import ClippedPrediction
+from ..processes.transitions import DDIM, ClippedPrediction
 from ..report.images import is_images, to_images, to_png
 from ..report.run_report import shown
 from ..results.result import Result
@@ -283,11 +283,14 @@ class Generator:
     def _loaded(self) -> Callable[..., ReverseProcess]:
         """The model, loaded, as a function of prompt and call arguments."""
         from ..models.catalogue import embedded
-        from ..models.embedded import load
+        from ..models.embedded import emoji_pipeline, load
 
         model: Any = self.model
         steps: dict[str, Any] = {} if self.steps is None else {"steps": self.steps}
         where = self.device or "cpu"
+        if model == "emoji":
+            steps = {"steps": self.steps or 20, "transition": DDIM()}
+            return _Pipeline(emoji_pipeline(where), steps, guidance_scale=3.0)
         if isinstance(model, str) and model in [card["name"] for card in embedded()]:
             text = model == "letters"  # takes no label
 
@@ -301,8 +304,8 @@ class Generator:
         if isinstance(model, str | Path):
             if not Path(model).is_dir() and str(model).count("/") != 1:
                 raise ModelError(
-                    f"there is no folder {str(model)!r}, and no embedded model of that name; embedded are digits, "
-                    "digits-flow and letters, and a repository of the hub is owner/name"
+                    f"there is no folder {str(model)!r}, and no embedded model of that name; embedded are emoji, "
+                    "digits, digits-flow and letters, and a repository of the hub is owner/name"
                 )
             from ..pipelines.hub import load_pipeline
 
@@ -336,13 +339,13 @@ class Generator:
 class _Pipeline:
     """Opens a pipeline for a row. Its signature is the pipeline's."""
 
-    def __init__(self, pipe: Any, options: dict[str, Any]) -> None:
-        self.pipe, self.options = pipe, options
+    def __init__(self, pipe: Any, options: dict[str, Any], **call: Any) -> None:
+        self.pipe, self.options, self.call = pipe, options, call
         self.__signature__ = inspect.signature(type(pipe).__call__)
         self.rule: Rule | None = None
 
     def __call__(self, **call: Any) -> ReverseProcess:
-        process = from_pipeline(self.pipe, **self.options, transition=self.rule, **call)
+        process = from_pipeline(self.pipe, **{"transition": self.rule, **self.options}, **{**self.call, **call})
         # Given back, so that what replaces the scheduler is said once, and not for every row.
         self.rule = process.rule.rule if isinstance(process.rule, ClippedPrediction) else process.rule
         return process

@@ -40,6 +40,7 @@ def _card(folder: Any) -> dict[str, Any]:
         "accuracy_held_out": "held-out accuracy {:.1%}",
         "judge_accuracy": "judge accuracy {:.1%}",
         "frechet_conditional": "Fréchet {:.2f}",
+        "judge_guidance_3_top5": "right name among five {:.0%}",
         "words": "{:.1%} of samples are words",
         "nll_per_letter": "{:.2f} nats a letter",
     }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.resources import as_file, files
 from typing import Any, cast
 
@@ -29,36 +30,52 @@ def load(
     steps: int | None = None,
     transition: Rule | UnmaskRule | None = None,
     labels: int | Sequence[int] | None = None,
-    guidance_scale: float = 1.0,
+    guidance_scale: float | None = None,
+    prompt: str | Sequence[str] | None = None,
     device: torch.device | str = "cpu",
 ) -> Any:
     """Load an embedded pretrained model as a process.
 
     Args:
-        name: "digits", a class-conditional DDPM of 8x8 scanned digits; "digits-flow", its rectified-flow twin; or
-            "letters", a masked model of English words of 3 to 8 letters.
-        steps: Number of steps; 50 by default for digits, and 8 for letters, one letter a step.
+        name: "emoji", a StableDiffusionPipeline of 64x64 emoji; "digits", a class-conditional DDPM of 8x8 scanned
+            digits; "digits-flow", its rectified-flow twin; or "letters", a masked model of English words of 3 to 8
+            letters.
+        steps: Number of steps; 20 by default for emoji, 50 for digits, and 8 for letters, one letter a step.
         transition: A rule of the model's kind: `steer.ddim(...)` and others for digits, `steer.unmask(...)` for
             letters, by default in a random order.
         labels: Digit to draw, one for all problems or one per problem (axis 0); None for any digit.
-        guidance_scale: As `steer.from_pipeline`, through which digits are loaded.
+        guidance_scale: As `steer.from_pipeline`; 3 by default for emoji, and 1, which is none, for digits.
+        prompt: What emoji is asked for: a text, or one for each problem.
         device: Where the network goes.
 
     Returns:
-        A GaussianProcess, which decodes to images [M, 1, 8, 8] in [0, 1]; or for "letters" a MaskedProcess of tokens
-        [M, 8], 0 to 25 for a to z and 26 after the end of the word, which `Result.texts` shows as words.
+        A GaussianProcess, which decodes to images [M, 3, 64, 64] (emoji) or [M, 1, 8, 8] in [0, 1]; or for "letters" a
+        MaskedProcess of tokens [M, 8], 0 to 25 for a to z and 26 after the end of the word, which `Result.texts` shows
+        as words.
 
     Raises:
-        ModelError: For other names, for labels or guidance of "letters", and where a file of the model is not the one
-            that was packed.
+        ModelError: For other names, for arguments that a model does not take, and where a file of the model is not the
+            one that was packed.
     """
+    if name == "emoji":
+        if labels is not None or prompt is None:
+            raise ModelError('emoji takes a prompt and no labels, as in load("emoji", prompt="a red heart")')
+        return from_pipeline(
+            emoji_pipeline(device),
+            steps=20 if steps is None else steps,
+            transition=cast("Rule | None", transition) or DDIM(),
+            prompt=prompt if isinstance(prompt, str) else list(prompt),
+            guidance_scale=3.0 if guidance_scale is None else guidance_scale,
+        )
+    if prompt is not None:
+        raise ModelError(f"{name} takes no prompt; of the embedded models, emoji does")
     if name == "letters":
-        if labels is not None or guidance_scale != 1.0:
+        if labels is not None or guidance_scale not in (None, 1.0):
             raise ModelError("letters has no classes; leave out labels and guidance_scale, which are for the digits")
         return _letters(8 if steps is None else steps, cast("UnmaskRule | None", transition), device)
     if name not in _DIGITS:
         raise ModelError(
-            f"no embedded model is called {name!r}; use one of {', '.join((*_DIGITS, 'letters'))}, "
+            f"no embedded model is called {name!r}; use one of {', '.join(('emoji', *_DIGITS, 'letters'))}, "
             "or steer.from_hub(...)"
         )
     return _digits(
@@ -67,25 +84,42 @@ def load(
         steps=50 if steps is None else steps,
         transition=cast("Rule | None", transition) or DDIM(),
         class_labels=labels,
-        guidance_scale=guidance_scale,
+        guidance_scale=1.0 if guidance_scale is None else guidance_scale,
     )
+
+
+@lasting()
+def emoji_pipeline(device: torch.device | str = "cpu") -> Any:
+    """The StableDiffusionPipeline that ships with steer, to be opened for one prompt after another."""
+    from ..pipelines.hub import load_pipeline
+
+    with as_file(files("steer") / "assets" / "emoji") as folder, _without_progress_bar():
+        check_digests(folder)
+        return load_pipeline(folder, device=device, local_files_only=True)
+
+
+@contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    """Loads without diffusers' progress bar, which is for large files."""
+    from diffusers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 @lasting()
 def _digits(name: str, device: torch.device | str, **options: Any) -> GaussianProcess:
     """A digits model through `steer.from_pipeline`."""
     from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
-    from diffusers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # for two small files
-    try:
-        with as_file(files("steer") / "assets" / name) as folder:
-            check_digests(folder)
-            pipe = DDPMPipeline.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+    with as_file(files("steer") / "assets" / name) as folder, _without_progress_bar():
+        check_digests(folder)
+        pipe = DDPMPipeline.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
     pipe.unet.requires_grad_(False)
     return from_pipeline(pipe.to(device), **options)
 
