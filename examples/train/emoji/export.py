@@ -17,7 +17,7 @@ from autoencoder import autoencoder, fix_variance, part
 from data import WORK
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from generator import Generator, make, scheduler
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizer import read as read_tokenizer
 from tokenizer import save as save_tokenizer
 from torch import nn
@@ -90,6 +90,12 @@ def save_half(net: nn.Module, folder: Path) -> None:
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
+def name_as_before(path: Path) -> None:
+    """Weights of a text encoder under the names that transformers 4 reads, and 5 too, which writes them without."""
+    tensors = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in load_file(path).items()}
+    save_file(tensors, path, {"format": "pt"})
+
+
 def main() -> None:
     """Export."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -109,6 +115,7 @@ def main() -> None:
     generator = trained_generator(args.work, tokenizer, args.which) if "generator" in parts else None
     if generator:
         save_half(generator.text_encoder, args.out / "text_encoder")
+        name_as_before(args.out / "text_encoder" / "model.safetensors")
         save_half(generator.unet, args.out / "unet")
         save_tokenizer(tokenizer, args.out / "tokenizer")
         scheduler().save_pretrained(args.out / "scheduler")
