@@ -9,7 +9,7 @@ from typing import Any
 if not (Path(__file__).parent / "search").exists():
     __path__.append(str(Path(__file__).parent.parent))
 
-from . import distributed, exporters, grpo, guidance, models
+from . import exporters, grpo, guidance, models
 from .core import resampling as resamplers
 from .core.resampling import killing, multinomial, residual, ssp, stratified, systematic
 from .core.snapshot import load_trajectory, save_trajectory
@@ -36,6 +36,9 @@ from .errors import (
 from .evaluation.compare import compare
 from .evaluation.methods import methods, sample
 from .evaluation.preflight import Preflight, preflight
+from .execution import distributed
+from .execution.journal import resumable
+from .execution.progress_bar import progress
 from .generation.generator import Generator
 from .guidance import (
     GuidedProcess,
@@ -56,7 +59,6 @@ from .guidance import (
     tfg,
     ugd,
 )
-from .journal import resumable
 from .key import Key
 from .minority_sampling import (
     NewToken,
@@ -95,7 +97,6 @@ from .processes.masked import MaskedProcess, from_logits
 from .processes.schedules import VE, VP, Cosine, RectifiedFlow, Tabulated, log_snr_times, sigma_times, uniform_times
 from .processes.transitions import Normal, churn, cps, dance_sde, ddim, euler_maruyama, flow_sde, ode
 from .processes.unmasking import Unmasking, unmask
-from .progress_bar import progress
 from .results.result import Result
 from .samplers.das import das
 from .samplers.driftlite import driftlite

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pickle import dumps
-from typing import Any
+from typing import Any, TypeVar
+
+Raised = TypeVar("Raised", bound=BaseException)
 
 
 class SteerError(ValueError):
@@ -16,12 +19,6 @@ class SteerError(ValueError):
 
     partial: Any = None
 
-    def keep(self, partial: Any) -> SteerError:
-        """Attaches the work done so far, unless an inner call attached its own. Returns the error."""
-        if self.partial is None:
-            self.partial = partial
-        return self
-
     def __reduce__(self) -> Any:
         """How a pool of processes sends the error: without what cannot be sent, for which it would be lost itself."""
         try:
@@ -33,6 +30,17 @@ class SteerError(ValueError):
             )
             return type(self), (left,), {k: v for k, v in self.__dict__.items() if k != "partial"}
         return super().__reduce__()
+
+
+def keep_partial(error: Raised, partial: Any, *, instead: bool = False) -> Raised:
+    """The error, with what was paid for attached as `.partial`, unless an inner call has, or `instead` of what it has.
+
+    An error of the user's code (network, reward, decoder, on_step) keeps its type, KeyboardInterrupt too.
+    """
+    if partial is not None and (instead or getattr(error, "partial", None) is None):
+        with suppress(AttributeError):  # a class that has made `partial` something else
+            object.__setattr__(error, "partial", partial)
+    return error
 
 
 class ShapeError(SteerError):

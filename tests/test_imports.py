@@ -17,10 +17,10 @@ SOURCES = sorted(path for folder in FOLDERS.values() for path in folder.rglob("*
 # A room may import those above it in this list, and never the other way round, also inside functions. `cli` and the
 # package's own __init__ stand on all of them.
 ROOMS = (
-    "version", "errors", "finite", "torch_modes", "key", "types", "calls", "cost", "files", "distributed", "journal",
-    "progress_bar", "rewards", "processes", "core", "particles", "pipelines", "report", "results", "weighted_sde",
-    "samplers", "search", "saved", "evaluation", "guidance", "models", "minority_sampling", "grpo", "exporters",
-    "generation", "testing", "cli",
+    "version", "errors", "finite", "torch_modes", "key", "types", "calls", "cost", "files", "execution", "rewards",
+    "processes", "core", "particles", "pipelines", "report", "results", "weighted_sde", "samplers", "search",
+    "saved", "evaluation", "guidance", "models", "minority_sampling", "grpo", "exporters", "generation", "testing",
+    "cli",
 )  # fmt: skip
 # A target that the user asked for and that is biased, or may not exist, or an evidence without an error estimate, is no
 # numerical failure: it runs, with a warning.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from steer.core.event import OnStep
-from steer.core.loop import keep as leave
 from steer.core.run import Run
 from steer.cost import affordable, check_counts
+from steer.errors import keep_partial
 from steer.key import Key
 from steer.results.result import Result
 from steer.types import ReverseProcess, Reward
@@ -92,5 +92,5 @@ def noise_search(
     except BaseException as error:
         best = getattr(error, "partial", None)
         if isinstance(best, StrategyResult):
-            leave(error, result(best._replace(interrupted=True)), instead=True)
+            keep_partial(error, result(best._replace(interrupted=True)), instead=True)
         raise

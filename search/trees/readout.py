@@ -12,7 +12,7 @@ from steer.core import diagnostics, population
 from steer.core.loop import completed
 from steer.core.run import Run
 from steer.core.trajectory import LevelRecord
-from steer.errors import CollapsedWeightsError
+from steer.errors import CollapsedWeightsError, keep_partial
 from steer.results.result import Law, MadeBy, Result, repeats_one_problem
 
 from .simulation import LastPrediction
@@ -133,8 +133,9 @@ def _result(
         log_evidence_variance=variance.to(x.device),
     )
     if bool(dead.any()):
-        raise CollapsedWeightsError(
+        error = CollapsedWeightsError(
             f"every leaf of problem {int(dead.nonzero()[0])} has weight zero: the reward forbids (-inf) all of them; "
             "grow the tree further (error.partial.tree), or give a reward that is finite on what the model makes"
-        ).keep(result)
+        )
+        raise keep_partial(error, result)
     return result

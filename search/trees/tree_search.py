@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from steer.core.loop import keep
 from steer.core.run import Run
 from steer.cost import affordable, check_counts
-from steer.errors import BudgetError, CollapsedWeightsError, SteerError
+from steer.errors import BudgetError, CollapsedWeightsError, SteerError, keep_partial
 from steer.key import Key
 from steer.processes.gaussian import sampling_uses_network
 from steer.results.result import Result
@@ -124,9 +123,9 @@ class TreeSearch:
         except BaseException as error:
             if self.tree.leaves.size:
                 try:
-                    keep(error, self.result(interrupted=True))
+                    keep_partial(error, self.result(interrupted=True))
                 except CollapsedWeightsError as collapsed:
-                    keep(error, collapsed.partial)
+                    keep_partial(error, collapsed.partial)
             raise
 
     def check_budget(self, particles: int | None, budget: int | None) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
 from ..cost import Meter
-from ..errors import NonFiniteError
+from ..errors import NonFiniteError, keep_partial
 from ..types import Stop
 from .run import Run
 from .trajectory import EMPTY_CACHE, Trajectory
@@ -39,7 +39,8 @@ class Reached:
             meter.finite.settle()
         except BaseException as error:
             late = isinstance(error, NonFiniteError)
-            keep(error, next((state for state in reversed(self._states) if not late or _is_finite(state)), None))
+            good = (state for state in reversed(self._states) if not late or _is_finite(state))
+            keep_partial(error, next(good, None))
             raise
 
 
@@ -123,18 +124,8 @@ def keeping(finished: Any) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        keep(error, finished() if callable(finished) else finished, instead=True)
+        keep_partial(error, finished() if callable(finished) else finished, instead=True)
         raise
-
-
-def keep(error: BaseException, partial: Any, *, instead: bool = False) -> None:
-    """Attaches what was paid for to an error as `.partial`, unless an inner call has, or `instead` of what it has.
-
-    An error of the user's code (network, reward, decoder, on_step) keeps its type, KeyboardInterrupt too.
-    """
-    if partial is not None and (instead or getattr(error, "partial", None) is None):
-        with suppress(AttributeError):  # a class that has made `partial` something else
-            object.__setattr__(error, "partial", partial)
 
 
 def completed(state: Trajectory) -> Trajectory:

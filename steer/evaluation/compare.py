@@ -8,9 +8,9 @@ from typing import Any, overload
 
 import torch
 
-from ..core.loop import keep, keeping
+from ..core.loop import keeping
 from ..cost import check_counts
-from ..errors import SteerError
+from ..errors import SteerError, keep_partial
 from ..key import Key, as_key
 from ..report.comparison import Comparison, Comparisons, Row
 from ..results.result import Result
@@ -117,7 +117,7 @@ def compare(
             known = (*done, last) if isinstance(last, Comparison) and (last.keys or not done) else tuple(done)
             if isinstance(error, Stop) and done:
                 return Comparisons(tuple(done), interrupted=True)
-            keep(error, Comparisons(known, interrupted=True) if known else None, instead=True)
+            keep_partial(error, Comparisons(known, interrupted=True) if known else None, instead=True)
             raise
         if done[-1].interrupted:
             break

@@ -9,9 +9,10 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from .. import progress_bar
 from ..errors import SteerError
-from ..journal import resumable
+from ..execution.journal import resumable
+from ..execution.progress_bar import progress as progress_bar
+from ..execution.progress_bar import rows_of
 from ..key import Key, as_key
 from ..results.result import Result
 from ..types import ReverseProcess, Reward
@@ -106,7 +107,7 @@ def sample(
     options |= {"budget": budget, "temperature": temperature, "batch": batch, "key": as_key(key, seed)}
     with ExitStack() as around:
         if progress:
-            around.enter_context(progress_bar.progress(progress_bar.rows_of(process, options), name=name_of(method)))
+            around.enter_context(progress_bar(rows_of(process, options), name=name_of(method)))
         if journal is not None:
             around.enter_context(resumable(journal))
         return resolve(method)(process, reward, **options)

@@ -61,49 +61,49 @@ def collect_steered(
     result: Result = method(
         chain, steering[1], batch=groups, particles=group_size, temperature=temperature, key=key, **keeps
     )
-    declared, law = law is not None, law or result.law
-    _check_run(result, chain, law, name)
-    if not _rows_are_leaves(result):  # after `take` or `draw`
-        result = replace(result, tree=None)
-    policy, meter = with_meter(process)
-    with keeping(result):
+    with keeping(result):  # paid for, whatever is wrong with it
+        declared, law = law is not None, law or result.law
+        _check_run(result, chain, law, name)
+        if not _rows_are_leaves(result):  # after `take` or `draw`
+            result = replace(result, tree=None)
+        policy, meter = with_meter(process)
         values = {steering[0]: result.reward} | score_samples(policy, result.x, others)
-    steps, lineage, parent = _recorded(chain, result)
-    if law == "none":
-        if steps and objective == "policy_gradient" and not declared:
-            raise _no_weight_corrects(name).keep(result)
-        steps = [step._replace(log_behaviour=torch.full_like(step.log_prob, torch.nan)) for step in steps]
-    elif objective == "policy_gradient":
-        _check_steps(steps, mask, result, name)
-    first = torch.arange(groups, device=result.x.device)[:, None] * result.reward.shape[1]
-    log_target, log_base = log_weights(result, law)
-    batch = assemble(
-        process,
-        steps,
-        mask[:, :1].expand(-1, result.reward.shape[1], -1).to(result.x.device),
-        x=result.x,
-        rewards=values,
-        key=key,
-        cost=result.cost + meter.cost(),
-        storage=storage,
-        window=window,
-        policy_version=policy_version,
-        path=_path(result, storage) if path else None,
-        ancestors=lineage,
-        root_id=first + result.root,
-        parent_id=first + parent,
-        sample_id=first + _copies(result.x),
-        method=name,
-        log_w_target=log_target.float(),
-        log_w_base=log_base.float(),
-        objective="tilted_sft" if law == "none" else objective,
-    )
-    if law == "none":
+        steps, lineage, parent = _recorded(chain, result)
+        if law == "none":
+            if steps and objective == "policy_gradient" and not declared:
+                raise _no_weight_corrects(name)
+            steps = [step._replace(log_behaviour=torch.full_like(step.log_prob, torch.nan)) for step in steps]
+        elif objective == "policy_gradient":
+            _check_steps(steps, mask, result, name)
+        first = torch.arange(groups, device=result.x.device)[:, None] * result.reward.shape[1]
+        log_target, log_base = log_weights(result, law)
+        batch = assemble(
+            process,
+            steps,
+            mask[:, :1].expand(-1, result.reward.shape[1], -1).to(result.x.device),
+            x=result.x,
+            rewards=values,
+            key=key,
+            cost=result.cost + meter.cost(),
+            storage=storage,
+            window=window,
+            policy_version=policy_version,
+            path=_path(result, storage) if path else None,
+            ancestors=lineage,
+            root_id=first + result.root,
+            parent_id=first + parent,
+            sample_id=first + _copies(result.x),
+            method=name,
+            log_w_target=log_target.float(),
+            log_w_base=log_base.float(),
+            objective="tilted_sft" if law == "none" else objective,
+        )
+        if law == "none":
+            return batch
+        batch = merged(batch)
+        if objective == "policy_gradient":
+            _check_ess(batch, result, temperature)
         return batch
-    batch = merged(batch)
-    if objective == "policy_gradient":
-        _check_ess(batch, result, temperature)
-    return batch
 
 
 def log_weights(result: Result, law: Law) -> tuple[Tensor, Tensor]:
@@ -203,13 +203,13 @@ def _same_for_all(mask: Tensor, window: Window, name: str) -> Tensor:
 def _check_run(result: Result, chain: GaussianProcess, law: str, name: str) -> None:
     """Raises where a run did not end, or did not use the policy's own transitions."""
     if result.interrupted:
-        raise SteerError(f"{name} was interrupted: its rows are predictions, not samples; collect again").keep(result)
+        raise SteerError(f"{name} was interrupted: its rows are predictions, not samples; collect again")
     if law != "none" and not _policy_ran(chain, result):
         raise SteerError(
             f"{name} moves particles by transitions of its own (another process, rule or start than the policy's), so "
             "its steps are not draws of the policy; collect with steer.smc or another sampler over the policy's "
             'transitions, or pass law="none" for its samples alone'
-        ).keep(result)
+        )
 
 
 def _policy_ran(chain: GaussianProcess, result: Result) -> bool:
@@ -252,7 +252,7 @@ def _check_steps(steps: list[RecordedStep], mask: Tensor, result: Result, name: 
         f"{name} stored not all of the stochastic steps {asked} of its rows, so they cannot be trained on: collect "
         "with a sampler that can keep states (steer.smc, psi, tds, das, fk_steering, search.dts) and return its Result "
         'as it is, or pass objective="tilted_sft"'
-    ).keep(result)
+    )
 
 
 def _check_ess(batch: RolloutBatch, result: Result, temperature: float) -> None:
@@ -267,7 +267,7 @@ def _check_ess(batch: RolloutBatch, result: Result, temperature: float) -> None:
             f"{worst} ({len(low)} of {batch.groups} groups are below): the steering is too "
             f"strong to correct; raise the temperature ({temperature:g} now; the ESS falls like exp(-Var(r / T))), or "
             'pass objective="tilted_sft" for losses that learn the tilted distribution itself'
-        ).keep(result)
+        )
 
 
 def _copies(x: Tensor) -> Tensor:

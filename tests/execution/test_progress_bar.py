@@ -22,7 +22,7 @@ def test_a_run_that_is_watched_is_the_run(name, capsys):
 
 
 def test_several_runs_add_up_and_the_best_score_is_seen(monkeypatch):
-    monkeypatch.setattr("steer.progress_bar.DUE", -1.0)
+    monkeypatch.setattr("steer.execution.progress_bar.DUE", -1.0)
     with steer.progress() as shown:
         first = search.best_of_n(mixture_process(), REWARD, particles=8, key=1)
         second = search.best_of_n(mixture_process(), REWARD, particles=8, key=2)

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .calls import Answer, through
-from .cost import Meter
+from ..calls import Answer, through
+from ..cost import Meter
 
 DUE = 0.2  # seconds between two looks at what is on a device
 

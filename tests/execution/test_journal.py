@@ -222,7 +222,7 @@ torch.save([result.x, result.reward, result.log_weight, result.log_evidence], {o
 @pytest.mark.skipif(os.name != "posix", reason="kills by SIGKILL")
 def test_sigkill(tmp_path):
     journal, out, source = tmp_path / "journal", tmp_path / "result.pt", tmp_path / "run.py"
-    source.write_text(SCRIPT.format(tests=str(Path(__file__).parent), journal=str(journal), out=str(out)))
+    source.write_text(SCRIPT.format(tests=str(Path(__file__).parents[1]), journal=str(journal), out=str(out)))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     child = subprocess.Popen([sys.executable, str(source)], env=environment)
     while len(list(journal.glob("*.safetensors"))) < 3:

@@ -22,12 +22,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .calls import Answer, through
-from .cost import Meter
+from ..calls import Answer, fingerprint, through
+from ..cost import Meter
+from ..errors import JournalError, SteerError
+from ..files import write_atomically
+from ..version import __version__
 from .distributed import current
-from .errors import JournalError, SteerError
-from .files import write_atomically
-from .version import __version__
 
 SEGMENTS = "[0-9]*-*.safetensors"
 CLOSE = 1e-3  # of the largest entry: rows of another batch, or another device, round differently; other weights differ
@@ -88,13 +88,15 @@ class Journal:
     recorded: calls made and noted so far.      bytes: on disk.
     """
 
-    def __init__(self, directory: str | Path, *, every: float = 30.0, memory: int = 64 << 20, check: bool = True):
+    def __init__(self, directory: str | Path, *, every: float, memory: int, check: bool) -> None:
         if not every >= 0.0 or not memory > 0:
             raise SteerError(f"every is in seconds and memory in bytes, both positive, got {every} and {memory}")
         self.directory, self.every, self.memory, self.check = Path(directory), every, memory, check
         self.directory.mkdir(parents=True, exist_ok=True)
         self.replayed = self.recorded = self.bytes = 0
         self._lock = _locked(self.directory)
+        for draft in self.directory.glob(".*.part"):  # of a writer that was killed
+            draft.unlink()
         self._segments = _sound(self.directory)
         self.bytes = sum(path.stat().st_size for path in self._segments)
         self._written, self._digest = len(self._segments), _digest_of(self._segments[-1]) if self._segments else ""
@@ -109,7 +111,8 @@ class Journal:
         """The answer: from disk while the journal lasts, then from the call itself, which is noted."""
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             return function(*tensors)  # the caller goes on to differentiate, which no record can answer
-        call = {"kind": kind, "level": k, "of": [_fingerprint(tensor) for tensor in tensors], "named": named}
+        of = [[str(tensor.dtype), list(tensor.shape), fingerprint(tensor)] for tensor in tensors]
+        call = {"kind": kind, "level": k, "of": of, "named": named}
         entry = next(self._told, None)
         if entry is not None:
             return self._replay(entry, call, meter, function, tensors)
@@ -130,20 +133,20 @@ class Journal:
         for number, path in enumerate(self._segments):
             more = len(_calls(path))
             if kept + more > calls:
-                first = list(itertools.islice(_entries(path), calls - kept))
-                for later in self._segments[number:]:
+                self._held = list(itertools.islice(_entries(path), calls - kept))
+                for later in reversed(self._segments[number:]):  # killed on the way, it leaves no gap
                     self.bytes -= later.stat().st_size
                     later.unlink()
                 self._segments, self._written = self._segments[:number], number
                 self._digest = _digest_of(self._segments[-1]) if self._segments else ""
-                self._held = first
-                self.flush()
+                self._segments += self.flush()
                 break
             kept += more
         self.calls, self._told = min(self.calls, calls), self._stored()
 
-    def flush(self) -> None:
-        """Writes what is held as the next segment."""
+    def flush(self) -> list[Path]:
+        """Writes what is held as the next segment: its path, or none where nothing is held."""
+        written = []
         if self._held:
             from safetensors.torch import save
 
@@ -152,11 +155,10 @@ class Journal:
             tensors = {f"{i}.{name}": t for i, entry in enumerate(self._held) for name, t in entry.answer.items()}
             blob = save(tensors, header)
             self._digest = _digest(blob)
-            path = write_atomically(self.directory / f"{self._written:06d}-{self._digest}.safetensors", blob)
-            if not self.recorded:  # what `cut` has kept of a segment
-                self._segments.append(path)
+            written = [write_atomically(self.directory / f"{self._written:06d}-{self._digest}.safetensors", blob)]
             self._written, self.bytes, self._held, self._size = self._written + 1, self.bytes + len(blob), [], 0
         self._since = time.monotonic()
+        return written
 
     def close(self) -> None:
         """Writes what is held, and lets other processes in."""
@@ -182,13 +184,11 @@ class Journal:
     ) -> Answer:
         if entry.call != call:
             raise JournalError(
-                f"the journal in {self.directory} is of another run: its call {self.replayed} was {_told(entry.call)}, "
-                f"and this run makes {_told(call)} instead; run it with the options, key, model and reward of then, "
-                "or start a new directory"
+                f"the journal in {self.directory} is of another run: its call {self.replayed} was "
+                f"{_in_words(entry.call)}, and this run makes {_in_words(call)} instead; run it with the options, key, "
+                "model and reward of then, or start a new directory"
             )
-        answer = {
-            name: tensor.to(tensors[0].device) if tensor.ndim > 1 else tensor for name, tensor in entry.answer.items()
-        }
+        answer = {name: tensor.to(tensors[0].device) for name, tensor in entry.answer.items()}
         if self.check and call["kind"] not in self._checked | {"groupwise"}:
             self._checked.add(call["kind"])
             self._compare(answer, call, meter, function, tensors)
@@ -211,7 +211,7 @@ class Journal:
             scale = max(1e-6, float(then[then.isfinite()].abs().max())) if bool(then.isfinite().any()) else 1.0
             if not torch.allclose(now, then, rtol=0.0, atol=CLOSE * scale, equal_nan=True):
                 raise JournalError(
-                    f"the journal in {self.directory} is of another model or reward: {name} of {_told(call)} was "
+                    f"the journal in {self.directory} is of another model or reward: {name} of {_in_words(call)} was "
                     f"written down as something else than it is now (they differ by up to "
                     f"{float((now - then).abs().nan_to_num(torch.inf).max()):.3g}); use those of then, or start a new "
                     "directory"
@@ -291,13 +291,7 @@ def _digest_of(path: Path) -> str:
     return path.stem.partition("-")[2]
 
 
-def _fingerprint(tensor: Tensor) -> list[Any]:
-    """Type, shape and a 64-bit hash of the contents."""
-    raw = tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data
-    return [str(tensor.dtype), list(tensor.shape), hashlib.blake2b(raw, digest_size=8).hexdigest()]
-
-
-def _told(call: dict[str, Any]) -> str:
+def _in_words(call: dict[str, Any]) -> str:
     """A call in words."""
     at = f" at level {call['level']}" if call["level"] >= 0 else ""
     return f"{call['kind']}{at} of {' and '.join(f'{dtype} {shape} ({mark})' for dtype, shape, mark in call['of'])}"

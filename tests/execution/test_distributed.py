@@ -13,7 +13,7 @@ import torch
 import steer
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="gloo over a file, and signals")
-SCRIPT = Path(__file__).with_name("distributed_run.py")
+SCRIPT = Path(__file__).parents[1] / "distributed_run.py"
 
 
 def started(case, world, folder):
