@@ -9,6 +9,7 @@ import torch
 
 import steer
 from steer import rewards, search
+from steer.errors import keep_partial
 
 
 def score(x):
@@ -72,7 +73,7 @@ def test_errors_come_out_of_a_pool_with_what_was_paid_for():
 
 @pytest.mark.parametrize("kind", [error for name, error in vars(steer).items() if name.endswith("Error")])
 def test_every_error_is_pickled(kind):
-    error = kind("what came").keep(steer.rollout(mixture(), score, particles=2))
+    error = keep_partial(kind("what came"), steer.rollout(mixture(), score, particles=2))
     again = pickle.loads(pickle.dumps(error))
     assert (type(again), str(again)) == (kind, "what came")
     assert torch.equal(again.partial.x, error.partial.x)

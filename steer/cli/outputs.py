@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from ..report.comparison import Comparison, Comparisons
     from ..results.result import Result
 
-PARTIAL = ("partial.safetensors", "partial.json")
+PARTIAL_FACTS = "partial.json"
 
 
 def write_run(
@@ -19,9 +19,9 @@ def write_run(
     from ..files import write_atomically
     from ..report.images import grid, is_images, to_png
     from ..report.run_report import shown, summary, write_report
-    from ..results.saving import save_result
+    from ..results.saving import PARTIAL, save_result
 
-    for stale in ("compare.json", "images.png", *PARTIAL):  # an earlier command's, to be mistaken for this one's
+    for stale in ("compare.json", "images.png", PARTIAL, PARTIAL_FACTS):  # of an earlier command
         (out / stale).unlink(missing_ok=True)
     index = shown(result, n)
     save_result(result, out, reference=reference, **about, shown=index.tolist())
@@ -37,31 +37,20 @@ def write_run(
 def write_partial(partial: Any, out: Path, about: dict[str, Any]) -> Path | None:
     """Writes what an error left of a run, and returns the file or directory; None where there is nothing.
 
-    A Result as any run's; a comparison as compare.json; a Trajectory, states under way, as
-    partial.safetensors (x, log_weight, log_evidence, its prediction x0 where it has one) and partial.json.
+    A comparison as compare.json; a Result as any run's; states under way as partial.safetensors, and partial.json.
     """
-    from safetensors.torch import save
-
     from ..core.trajectory import Trajectory
     from ..files import plain, to_json, versions, write_atomically
     from ..report.comparison import Comparison, Comparisons
-    from ..results.result import Result
-    from ..results.saving import save_result
+    from ..results.saving import save_partial
 
-    if isinstance(partial, Result):
-        return save_result(partial, out, **about)
     if isinstance(partial, Comparison | Comparisons):
         facts = {"about": about, **partial.to_dict(), "interrupted": True, "versions": versions()}
         return write_atomically(out / "compare.json", to_json(plain(facts)))
-    if not isinstance(partial, Trajectory):
-        return None
-    tensors = {"x": partial.x, "log_weight": partial.log_weight, "log_evidence": partial.log_evidence}
-    if partial.cache.x0 is not None:
-        tensors["x0"] = partial.cache.x0
-    facts = {"about": about, "level": partial.k, "steps": partial.process.steps, "versions": versions()}
-    blob = save({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()})
-    write_atomically(out / PARTIAL[1], to_json(plain(facts)))
-    return write_atomically(out / PARTIAL[0], blob)
+    if isinstance(partial, Trajectory):
+        facts = {"about": about, "level": partial.k, "steps": partial.process.steps, "versions": versions()}
+        write_atomically(out / PARTIAL_FACTS, to_json(plain(facts)))
+    return save_partial(partial, out, **about)
 
 
 def write_comparison_files(
@@ -72,9 +61,9 @@ def write_comparison_files(
     from ..report.comparison_report import write_comparison
     from ..report.images import grid, is_images, to_png
     from ..report.run_report import shown
-    from ..results.saving import FACTS, TENSORS
+    from ..results.saving import FACTS, PARTIAL, TENSORS
 
-    for stale in (FACTS, TENSORS, "images.png", *PARTIAL):  # an earlier `steer generate`'s
+    for stale in (FACTS, TENSORS, "images.png", PARTIAL, PARTIAL_FACTS):  # an earlier `steer generate`'s
         (out / stale).unlink(missing_ok=True)
     facts = plain({"about": about, **comparison.to_dict(), "versions": versions()})
     write_atomically(out / "compare.json", to_json(facts))

@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ..errors import ModelError, SteerError
+from ..errors import SteerError
 from ..evaluation.methods import name_of, sample
-from ..files import write_atomically
 from ..key import Key
-from ..pipelines.from_pipeline import from_pipeline
-from ..processes.transitions import DDIM, ClippedPrediction
 from ..report.images import is_images, to_images, to_png
 from ..report.run_report import shown
 from ..results.result import Result
-from ..types import ReverseProcess, Rule
+from ..types import ReverseProcess
 from .claims import Claim
+from .opening import Opener, accepted, opener
 from .place import Place
-from .prompts import OWNED, Row, rows_of
-from .run_directory import RESULT, RunDirectory
+from .prompts import Row, rows_of
+from .run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 RETRIED = (OSError, torch.OutOfMemoryError)  # what may go well the next time; other errors would come again
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Made(NamedTuple):
@@ -84,15 +85,13 @@ class Generator:
         retries: int = 2,
         download: bool = False,
     ) -> None:
-        if dtype not in DTYPES:
-            raise SteerError(f"dtype is one of {', '.join(DTYPES)}, got {dtype!r}")
         if budget is not None and particles is not None:
             raise SteerError("give a budget or a number of particles, not both")
         self.model, self.reward, self.method = model, reward, method
         self.budget, self.particles, self.temperature, self.seed = budget, particles, temperature, seed
         self.steps, self.device, self.dtype, self.call = steps, device, dtype, dict(call or {})
         self.options, self.keep, self.retries, self.download = dict(options or {}), keep, retries, download
-        self._opener: Callable[..., ReverseProcess] | None = None
+        self._opener: Opener | None = None
         self._reward: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -102,7 +101,7 @@ class Generator:
     @property
     def accepted(self) -> list[str]:
         """Names of the arguments of the model's call, "prompt" among them where it takes one."""
-        return _accepted(self._open)
+        return accepted(self._open)
 
     def rows(self, entries: Iterable[Mapping[str, Any]]) -> list[Row]:
         """Rows of prompts and call arguments, checked against the model: see `prompts.rows_of`."""
@@ -189,19 +188,18 @@ class Generator:
         for index in own + others:
             if directory.state(index) == "finished":
                 continue
-            mine = Claim(directory.claim(index))
-            if claim and not mine.take():
+            mine = Claim(directory.claim(index)) if claim else None
+            if mine is not None and not mine.take():
                 continue
-            with mine.held():
+            with nullcontext() if mine is None else mine.held():
                 if directory.state(index) != "finished":  # another finished it before we claimed it
                     yield index, self.make(directory, directory.rows[index])
 
     def make(self, directory: RunDirectory, row: Row) -> Exception | None:
         """Makes a row of a run directory; its error, of which there is a record, where it failed."""
-        folder = directory.folder(row.index)
         try:
-            result = self._tried(row, folder / "journal")
-            self._save(directory, row, result)
+            result = self._tried(row, directory.folder(row.index) / "journal")
+            directory.save(row, result, self._pictures(directory, row, result))
         except Exception as error:
             directory.failed(row.index, error)
             if _poisoned(error):
@@ -218,52 +216,39 @@ class Generator:
                     raise
         raise AssertionError("unreachable")
 
-    def _save(self, directory: RunDirectory, row: Row, result: Result) -> None:
-        """Pictures first, the record last: with it the row is finished."""
-        import shutil
-
-        folder, index = directory.folder(row.index), shown(result, min(self.keep, result.reward.shape[1]))
-        chosen, pictures = result.take(index), []
+    def _kept(self, result: Result) -> Iterator[tuple[dict[str, Any], Image | None]]:
+        """The samples of a row that are kept, the best first: their numbers, and their pictures where they are some."""
+        index = shown(result, min(self.keep, result.reward.shape[1]))
+        chosen = result.take(index)
+        images = to_images(chosen.decoded) if is_images(chosen.decoded) else [None] * index.shape[1]
         parts = self._parts(chosen)
-        images = to_images(chosen.decoded) if is_images(chosen.decoded) else []
         for number, particle in enumerate(index[0].tolist()):
-            entry: dict[str, Any] = {"prompt": row.prompt, "index": row.index, "particle": particle}
-            if images:
-                path = directory.picture(row.index, number)
-                write_atomically(path, to_png(images[number]))
-                entry = {"file_name": str(path.relative_to(directory.path)), **entry}
-            elif result.process.text is not None:
-                entry["text"] = chosen.texts[number]
-            entry |= {"score": chosen.reward[0, number].item(), "weight": result.log_weight[0, particle].exp().item()}
-            entry |= {f"reward.{name}": scores[number].item() for name, scores in parts.items()}
-            entry |= {"method": name_of(self.method), "budget": self.budget, "nfe": result.cost.nfe, "seed": self.seed}
-            pictures.append({**entry, **row.notes})
-        result.save(folder, index=row.index, prompt=row.prompt, call=row.call, notes=row.notes, pictures=pictures)
-        (folder / "error.json").unlink(missing_ok=True)
-        shutil.rmtree(folder / "journal", ignore_errors=True)
-        if not (folder / RESULT).exists():
-            raise SteerError(f"{folder / RESULT} vanished while it was written; is something else cleaning up there?")
+            numbers = {"particle": particle, "score": chosen.reward[0, number].item()}
+            numbers |= {"weight": result.log_weight[0, particle].exp().item(), "nfe": result.cost.nfe}
+            numbers |= {f"reward.{name}": scores[number].item() for name, scores in parts.items()}
+            if result.process.text is not None:
+                numbers["text"] = chosen.texts[number]
+            yield numbers, images[number]
+
+    def _pictures(self, directory: RunDirectory, row: Row, result: Result) -> list[dict[str, Any]]:
+        """Writes a row's pictures, and returns their entries for the metadata."""
+        run = {"method": name_of(self.method), "budget": self.budget, "seed": self.seed}
+        entries = []
+        for number, (numbers, image) in enumerate(self._kept(result)):
+            file = {} if image is None else {"file_name": directory.save_picture(row.index, number, to_png(image))}
+            entries.append({**file, "prompt": row.prompt, "index": row.index, **numbers, **run, **row.notes})
+        return entries
 
     def _records(self, made: Made) -> Iterator[dict[str, Any]]:
-        blank = {"index": made.row.index, "particle": None, "prompt": made.row.prompt, "image": None, "score": None}
-        blank |= {"weight": None, "nfe": None, "error": ""}
+        """What `__call__` returns of a row, sample by sample."""
+        blank = {**dict.fromkeys(_COLUMNS), "index": made.row.index, "prompt": made.row.prompt, "error": ""}
         if made.result is None:
             yield {**blank, "error": f"{type(made.error).__name__}: {made.error}"}
             return
         import numpy
 
-        result, index = made.result, shown(made.result, min(self.keep, made.result.reward.shape[1]))
-        chosen = result.take(index)
-        images = to_images(chosen.decoded) if is_images(chosen.decoded) else [None] * index.shape[1]
-        for number, particle in enumerate(index[0].tolist()):
-            yield {
-                **blank,
-                "particle": particle,
-                "image": None if images[number] is None else numpy.asarray(images[number]),
-                "score": chosen.reward[0, number].item(),
-                "weight": result.log_weight[0, particle].exp().item(),
-                "nfe": result.cost.nfe,
-            }
+        for numbers, image in self._kept(made.result):
+            yield {**blank, **numbers, "image": None if image is None else numpy.asarray(image)}
 
     def _parts(self, chosen: Result) -> dict[str, torch.Tensor]:
         """Each reward's own score of the samples kept, where several are summed."""
@@ -275,56 +260,12 @@ class Generator:
         return reward.parts(chosen.decoded, **({"prompts": prompts} if takes and prompts else {}))
 
     @property
-    def _open(self) -> Callable[..., ReverseProcess]:
+    def _open(self) -> Opener:
         if self._opener is None:
-            self._opener = self._loaded()
-        return self._opener
-
-    def _loaded(self) -> Callable[..., ReverseProcess]:
-        """The model, loaded, as a function of prompt and call arguments."""
-        from ..models.catalogue import embedded
-        from ..models.embedded import emoji_pipeline, load
-
-        model: Any = self.model
-        steps: dict[str, Any] = {} if self.steps is None else {"steps": self.steps}
-        where = self.device or "cpu"
-        if model == "emoji":
-            steps = {"steps": self.steps or 20, "transition": DDIM()}
-            return _Pipeline(emoji_pipeline(where), steps, guidance_scale=3.0)
-        if isinstance(model, str) and model in [card["name"] for card in embedded()]:
-            text = model == "letters"  # takes no label
-
-            def labelled(label: int | None = None, guidance_scale: float = 1.0) -> ReverseProcess:
-                return load(model, labels=label, guidance_scale=guidance_scale, device=where, **steps)
-
-            def unlabelled() -> ReverseProcess:
-                return load(model, device=where, **steps)
-
-            return unlabelled if text else labelled
-        if isinstance(model, str | Path):
-            if not Path(model).is_dir() and str(model).count("/") != 1:
-                raise ModelError(
-                    f"there is no folder {str(model)!r}, and no embedded model of that name; embedded are emoji, "
-                    "digits, digits-flow and letters, and a repository of the hub is owner/name"
-                )
-            from ..pipelines.hub import load_pipeline
-
-            model = load_pipeline(
-                model, dtype=DTYPES[self.dtype], device=self.device, local_files_only=not self.download
+            self._opener = opener(
+                self.model, steps=self.steps, device=self.device, dtype=self.dtype, download=self.download
             )
-        if hasattr(model, "denoise"):
-            if self.steps is not None and self.steps != model.steps:
-                raise ModelError(
-                    f"the process has {model.steps} steps, and {self.steps} were asked for; leave steps out"
-                )
-            return lambda: cast(ReverseProcess, model)
-        if hasattr(model, "scheduler"):
-            return _Pipeline(model, steps)
-        if callable(model):
-            return cast(Callable[..., ReverseProcess], model)
-        raise ModelError(
-            f"a model is an embedded name, a folder, owner/name, a pipeline, a process or a function, got {model!r}"
-        )
+        return self._opener
 
     def score(self, process: ReverseProcess) -> Any:
         """The reward, on samples of this process."""
@@ -336,29 +277,7 @@ class Generator:
         return self._reward
 
 
-class _Pipeline:
-    """Opens a pipeline for a row. Its signature is the pipeline's."""
-
-    def __init__(self, pipe: Any, options: dict[str, Any], **call: Any) -> None:
-        self.pipe, self.options, self.call = pipe, options, call
-        self.__signature__ = inspect.signature(type(pipe).__call__)
-        self.rule: Rule | None = None
-
-    def __call__(self, **call: Any) -> ReverseProcess:
-        process = from_pipeline(self.pipe, **{"transition": self.rule, **self.options}, **{**self.call, **call})
-        # Given back, so that what replaces the scheduler is said once, and not for every row.
-        self.rule = process.rule.rule if isinstance(process.rule, ClippedPrediction) else process.rule
-        return process
-
-
 _COLUMNS = ("index", "particle", "prompt", "image", "score", "weight", "nfe", "error")
-
-
-def _accepted(function: Callable[..., Any]) -> list[str]:
-    """Names that a function takes by keyword."""
-    parameters = inspect.signature(function).parameters.values()
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return [p.name for p in parameters if p.kind in kinds and p.name != "self" and p.name not in OWNED]
 
 
 def _poisoned(error: Exception) -> bool:

@@ -22,11 +22,15 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import RunDirectoryError
 from ..files import to_json, versions, write_atomically
+from ..results.saving import save_partial
 from .prompts import Row
+
+if TYPE_CHECKING:
+    from ..results.result import Result
 
 RESULT, ERROR, PER_FOLDER = "result.json", "error.json", 1000
 State = Literal["finished", "failed", "missing"]
@@ -87,9 +91,21 @@ class RunDirectory:
         """Of a row."""
         return self.path / "rows" / f"{index // PER_FOLDER:03d}" / f"{index:06d}"
 
-    def picture(self, index: int, number: int, kind: str = "png") -> Path:
-        """Of a row's picture."""
-        return self.path / "images" / f"{index // PER_FOLDER:03d}" / f"{index:06d}-{number:02d}.{kind}"
+    def save_picture(self, index: int, number: int, png: bytes) -> str:
+        """Writes a picture of a row, and returns its name below the directory, as metadata.jsonl has it."""
+        path = self._pictures(index) / f"{index:06d}-{number:02d}.png"
+        return str(write_atomically(path, png).relative_to(self.path))
+
+    def save(self, row: Row, result: Result, pictures: Sequence[Mapping[str, Any]]) -> None:
+        """Writes a row's result, by which it is finished, and clears away what was of use until then."""
+        folder = self.folder(row.index)
+        result.save(folder, pictures=list(pictures), **row.to_dict())
+        (folder / ERROR).unlink(missing_ok=True)
+        shutil.rmtree(folder / "journal", ignore_errors=True)
+        shutil.rmtree(folder / "partial", ignore_errors=True)
+
+    def _pictures(self, index: int) -> Path:
+        return self.path / "images" / f"{index // PER_FOLDER:03d}"
 
     def claim(self, index: int) -> Path:
         """The file by which a process claims a row."""
@@ -113,13 +129,12 @@ class RunDirectory:
         """Deletes what there is of a row."""
         (self.folder(index) / RESULT).unlink(missing_ok=True)  # first, so that no half of a row looks finished
         shutil.rmtree(self.folder(index), ignore_errors=True)
-        for path in self.picture(index, 0).parent.glob(f"{index:06d}-*"):
+        for path in self._pictures(index).glob(f"{index:06d}-*"):
             path.unlink()
 
     def failed(self, index: int, error: BaseException) -> None:
         """Writes the record of a row that could not be made, with what it had paid for where the error has it."""
-        folder = self.folder(index)
-        partial: Any = getattr(error, "partial", None)
+        folder, partial = self.folder(index), getattr(error, "partial", None)
         record = {
             "type": type(error).__name__,
             "message": str(error),
@@ -127,10 +142,8 @@ class RunDirectory:
             "attempts": self.error(index).get("attempts", 0) + 1,
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "host": socket.gethostname(),
-            "partial": hasattr(partial, "save"),
+            "partial": save_partial(partial, folder / "partial") is not None,
         }
-        if hasattr(partial, "save"):
-            partial.save(folder / "partial")
         write_atomically(folder / ERROR, to_json(record))
 
     def error(self, index: int) -> dict[str, Any]:

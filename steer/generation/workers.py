@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import time
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..errors import SteerError
 from .generator import Generator
 from .run_directory import RunDirectory
-
-WAIT = 60.0  # seconds without a worker before it is said that none has come up
 
 
 class _Worker:
@@ -42,7 +40,7 @@ def run(
         generator: not yet used, so that each worker loads the model itself.
         directory: the run; workers write into it, so it lies where all of them see it.
         indices: rows to make.
-        workers: processes.
+        workers: processes; fewer where the cluster has no room for as many.
         gpus_per_worker: of each; fractions share one.
         address: of a Ray cluster; None starts one on this machine, and ends it.
 
@@ -51,7 +49,7 @@ def run(
         its row goes on from its journal; a row that kills its worker four times is an error record.
 
     Raises:
-        SteerError: ray is not installed, or no worker comes up because the cluster has not what one needs.
+        SteerError: ray is not installed, or the cluster has not what one worker needs.
     """
     try:
         import ray
@@ -63,8 +61,9 @@ def run(
     actors: list[Any] = []
     try:
         kind: Any = ray.remote(num_cpus=1, num_gpus=gpus_per_worker, max_restarts=-1, max_task_retries=3)(_Worker)
-        actors = [kind.remote(generator, str(directory.path.absolute())) for _ in range(min(workers, len(indices)))]
-        yield from _results(ray, actors, directory, list(indices), gpus_per_worker)
+        count = min(workers, len(indices), _places(ray, gpus_per_worker))
+        actors = [kind.remote(generator, str(directory.path.absolute())) for _ in range(count)]
+        yield from _results(ray, actors, directory, list(indices))
     finally:
         for actor in actors:
             ray.kill(actor)
@@ -72,31 +71,31 @@ def run(
             ray.shutdown()
 
 
-def _results(
-    ray: Any, actors: list[Any], directory: RunDirectory, left: list[int], gpus: float
-) -> Iterator[tuple[int, str]]:
+def _places(ray: Any, gpus: float) -> int:
+    """How many workers the cluster has room for. One that does not fit would wait for ever, with a row in its hands."""
+    has = ray.cluster_resources()
+    fit = int(min(has.get("CPU", 0.0), has.get("GPU", 0.0) / gpus if gpus else math.inf))
+    if fit < 1:
+        raise SteerError(
+            f"a worker needs 1 CPU and {gpus:g} GPUs, and the cluster has {has.get('CPU', 0.0):g} and "
+            f"{has.get('GPU', 0.0):g}; start it with more, or ask for less for each worker"
+        )
+    return fit
+
+
+def _results(ray: Any, actors: list[Any], directory: RunDirectory, left: list[int]) -> Iterator[tuple[int, str]]:
     """Keeps every worker at one row, and hands on what is done."""
     left.reverse()
     under_way = {actor.make.remote(index): (actor, index) for actor in actors if left for index in [left.pop()]}
-    began, done = time.monotonic(), 0
     while under_way:
-        ready, _ = ray.wait(list(under_way), timeout=5.0)
-        if not ready and not done and time.monotonic() - began > WAIT:
-            free = ray.available_resources()
-            if free.get("GPU", 0.0) < gpus or not free.get("CPU", 0.0):
-                raise SteerError(
-                    f"no worker has come up in {WAIT:.0f} s: each needs 1 CPU and {gpus:g} GPUs, and the cluster has "
-                    f"{ray.cluster_resources()}; ask for fewer workers, or less for each"
-                )
+        ready, _ = ray.wait(list(under_way))
         for one in ready:
             actor, index = under_way.pop(one)
             try:
-                made = ray.get(one)
+                yield ray.get(one)
             except ray.exceptions.RayError as error:  # its worker died again and again, or CUDA is beyond use
                 directory.failed(index, error)
-                made = index, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            done += 1
-            yield made
+                yield index, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             if left:
                 index = left.pop()
                 under_way[actor.make.remote(index)] = actor, index

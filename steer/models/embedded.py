@@ -22,6 +22,7 @@ from ..types import Rule
 from .letters import LettersNet, letters_process
 
 _DIGITS = ("digits", "digits-flow")
+NAMES = ("emoji", *_DIGITS, "letters")
 
 
 def load(
@@ -74,10 +75,7 @@ def load(
             raise ModelError("letters has no classes; leave out labels and guidance_scale, which are for the digits")
         return _letters(8 if steps is None else steps, cast("UnmaskRule | None", transition), device)
     if name not in _DIGITS:
-        raise ModelError(
-            f"no embedded model is called {name!r}; use one of {', '.join(('emoji', *_DIGITS, 'letters'))}, "
-            "or steer.from_hub(...)"
-        )
+        raise ModelError(f"no embedded model is called {name!r}; use one of {', '.join(NAMES)}, or steer.from_hub(...)")
     return _digits(
         name,
         device,

@@ -10,15 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.snapshot import about, stacked, trajectory_parts
+from ..core.snapshot import about, save_trajectory, stacked, trajectory_parts
+from ..core.trajectory import Trajectory
 from ..errors import SteerError
 from ..files import machine, read_sealed, sealed, to_archive, versions, write_atomically
 from ..report.run_result import RunResult
 
 KIND, SCHEMA = "result", 2
-TENSORS, FACTS = "result.safetensors", "result.json"
+TENSORS, FACTS, PARTIAL = "result.safetensors", "result.json", "partial.safetensors"
 REFERENCE = ("reference_x", "reference_reward")
 POPULATION = ("x", "reward", "log_weight", "log_evidence", "log_evidence_variance", "root")
+
+
+def save_partial(partial: Any, directory: Path, **notes: Any) -> Path | None:
+    """Writes what an error left of a run in its `.partial`, and returns where; None where there is nothing to write.
+
+    A Result, as any run's; a Trajectory, states under way, as partial.safetensors (`steer.load_trajectory`).
+    """
+    if isinstance(partial, Trajectory):
+        return save_trajectory(partial, directory / PARTIAL)
+    return partial.save(directory, **notes) if hasattr(partial, "save") else None
 
 
 def save_result(

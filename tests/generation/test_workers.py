@@ -60,7 +60,7 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(cluster, tmp_path):
     maker, shared = opened(tmp_path / "shared", Slow(str(pids)))
     maker._opener = maker._reward = None
     found = []
-    for index, error in workers.run(maker, shared, range(ROWS), workers=2):
+    for index, error in workers.run(maker, shared, range(ROWS), workers=5):  # for which there is no room
         found.append((index, error))
         if len(found) == 2:
             os.kill(int(next(iter(pids.iterdir())).name), signal.SIGKILL)
@@ -77,3 +77,9 @@ def test_a_row_that_kills_its_workers_is_an_error_record(cluster, tmp_path):
     assert index == 0
     assert "ActorDied" in error or "ActorUnavailable" in error
     assert json.loads((directory.folder(0) / "error.json").read_text())["attempts"] == 1
+
+
+def test_a_cluster_without_what_a_worker_needs_is_told_so(cluster, tmp_path):
+    maker, directory = opened(tmp_path / "run", Slow(str(tmp_path)))
+    with pytest.raises(steer.SteerError, match="needs 1 CPU and 1 GPUs, and the cluster has 2 and 0"):
+        list(workers.run(maker, directory, [0], workers=1, gpus_per_worker=1))
