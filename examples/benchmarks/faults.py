@@ -31,9 +31,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import search
 import steer
-from steer import grpo
+from steer import grpo, search
 
 
 def collect(process: Any, reward: Any, *, particles: int, key: int, method: Any = None, **_: Any) -> grpo.RolloutBatch:
