@@ -57,6 +57,7 @@ def check(size, path, reward, temperature=1.0, sampler=steer.smc, *, key, **opti
     return score, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reward", ["linear", "quadratic"])
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("weight", WEIGHTS)

@@ -87,7 +87,15 @@ def reward_histogram(result: RunResult, reference: RunResult | None) -> str:
     edges = torch.linspace(low, high if high > low else low + 1.0, 25)
     for run, colour, label in groups:
         share = run.log_weight.exp().flatten().cpu() / run.reward.shape[0]
-        axes.hist(run.reward.flatten().cpu(), bins=edges, weights=share, color=colour, alpha=0.65, label=label)
+        axes.hist(
+            run.reward.flatten().cpu(),
+            bins=edges,
+            weights=share,
+            histtype="stepfilled",
+            color=colour,
+            alpha=0.65,
+            label=label,
+        )
     axes.set(xlabel="reward", ylabel="share of samples")
     axes.legend(**_LEGEND)
     return _svg(figure, "Histogram of rewards, steered and unsteered")
@@ -118,7 +126,7 @@ def coordinate_histograms(result: RunResult, reference: RunResult | None, most: 
             if run is not None:
                 share = run.log_weight.exp().flatten().cpu() / run.reward.shape[0]
                 values = run.x.flatten(0, 1).flatten(1)[:, i].float().cpu()
-                axes.hist(values, bins=30, weights=share, color=colour, alpha=0.65, label=label)
+                axes.hist(values, bins=30, weights=share, histtype="stepfilled", color=colour, alpha=0.65, label=label)
         axes.set(xlabel=f"coordinate {i}", ylabel="share of samples")
         axes.legend(**_LEGEND)
         svgs.append(_svg(figure, f"Histogram of coordinate {i}"))

@@ -142,6 +142,7 @@ def test_one_particle(resampler):
         assert bool((resampler(torch.full((3, 1), weight, dtype=torch.float64), Key(0), 1) == 0).all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resampler", [systematic, stratified, residual, ssp, killing], ids=lambda r: r.__name__)
 def test_equal_weights_leave_a_population_as_it_is(resampler):
     """Every size to 128: 1/49 * 49 is below one in float64, and no rounding may turn that into a random draw."""

@@ -24,6 +24,7 @@ def gaussian(steps=20, **options):
     return steer.models.gaussian([0.0, 0.0], 1.0, steps=steps, **options)
 
 
+@pytest.mark.slow
 def test_on_digits():
     found = steer.preflight(digits(30), rewards.DigitLogProb(3), samples=16)
     assert found.clearest is not None

@@ -419,6 +419,7 @@ BACK = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BACK)
 def test_going_back_and_forth_keeps_the_law(kind):
     law = MIXTURE.exact(Linear([0.0, 0.0]))

@@ -68,6 +68,7 @@ class ExactClassifier:
 # Boost-and-Skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gamma", [4.0, 8.0])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_occupancy_is_a_function_of_kappa(schedule, gamma):
@@ -117,6 +118,7 @@ def test_boost_skips_rows_and_keeps_the_rest():
 # Minority guidance
 
 
+@pytest.mark.slow
 def test_exact_classifier_at_scale_one_draws_the_rare_mode():
     """Bayes' rule: everything lands in the mode. Mean within four errors and 40 steps' bias, which halves by steps."""
     process = minority(chain(steps=80), minority_guidance(ExactClassifier(), scale=1.0))
@@ -125,6 +127,7 @@ def test_exact_classifier_at_scale_one_draws_the_rare_mode():
     assert (x.mean(0) - law().means[RARE]).abs().max() < 4.0 * math.sqrt(0.3 / 2000) + 0.1
 
 
+@pytest.mark.slow
 def test_guidance_at_zero_is_the_model_and_low_targets_suppress():
     plain = steer.rollout(chain(), first, particles=50)
     still = steer.rollout(minority(chain(), minority_guidance(ExactClassifier(), scale=0.0)), first, particles=50)

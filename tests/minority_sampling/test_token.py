@@ -92,6 +92,7 @@ def test_the_token_raises_the_loss():
     assert (after < before).all()
 
 
+@pytest.mark.slow
 def test_rows_and_gradients_are_counted_and_later_levels_are_plain():
     hooks = minority_prompt(new_token(), conditional, iterations=3, highest=0.2)
     base = process()

@@ -87,6 +87,7 @@ def test_the_file_is_small(process):
     assert (process.steps, process.event, process.vocabulary, process.mask) == (8, (8,), 27, 27)
 
 
+@pytest.mark.slow
 def test_samples_are_words_as_often_as_the_card_says(samples):
     """The share in 4,000 fresh samples against the card's in 10,000, a two-sample z; chance is far below."""
     share = sum(word in set(WORDS) for word in samples.texts) / 4000

@@ -118,6 +118,7 @@ def chi_square_z(table, x):
     return float((((counts - expected).square() / expected).sum() - freedom) / math.sqrt(2 * freedom))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS)
 def test_samples_of_a_longer_chain_have_the_law_of_the_data(order):
     process = language(6, order=ORDERS[order])
@@ -135,6 +136,7 @@ def test_samples_of_a_coarse_chain_have_the_law_that_is_computed(order):
     assert abs(chi_square_z(masked_chain_law(process), x)) < LIMIT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["random", None])
 def test_masking_data_again_and_running_back_keeps_the_law(order):
     """The reverse chain from a re-masked sample of the data ends in the data again, if both kernels are right."""
@@ -263,6 +265,7 @@ def resampling_smc(process, reward, **options):
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", [resampling_smc, steer.importance_sampling])
 def test_distance_to_the_exact_table_falls_as_one_over_the_root_of_the_budget(sampler):
     process = language(4)
@@ -277,6 +280,7 @@ def test_distance_to_the_exact_table_falls_as_one_over_the_root_of_the_budget(sa
     assert abs(slope + 0.5) < LIMIT * error, (slope, error)
 
 
+@pytest.mark.slow
 def test_without_weights_the_distance_does_not_fall():
     process = language(4)
     target = process.exact(count_of_ones, 0.5)

@@ -138,6 +138,7 @@ def test_between_two_levels_the_pasted_part_has_the_level_asked_for():
         near(seen[-1][FREE], x[0][FREE])
 
 
+@pytest.mark.slow
 def test_masks_belong_to_their_prompts():
     pipe = prepared(make_sd15(diffusers.StableDiffusionInpaintPipeline))
     pictures = [torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]

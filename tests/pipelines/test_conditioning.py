@@ -45,6 +45,7 @@ def test_image_to_image_starts_from_the_image():
         near(process.decode(x), out)
 
 
+@pytest.mark.slow
 def test_control_images_condition_every_row():
     torch.manual_seed(0)
     unet = conditional_unet()

@@ -150,6 +150,7 @@ OPTIONS = {"pndm": {"skip_prk_steps": True}, "sde-dpm": {"algorithm_type": "sde-
 OPTIONS["karras"] = {"use_karras_sigmas": True}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_any_scheduler_serves_random_access(name):
     """Multistep solvers too: what is shared with the pipeline is the prediction, the step is steer's."""
@@ -179,6 +180,7 @@ def test_ancestral_steps_have_the_schedulers_own_law(eta):
             near(law.mean[0] + law.std * noise, theirs, 2e-5)
 
 
+@pytest.mark.slow
 def test_tiny_pipelines_depend_on_everything():
     """What the other tests compare moves with the state, the step and the prompt."""
     for name in ("sd15", "flux", "wan"):

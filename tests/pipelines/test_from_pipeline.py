@@ -14,6 +14,7 @@ from steer.pipelines.chunking import Chunked, row_chunks
 # --- prompts ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "flux", "wan", "pixart"])
 @pytest.mark.parametrize("chunk", [2, 5, 16])
 def test_two_prompts_at_once_are_each_alone(name, chunk):
@@ -55,6 +56,7 @@ def test_prompts_are_encoded_once():
     assert len(calls) == before
 
 
+@pytest.mark.slow
 def test_rows_are_what_reaches_the_network():
     for name, expected in (("sd15", 2), ("wan", 2), ("qwen", 2), ("flux", 1)):
         pipe, call = build(name)

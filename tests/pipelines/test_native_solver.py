@@ -35,6 +35,7 @@ def opened(family, name):
     return pipe, call, steer.own_solver(steer.from_pipeline(pipe, steps=STEPS, **call))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "name"), CASES)
 def test_it_is_the_pipelines_own_run(family, name):
     pipe, call, process = opened(family, name)
@@ -68,6 +69,7 @@ def test_memory_moves_with_its_particle():
     assert float((wrong - straight[:, [2, 0, 1]]).abs().max()) > 1e-2
 
 
+@pytest.mark.slow
 def test_searches_of_noise_run_on_it_and_others_say_why_not():
     _, _, process = opened("sd15", "DPMSolverMultistepScheduler")
 

@@ -102,6 +102,7 @@ def instructed():
     return prepared(kind(**parts, requires_safety_checker=False)), {"image": pictures()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "form"), [("4 channels", "tensor"), ("9 channels", "numpy"), ("instructed", "list")])
 def test_images_in_one_tensor_belong_to_their_prompts(kind, form):
     pipe, call = instructed() if kind == "instructed" else inpainting(int(kind[0]))
@@ -114,6 +115,7 @@ def test_images_in_one_tensor_belong_to_their_prompts(kind, form):
     assert max(differences(both, alone[::-1])) > 1e-3
 
 
+@pytest.mark.slow
 def test_reference_images_are_for_every_prompt():
     pipe, call = build("flux2")
     call |= {"prompt_embeds": embeddings(2), "image": [photograph(1), photograph(2)], "height": 16, "width": 16}
@@ -291,6 +293,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 def test_verify_finds_the_fault(name, monkeypatch):
     fault, message = FAULTS[name]

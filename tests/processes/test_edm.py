@@ -55,6 +55,7 @@ def test_the_prior_has_the_first_sigma():
     assert abs(float(x.std()) / 20.0 - 1.0) < 4 / math.sqrt(2 * x.numel())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transition", [steer.ddim(1.0), steer.ode(), steer.churn(0.2)], ids=str)
 def test_samples_follow_the_mixture(transition):
     count = 4000

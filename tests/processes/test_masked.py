@@ -388,6 +388,7 @@ def test_intermediate_values_are_of_completed_tokens():
     assert likeliest.complete(x, prediction)[0, 0, 1] == 2
 
 
+@pytest.mark.slow
 def test_saved_and_reported(tmp_path):
     from steer import load_run
 

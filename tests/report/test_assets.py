@@ -106,6 +106,7 @@ def test_diagnoses_wrap():
     assert found[".facts th, .facts td"]["white-space"] == "normal"
 
 
+@pytest.mark.slow
 def test_the_page_allows_its_own_script_and_no_other(tmp_path):
     process = steer.models.gaussian_mixture([[0.0, 0.0]], [1.0], steps=4)
 

@@ -125,6 +125,7 @@ class Halved:
         return self
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("separable", [True, False])
 def test_pictures_of_several_problems_are_decoded_by_their_own(tmp_path, separable):
     """Ways and trees show one problem's states at a time, in numbers that no other problem would share out."""
@@ -176,6 +177,7 @@ def test_no_sample_that_is_text_becomes_markup(tmp_path):
     assert page.read_text().count(str(escape(name))) >= 4  # table, two cards, alt text; a plot has its own escapes
 
 
+@pytest.mark.slow
 def test_forbidden_and_constant_rewards_do_not_break_the_figures(tmp_path):
     for i, reward in enumerate([lambda x: torch.where(x[:, 0] > 0, 0.0, -torch.inf), lambda x: torch.zeros(len(x))]):
         result = steer.importance_sampling(plane(), reward, particles=16)
@@ -240,6 +242,7 @@ def test_a_comparison_at_several_budgets_has_a_curve_and_a_table_per_measure(tmp
     assert "&lt;b&gt;a, b" in page
 
 
+@pytest.mark.slow
 def test_what_a_run_knows_of_itself(tmp_path):
     def half(x):
         return torch.where(x[:, 0] > 1.0, 0.0, -torch.inf)
@@ -335,6 +338,7 @@ def test_a_tree_of_texts_shows_texts(tmp_path):
     assert "<img" not in page
 
 
+@pytest.mark.slow
 def test_a_tree_of_a_hundred_thousand_leaves_stays_a_small_page(tmp_path):
     result = search.dts(plane(), score, particles=100_000, walkers=5000, levels=[1, 3])
     assert result.report(tmp_path).stat().st_size < 800_000

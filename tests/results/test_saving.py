@@ -153,6 +153,7 @@ def test_a_crash_between_the_files_leaves_one_whole_run(run, tmp_path, monkeypat
     assert not (tmp_path / "result.json").exists()  # which was the earlier run's
 
 
+@pytest.mark.slow
 def test_threads_save_to_one_directory_at_once(run, tmp_path):
     """Drafts once shared the process's number: 419 of 600 saves failed, and readers found parts of two runs."""
     runs = [run, steer.smc(mixture(), score, particles=12, key=8)]

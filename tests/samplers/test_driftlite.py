@@ -31,6 +31,7 @@ def mixture_30d():
     return GaussianMixture(means, torch.tensor([1.0, 1.02, 0.98, 1.01]) ** 2, [0.4, 0.3, 0.2, 0.1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("path", "beta"), [("vp", 2.0), ("ve", 2.0), ("flow", 2.0), ("vp", 0.5), ("vp", 3.0)])
 def test_annealing(path, beta):
     law = Grid2D(lambda x: beta * MIXTURE.log_prob(x), edge=16.0 if beta < 1 else 9.0)
@@ -45,6 +46,7 @@ def test_annealing(path, beta):
     assert max(abs(z) for name, z in found.items() if name != "evidence") < LIMIT, found
 
 
+@pytest.mark.slow
 def test_evidence_bias_falls_with_particles():
     law = Grid2D(lambda x: 2.0 * MIXTURE.log_prob(x))
 
@@ -59,6 +61,7 @@ def test_evidence_bias_falls_with_particles():
     assert abs(many) < 0.02 < abs(few)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("control", ["vcg", "ecg"])
 def test_tilts_keep_their_law_and_equal_weights(control):
     reward = Quadratic([1.0, 0.5], 0.6)

@@ -102,6 +102,7 @@ def overwritten(resampler):
     return conditional
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mutant", "rejected"),
     [
@@ -121,6 +122,7 @@ def test_mutant_resamplers_are_rejected(monkeypatch, mutant, rejected):
     assert (found > LIMIT) == rejected
 
 
+@pytest.mark.slow
 def test_it_comes_from_a_bad_start_to_the_target():
     """Paths that sit five standard deviations off: forgotten after 30 sweeps of 8 particles, not after one."""
     bad = torch.full(
@@ -133,6 +135,7 @@ def test_it_comes_from_a_bad_start_to_the_target():
     assert result.log_evidence.isnan().all()
 
 
+@pytest.mark.slow
 def test_sweeps_repair_the_bias_of_few_particles():
     """Three particles: one plain run of SMC is off, the fortieth tied to it is not; the evidence is the first's."""
     plain = steer.particle_gibbs(PROCESS, REWARD, batch=BATCH, particles=3, sweeps=1, key=5)
@@ -212,6 +215,7 @@ def test_noise_of_hooks_in_a_proposal_is_none_of_the_path():
     assert worst(scores(paths)) < LIMIT
 
 
+@pytest.mark.slow
 def test_noise_of_hooks_in_the_process_would_change_the_law(monkeypatch):
     """Six sweeps of 4000 paths of the noisy chain's own tilted distribution: what the refusal is for."""
     monkeypatch.setattr(particle_gibbs, "_with_hook_key", lambda process, key: process)

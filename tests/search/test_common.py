@@ -62,6 +62,7 @@ def fails_at(call, value):
     return reward
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_an_error_at_any_call_keeps_what_was_found(method, value):
     counted = fails_at(0, value)

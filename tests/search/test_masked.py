@@ -44,6 +44,7 @@ def reward(tokens):
     return WEIGHT[tokens].mean(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SEARCHES)
 def test_tokens_are_searched_within_the_budget(name):
     result = SEARCHES[name](process(), reward, budget=150, batch=3, key=2)

@@ -86,12 +86,14 @@ def check(run, law, **options):
     assert found[0] < LIMIT, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("beta", [0.5, 2.0, 3.0])
 def test_annealing_along_the_flow(path, beta):
     check(anneal(path, beta, weight=EXACT), power(beta), steps=60 if beta == 3.0 else STEPS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS)
 def test_annealing_by_the_score(path):
     """Where its weights have a variance: A < 1.21."""
@@ -99,11 +101,13 @@ def test_annealing_by_the_score(path):
     check(anneal(path, 0.5, transport=SCORE, weight=steer.KernelRatio()), power(0.5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS)
 def test_products(path):
     check(multiply(path, weight=EXACT), PRODUCT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("w", [1.4, 2.0])
 def test_guidance(path, w):
@@ -159,6 +163,7 @@ def test_guidance_and_tilt(path):
         check(guide(path, 2.0, REWARD, weight=EXACT), guided(2.0, True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight", [steer.KernelRatio(), EXACT], ids=["kernel", "feynman-kac"])
 def test_exponents_that_change_along_the_path(weight):
     """From p at the noise to p^(3/2) at the data, log q by the Ito estimator."""
@@ -172,6 +177,7 @@ def test_exponents_that_change_along_the_path(weight):
     check(run, power(1.5), particles=32, steps=2 * STEPS)
 
 
+@pytest.mark.slow
 def test_other_look_aheads():
     check(tilt("vp", look_ahead=steer.ode_steps(3)), TILTED)
 
@@ -359,6 +365,7 @@ def test_derivatives_agree_with_finite_differences_and_probes_with_the_trace():
     torch.testing.assert_close(probed.laplacian, point.laplacian, rtol=0.2, atol=0.5)
 
 
+@pytest.mark.slow
 def test_log_q_along_the_path():
     """The Ito estimator against the model's own marginal, to an error that falls as 1 / sqrt(steps)."""
     errors = []

@@ -44,6 +44,7 @@ def test_floats_and_tokens_pass_safetensors_unchanged():
         assert prompts == ["a", "b", "c"]
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_the_reward_in_order():
     images, prompts = numbered(50), ["é" * (row % 7) for row in range(50)]
     with serve(Tagged()) as server:
@@ -204,6 +205,7 @@ def test_slow_replies_run_into_the_deadline(pieces):
         assert time.monotonic() - began < 1.5
 
 
+@pytest.mark.slow
 def test_blanks_prolong_a_request_as_long_as_it_may_queue():
     def waiting(handler):
         handler.send_response(200)

@@ -219,6 +219,7 @@ def test_a_body_that_does_not_come_is_given_up(monkeypatch):
         assert connect(server)(numbered(1)).shape == (1,)
 
 
+@pytest.mark.slow
 def test_a_server_killed_and_restarted_in_the_middle_goes_unnoticed():
     calls = threading.Event()
 
@@ -322,6 +323,7 @@ def test_malformed_requests_are_answered_400(body: bytes, said: str):
         assert post(server, framed({"encoding": "png", "sizes": [len(PNG)]}, PNG))[0] == 200  # and it goes on
 
 
+@pytest.mark.slow
 def test_oversized_requests_are_refused_before_they_are_read():
     with serve(Tagged(), max_bytes=1000) as server:
         status, answer = post(server, b"x" * 5000)

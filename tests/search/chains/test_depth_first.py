@@ -77,6 +77,7 @@ def test_the_best_finished_sample_is_kept():
     assert best.reward.item() > search.depth_first(chain, REWARD, budget=6).reward.item()
 
 
+@pytest.mark.slow
 def test_it_runs_on_deterministic_processes():
     result = search.depth_first(process(transition=steer.ode()), REWARD, budget=200, batch=10)
     first = search.depth_first(process(transition=steer.ode()), REWARD, budget=8, batch=10)

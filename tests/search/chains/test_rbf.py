@@ -53,6 +53,7 @@ def test_it_is_algorithm_2(threshold, chains):
         assert result.reward[0, slot].item() == pytest.approx(score)
 
 
+@pytest.mark.slow
 def test_thresholds_differ():
     runs = [search.rbf(process(10), REWARD, budget=40, threshold=name, batch=30) for name in ("running_max", "current")]
     changed = (runs[0].x != runs[1].x).any(2)
@@ -220,6 +221,7 @@ def test_a_stop_returns_every_chains_current_prediction():
     torch.testing.assert_close(result.reward, REWARD(result.x.flatten(0, 1)).view(2, 2))
 
 
+@pytest.mark.slow
 def test_a_longer_budget_finds_more():
     means = [search.rbf(process(10), REWARD, budget=b, batch=30).mean_reward.mean() for b in (20, 200, 1000)]
     assert means[0] < means[1] < means[2]

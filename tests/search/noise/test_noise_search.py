@@ -154,6 +154,7 @@ def test_paths_spend_the_rest_in_shorter_rounds():
     assert result.cost.nfe == 26
 
 
+@pytest.mark.slow
 def test_finished_paths_are_never_lost():
     last = -math.inf
     for budget in range(9 + 5 + 4, 400, 40):  # to near the data, one round to it; every four rows more add a candidate

@@ -60,6 +60,7 @@ def test_trees_built_blind_are_unbiased(options):
     assert worst(result)[0] < LIMIT, result
 
 
+@pytest.mark.slow
 def test_the_uniform_build_visits_siblings_alike():
     """Ceil(sqrt(visits)) children, of which the least visited is next: at 63 simulations all have had their turn."""
     tree = search.dts(
@@ -70,6 +71,7 @@ def test_the_uniform_build_visits_siblings_alike():
     assert int(visits.max() - visits.min()) <= 2
 
 
+@pytest.mark.slow
 def test_the_papers_build_is_caught():
     result = scores(build="boltzmann", widening=(1.0, 0.5))
     assert result["evidence"] < -LIMIT, result
@@ -176,6 +178,7 @@ def test_an_enumerable_chain_has_its_tilted_table_in_expectation(build):
     assert abs(z(evidence[:, 0] - total)) < LIMIT
 
 
+@pytest.mark.slow
 def test_the_paper_on_the_enumerable_chain_is_caught_and_guidance_is_refused():
     process = Table()
     reward = lambda x: SCORE[x[:, 0]]  # noqa: E731
@@ -206,6 +209,7 @@ def test_error_falls_with_the_root_of_the_budget(method):
     assert 2.9 < variation(300) / variation(4800) < 5.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("particles", [200, 1200])
 def test_growth_keeps_up_with_path_weights(particles):
     """sum s^2 / |C|, what multiplies a depth's variance, stays a constant times 1 / (defence n): it is consistent."""
@@ -435,6 +439,7 @@ def stop(event):
     raise steer.Stop
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("walkers", [1, 2])
 def test_a_start_that_forbids_roots_leaves_a_tree_to_grow(walkers):
     def half(process, objective, key, batch, particles):
@@ -460,6 +465,7 @@ def test_a_search_ranks_by_reward_alone():
     assert run.tree.backup(temperature=1.0).item() == root
 
 
+@pytest.mark.slow
 def test_a_tree_grows_on_at_another_temperature_as_if_it_had_been_asked_before():
     options = {"build": "boltzmann", "particles": 60, "walkers": 3, "widening": (1.0, 0.5)}
     runs = []
