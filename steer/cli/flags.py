@@ -3,11 +3,38 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from .many import config_callback
+
+def _from_file(context: typer.Context, path: Path | None) -> Path | None:
+    """Options from a YAML file, as defaults: flags win. A name that is no option is refused."""
+    if path is None:
+        return None
+    import yaml
+
+    try:
+        given = yaml.safe_load(path.read_text()) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise typer.BadParameter(f"cannot be read: {error}", param_hint="--config") from error
+    if not isinstance(given, dict):
+        raise typer.BadParameter("must be names and values, such as budget: 2000", param_hint="--config")
+    given = given.get("options", given)  # run.yaml of an earlier run
+    names = {flag.lstrip("-").replace("-", "_"): p.name for p in context.command.params for flag in p.opts}
+    unknown = sorted(name for name in given if name.replace("-", "_") not in names)
+    if unknown:
+        raise typer.BadParameter(
+            f"{', '.join(unknown)} is no option of steer {context.info_name}; there are {', '.join(sorted(names))}",
+            param_hint="--config",
+        )
+    defaults: dict[str, Any] = {}
+    for name, value in given.items():
+        if value is not None:
+            defaults[names[name.replace("-", "_")]] = value
+    context.default_map = {**(context.default_map or {}), **defaults}
+    return path
+
 
 Model = Annotated[
     str,
@@ -38,7 +65,7 @@ Download = Annotated[bool, typer.Option("--download", help="Fetch what is not on
 Config = Annotated[
     Path | None,
     typer.Option(
-        "--config", callback=config_callback, is_eager=True, help="Options from a YAML file, or run.yaml; flags win."
+        "--config", callback=_from_file, is_eager=True, help="Options from a YAML file, or run.yaml; flags win."
     ),
 ]
 Out = Annotated[

@@ -55,6 +55,13 @@ def reported_errors(debug: bool, as_json: bool, out: Path | None = None, **about
         raise typer.Exit(1) from None
 
 
+def one_prompt(prompts: Sequence[str] | None) -> str | None:
+    """The prompt of a command that takes one at a time."""
+    if len(prompts or ()) > 1:
+        raise typer.BadParameter("one prompt at a time here; several make a run directory", param_hint="--prompt")
+    return prompts[0] if prompts else None
+
+
 def open_model(
     model: str,
     steps: int | None,

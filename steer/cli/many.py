@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from .console import print_json, say
-from .inputs import find_method, own_options, settings_of
+from .inputs import find_method, own_options, reported_errors, settings_of
 
 if TYPE_CHECKING:
     from ..generation.generator import Generator
@@ -85,48 +86,66 @@ def open_directory(
         raise typer.BadParameter(str(error), param_hint="--model") from error
 
 
-def finish(directory: RunDirectory, numbers: Mapping[str, int], as_json: bool, quiet: bool) -> None:
-    """Prints how a run of many prompts stands; exit code 1 where rows failed or are missing."""
-    if as_json:
+def chosen(force: bool, only_failed: bool) -> Which:
+    """Which rows --force and --only-failed ask for."""
+    return "all" if force else "failed" if only_failed else "missing"
+
+
+@dataclass(frozen=True)
+class Making:
+    """Which rows of a run are made, by whom, and what is said of it."""
+
+    which: Which = "missing"
+    shard: str | None = None
+    workers: int | None = None
+    dry_run: bool = False
+    as_json: bool = False
+    quiet: bool = False
+    debug: bool = False
+
+
+def make_rows(generator: Generator, directory: RunDirectory, how: Making) -> None:
+    """Makes rows of a run, and prints how it stands; exit code 1 where rows failed or are missing afterwards."""
+    with reported_errors(how.debug, how.as_json):
+        wanted = _wanted(directory, how.which)
+        if how.dry_run:
+            say(f"{len(wanted)} rows to make; {counted(directory.states())} in {escape(str(directory.path))}")
+        else:
+            _make(generator, directory, wanted, how)
+        numbers = {name: len(rows) for name, rows in directory.states().items()}
+    if how.as_json:
         print_json({"out": str(directory.path), **numbers})
-    elif not quiet:
-        typer.echo(f"{counted(numbers)}: {directory.path / 'metadata.jsonl'}")
+    elif not (how.quiet or how.dry_run):
+        typer.echo(f"{counted(directory.states())}: {directory.path / 'metadata.jsonl'}")
     if numbers["failed"] or numbers["missing"]:
-        if not quiet:
+        if not (how.quiet or how.dry_run):
             say(f"go on by [bold]steer resume {escape(str(directory.path))}[/]")
         raise typer.Exit(1)
 
 
-def run_many(
-    generator: Generator,
-    directory: RunDirectory,
-    *,
-    which: Which = "missing",
-    shard: str | None = None,
-    workers: int | None = None,
-    dry_run: bool = False,
-    show: bool = True,
-) -> dict[str, int]:
-    """Makes rows of a run directory, showing progress, and returns how many there are in each state."""
+def _wanted(directory: RunDirectory, which: Which) -> list[int]:
+    """Indices of the rows to make."""
+    states = directory.states()
+    if which == "all":
+        return [row.index for row in directory.rows]
+    return sorted(states["failed"] + (states["missing"] if which == "missing" else []))
+
+
+def _make(generator: Generator, directory: RunDirectory, wanted: list[int], how: Making) -> None:
+    """Makes rows, showing progress and what failed."""
     from ..generation.place import place
 
-    states = directory.states()
-    wanted = {"missing": states["missing"] + states["failed"], "failed": states["failed"]}.get(which)
-    wanted = sorted(wanted) if wanted is not None else [row.index for row in directory.rows]
-    if dry_run:
-        say(f"{len(wanted)} rows to make; {_counted(states)} in {escape(str(directory.path))}")
-        return {name: len(rows) for name, rows in states.items()}
-    here = place(shard)
-    if which == "all":
+    here = place(how.shard)
+    if how.which == "all":
         for index in wanted:
             directory.forget(index)
-    if workers:
+    if how.workers:
         from ..generation import workers as pool
 
-        found: Iterable[tuple[int, Any]] = pool.run(generator, directory, wanted, workers=workers)
+        found: Iterable[tuple[int, Any]] = pool.run(generator, directory, wanted, workers=how.workers)
     else:
-        found = generator.run(directory, wanted, here, claim=shard is None)
-    with _bar(len(wanted), show) as advance:
+        found = generator.run(directory, wanted, here, claim=how.shard is None)
+    with _bar(len(wanted), not (how.quiet or how.as_json)) as advance:
         for index, error in found:
             advance()
             if error:
@@ -136,16 +155,11 @@ def run_many(
     states = directory.states()
     if not states["missing"] and not states["failed"]:
         shutil.rmtree(directory.path / "claims", ignore_errors=True)
-    return {name: len(rows) for name, rows in states.items()}
 
 
-def counted(numbers: Mapping[str, int]) -> str:
-    """Numbers of rows in words."""
-    return ", ".join(f"{count} {name}" for name, count in numbers.items())
-
-
-def _counted(states: Mapping[Any, list[int]]) -> str:
-    return counted({name: len(rows) for name, rows in states.items()})
+def counted(states: Mapping[Any, list[int]]) -> str:
+    """How many rows there are in each state, in words."""
+    return ", ".join(f"{len(rows)} {name}" for name, rows in states.items())
 
 
 class _bar:
@@ -173,31 +187,3 @@ class _bar:
         self.bar.advance(self.task)
         if self.lines and self.done * 10 // self.total > (self.done - 1) * 10 // self.total:
             self.console.print(f"{self.done:,} of {self.total:,} rows", highlight=False)
-
-
-def config_callback(context: typer.Context, path: Path | None) -> Path | None:
-    """Options from a YAML file, as defaults: flags win. A name that is no option is refused."""
-    if path is None:
-        return None
-    import yaml
-
-    try:
-        given = yaml.safe_load(path.read_text()) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise typer.BadParameter(f"cannot be read: {error}", param_hint="--config") from error
-    if not isinstance(given, dict):
-        raise typer.BadParameter("must be names and values, such as budget: 2000", param_hint="--config")
-    given = given.get("options", given)  # run.yaml of an earlier run
-    names = {flag.lstrip("-").replace("-", "_"): p.name for p in context.command.params for flag in p.opts}
-    unknown = sorted(name for name in given if name.replace("-", "_") not in names)
-    if unknown:
-        raise typer.BadParameter(
-            f"{', '.join(unknown)} is no option of steer {context.info_name}; there are {', '.join(sorted(names))}",
-            param_hint="--config",
-        )
-    defaults: dict[str, Any] = {}
-    for name, value in given.items():
-        if value is not None:
-            defaults[names[name.replace("-", "_")]] = value
-    context.default_map = {**(context.default_map or {}), **defaults}
-    return path

@@ -290,7 +290,7 @@ def test_failure_at_run_time_exits_1_with_one_line(tmp_path):
 
 def test_a_file_in_the_way_is_noticed_before_anything_is_spent(tmp_path, monkeypatch):
     (tmp_path / "out").write_text("here first")
-    monkeypatch.setattr(app, "open_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("steer.cli.generate.open_model", lambda *_: pytest.fail("the model was loaded"))
     assert generate(tmp_path / "out").exit_code == 2
     monkeypatch.undo()
     done = generate(tmp_path / "out" / "below", "--particles", 2)
@@ -433,7 +433,7 @@ def test_unsteered_samples_that_fail_cost_no_steered_ones(tmp_path, monkeypatch)
     def broken(*_):
         raise SteerError("out of memory")
 
-    monkeypatch.setattr(app, "unsteered_run", broken)
+    monkeypatch.setattr("steer.cli.generate.unsteered_run", broken)
     done = generate(tmp_path, "--budget", 40, "--n", 2, "--json")
     assert done.exit_code == 1
     assert json.loads(done.stdout)["error"]["partial"] == str(tmp_path)

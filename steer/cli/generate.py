@@ -1,0 +1,160 @@
+"""`steer generate`: samples of one prompt, or a run directory of many."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from ..files import check_writable
+from .console import say
+from .flags import (
+    AsJson,
+    Call,
+    Config,
+    Debug,
+    Device,
+    Download,
+    DryRun,
+    Dtype,
+    Force,
+    Label,
+    Model,
+    OnlyFailed,
+    Out,
+    Prompt,
+    Quiet,
+    RewardSpec,
+    Seed,
+    Shard,
+    Steps,
+    Temperature,
+    Workers,
+)
+from .inputs import (
+    command_line,
+    device_of,
+    find_method,
+    metrics_of,
+    one_prompt,
+    open_model,
+    open_reward,
+    own_options,
+    reported_errors,
+    settings_of,
+    unsteered_run,
+)
+from .many import Making, chosen, generator_of, make_rows, open_directory, read_entries
+from .outputs import print_run, write_run
+from .progress import Interrupt, Watch
+
+
+def generate(
+    context: typer.Context,
+    model: Model,
+    reward: RewardSpec,
+    out: Out,
+    method: Annotated[str, typer.Option(help="smc, best_of_n, ...; an unknown name lists them all.")] = "smc",
+    budget: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="NFE to spend, never exceeded. Counted in network rows: one sample in a call of the network."
+        ),
+    ] = None,
+    particles: Annotated[
+        int | None, typer.Option(min=1, help="Number of samples, in place of a budget; 16 if neither is given.")
+    ] = None,
+    prompt: Prompt = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            dir_okay=False,
+            help="A file of prompts: .txt, .jsonl, .csv or .parquet. Other columns are arguments of the call, or "
+            "notes. Writes a run directory that can be resumed and shared.",
+        ),
+    ] = None,
+    call: Call = None,
+    n: Annotated[
+        int | None, typer.Option("--n", min=1, help="How many pictures to show: 16, and 1 a prompt of a file.")
+    ] = None,
+    temperature: Temperature = 1.0,
+    steps: Steps = None,
+    seed: Seed = 0,
+    label: Label = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="NAME=VALUE", help="An option of the method, as often as needed; see `steer methods`."
+        ),
+    ] = None,
+    guided: Annotated[
+        float | None, typer.Option(min=0.0, help="Guide proposals by this multiple of the reward's gradient (smc).")
+    ] = None,
+    reference: Annotated[
+        int, typer.Option(min=0, help="Unsteered samples to compare with; not counted in the budget.")
+    ] = 64,
+    device: Device = "auto",
+    dtype: Dtype = "fp32",
+    download: Download = False,
+    config: Config = None,
+    workers: Workers = None,
+    shard: Shard = None,
+    only_failed: OnlyFailed = False,
+    force: Force = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Samples steered by a reward: writes images.png, result.safetensors, result.json and report.html.
+
+    Ctrl-C (or SIGTERM) stops the run after the current step and writes what is finished; a second stops it at once. A
+    run that fails leaves what it had: a result marked interrupted, or the states under way, partial.safetensors.
+    """
+    if budget is not None and particles is not None:
+        raise typer.BadParameter("give --budget or --particles, not both", param_hint="--particles")
+    if prompts is not None or len(prompt or ()) > 1:
+        options = {"model": model, "call": list(call or ()), "reward": reward, "method": method, "budget": budget}
+        options |= {"particles": particles, "temperature": temperature, "seed": seed, "steps": steps, "dtype": dtype}
+        options |= {"set": list(settings or ()), "guided": guided, "n": n or 1}
+        with reported_errors(debug, as_json):
+            entries = read_entries(prompts, prompt)
+            maker = generator_of(options, device_of(device), download=download)
+            directory = open_directory(out, options, maker, entries)
+        how = Making(chosen(force, only_failed), shard, workers, dry_run, as_json, quiet, debug)
+        make_rows(maker, directory, how)
+        return
+    n, rewarded = n or 16, " + ".join(reward)
+    asked = {"model": model, "reward": rewarded, "method": method, "seed": seed, "temperature": temperature}
+    asked |= {"prompt": one_prompt(prompt), "call": ", ".join(call) if call else None}
+    from ..core.loop import keeping
+
+    with reported_errors(debug, as_json, out, **asked, command=command_line(context)):
+        given = {"prompt": one_prompt(prompt), "call": call or (), "dtype": dtype, "download": download}
+        process = open_model(model, steps, label, device, **given)
+        score = open_reward(reward, process)
+        sampler = find_method(method)
+        options = own_options(sampler, method, n, guided) | settings_of(sampler, method, settings or [])
+        options |= {"budget": budget, "particles": particles, "temperature": temperature, "key": seed}
+        rows = budget or (particles or 16) * process.steps * process.rows
+        show, unsteered = not (quiet or as_json), None
+        check_writable(out)
+        with Interrupt() as interrupt:
+            with Watch(rows, method, show, interrupt) as watch:
+                result = sampler(process, watch.watching(score), **options, **watch.hook(sampler))
+            if reference and method != "rollout" and not interrupt.asked:
+                with (
+                    keeping(result),
+                    Watch(reference * process.steps * process.rows, "unsteered", show, interrupt) as watch,
+                ):
+                    unsteered = unsteered_run(process, score, reference, seed, watch)
+        about = {**asked, "steps": process.steps, "label": label, "guided": guided}
+        about |= {"options": ", ".join(settings) if settings else None, "command": command_line(context)}
+        numbers = write_run(result, unsteered, out, min(n, result.reward.shape[1]), about, metrics_of(rewarded, score))
+        print_run(numbers, out, about, as_json, quiet)
+    if interrupt.asked:
+        what = "the samples so far" if result.interrupted else "the finished run, without unsteered samples,"
+        say(f"[yellow]interrupted:[/] {what} written to {escape(str(out))}")
+        raise typer.Exit(1)

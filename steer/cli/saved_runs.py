@@ -1,0 +1,122 @@
+"""`steer resume`, `steer status` and `steer report`: what a directory of an earlier run is asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from .console import print_json, say
+from .flags import (
+    AsJson,
+    Debug,
+    Device,
+    Download,
+    DryRun,
+    Force,
+    OnlyFailed,
+    Quiet,
+    Shard,
+    Shown,
+    Workers,
+)
+from .inputs import (
+    device_of,
+    metrics_of,
+    open_model,
+    open_reward,
+    reported_errors,
+)
+from .many import Making, chosen, counted, generator_of, make_rows
+
+
+def resume(
+    directory: Annotated[Path, typer.Argument(file_okay=False, help="A run directory of `steer generate --prompts`.")],
+    device: Device = "auto",
+    download: Download = False,
+    workers: Workers = None,
+    shard: Shard = None,
+    only_failed: OnlyFailed = False,
+    force: Force = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Goes on with a run of many prompts: what is missing is made, failed rows are tried again.
+
+    Rows that were killed go on from their journals. Any number of processes may do this at once.
+    """
+    from ..generation.run_directory import RunDirectory
+
+    with reported_errors(debug, as_json):
+        run = RunDirectory(directory)
+        maker = generator_of(run.options, device_of(device), download=download)
+    make_rows(maker, run, Making(chosen(force, only_failed), shard, workers, dry_run, as_json, quiet, debug))
+
+
+def status(
+    directory: Annotated[Path, typer.Argument(file_okay=False, help="A run directory of `steer generate --prompts`.")],
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Says how many rows of a run are finished, failed and missing, and why rows failed. Writes metadata.jsonl anew."""
+    from ..generation.run_directory import RunDirectory
+
+    with reported_errors(debug, as_json):
+        run = RunDirectory(directory)
+        states = run.states()
+        run.gather()
+        errors = {index: run.error(index) for index in states["failed"]}
+    numbers = {name: len(rows) for name, rows in states.items()}
+    if as_json:
+        print_json({**numbers, "errors": {str(i): f"{e['type']}: {e['message']}" for i, e in errors.items()}})
+        return
+    typer.echo(counted(states))
+    for index, error in list(errors.items())[:10]:
+        typer.echo(f"row {index}: {error['type']}: {error['message']}")
+
+
+def report(
+    directory: Annotated[Path, typer.Argument(file_okay=False, help="A directory that `steer generate` wrote.")],
+    out: Annotated[Path | None, typer.Option(file_okay=False, help="Directory to write to; default: the same.")] = None,
+    n: Shown = 16,
+    device: Device = "auto",
+    debug: Debug = False,
+) -> None:
+    """Writes report.html of a saved run again: after an update of steer, or with another number of pictures.
+
+    Intermediate states are not saved, so they are not shown.
+    """
+    from ..report.run_report import shown, write_report
+    from ..saved import load_run
+
+    with reported_errors(debug, as_json=False):
+        saved = load_run(directory)
+        about = {name: fact for name, fact in saved.facts["run"].items() if name != "shown"}
+        if "model" not in about or "reward" not in about:
+            raise typer.BadParameter(
+                f"{directory} names no model and reward, so it was saved from Python; load it there with "
+                "Saved.result(process), and write the page with its .report(...)"
+            )
+        out = out or directory
+        given = {
+            "prompt": about.get("prompt"),
+            "call": (about.get("call") or "").split(", ") if about.get("call") else (),
+        }
+        process = open_model(about["model"], saved.facts["process"]["steps"], about.get("label"), device, **given)
+        result, metrics = saved.result(process), metrics_of(about["reward"], open_reward(about["reward"], process))
+        index = shown(result, min(n, result.reward.shape[1]))
+        title = f"{about['reward']} on {about['model']}"
+        path = write_report(
+            result,
+            out,
+            reference=saved.reference(process),
+            metrics=metrics,
+            index=index,
+            title=title,
+            about=about,
+        )
+    say(f"report  {escape(str(path))}")
