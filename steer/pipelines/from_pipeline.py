@@ -18,6 +18,7 @@ from .decoder_gradient import recomputed, weights_kept
 from .default_rule import chosen_rule
 from .families import CLIP_KEEPS_EPS_SCHEDULERS, name_begins
 from .pipeline_call import PipelineCall
+from .probing import probe
 from .steered_scheduler import OffGridLevel
 
 
@@ -91,7 +92,7 @@ def from_pipeline(
     except Exception as error:
         refusals.check_strength(pipe, call, number, error)
         raise
-    opened.probe()
+    probe(opened)
     mean, std = _initial_moments(opened)
     grid = noise_levels.read_grid(opened.scheduler.plain(), opened.scheduler.first, opened.scheduler.length)
     conditioning = opened.conditioning

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ModelError, ShapeError, SteerError
+from ..errors import ModelError, ShapeError
 from ..key import Key
 from . import preparation
 from .condition_cache import recall, remember
@@ -25,11 +25,6 @@ from .network_proxy import NetworkProxy, is_network
 from .picture_checks import PictureChecks
 from .row_composition import rows_of_pair
 from .steered_scheduler import CapturedStep, IgnoresInterrupt, Job, OffGridLevel, SteeredScheduler
-
-_CHANGES_LATENTS = (
-    "changes the latents between its steps, by more than pasting a known part over them, which steer would have to "
-    "copy; wrap the network by steer.from_eps, from_v, from_velocity or from_denoiser"
-)
 
 
 class PipelineCall:
@@ -49,7 +44,10 @@ class PipelineCall:
         computed: Results of the methods before the loop, by method, problems and rows.
         rows: Network rows per prediction of one row, at every step of the loop.
         networks: The modules that its loop calls.
+        found: Their state before opening.
         changed_by_opening: What of their state opening changed for good, by name; nothing, that is.
+        by_step: Whether latents enter as the result of the first step, not as that of `prepare_latents`.
+        skip: Whether the loop passes over earlier steps; else it runs them on stubbed networks.
         modules: All modules of the pipeline, which every call leaves as it found them.
         pictures: The safety checker and the watermark that its decoder ends with.
         free: Which coordinates of the latents are sampled, bool [B or 1, 1, *event]; None: all. Inpainting pastes over
@@ -91,10 +89,10 @@ class PipelineCall:
         self._calls: dict[str, int] = {}
         self._generator: torch.Generator | None = None
         self.start, self._copies = torch.empty(0), 1
-        self._by_step, self._skip = not hasattr(self.owner, "prepare_latents"), True
+        self.by_step, self.skip = not hasattr(self.owner, "prepare_latents"), True
         self.free: Tensor | None = None
         self.rows: list[int] = []
-        self._found, self.changed_by_opening = self.modules.read(), []
+        self.found, self.changed_by_opening = self.modules.read(), []
 
     @property
     def device(self) -> torch.device:
@@ -114,7 +112,7 @@ class PipelineCall:
 
         Cost: one network evaluation of one row, for the form of the networks' output.
         """
-        start = self._capture(Job((0,), 1, index=0, stubbed=True)).sample.detach().clone()
+        start = self.capture(Job((0,), 1, index=0, stubbed=True)).sample.detach().clone()
         self._copies = len(start)
         self.start = self.first_copy(start, 1)
 
@@ -130,7 +128,7 @@ class PipelineCall:
         """
         modules = preparation.modules_that_draw(self.owner)
         with preparation.noise_replaced(modules, preparation.constant_draw(noise)):
-            return self._capture(Job((problem,), 1, index=0, noise=noise, stubbed=True)).sample.detach().clone()
+            return self.capture(Job((problem,), 1, index=0, noise=noise, stubbed=True)).sample.detach().clone()
 
     def state_of_latents(self, latents: Tensor, problem: int) -> Tensor:
         """The state that a problem's loop starts from, given one row of its `latents` argument.
@@ -155,7 +153,7 @@ class PipelineCall:
             )
         with self.forgetting():  # what is computed from these latents does not serve others
             job = Job((problem,), 1, index=0, noise=0.0, given=True, stubbed=True)
-            x = self._capture(job, latents=latents).sample.detach().clone()
+            x = self.capture(job, latents=latents).sample.detach().clone()
         if x.shape != self.start.shape:
             raise ShapeError(
                 f"{type(self.user_pipe).__name__} starts from states of shape {tuple(self.start.shape)}, got latents "
@@ -183,7 +181,7 @@ class PipelineCall:
             ShapeError: Where the first axis of the prediction is not the batch.
         """
         job = Job(problems, rows_each, index=index, x=x, off_grid=off_grid, gradient=torch.is_grad_enabled())
-        output = self._capture(job).output
+        output = self.capture(job).output
         if len(output) != len(x):
             raise ShapeError(
                 f"a prediction's first axis must be the batch, {len(x)}; {type(self.user_pipe).__name__} predicts "
@@ -202,7 +200,7 @@ class PipelineCall:
         """
         inputs: list[Any] = []
         with torch.no_grad():
-            left = self._capture(Job(problems, rows_each, index=index, x=x, stubbed=True, inputs=inputs))
+            left = self.capture(Job(problems, rows_each, index=index, x=x, stubbed=True, inputs=inputs))
         return [*inputs, left.output, left.sample]
 
     def first_predictions(self, pair: tuple[int, int], index: int, **exchanged: Any) -> list[list[Tensor]]:
@@ -281,97 +279,19 @@ class PipelineCall:
         """Network rows that one row's prediction at a step of the loop asks for; networks are stubbed."""
         job = Job((0,), 1, index=index, x=self.start, stubbed=True)
         with torch.no_grad():
-            self._capture(job)
+            self.capture(job)
         return job.rows_by_step[index]
 
-    def probe(self) -> None:
-        """Find out how latents enter this pipeline, and what one prediction costs at each step.
+    def capture(self, job: Job, **extra: Any) -> CapturedStep:
+        """Run one call of the pipeline up to `scheduler.step`, and return what that was given.
+
+        Args:
+            job: What the call is for.
+            **extra: Arguments to replace.
 
         Raises:
-            ModelError: For pipelines whose loop does more with latents than predict, step, and paste a known part over
-                them.
-
-        Cost: one or two network evaluations of one row.
+            ModelError: Where the loop does not call `scheduler.step`.
         """
-        try:
-            entered = self._probe()
-            self.rows = self._rows_by_step() if entered else []
-            self.changed_by_opening = self.modules.changes(self._found)
-        except (SteerError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # the pipeline's own call has worked by now, so steering is the cause
-            raise ModelError(
-                f"{type(self.user_pipe).__name__} cannot be steered: given latents in the form of those that it gives "
-                f"to scheduler.step, it raised {type(error).__name__}: {error}; open its network: steer.from_velocity, "
-                "from_eps, from_edm or from_denoiser"
-            ) from error
-        if not entered:
-            raise ModelError(f"{type(self.user_pipe).__name__} {_CHANGES_LATENTS}")
-
-    def _probe(self) -> bool:
-        """Whether the loop uses the latents that it is given, by one way or the other."""
-        free = torch.stack([self._passed_on(problem) for problem in range(self.conditioning.problems or 1)])
-        self.free = None if bool(free.all()) else free
-        entered = not self._by_step and self._enters(free[0])
-        if not entered:
-            self._by_step = True  # the scheduler steps something else than what prepare_latents returns
-            entered = self._enters(free[0])
-        if entered and self.free is not None:
-            self._skip = self._skipping_is_safe()
-        return entered
-
-    def _enters(self, free: Tensor) -> bool:
-        """Whether the loop uses the latents that it is given."""
-        other = Key(1).normal(self.start.shape).to(self.start)
-        job = Job((0,), 1, index=0, x=torch.where(free, other, self.start))
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            seen = self._capture(job).sample
-        if job.sent is None or seen.shape != self.start.shape:
-            return False
-        return torch.equal(seen, torch.where(free, job.sent[:1].to(seen), self.start))
-
-    def _rows_by_step(self) -> list[int]:
-        """Network rows of one row's prediction at every step of the loop, from one pass over stubbed networks.
-
-        They change where guidance begins late or ends early, and where one network takes over from another.
-        """
-        last = Job((0,), 1, index=self.scheduler.length - 1, stubbed=True)
-        skip, self._skip = self._skip, False
-        try:
-            self._capture(last)
-        finally:
-            self._skip = skip
-        return [last.rows_by_step[step] for step in range(self.scheduler.length)]
-
-    def _skipping_is_safe(self) -> bool:
-        """Whether skipping earlier steps and running them on stubbed networks lead to the same latents.
-
-        Skipped steps draw nothing, so a loop that draws what it pastes has to run them all. No network runs here.
-        """
-        last = Job((0,), 1, index=self.scheduler.length - 1, x=self.start, stubbed=True)
-        skipped = self._capture(last).sample.clone()
-        if not self._skip:
-            return False
-        self._skip = False
-        return torch.equal(skipped, self._capture(last).sample)
-
-    def _passed_on(self, problem: int) -> Tensor:
-        """Coordinates [1, *event] at which a problem's second step starts from the result of its first.
-
-        Elsewhere it must not depend on that result: raises ModelError where it mixes that with other latents.
-        """
-        returned = Key(0).normal((2, *self.start.shape)).to(self.start)
-        # Cast back, as a change of dtype on the way is not a change of the latents.
-        jobs = [Job((problem,), 1, index=0, stubbed=True, after=lambda _, __, y=y: y.clone()) for y in returned]
-        one, two = (self._capture(job).sample.to(returned) for job in jobs)
-        if one.shape == two.shape == returned.shape[1:]:
-            kept = torch.isclose(one, returned[0]) & torch.isclose(two, returned[1])
-            if bool((kept | (one == two)).all()):
-                return kept
-        raise ModelError(f"{type(self.user_pipe).__name__} {_CHANGES_LATENTS}")
-
-    def _capture(self, job: Job, **extra: Any) -> CapturedStep:
-        """Run one call of the pipeline up to `scheduler.step`, and return what that was given."""
         left = self._run(job, **extra)
         if not isinstance(left, CapturedStep):
             raise ModelError(
@@ -406,13 +326,13 @@ class PipelineCall:
     def _run(self, job: Job, *, by_step: bool = False, **extra: Any) -> Any:
         """One call of the pipeline: its output, or the captured step. Restores every global mode that it changed."""
         pastes = self.free is not None and (job.index != 0 or job.off_grid is not None)
-        job.by_step = (self._by_step or by_step or pastes) and job.x is not None
+        job.by_step = (self.by_step or by_step or pastes) and job.x is not None
         arguments = {**self.conditioning.arguments(job.problems, job.rows_each), **extra}
         gradients = torch.is_grad_enabled()
         alike = preparation.same_draw_per_row(len(job.problems) * job.rows_each)
         self._forget_if_encoders_changed()
         while True:
-            job.skip, job.sent = self._skip, None
+            job.skip, job.sent = self.skip, None
             job.rows_by_step.clear()
             self.scheduler.prepare(job)
             self._calls.clear()
@@ -422,7 +342,7 @@ class PipelineCall:
             except CapturedStep as left:
                 return left
             except IgnoresInterrupt:
-                self._skip = False  # from now on, earlier steps of this pipeline run on stubbed networks
+                self.skip = False  # from now on, earlier steps of this pipeline run on stubbed networks
             finally:
                 torch.set_grad_enabled(gradients)
                 vars(self._loop).pop("_interrupt", None)

@@ -20,6 +20,7 @@ from .from_pipeline import PipelineDecoder, PipelineDenoiser
 from .network_proxy import rows_of_arguments
 from .pipeline_call import PipelineCall
 from .preparation import copy_pipeline
+from .probing import probe
 from .steered_scheduler import steered_grid
 
 
@@ -210,7 +211,7 @@ def _check_division(call: PipelineCall, indices: Any, tolerance: float) -> float
     equal = PipelineCall(call.user_pipe, {**given, **same}, call.conditioning.steps)
     several_problems.divide_arguments(equal)
     equal.record_start()
-    equal.probe()
+    probe(equal)
     try:
         steps, _ = _run_pipeline(equal, max(indices) + 1, None)
     except torch.OutOfMemoryError:
