@@ -48,9 +48,10 @@ from PIL import Image
 from torch import Tensor
 
 WORKS, REFUSED, WRONG, CRASHED, NOT_RUN = "works", "refused", "WRONG", "CRASHED", "not run here"
-PER_CLASS, PER_MODULE = 300, 900  # seconds
+PER_CLASS, PER_MODULE = 900, 1800  # seconds
 SAME, CLOSE = 1e-4, 2e-3  # relative: the same arithmetic in another batch; the same solver in other arithmetic
 BYTE = 1e-2  # of outputs, which some pipelines round to bytes
+ROUNDING = 3e-5  # of verify: random decoders enlarge the rounding of float32
 EULER = ("EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler")
 # Schedulers that draw noise, and what has the same levels without: first match of the name.
 QUIET = {"FlowMatch": EULER[1], "Euler": EULER[0], "CogVideoX": "CogVideoXDDIMScheduler", "": "DDIMScheduler"}
@@ -116,14 +117,14 @@ def survey_class(tester: type, row: Row) -> None:
     alone = ""
     if not direct:
         try:
-            verified = steer.verify(process, steps=process.steps)
+            verified = steer.verify(process, steps=process.steps, tolerance=ROUNDING)
         except steer.ModelError as error:
             if "chunk=1" not in str(error):
                 raise
             alone = f"with chunk=1: {error}"
             call["chunk"] = 1
             process = opened(pipe, call, steps)
-            verified = steer.verify(process, steps=process.steps)
+            verified = steer.verify(process, steps=process.steps, tolerance=ROUNDING)
         row.differences["verify"] = max(filter(None, verified[1:]), default=0.0)
     stage("whole run")
     solver, plain = None, run_plain(pipe, call, steps)
@@ -150,27 +151,47 @@ def survey_class(tester: type, row: Row) -> None:
     stage("gradient")
     row.gradient = gradient(process, x[:, :1])
     stage("two prompts")
-    row.two_prompts = two_prompts(pipe, call, steps)
-    stage(alone if plain is not None else "verified only: its scheduler draws noise, and none without fits its loop")
+    row.two_prompts, refusal = two_prompts(pipe, call, steps)
+    stage(
+        refusal or alone
+        if plain is not None
+        else "verified only: its scheduler draws noise, and none without fits its loop"
+    )
 
 
-def two_prompts(pipe: Any, call: dict[str, Any], steps: int) -> str:
-    """The largest difference of two prompts together from each alone; a reason where there are no two prompts."""
+def two_prompts(pipe: Any, call: dict[str, Any], steps: int) -> tuple[str, str]:
+    """The largest difference of two prompts together from each alone, or why there is none; and a refusal's reason.
+
+    Raises Differs where verify finds that a process of two prompts, which opened, is wrong.
+    """
     import steer
 
     for words in (" among a great many other things", "<eos><mask>"):  # the vocabulary of some encoders ends at 8
         second = with_second_prompt(call, words)
         if second is None:
-            return "no prompt"
+            return "no prompt", ""
         try:
             run_plain(pipe, {name: second_of(value, call[name]) for name, value in second.items()}, steps, record=False)
             break
         except Exception:  # text that has to hold certain words, say
             continue
     else:
-        return "no other prompt"
-    verified = steer.verify(opened(pipe, second, steps), steps=2)
-    return f"{max(filter(None, verified[1:]), default=0.0):.0e}"
+        return "no other prompt", ""
+    try:
+        process = opened(pipe, second, steps)
+    except steer.SteerError as error:
+        return "refused", f"two prompts: {' '.join(str(error).split())}".replace("|", "/")
+    except Exception as error:  # the pipeline's own complaint
+        try:
+            run_plain(pipe, second, steps, record=False)
+        except Exception:
+            return "one at a time", f"two prompts: {described(error)}"
+        raise
+    try:
+        verified = steer.verify(process, steps=2)
+    except steer.ModelError as error:
+        raise Differs(f"{error}") from error
+    return f"{max(filter(None, verified[1:]), default=0.0):.0e}", ""
 
 
 def with_second_prompt(call: dict[str, Any], words: str) -> dict[str, Any] | None:
@@ -263,6 +284,8 @@ def between_levels(row: Row, process: Any, x: Tensor) -> None:
 
 def gradient(process: Any, x: Tensor) -> str:
     """ "output" or "latents": of what the gradient with respect to noisy latents is finite and not zero."""
+    import steer
+
     problem = "is None"
     for name in ("output", "latents"):
         leaf = x.detach().clone().requires_grad_()
@@ -274,7 +297,7 @@ def gradient(process: Any, x: Tensor) -> str:
                     continue
                 weights = torch.randn(value.shape, generator=torch.Generator().manual_seed(3))
                 (found,) = torch.autograd.grad((value.float() * weights).sum(), leaf)
-            except RuntimeError:  # a decoder that edits in place, or by numpy
+            except (RuntimeError, steer.NotDifferentiableError):  # a decoder that edits in place, or by numpy
                 if name == "latents":
                     raise
                 continue

@@ -67,12 +67,15 @@ def constant_draw(value: float) -> DrawFunction:
 
 
 def same_draw_per_row(rows: int) -> DrawFunction:
-    """Draws of one row, repeated over a batch, so that what is drawn before the loop is the same for every particle."""
+    """Draws of one row, repeated over a batch, so that what is drawn before the loop is the same for every particle.
+
+    A batch of several copies, one for each branch of guidance, has a draw for each copy, as a single row has.
+    """
 
     def draw(original: Any, shape: Any, **options: Any) -> Tensor:
-        if shape[0] != rows:
+        if shape[0] % rows:
             return original(shape, **options)
-        return original((1, *shape[1:]), **options).repeat(rows, *[1] * (len(shape) - 1))
+        return original((shape[0] // rows, *shape[1:]), **options).repeat_interleave(rows, 0)
 
     return draw
 

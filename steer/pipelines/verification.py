@@ -196,12 +196,14 @@ def _decoded_difference(decoder: PipelineDecoder, runs: list[_PlainRun]) -> floa
 def _check_division(call: PipelineCall, indices: Any, tolerance: float) -> float | None:
     """Difference from the pipeline's own call with all problems; raises ModelError above the tolerance.
 
-    None where there is nothing to divide but texts, or where the pipeline does not take several problems.
+    None where there is nothing to divide but texts, where the pipeline does not take several problems, and for combined
+    pipelines, whose prior draws for all of them in turn.
     """
     given, problems = call.conditioning.given, call.conditioning.problems or 1
     texts = [name for name in given if name.startswith(PER_PROBLEM_ARGUMENTS)]
     others = [value for name, value in given.items() if name not in (*texts, "generator", "latents")]
-    if problems == 1 or all(isinstance(value, (str, int, float, type(None))) for value in others):
+    plain = all(isinstance(value, (str, int, float, type(None))) for value in others)
+    if problems == 1 or plain or call.owner is not call.user_pipe:
         return None
     same = {
         name: divided(value, call.conditioning.division.get(name, "whole"), [0] * problems, problems)
@@ -236,17 +238,18 @@ def _check_division(call: PipelineCall, indices: Any, tolerance: float) -> float
 
 def _check_rows(process: GaussianProcess, denoiser: PipelineDenoiser, steps: int, run: _PlainRun) -> None:
     """Raises ModelError where other rows reach the networks, or are asked of them, than a run is charged for."""
-    call = denoiser.call
+    call, denoiser = denoiser.call, denoiser.only(run.problem)
     for k, index in enumerate(denoiser.grid.indices):
         if k < steps:
             row = run.steps[index].latents
-            for count in (1, 2):
+            two = torch.stack([row[:1], row[:1]], 1)
+            if k == 0:  # some pipelines take several rows of none of their arguments, which is found out once
+                denoiser.output(two, index)
+            for rows in (two[:, :1], two):
                 with _rows_counted(call) as counted:
-                    call.predict(row.repeat(count, *[1] * (row.ndim - 1)), (run.problem,), count, index)
-                    if denoiser.chunk == 1:
-                        break
-                if sum(counted) != count * process.rows_at(k):
-                    raise _wrong_rows(call, k, sum(counted), count * process.rows_at(k))
+                    denoiser.output(rows, index)
+                if sum(counted) != rows.shape[1] * process.rows_at(k):
+                    raise _wrong_rows(call, k, sum(counted), rows.shape[1] * process.rows_at(k))
         elif call.rows_asked_for(index) != process.rows_at(k):
             raise _wrong_rows(call, k, call.rows_asked_for(index), process.rows_at(k))
 

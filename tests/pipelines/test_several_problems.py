@@ -227,6 +227,42 @@ def test_equal_particles_get_equal_predictions():
     assert encoded == []  # once, when it was opened
 
 
+def test_a_control_image_encoded_with_noise_for_each_branch_of_guidance_is_no_fault():
+    """Its draws, one for each branch, are the same in the pipeline's own call with both prompts and with one."""
+    torch.manual_seed(0)
+    base = build("sd3")[0]
+    config = {**base.transformer.config, "num_layers": 2}  # the last one takes no control
+    base.transformer = diffusers.SD3Transformer2DModel.from_config(config)
+    net = diffusers.SD3ControlNetModel(
+        sample_size=8, patch_size=1, in_channels=4, num_layers=1, attention_head_dim=8, num_attention_heads=4,
+        joint_attention_dim=2 * WIDTH, caption_projection_dim=WIDTH, pooled_projection_dim=2 * WIDTH, out_channels=4,
+    )  # fmt: skip
+    for part in (net.pos_embed_input, *net.controlnet_blocks):
+        for parameter in part.parameters():  # zeros, from which no control comes
+            torch.nn.init.normal_(parameter)
+    pipe = diffusers.StableDiffusion3ControlNetPipeline(**base.components, controlnet=net)
+    call = {"prompt": PROMPTS, "control_image": pictures(1), "height": 16, "width": 16, "guidance_scale": 4.0}
+    found = steer.verify(steer.from_pipeline(prepared(pipe), steps=2, **call), steps=2)
+    assert found.divided is not None
+    assert found.divided < 1e-5
+
+
+class OneAtATime(diffusers.StableDiffusionPipeline):
+    """A pipeline of which a call makes one picture."""
+
+    def prepare_latents(self, batch_size, *args, **kwargs):
+        if batch_size > 1:
+            raise ValueError("one picture at a time")
+        return super().prepare_latents(batch_size, *args, **kwargs)
+
+
+def test_a_pipeline_that_takes_one_row_in_a_call_is_verified_row_by_row():
+    pipe = prepared(sd15(OneAtATime))
+    found = steer.verify(steer.from_pipeline(pipe, steps=2, prompt="a", height=16, width=16), steps=2)
+    assert found.batched is None
+    assert found.prediction < 1e-5
+
+
 # --- verify finds each of these faults when it is put back -----------------------------------------------------------
 
 
