@@ -9,7 +9,6 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
-from PIL import Image
 from tiny_pipelines import build
 
 ROOT = Path(__file__).parents[2]
@@ -64,31 +63,41 @@ def test_notebooks_are_kept_without_outputs(path):
             assert cell.execution_count is None
 
 
-@pytest.mark.slow
-def test_prompts_from_a_file(tiny, tmp_path):
-    out = tmp_path / "out"
-    words = [
-        "examples/generate.py",
-        "examples/prompts.txt",
-        "--model",
-        tiny,
-        "--steps",
-        "3",
-        "--budget",
-        "12",
-        "--look",
-    ]
-    words += ["--call", '{"height": 16, "width": 16}', "--out", out]
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    """A file of prompts with call arguments and notes."""
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    rows = [{"prompt": f"a fox {i}", "height": 16, "width": 16, "set": i % 2} for i in range(3)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def run_example(*words):
     done = subprocess.run(
         [sys.executable, *map(str, words)], capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, check=False
     )
     assert done.returncode == 0, done.stderr
-    scores = json.loads((out / "scores.json").read_text())
-    assert [name[:3] for name in scores] == ["000", "001", "002"]
-    assert next(iter(scores)) == "000-six-red-balloons-over-a-harbour.png"
-    for name, entry in scores.items():
-        assert Image.open(out / name).size == (16, 16)
-        assert entry["score"] >= entry["mean of its candidates"]
-    assert {"result.safetensors", "result.json"} <= {path.name for path in out.iterdir()}
-    assert "recommended" in done.stdout
-    assert "36 network rows" in done.stdout
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_a_dataset_by_two_ranks_is_that_of_one_process(tiny, prompts, tmp_path):
+    words = ["examples/dataset.py", prompts, "--model", tiny, "--reward", "jpeg", "--method", "best_of_n"]
+    words += ["--steps", 3, "--budget", 12, "--keep", 2, "--out"]
+    assert "6 pictures of 3 prompts" in run_example(*words, tmp_path / "one")
+    run_example("-m", "torch.distributed.run", "--nproc-per-node", 2, *words, tmp_path / "two")
+    one, two = (
+        [*(tmp_path / name).glob("images/**/*.png"), tmp_path / name / "metadata.jsonl"] for name in ("one", "two")
+    )
+    assert len(one) == 7
+    assert sorted(path.read_bytes() for path in one) == sorted(path.read_bytes() for path in two)
+    assert [json.loads(line)["set"] for line in one[-1].read_text().splitlines()] == [0, 0, 1, 1, 0, 0]
+
+
+@pytest.mark.slow
+def test_a_dataset_by_ray(tiny, prompts, tmp_path):
+    pytest.importorskip("ray.data")
+    words = ["--model", tiny, "--reward", "jpeg", "--method", "best_of_n", "--budget", 200, "--workers", 1]
+    assert "3 pictures" in run_example(
+        "examples/dataset_ray.py", prompts, *words, "--keep", 1, "--out", tmp_path / "out"
+    )
