@@ -28,6 +28,7 @@ from .remote.client import Remote
 from .scoring import Scorer
 from .text import LetterCount, Matches, ToText
 from .weighted_sum import weighted
+from .wrappers import per_frame
 
 
 def from_spec(spec: str, text: ToText | None = None) -> Scorer:
@@ -47,6 +48,7 @@ def from_spec(spec: str, text: ToText | None = None) -> Scorer:
             clip-emoji                                  the same by the small network for the model emoji
             clip:download  clip:FILE                    for these five: fetch what is not in the hub's cache; weights
                                                         from a file
+            frames:jpeg  frames:clip:FILE               of a video: the mean over its frames of a reward of images
             letters:e  letters:aeiou                    how often these letters occur, for models of text
             matches:.*ing                               1 for texts that a regular expression matches, else 0
             remote:http://127.0.0.1:8000                of `steer serve-reward`; its token from STEER_REWARD_TOKEN
@@ -193,6 +195,10 @@ def _clip_emoji(argument: str) -> Scorer:
     return {"": clip_emoji}[argument]()
 
 
+def _frames(argument: str) -> Scorer:
+    return per_frame(from_spec(argument))
+
+
 def _letters(argument: str, text: ToText) -> Scorer:
     if not argument:
         raise RewardError("no letters were given")
@@ -224,6 +230,7 @@ _BUILDERS: dict[str, tuple[Callable[..., Scorer], str]] = {
     "pickscore": _pretrained("pickscore", PickScore, "model"),
     "imagereward": _pretrained("imagereward", ImageReward, "weights"),
     "aesthetic": _pretrained("aesthetic", Aesthetic, "head"),
+    "frames": (_frames, "frames:NAME"),
     "letters": (_letters, "letters:e | letters:aeiou"),
     "matches": (_matches, "matches:.*ing"),
     "remote": (_remote, "remote:http://HOST:PORT | remote:http://HOST:PORT/NAME"),

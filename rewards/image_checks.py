@@ -45,9 +45,10 @@ def check_images(samples: Tensor, name: str, *, channels: tuple[int, ...] = (), 
         or (side and shape[2:] != (side, side))
     ):
         wanted = f"(M, {' or '.join(map(str, channels)) or 'C'}, {side or 'H'}, {side or 'W'})"
-        raise ShapeError(
-            f"{name} reads images of shape {wanted}, got {shape}; give the process a decoder that makes such images"
-        )
+        cure = "give the process a decoder that makes such images"
+        if len(shape) == 5:
+            cure = "score the frames of a video by rewards.per_frame(reward), on the command line frames:NAME"
+        raise ShapeError(f"{name} reads images of shape {wanted}, got {shape}; {cure}")
     return samples.to(torch.promote_types(samples.dtype, torch.float32))
 
 

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from steer.errors import RewardError
+from steer.errors import RewardError, ShapeError
 from steer.rewards import (
     HPS,
     Aesthetic,
@@ -62,8 +62,8 @@ def test_an_unknown_name_lists_what_exists(spec: str):
     listed = str(caught.value).splitlines()[1:]
     assert "  digit:3 | digit:1,7 | digit:even | digit:odd" in listed
     assert "  matches:.*ing" in listed
-    assert len(listed) == 16
-    assert len(set(listed)) == 16
+    assert len(listed) == 17
+    assert len(set(listed)) == 17
 
 
 @pytest.mark.parametrize(
@@ -93,9 +93,18 @@ def test_rewards_of_text_need_a_decoder(spec: str):
         from_spec(spec)
 
 
+def test_frames_of_a_video_are_scored_one_by_one():
+    video = torch.rand(2, 3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    expected = torch.stack([from_spec("jpeg")(frames).mean() for frames in video])
+    assert torch.equal(from_spec("frames:jpeg")(video), expected)
+    with pytest.raises(ShapeError, match="on the command line frames:NAME"):
+        from_spec("clip-emoji")(video, prompts=["a", "b"])
+
+
 @pytest.mark.parametrize(
     ("spec", "form"),
     [
+        ("frames", "frames:NAME .*unknown reward"),
         ("digit", r"digit:3 \| digit:1,7 \| digit:even \| digit:odd"),
         ("digit:12", r"digit:3 .* \(label must be a digit 0 to 9 .*, got \[12\]\)"),
         ("digit:prime", "digit:3"),
