@@ -83,6 +83,23 @@ def summary(result: RunResult, reference: RunResult | None = None, metrics: Metr
     return plain(numbers)
 
 
+def facts_of(result: RunResult) -> dict[str, Any]:
+    """What a run knows of itself, for the head of its page: method, reward and its unit, temperature, seed, prompt.
+
+    Args:
+        result: The run. Prompts of several problems stand above their samples, and not here.
+    """
+    prompts = result.process.prompts or ()
+    return {
+        "method": result.made_by.method or None,
+        "reward": result.made_by.reward,
+        "unit": result.made_by.unit,
+        "temperature": result.temperature,
+        "seed": result.key.seed,
+        "prompt": prompts[0] if len(prompts) == 1 else None,
+    }
+
+
 def write_report(
     result: RunResult,
     directory: Path,
@@ -104,7 +121,8 @@ def write_report(
         index: Which particles to show, [B, M]; by default `count` drawn by weight.
         count: How many to show of each problem.
         title: Of the page.
-        about: Facts for its head, by name: model, reward, method, seed; `command` gets a line of its own.
+        about: Facts for its head, by name, over those that the run knows (`facts_of`); `command` gets a line of its
+            own.
 
     Returns:
         The file's path.
@@ -119,7 +137,7 @@ def write_report(
         "run.html.j2",
         directory,
         title=title,
-        about=about or {},
+        about=facts_of(result) | dict(about or {}),
         facts=numbers,
         interrupted=result.interrupted,
         assets=["tree.css", "tree.js"] if trees else [],

@@ -242,6 +242,22 @@ def test_a_comparison_at_several_budgets_has_a_curve_and_a_table_per_measure(tmp
     assert "&lt;b&gt;a, b" in page
 
 
+def test_a_comparison_writes_its_own_page(tmp_path):
+    """As `result.report` does: with the samples of each method, and what the runs know of themselves."""
+    comparison = steer.compare(pictures(), score, methods=["smc"], budget=20, keys=2, temperature=0.5, seed=7)
+    page = comparison.report(tmp_path, count=2, title="A title").read_text()
+    links = check(page)
+    assert sum(link.startswith("data:image") for link in links.fetched) == 3  # one grid of samples per method
+    assert "<h1>A title</h1>" in page
+    about = numbers_in(page)["about"]
+    assert {"reward": "score", "temperature": 0.5, "seed": 7}.items() <= about.items()
+    assert "method" not in about
+    several = steer.compare(words(), many_e, methods=["smc"], budget=[8, 16], keys=2)
+    page = several.report(tmp_path, count=2).read_text()
+    check(page)
+    assert [stage["budget"] for stage in numbers_in(page)["budgets"]] == [8, 16]
+
+
 @pytest.mark.slow
 def test_what_a_run_knows_of_itself(tmp_path):
     def half(x):
