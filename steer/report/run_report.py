@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..core.diagnostics import surviving_seeds
 from ..core.population import weighted_mean
 from ..core.resampling import systematic
 from ..cost import Cost
@@ -74,7 +75,7 @@ def summary(result: RunResult, reference: RunResult | None = None, metrics: Metr
         "log_evidence": result.log_evidence,
         "log_evidence_std": torch.where(variance >= 0, variance, torch.nan).sqrt(),
         "pareto_k": result.pareto_k,
-        "unique_roots": _surviving_seeds(result),
+        "unique_roots": surviving_seeds(result.root, result.log_weight).mean(),
         "forbidden": int((result.reward == -torch.inf).sum()),
         "diagnostics": dict(result.diagnostics),
         "cost": result.cost.to_dict(),
@@ -178,12 +179,6 @@ def _measured(result: RunResult, reference: RunResult | None, f: Callable[[Tenso
 def _selects(result: RunResult) -> bool:
     """Whether the method selects samples without importance weights: nothing was estimated, no population weighted."""
     return result.trajectory is None and bool(result.log_evidence.isnan().all())
-
-
-def _surviving_seeds(result: RunResult) -> float:
-    """Distinct starting noises among the samples of positive weight, a mean over problems."""
-    counts = [len(root[w > -torch.inf].unique()) for root, w in zip(result.root, result.log_weight, strict=True)]
-    return sum(counts) / len(counts)
 
 
 def _tiles(numbers: dict[str, Any], selects: bool) -> list[tuple[str, str, str]]:
