@@ -1,4 +1,7 @@
+import base64
+import dataclasses
 import functools
+import io
 import json
 import re
 from html.parser import HTMLParser
@@ -9,7 +12,8 @@ from markupsafe import escape
 from PIL import Image
 
 import steer
-from steer import search
+from steer import rewards, search
+from steer.errors import ShapeError
 from steer.report.best_chain import best_chain
 from steer.report.comparison_report import write_comparison
 from steer.report.page import number, with_error
@@ -123,6 +127,42 @@ class Halved:
 
     def only(self, problem):
         return self
+
+
+EVIL_PROMPT = "<b>a fox</b>"
+
+
+@pytest.mark.parametrize("beside", [None, 1, 2])
+def test_a_run_of_several_prompts_is_sectioned_by_them(tmp_path, beside):
+    """Each prompt heads its own samples; the page names method, reward, unit, temperature and seed."""
+    process = steer.from_denoiser(Halved(), steer.VP(), 3, event=(1, 8, 8), problems=2, decoder=Tinted())
+    process = dataclasses.replace(process, prompts=(EVIL_PROMPT, "a car"))
+    reward = rewards.Ink()
+    result = steer.smc(process, reward, particles=4, temperature=0.25, seed=11)
+    reference = None
+    if beside is not None:
+        reference = steer.rollout(process, reward, particles=4)
+        reference = reference if beside == 2 else reference[1]
+    page = result.report(tmp_path, reference=reference, count=3).read_text()
+    check(page)
+    numbers = numbers_in(page)
+    assert [entry["prompt"] for entry in numbers["by_problem"]] == [EVIL_PROMPT, "a car"]
+    assert [entry["reward"] for entry in numbers["by_problem"]] == pytest.approx(result.mean_reward.tolist())
+    about = numbers["about"]
+    assert {"method": "smc", "reward": "Ink", "temperature": 0.25, "seed": 11}.items() <= about.items()
+    assert about["unit"] == reward.spec.unit
+    first, second = page.index("&lt;b&gt;a fox&lt;/b&gt;</h3>"), page.index("a car</h3>")
+    for start, end, grey in ((first, second, 0), (second, page.index("</section>", second), 255)):
+        pictures = re.findall(r"base64,([^\"]+)", page[start:end])
+        assert len(pictures) == (3 if beside is None else 6)
+        steered = [Image.open(io.BytesIO(base64.b64decode(picture))) for picture in pictures[-3:]]
+        assert {image.getpixel((0, 0)) for image in steered} == {grey}
+
+
+def test_unsteered_samples_of_other_problems_are_refused(tmp_path):
+    result, other = (steer.smc(pictures(), score, particles=2, batch=batch) for batch in (3, 2))
+    with pytest.raises(ShapeError, match="of 3 problems"):
+        result.report(tmp_path, reference=other)
 
 
 @pytest.mark.slow
