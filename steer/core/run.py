@@ -89,9 +89,10 @@ class Run:
             yield x[:, first : first + self.chunk], self.key.shifted(slot=first)
 
     def score(self, clean: Tensor, where: str = FINISHED) -> Tensor:
-        """Rewards [B, n] of clean states, in chunks, checked."""
+        """Rewards [B, n] of clean states, in chunks, checked; without a gradient, which some rewards refuse."""
         parts = enumerate(clean.split(self.chunk, 1))
-        return torch.cat([self.objective.of(from_column(i * self.chunk))(part, where) for i, part in parts], 1)
+        with torch.no_grad():
+            return torch.cat([self.objective.of(from_column(i * self.chunk))(part, where) for i, part in parts], 1)
 
     def report(self, before: Trajectory, after: Trajectory, chunk: int = 0) -> None:
         """Calls `on_step` with a step that was taken from `before`, which carries what was predicted there."""
