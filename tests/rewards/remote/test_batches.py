@@ -18,6 +18,8 @@ from steer.rewards.remote.server import serve
 from steer.rewards.remote.wire_format import Limits, encode_parts, encode_request, max_decoded_bytes
 from steer.types import RewardSpec
 
+PATIENCE = {"retries": 0, "timeout": 5.0, "queue_timeout": 5.0}  # a server that lost a request fails its test, and soon
+
 
 class Held(Tagged):
     """Its first call waits until it is let go, so that what comes meanwhile waits together. Notes rows of its calls."""
@@ -44,7 +46,7 @@ def waiting(reward, asked, **options):
     asked: functions of a Remote.
     """
     with serve(reward, **options) as server, ThreadPoolExecutor(1 + len(asked)) as pool:
-        remote = connect(server, retries=0)
+        remote = connect(server, **PATIENCE)
         first = pool.submit(remote, numbered(1, first=255))
         assert reward.entered.wait(10)
         futures = []
@@ -103,7 +105,7 @@ def test_rewards_are_not_mixed():
     first, second = Held(), Held()
     second.go.set()
     with serve({"first": first, "second": second}, batch=64) as server, ThreadPoolExecutor(5) as pool:
-        options = {"token": server.token, "retries": 0}
+        options = {"token": server.token, **PATIENCE}
         remotes = [Remote(f"{server.url}/{name}", **options) for name in ("first", "second")]
         pool.submit(remotes[0], numbered(1))
         assert first.entered.wait(10)
@@ -163,7 +165,7 @@ def test_clients_that_leave_take_their_requests_out_of_the_batch(monkeypatch):
     monkeypatch.setattr("steer.rewards.remote.web_app.BLANK_SECONDS", 0.02)
     reward = Held()
     with serve(reward, batch=64) as server, ThreadPoolExecutor(4) as pool:
-        remote, hasty = connect(server, retries=0), connect(server, retries=0, timeout=0.3, queue_timeout=0)
+        remote, hasty = connect(server, **PATIENCE), connect(server, retries=0, timeout=0.3, queue_timeout=0)
         first = pool.submit(remote, numbered(1))
         assert reward.entered.wait(10)
         asked = [pool.submit(of(2, 10), each) for each in (remote, hasty, remote)]
