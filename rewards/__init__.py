@@ -15,7 +15,7 @@ prompts of its samples has an argument named `prompts`.
     OCR                                 of the text in an image; TransformersReader reads it
     InWords, LetterCount, Matches, TextLogProb, QED     of texts and molecules that tokens are decoded to
     NeighbourDistance, OnManifold       how rare a sample is among data, and whether it is like them at all
-    Remote, serve                       any reward in another process or on another machine
+    Remote, serve, asgi                 any reward in another process or on another machine
     weighted, Weighted                  sums with units
     zscore, clip, target, log, minimum, softmin, product, gate, Composed    functions of rewards, with units
     rank, group_zscore                  a sample compared with the others in its call: for search, not for tilting
@@ -52,7 +52,7 @@ from .pretrained.image_reward import ImageReward
 from .pretrained.pick_score import PickScore
 from .pretrained.vqa_score import VQAScore
 from .remote.client import Remote
-from .remote.server import serve
+from .remote.server import asgi, serve
 from .remote.vlm_judge import VLMJudge
 from .text import InWords, LetterCount, Matches, TextLogProb
 from .trainers import as_flow_grpo, as_flow_grpo_scores, as_trl, as_verl_omni, from_flow_grpo, from_trl
@@ -100,6 +100,7 @@ __all__ = [
     "as_flow_grpo_scores",
     "as_trl",
     "as_verl_omni",
+    "asgi",
     "chunked",
     "clip",
     "clip_emoji",

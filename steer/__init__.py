@@ -112,6 +112,8 @@ from .samplers.waste_free import waste_free
 from .saved import load_run
 from .types import Coeffs, Denoiser, Level, QuadraticForm, ReverseProcess, Reward, Rule, Schedule, Stop, Transition
 from .version import __version__
+from .watching import trackers
+from .watching.live_preview import preview
 from .weighted_sde import transports
 from .weighted_sde.composite import Composite, compose
 from .weighted_sde.engine import FeynmanKac, KernelRatio
@@ -263,6 +265,7 @@ __all__ = [
     "pcnl",
     "potentials",
     "preflight",
+    "preview",
     "prior",
     "prior_guidance",
     "progress",
@@ -291,6 +294,7 @@ __all__ = [
     "tfg",
     "top_k_of_n",
     "total",
+    "trackers",
     "transports",
     "twisted",
     "ugd",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from bisect import bisect_right
@@ -47,6 +48,10 @@ class Cost:
             {kind: self.seconds.get(kind, 0.0) + other.seconds.get(kind, 0.0) for kind in kinds},
             max(self.peak_bytes, other.peak_bytes),
         )
+
+    def seconds_left(self, total: int) -> float:
+        """Seconds for the rest of `total` network rows, at the speed so far; NaN where no row was evaluated yet."""
+        return self.seconds["total"] * max(0, total - self.nfe) / self.nfe if self.nfe else math.nan
 
     def to_dict(self) -> dict[str, Any]:
         """The ledger as plain JSON types."""

@@ -18,9 +18,9 @@ SOURCES = sorted(path for folder in FOLDERS.values() for path in folder.rglob("*
 # package's own __init__ stand on all of them.
 ROOMS = (
     "version", "errors", "finite", "torch_modes", "key", "types", "calls", "cost", "files", "execution", "rewards",
-    "processes", "core", "particles", "pipelines", "report", "results", "weighted_sde", "samplers", "search",
-    "saved", "evaluation", "guidance", "models", "minority_sampling", "grpo", "exporters", "generation", "testing",
-    "cli",
+    "processes", "core", "particles", "pipelines", "report", "watching", "results", "weighted_sde", "samplers",
+    "search", "saved", "evaluation", "guidance", "models", "minority_sampling", "grpo", "exporters", "generation",
+    "testing", "cli",
 )  # fmt: skip
 # A target that the user asked for and that is biased, or may not exist, or an evidence without an error estimate, is no
 # numerical failure: it runs, with a warning.

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from queue import SimpleQueue
+from typing import Generic, TypeVar
 
-_Work = Callable[[], tuple[int, bytes]]
-"""Gives the status and body of a reply, and never raises."""
+Item = TypeVar("Item")
+Reply = tuple[int, bytes]
+"""Status and body."""
 
 
 class Memory:
@@ -93,46 +95,81 @@ class Body:
         self._memory.give_back(size)
 
 
-class ScoringQueue:
-    """Threads that score requests in the order in which they came. A request that is cancelled before is not scored.
+class ScoringQueue(Generic[Item]):
+    """Threads that answer requests in the order in which they came. A request that is cancelled before is not answered.
 
     The threads are daemons: a reward that hangs does not keep the process from ending.
 
     Args:
-        threads: requests scored at once.
-        places: requests that wait or are scored, at most.
+        threads: calls at once.
+        places: requests that wait or are answered, at most.
+        answer: the replies to requests that are answered together; it never raises.
+        joins: whether a request that waits is answered together with those.
     """
 
-    def __init__(self, threads: int, places: int) -> None:
-        self._waiting: SimpleQueue[tuple[Future[tuple[int, bytes]], _Work] | None] = SimpleQueue()
-        self._places, self._threads = threading.BoundedSemaphore(places), threads
+    def __init__(
+        self,
+        threads: int,
+        places: int,
+        answer: Callable[[list[Item]], list[Reply]],
+        joins: Callable[[list[Item], Item], bool],
+    ) -> None:
+        self._answer, self._joins = answer, joins
+        self._places, self._closed = threading.BoundedSemaphore(places), False
+        self._waiting: deque[tuple[Future[Reply], Item]] = deque()
+        self._changed = threading.Condition()
         for number in range(threads):
-            threading.Thread(target=self._score, name=f"steer reward {number}", daemon=True).start()
+            threading.Thread(target=self._work, name=f"steer reward {number}", daemon=True).start()
 
-    def submit(self, work: _Work) -> Future[tuple[int, bytes]] | None:
+    def submit(self, item: Item) -> Future[Reply] | None:
         """Appends a request.
 
         Args:
-            work: what to do when its turn comes.
+            item: the request.
 
         Returns:
-            Its reply to come, which can be cancelled until then; None where every place is taken.
+            Its reply to come, which can be cancelled until its turn; None where every place is taken.
         """
         if not self._places.acquire(blocking=False):
             return None
-        future: Future[tuple[int, bytes]] = Future()
+        future: Future[Reply] = Future()
         future.add_done_callback(lambda _: self._places.release())
-        self._waiting.put((future, work))
+        with self._changed:
+            self._waiting.append((future, item))
+            self._changed.notify()
         return future
 
     def close(self) -> None:
         """Ends the threads once they are idle."""
-        for _ in range(self._threads):
-            self._waiting.put(None)
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
 
-    def _score(self) -> None:
-        while (job := self._waiting.get()) is not None:
-            future, work = job
-            if future.set_running_or_notify_cancel():
-                future.set_result(work())
-            del job, future, work  # nothing of a request stays while the next is waited for
+    def _work(self) -> None:
+        while self._answer_next():
+            pass
+
+    def _answer_next(self) -> bool:
+        """Answers the first request, and those that join it; nothing of them stays. False: there is no more to do."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._closed)
+            if not self._waiting:
+                return False
+            taken = [self._waiting.popleft()]
+            waiting = list(self._waiting)
+        for each in waiting:
+            if self._joins([item for _, item in taken], each[1]) and self._take(each):
+                taken.append(each)
+        taken = [each for each in taken if each[0].set_running_or_notify_cancel()]
+        if taken:
+            for (future, _), reply in zip(taken, self._answer([item for _, item in taken]), strict=True):
+                future.set_result(reply)
+        return True
+
+    def _take(self, each: tuple[Future[Reply], Item]) -> bool:
+        """Takes a request out of the queue; False where another thread has done so."""
+        with self._changed:
+            if each in self._waiting:
+                self._waiting.remove(each)
+                return True
+        return False

@@ -9,17 +9,21 @@ import re
 import secrets
 import threading
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from steer.errors import RewardError
 
 from ..hub import optional_package
 from ..scoring import Scorer
+from .answers import Answers
 from .connections import http_server, listen
 from .http_request import is_loopback
 from .scoring_queue import Memory, ScoringQueue
 from .web_app import web_app
 from .wire_format import Limits, max_decoded_bytes
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
 
 
 def serve(
@@ -30,6 +34,7 @@ def serve(
     token: str | Literal[False] | None = None,
     queue: int = 64,
     threads: int = 1,
+    batch: int = 1,
     max_bytes: int = 1 << 26,
     max_pixels: int = 1 << 26,
     memory: int = 1 << 30,
@@ -48,6 +53,9 @@ def serve(
             alone. It travels unencrypted: put a TLS proxy in front where the network is not yours.
         queue: requests waiting or running at once; more are answered 503, and clients retry.
         threads: calls of rewards at once. 1, as few rewards are thread-safe.
+        batch: samples of one call of a reward, over requests for it that wait together. 1 makes a call for each
+            request, so that scores are the same whatever other clients ask: in another batch a network rounds its last
+            bits otherwise. Requests for a reward whose spec says that it is groupwise are never scored together.
         max_bytes: length of one request.
         max_pixels: numbers (M C H W) of all samples of one request, read from the files' headers before one is decoded.
         memory: bytes that all requests together hold, decoded samples included. Each is counted before it is taken: a
@@ -63,22 +71,8 @@ def serve(
     Cost: at most `memory` bytes besides the rewards' own, 0.3 MB for each of at most 256 connections, and what the
         allocator keeps of pictures, up to 1.4 max_pixels bytes a thread.
     """
-    rewards = dict(reward) if isinstance(reward, Mapping) else {"": reward}
-    limits = Limits(max_bytes, max_pixels)
-    if not all(map(callable, rewards.values())) or min(queue, threads, *limits) < 1 or not 0 <= port < 1 << 16:
-        raise RewardError(
-            "serve takes callable rewards, a port below 65536, and queue, threads, max_bytes and max_pixels of at "
-            f"least 1, got {[type(each).__name__ for each in rewards.values()]}, port={port}, queue={queue}, "
-            f"threads={threads}, max_bytes={max_bytes} and max_pixels={max_pixels}"
-        )
-    if isinstance(reward, Mapping) and not (rewards and all(re.fullmatch(_NAME, name) for name in rewards)):
-        raise RewardError(f"serve takes rewards by names of letters, digits and _.-, got {list(rewards)}")
-    reserve = max_decoded_bytes(limits)
-    if memory < reserve + max_bytes:
-        raise RewardError(
-            f"serve(memory={memory}) has no room for one request of max_bytes={max_bytes} and max_pixels={max_pixels}, "
-            f"which takes {reserve + max_bytes} bytes; allow as much, or lower these two"
-        )
+    if not 0 <= port < 1 << 16:
+        raise RewardError(f"serve takes a port from 0 to 65535, got {port}")
     if token is False and not is_loopback(host):
         raise RewardError(
             f"serve(host={host!r}) can be reached from other machines and needs a token; pass token=..., or stay on "
@@ -86,10 +80,65 @@ def serve(
         )
     if token == "" or token is True:
         raise RewardError(f"serve(token=...) takes a text, None to make one up, or False for none, got {token!r}")
-    for package in ("uvicorn", "starlette"):
-        optional_package(package, "serve")
+    optional_package("uvicorn", "serve")
     shared = secrets.token_urlsafe(24) if token is None else token or None
-    return RewardServer(rewards, (host, port), token=shared, queue=queue, threads=threads, limits=limits, memory=memory)
+    app = asgi(
+        reward,
+        token=shared,
+        queue=queue,
+        threads=threads,
+        batch=batch,
+        max_bytes=max_bytes,
+        max_pixels=max_pixels,
+        memory=memory,
+    )
+    return RewardServer(app, (host, port), token=shared)
+
+
+def asgi(
+    reward: Scorer | Mapping[str, Scorer],
+    *,
+    token: str | None,
+    queue: int = 64,
+    threads: int = 1,
+    batch: int = 1,
+    max_bytes: int = 1 << 26,
+    max_pixels: int = 1 << 26,
+    memory: int = 1 << 30,
+) -> Starlette:
+    """The application that `serve` serves, for a server of your own: with TLS, on Ray Serve, under a path of another.
+
+    Args:
+        token: that clients must send; None answers whoever reaches it.
+        Others: as `serve`.
+
+    Returns:
+        An ASGI application, with its threads. `rewards.Remote` talks to it at the address where it is mounted.
+
+    Raises:
+        RewardError: for bad arguments, and missing packages (pip install 'steer-diffusion[serve]').
+    """
+    rewards = dict(reward) if isinstance(reward, Mapping) else {"": reward}
+    limits = Limits(max_bytes, max_pixels)
+    if not all(map(callable, rewards.values())) or min(queue, threads, batch, *limits) < 1:
+        raise RewardError(
+            "a reward server takes callable rewards, and queue, threads, batch, max_bytes and max_pixels of at least "
+            f"1, got {[type(each).__name__ for each in rewards.values()]}, queue={queue}, threads={threads}, "
+            f"batch={batch}, max_bytes={max_bytes} and max_pixels={max_pixels}"
+        )
+    if isinstance(reward, Mapping) and not (rewards and all(re.fullmatch(_NAME, name) for name in rewards)):
+        raise RewardError(f"a reward server takes rewards by names of letters, digits and _.-, got {list(rewards)}")
+    reserve = max_decoded_bytes(limits)
+    if memory < reserve + max_bytes:
+        raise RewardError(
+            f"memory={memory} has no room for one request of max_bytes={max_bytes} and max_pixels={max_pixels}, "
+            f"which takes {reserve + max_bytes} bytes; allow as much, or lower these two"
+        )
+    optional_package("starlette", "serve")
+    room = Memory(memory, reserve)
+    answers = Answers(room, limits, batch)
+    waiting = ScoringQueue(threads, queue, answers, answers.joins)
+    return web_app(rewards, token=token, queue=waiting, memory=room, limits=limits)
 
 
 _NAME = r"[\w.-]+"
@@ -99,32 +148,16 @@ class RewardServer:
     """A running server. Built by `serve`.
 
     Args:
-        rewards: by name; the name of a single one is "".
+        app: of `asgi`.
         address: host and port.
         token: that clients must send, or None.
-        queue: requests waiting or running at once.
-        threads: calls of rewards at once.
-        limits: of one request.
-        memory: bytes that all requests together hold.
     """
 
-    def __init__(
-        self,
-        rewards: Mapping[str, Scorer],
-        address: tuple[str, int],
-        *,
-        token: str | None,
-        queue: int,
-        threads: int,
-        limits: Limits,
-        memory: int,
-    ) -> None:
+    def __init__(self, app: Starlette, address: tuple[str, int], *, token: str | None) -> None:
         self.token = token
+        self._queue: ScoringQueue[Any] = app.state.queue
         self._socket = listen(*address)
         self.address: tuple[str, int] = self._socket.getsockname()[:2]
-        self._queue = ScoringQueue(threads, queue)
-        room = Memory(memory, max_decoded_bytes(limits))
-        app = web_app(rewards, token=token, queue=self._queue, memory=room, limits=limits)
         self._http: Any = http_server(app)
         self._thread = threading.Thread(target=self._http.run, args=([self._socket],), name="steer serve", daemon=True)
         self._thread.start()

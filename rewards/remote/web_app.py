@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from steer.errors import SteerError
-
-from ..scoring import Scorer, name_of, score, spec_of
-from .scoring_queue import Body, Memory, ScoringQueue
-from .wire_format import Limits, decode_samples, encode_scores, encode_spec, read_request
+from ..scoring import Scorer, name_of, spec_of
+from .answers import Asked
+from .scoring_queue import Body, Memory, Reply, ScoringQueue
+from .wire_format import Limits, encode_spec
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -32,7 +28,7 @@ _TRY_SOON = {"Retry-After": "0"}
 
 
 def web_app(
-    rewards: Mapping[str, Scorer], *, token: str | None, queue: ScoringQueue, memory: Memory, limits: Limits
+    rewards: Mapping[str, Scorer], *, token: str | None, queue: ScoringQueue[Asked], memory: Memory, limits: Limits
 ) -> Starlette:
     """GET /spec and POST /score of one reward, or GET /NAME/spec and POST /NAME/score of each of several.
 
@@ -66,7 +62,7 @@ def web_app(
     async def scores(request: Request) -> Response:
         reward = found(request)
         body = await _body(request, memory, limits)
-        future = queue.submit(lambda: _reply(reward, body, memory, limits))
+        future = queue.submit(Asked(reward, body, limits.pixels))
         if future is None:
             body.release()
             raise HTTPException(503, "every place in the queue is taken; try again", _TRY_SOON)
@@ -84,7 +80,9 @@ def web_app(
     ends = [Route("/spec", spec), Route("/score", scores, methods=["POST"])]
     ends += [Route("/{name}/spec", spec), Route("/{name}/score", scores, methods=["POST"])]
     guard = [Middleware(_TokenCheck, token=token)] if token else []  # pyright: ignore[reportArgumentType]
-    return Starlette(routes=ends, middleware=guard, exception_handlers={HTTPException: refused})
+    app = Starlette(routes=ends, middleware=guard, exception_handlers={HTTPException: refused})
+    app.state.queue = queue
+    return app
 
 
 class _TokenCheck:
@@ -96,6 +94,9 @@ class _TokenCheck:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         from starlette.responses import JSONResponse
 
+        if scope["type"] == "lifespan":  # no request: the server begins, or ends
+            await self.app(scope, receive, send)
+            return
         given = dict(scope["headers"]).get(b"authorization", b"")
         right = hmac.compare_digest(given, self.expected)
         await (self.app if right else JSONResponse({"error": "wrong or missing token"}, 401))(scope, receive, send)
@@ -162,38 +163,7 @@ async def _discard(request: Request, most: int) -> None:
             return
 
 
-def _reply(reward: Scorer, body: Body, memory: Memory, limits: Limits) -> tuple[int, bytes]:
-    """Status and body of the reply to a request whose turn has come. Only now its samples are decoded."""
-    try:
-        request = read_request(body.data, limits.pixels)
-        with memory.decoding(request.decoded_bytes):
-            samples, prompts = decode_samples(request, limits.pixels), request.prompts
-            del request
-            body.release()
-            return 200, _scores(reward, samples, prompts)
-    except SteerError as error:
-        return 400, _error(400, str(error))
-    except _RewardFailed as failed:
-        return 500, _error(500, str(failed))
-    except BaseException as error:  # a fault of the server: the client is told, and does not retry
-        return 500, _error(500, f"{type(error).__name__}: {error}")
-
-
-class _RewardFailed(Exception):
-    """The reward raised, or gave no scores."""
-
-
-def _scores(reward: Scorer, samples: torch.Tensor, prompts: list[str] | None) -> bytes:
-    """The reply with the scores of samples."""
-    with torch.no_grad():
-        try:
-            scores = score(reward, samples, prompts)
-        except SteerError as error:
-            raise _RewardFailed(str(error)) from error
-        return encode_scores(scores, name_of(reward), spec_of(reward).version)
-
-
-def _waiting_response(future: Future[tuple[int, bytes]], answer: asyncio.Future[tuple[int, bytes]]) -> Any:
+def _waiting_response(future: Future[Reply], answer: asyncio.Future[Reply]) -> Any:
     """A reply that sends blanks while its request waits; a client that leaves takes its request out of the queue."""
     from starlette.responses import StreamingResponse
 
@@ -217,7 +187,3 @@ def _waiting_response(future: Future[tuple[int, bytes]], answer: asyncio.Future[
                 future.cancel()  # of no effect where the request is scored already
 
     return Waiting(stream(), media_type="application/json")
-
-
-def _error(status: int, message: str) -> bytes:
-    return json.dumps({"error": message, "status": status}).encode()

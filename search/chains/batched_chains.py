@@ -212,5 +212,6 @@ def _report(runs: list[Run], requests: dict[ChainId, EvaluationRequest], moved: 
             problems=range(problem, problem + 1),
             chunk=0,
             meter=run.meter,
+            completed=True,
         )
         run.on_step(event)

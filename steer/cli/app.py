@@ -1,5 +1,5 @@
 """The command line: `steer generate`, `steer compare`, `steer preflight`, `steer resume`, `steer status`,
-`steer report`, `steer models`, `steer methods`, `steer serve-reward`.
+`steer export`, `steer report`, `steer models`, `steer methods`, `steer serve-reward`.
 
 Exit codes: 0 done; 1 failed or interrupted at run time; 2 wrong usage. With --json, stdout holds one JSON object and
 nothing else; progress and errors go to stderr.
@@ -14,6 +14,7 @@ import typer
 
 from ..version import __version__
 from .compare import compare
+from .export import export
 from .generate import generate
 from .listings import methods, models
 from .preflight import preflight
@@ -57,6 +58,7 @@ _EXAMPLES = {
     "--out runs/compare",
     resume: "steer resume runs/foxes --workers 2",
     status: "steer status runs/foxes",
+    export: "steer export runs/foxes --as parquet --out data/foxes",
     preflight: "steer preflight --model digits --reward digit:3 --samples 16",
     report: "steer report runs/threes",
     models: "steer models --json",

@@ -58,25 +58,19 @@ def write_comparison_files(
 ) -> dict[str, Any]:
     """Writes the files of a comparison, and returns its numbers. Pictures are of the first seed."""
     from ..files import plain, to_json, versions, write_atomically
-    from ..report.comparison_report import write_comparison
-    from ..report.images import grid, is_images, to_png
-    from ..report.run_report import shown
+    from ..report.comparison_report import samples_by_method, write_comparison
+    from ..report.images import to_png
     from ..results.saving import FACTS, PARTIAL, TENSORS
 
     for stale in (FACTS, TENSORS, "images.png", PARTIAL, PARTIAL_FACTS):  # an earlier `steer generate`'s
         (out / stale).unlink(missing_ok=True)
     facts = plain({"about": about, **comparison.to_dict(), "versions": versions()})
     write_atomically(out / "compare.json", to_json(facts))
-    pictures, texts = {}, {}
-    for name, (first, *_) in comparison.at[-1].results.items():
-        chosen = first.take(shown(first, min(n, first.reward.shape[1])))
-        if first.process.text is not None:
-            texts[name] = chosen.texts
-        elif is_images(chosen.decoded):
-            pictures[name] = grid(chosen.decoded, least=96)
-            write_atomically(out / name / "images.png", to_png(pictures[name]))
+    samples = samples_by_method(comparison, n)
+    for name, picture in samples["pictures"].items():
+        write_atomically(out / name / "images.png", to_png(picture))
     title = f"{about['reward']} on {about['model']}, methods at equal budget"
-    write_comparison(comparison, out, pictures=pictures, texts=texts, title=title, about=about)
+    write_comparison(comparison, out, **samples, title=title, about=about)
     return {"out": str(out), **facts}
 
 

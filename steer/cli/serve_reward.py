@@ -35,6 +35,12 @@ def serve_reward(
     no_token: Annotated[bool, typer.Option("--no-token", help="Serve without a token, on this machine alone.")] = False,
     queue: Annotated[int, typer.Option(min=1, help="Requests held at once; more are rejected, to be retried.")] = 64,
     threads: Annotated[int, typer.Option(min=1, help="Concurrent calls of the rewards.")] = 1,
+    batch: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Samples of one call of a reward, over requests that wait together; 1: a call for each."
+        ),
+    ] = 1,
     memory: Annotated[int, typer.Option(min=1, help="MiB that all requests hold together.")] = 1024,
     debug: Debug = False,
 ) -> None:
@@ -60,6 +66,7 @@ def serve_reward(
                 token=False if no_token else token,
                 queue=queue,
                 threads=threads,
+                batch=batch,
                 memory=memory << 20,
             )
         except RewardError as error:

@@ -18,6 +18,17 @@ def one_root(log_weight: Tensor, root: Tensor) -> Tensor:
     return share.amax(1) > 0.999
 
 
+def surviving_seeds(root: Tensor, log_weight: Tensor) -> Tensor:
+    """How many distinct starting particles those of positive weight descend from: [B], float64.
+
+    Args:
+        root: index of each particle's ancestor at the start, [B, N].
+        log_weight: [B, N].
+    """
+    counts = [len(own[weight > -torch.inf].unique()) for own, weight in zip(root, log_weight, strict=True)]
+    return torch.tensor(counts, dtype=torch.float64)
+
+
 def evidence_variance(log_weight: Tensor, root: Tensor, resamplings: Tensor) -> Tensor:
     """Estimate of Var(Z_hat) / Z^2, which is Var(log Z_hat) to first order, from the ancestors of one run.
 

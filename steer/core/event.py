@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -23,6 +23,7 @@ class Event:
     problems: index of the prompt of every row of `state`, as long as its axis 0.
     chunk:    index of its first particle among those of the run, where a run goes in chunks.
     earlier:  what earlier passes of the method have spent.
+    completed: whether the predictions are clean states already, as those of searches of single chains are.
     cost:     what the method had spent when it took the step, in all its passes.
     """
 
@@ -34,6 +35,7 @@ class Event:
     chunk: int
     meter: Meter
     earlier: Cost = field(default_factory=Cost)
+    completed: bool = False
     cost: Cost = field(init=False)
 
     def __post_init__(self) -> None:
@@ -49,6 +51,12 @@ class Event:
     def x0(self) -> Tensor | None:
         """A copy of the predictions that its particles stepped from, [B, N, ...]; None where a step needed none."""
         return None if self.live_x0 is None else self.live_x0.clone()
+
+    @property
+    def clean(self) -> Tensor | None:
+        """The clean states that `x0` stands for, [B, N, *event], as `process.decode` takes them; not to be changed."""
+        x0 = self.live_x0
+        return x0 if x0 is None or self.completed else self.process.complete(self.live_state.x, x0)
 
     @cached_property
     def scores(self) -> Tensor | None:
@@ -71,12 +79,24 @@ class Event:
         return self.live_state.ess
 
 
-OnStep = Callable[[Event], None]
-"""Called after every step: progress bars, checkpoints. Raise `Stop` to end the run early."""
+OnStep = Callable[[Event], None] | Sequence[Callable[[Event], None]]
+"""Called after every step, or several that are, in turn: progress, trackers, previews. Raise `Stop` to end the run."""
+
+
+def as_one(on_step: OnStep | None) -> Callable[[Event], None] | None:
+    """`on_step` as one function; None where there is nothing to call."""
+    if on_step is None or callable(on_step):
+        return on_step
+    called = tuple(on_step)
+
+    def in_turn(event: Event) -> None:
+        for each in called:
+            each(event)
+
+    return in_turn if called else None
 
 
 def of_pass(on_step: OnStep | None, name: str, earlier: Cost) -> OnStep | None:
     """`on_step` for one of several passes of a method: its events are called `name`, and count what came before."""
-    if on_step is None:
-        return None
-    return lambda event: on_step(replace(event, run=name, earlier=earlier))
+    called = as_one(on_step)
+    return called and (lambda event: called(replace(event, run=name, earlier=earlier)))

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..cost import Meter, check_counts
 from ..key import Key, as_key
 from ..types import ReverseProcess
-from .event import Event, OnStep
+from .event import Event, OnStep, as_one
 from .objective import FINISHED, Objective, check_temperature, from_column, num_problems, open_objective
 from .trajectory import Trajectory
 
@@ -36,7 +36,7 @@ class Run:
     problems: int
     temperature: float
     key: Key
-    on_step: OnStep | None = None
+    on_step: Callable[[Event], None] | None = None
     chunk: int = 256
     first_problem: int = 0
 
@@ -64,7 +64,7 @@ class Run:
         check_counts(chunk=chunk)
         process, objective, meter = open_objective(process, reward, groupwise=groupwise)
         problems = num_problems(process, batch)
-        return cls(name, process, objective, meter, problems, temperature, key, on_step, chunk)
+        return cls(name, process, objective, meter, problems, temperature, key, as_one(on_step), chunk)
 
     def only(self, problem: int) -> Run:
         """The run of one problem of a conditioned process, for searches whose problems move at their own pace."""
@@ -89,9 +89,10 @@ class Run:
             yield x[:, first : first + self.chunk], self.key.shifted(slot=first)
 
     def score(self, clean: Tensor, where: str = FINISHED) -> Tensor:
-        """Rewards [B, n] of clean states, in chunks, checked."""
+        """Rewards [B, n] of clean states, in chunks, checked; without a gradient, which some rewards refuse."""
         parts = enumerate(clean.split(self.chunk, 1))
-        return torch.cat([self.objective.of(from_column(i * self.chunk))(part, where) for i, part in parts], 1)
+        with torch.no_grad():
+            return torch.cat([self.objective.of(from_column(i * self.chunk))(part, where) for i, part in parts], 1)
 
     def report(self, before: Trajectory, after: Trajectory, chunk: int = 0) -> None:
         """Calls `on_step` with a step that was taken from `before`, which carries what was predicted there."""

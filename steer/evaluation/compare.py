@@ -12,7 +12,8 @@ from ..core.loop import keeping
 from ..cost import check_counts
 from ..errors import SteerError, keep_partial
 from ..key import Key, as_key
-from ..report.comparison import Comparison, Comparisons, Row
+from ..report.compared import Row
+from ..report.comparison import Comparison, Comparisons
 from ..results.result import Result
 from ..types import ReverseProcess, Reward, Stop
 from .methods import Method, resolve, sample

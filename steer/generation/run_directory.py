@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..errors import RunDirectoryError
+from ..errors import PromptError, RunDirectoryError
 from ..files import to_json, versions, write_atomically
 from ..results.saving import save_partial
 from .prompts import Row
@@ -34,6 +34,10 @@ if TYPE_CHECKING:
 
 RESULT, ERROR, PER_FOLDER = "result.json", "error.json", 1000
 State = Literal["finished", "failed", "missing"]
+WRITTEN = frozenset(
+    {"index", "prompt", "particle", "file_name", "image", "text", "score", "weight", "nfe", "method", "budget", "seed"}
+)
+"""What the metadata says of a sample, beside rewards by name ("reward.clip"): no other column can be called so."""
 
 
 class RunDirectory:
@@ -67,9 +71,16 @@ class RunDirectory:
 
         Raises:
             RunDirectoryError: it is the directory of another run; says which options, or rows, differ.
+            PromptError: the rows have a column that the metadata would write over.
         """
         import yaml
 
+        taken = sorted({name for row in rows for name in row.notes if name in WRITTEN or name.startswith("reward.")})
+        if taken:
+            raise PromptError(
+                f"{', '.join(taken)} is what metadata.jsonl says of a sample, and a column of the prompts cannot have "
+                f"that name; call it {taken[0]}_given, say"
+            )
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         lines = "".join(json.dumps(row.to_dict(), ensure_ascii=False) + "\n" for row in rows)
@@ -153,12 +164,15 @@ class RunDirectory:
         except FileNotFoundError:
             return {}
 
+    def entries(self, index: int) -> list[dict[str, Any]] | None:
+        """What the metadata says of a row's samples, the best first; None where it is not finished."""
+        path = self.folder(index) / RESULT
+        return json.loads(path.read_text())["run"]["pictures"] if path.exists() else None
+
     def metadata(self) -> Iterator[dict[str, Any]]:
         """One entry per picture of the finished rows, in order."""
         for row in self.rows:
-            path = self.folder(row.index) / RESULT
-            if path.exists():
-                yield from json.loads(path.read_text())["run"]["pictures"]
+            yield from self.entries(row.index) or ()
 
     def gather(self) -> Path:
         """Writes metadata.jsonl from the finished rows."""

@@ -3,38 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from ..files import plain
+from .compared import Row
 from .run_result import RunResult
 
 Run = TypeVar("Run", bound=RunResult)
 """What a method returned: `steer.Result` in a comparison that `steer.compare` made."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One method of a comparison: means over seeds, as (mean, standard error of that mean).
-
-    Args:
-        method: Its name.
-        reward: Weighted mean reward.
-        best: Highest reward found.
-        ess: Effective sample size.
-        metrics: Weighted means of the caller's own measures, by name.
-        nfe, grads, rewards, decodes, seconds: The cost of one run, over all its problems. nfe in network rows.
-    """
-
-    method: str
-    reward: tuple[float, float]
-    best: tuple[float, float]
-    ess: float
-    metrics: dict[str, tuple[float, float]]
-    nfe: float
-    grads: float
-    rewards: float
-    decodes: float
-    seconds: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +42,21 @@ class Comparison(Generic[Run]):
         from dataclasses import asdict
 
         return plain({"budget": self.budget, "keys": self.keys, "rows": [asdict(row) for row in self.rows]})
+
+    def report(self, directory: str | Path, *, count: int = 16, **extra: Any) -> Path:
+        """Writes a self-contained report.html: tables with standard errors, a plot of each measure, samples per method.
+
+        Args:
+            directory: Where to write; it is made.
+            count: Samples to show of each method, of the first seed, drawn by weight.
+            **extra: `title`, and `about`, facts for the page's head by name, over those that the runs know.
+
+        Returns:
+            The file's path.
+        """
+        from .comparison_report import samples_by_method, write_comparison
+
+        return write_comparison(self, Path(directory), **samples_by_method(self, count), **extra)
 
     def __str__(self) -> str:
         names = list(self.rows[0].metrics) if self.rows else []
@@ -105,6 +97,15 @@ class Comparisons(Generic[Run]):
     def to_dict(self) -> dict[str, Any]:
         """The comparisons as plain JSON types."""
         return {"budgets": [comparison.to_dict() for comparison in self.at]}
+
+    def report(self, directory: str | Path, *, count: int = 16, **extra: Any) -> Path:
+        """Writes a self-contained report.html: the measures against NFE, and what `Comparison.report` shows.
+
+        Args, Returns: as `Comparison.report`. Samples are those at the largest budget.
+        """
+        from .comparison_report import samples_by_method, write_comparison
+
+        return write_comparison(self, Path(directory), **samples_by_method(self, count), **extra)
 
     def __str__(self) -> str:
         return "\n\n".join(f"budget {comparison.budget}\n{comparison}" for comparison in self.at)

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import plots
-from .comparison import Comparison, Comparisons, Row
+from .compared import Compared, Row, Stage
+from .images import grid, is_images
 from .page import number, whole, with_error, write_page
+from .run_report import facts_of, shown
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -18,7 +20,7 @@ Measure = Callable[[Row], tuple[float, float]]
 
 
 def write_comparison(
-    comparison: Comparison | Comparisons,
+    comparison: Compared,
     directory: Path,
     *,
     pictures: Mapping[str, Image] | None = None,
@@ -36,7 +38,7 @@ def write_comparison(
         pictures: By method, one picture of its samples.
         texts: By method, its samples as text.
         title: Of the page.
-        about: Facts for its head, by name; `command` gets a line of its own.
+        about: Facts for its head, by name, over those that the runs know; `command` gets a line of its own.
 
     Returns:
         The file's path.
@@ -48,6 +50,7 @@ def write_comparison(
     ]
     measures += [(name, lambda row, name=name: row.metrics[name]) for name in last.rows[0].metrics]
     several = len(stages) > 1
+    known = {name: fact for name, fact in facts_of(last.results[last.rows[0].method][0]).items() if name != "method"}
     if several:
         figures = [(f"{name} against NFE", svg) for name, svg in plots.by_budget(stages, measures)]
     else:
@@ -56,8 +59,9 @@ def write_comparison(
         "comparison.html.j2",
         directory,
         title=title,
-        about=about or {},
+        about=known | dict(about or {}),
         facts=comparison.to_dict(),
+        interrupted=comparison.interrupted,
         seeds=last.keys,
         budget=last.budget,
         best=max(last.rows, key=lambda row: row.reward[0]),
@@ -69,6 +73,26 @@ def write_comparison(
         pictures=pictures or {},
         texts=texts or {},
     )
+
+
+def samples_by_method(comparison: Compared, count: int) -> dict[str, dict[str, Any]]:
+    """Samples of the first seed, at the largest budget, drawn by weight, as `write_comparison` takes them.
+
+    Args:
+        comparison: What `steer.compare` returned.
+        count: How many of each method at most.
+
+    Returns:
+        `pictures`, one grid per method, and `texts`; a method whose samples are neither is in none of them.
+    """
+    found: dict[str, dict[str, Any]] = {"pictures": {}, "texts": {}}
+    for name, (first, *_) in comparison.at[-1].results.items():
+        chosen = first.take(shown(first, min(count, first.reward.shape[1])))
+        if first.process.text is not None:
+            found["texts"][name] = chosen.texts
+        elif is_images(chosen.decoded):
+            found["pictures"][name] = grid(chosen.decoded, least=96)
+    return found
 
 
 def _row(row: Row, measures: Sequence[tuple[str, Measure]]) -> list[str]:
@@ -85,7 +109,7 @@ def _row(row: Row, measures: Sequence[tuple[str, Measure]]) -> list[str]:
     ]
 
 
-def _by_budget(stages: Sequence[Comparison], measure: Measure) -> tuple[list[str], list[list[str]]]:
+def _by_budget(stages: Sequence[Stage], measure: Measure) -> tuple[list[str], list[list[str]]]:
     """Heads and rows of one measure: a row per method, a column per budget."""
     rows = [
         [row.method, *(with_error(*measure(stage.rows[i])) for stage in stages)] for i, row in enumerate(stages[0].rows)

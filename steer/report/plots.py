@@ -17,7 +17,7 @@ from .run_result import RunResult
 if TYPE_CHECKING:
     from markupsafe import Markup
 
-    from .comparison import Comparison
+    from .compared import Stage
 
 STEERED, UNSTEERED, BEST = "#2b8cbe", "#9a9a9a", "#e6822e"
 # Stand-ins while drawing: the page's text and rule colours, which differ between light and dark.
@@ -133,7 +133,7 @@ def coordinate_histograms(result: RunResult, reference: RunResult | None, most: 
     return svgs
 
 
-def by_method(comparison: Comparison, measures: Sequence[tuple[str, Any]]) -> list[tuple[str, str]]:
+def by_method(comparison: Stage, measures: Sequence[tuple[str, Any]]) -> list[tuple[str, str]]:
     """(name, SVG) for each measure (name, Row -> (mean, standard error)): means over seeds, with their errors."""
     names = [row.method for row in comparison.rows]
     places = list(range(len(names)))[::-1]
@@ -152,7 +152,7 @@ def by_method(comparison: Comparison, measures: Sequence[tuple[str, Any]]) -> li
     return svgs
 
 
-def by_budget(stages: Sequence[Comparison], measures: Sequence[tuple[str, Any]]) -> list[tuple[str, str]]:
+def by_budget(stages: Sequence[Stage], measures: Sequence[tuple[str, Any]]) -> list[tuple[str, str]]:
     """(name, SVG) for each measure (name, Row -> (mean, standard error)): a line per method against NFE."""
     svgs = []
     names = [row.method for row in stages[0].rows]

@@ -10,17 +10,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..core.diagnostics import surviving_seeds
 from ..core.population import weighted_mean
 from ..core.resampling import systematic
 from ..cost import Cost
+from ..errors import ShapeError
 from ..files import plain
 from ..key import Key, as_key
 from ..processes.gaussian import decode_problem
 from . import plots
 from .best_chain import best_chain
-from .images import enlarged, is_images, to_images
+from .images import is_images, to_images
 from .page import number, whole, with_error, write_page
 from .run_result import RunResult
+from .run_samples import problem_names, samples, thumbnail
 from .tree_figure import tree_figure
 from .tree_layout import LEAVES, NODES, drawable
 
@@ -60,8 +63,16 @@ def summary(result: RunResult, reference: RunResult | None = None, metrics: Metr
 
     Returns:
         By name. `reward` and each of `metrics` hold weighted means over particles and problems, `steered` and
-        `unsteered`, with `error`, the standard error of the unsteered mean.
+        `unsteered`, with `error`, the standard error of the unsteered mean; `by_problem` has the numbers of each.
+
+    Raises:
+        ShapeError: Unsteered samples of another number of problems.
     """
+    if reference is not None and len(reference.reward) not in (1, len(result.reward)):
+        raise ShapeError(
+            f"unsteered samples of {len(result.reward)} problems, or of one, go beside this run, got those of "
+            f"{len(reference.reward)}; run steer.rollout on the same process, with the same batch"
+        )
     variance = result.log_evidence_variance
     numbers: dict[str, Any] = {
         "problems": result.reward.shape[0],
@@ -74,13 +85,31 @@ def summary(result: RunResult, reference: RunResult | None = None, metrics: Metr
         "log_evidence": result.log_evidence,
         "log_evidence_std": torch.where(variance >= 0, variance, torch.nan).sqrt(),
         "pareto_k": result.pareto_k,
-        "unique_roots": _surviving_seeds(result),
+        "unique_roots": surviving_seeds(result.root, result.log_weight).mean(),
         "forbidden": int((result.reward == -torch.inf).sum()),
         "diagnostics": dict(result.diagnostics),
+        "by_problem": _numbers_by_problem(result, reference),
         "cost": result.cost.to_dict(),
         "reference_cost": reference.cost.to_dict() if reference else None,
     }
     return plain(numbers)
+
+
+def facts_of(result: RunResult) -> dict[str, Any]:
+    """What a run knows of itself, for the head of its page: method, reward and its unit, temperature, seed, prompt.
+
+    Args:
+        result: The run. Prompts of several problems stand above their samples, and not here.
+    """
+    prompts = result.process.prompts or ()
+    return {
+        "method": result.made_by.method or None,
+        "reward": result.made_by.reward,
+        "unit": result.made_by.unit,
+        "temperature": result.temperature,
+        "seed": result.key.seed,
+        "prompt": prompts[0] if len(prompts) == 1 else None,
+    }
 
 
 def write_report(
@@ -104,22 +133,26 @@ def write_report(
         index: Which particles to show, [B, M]; by default `count` drawn by weight.
         count: How many to show of each problem.
         title: Of the page.
-        about: Facts for its head, by name: model, reward, method, seed; `command` gets a line of its own.
+        about: Facts for its head, by name, over those that the run knows (`facts_of`); `command` gets a line of its
+            own.
 
     Returns:
         The file's path.
+
+    Raises:
+        ShapeError: As `summary`.
 
     Cost: ten network rows at most for each problem of a run that kept its states, not counted in the run's cost.
     """
     index = shown(result, min(count, result.reward.shape[1])) if index is None else index
     numbers = summary(result, reference, metrics)
-    trees = _trees(result)
+    trees, names = _trees(result), problem_names(result)
     costs = [result.cost] if reference is None else [result.cost, reference.cost, result.cost + reference.cost]
     return write_page(
         "run.html.j2",
         directory,
         title=title,
-        about=about or {},
+        about=facts_of(result) | dict(about or {}),
         facts=numbers,
         interrupted=result.interrupted,
         assets=["tree.css", "tree.js"] if trees else [],
@@ -129,7 +162,10 @@ def write_report(
         cost=numbers["cost"],
         unsteered=numbers["reward"].get("unsteered") is not None and numbers["reward"]["steered"] is not None,
         tiles=_tiles(numbers, _selects(result)),
-        samples=_samples(result, reference, index),
+        samples=samples(result, reference, index),
+        names=names,
+        prompted=bool(result.process.prompts),
+        by_problem=_by_problem(numbers["by_problem"], names),
         chain=_chain(result),
         trees=trees,
         figures=_figures(result, reference),
@@ -157,15 +193,37 @@ def _measured(result: RunResult, reference: RunResult | None, f: Callable[[Tenso
     return {"steered": steered, "unsteered": plain_values.mean(), "error": error}
 
 
+def _numbers_by_problem(result: RunResult, reference: RunResult | None) -> list[dict[str, Any]]:
+    """What the run has of each problem: its prompt, where it has one, mean and best reward, ESS and log_evidence."""
+    columns: dict[str, Any] = {
+        "reward": weighted_mean(result.log_weight, result.reward),
+        "best": result.reward.amax(1),
+        "ess": result.ess,
+        "log_evidence": result.log_evidence,
+    }
+    if reference is not None:
+        columns["unsteered"] = reference.reward.mean(1).expand(len(result.reward))
+    prompts = result.process.prompts or [None] * len(result.reward)
+    return [
+        {"prompt": prompt, **{name: values[b].item() for name, values in columns.items()}}
+        for b, prompt in enumerate(prompts)
+    ]
+
+
+def _by_problem(numbers: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any] | None:
+    """Heads and rows of the table of several problems, without columns that no problem has; None for a single one."""
+    if len(numbers) == 1:
+        return None
+    heads = {"unsteered": "unsteered", "reward": "mean reward", "best": "best reward", "ess": "ESS"}
+    heads |= {"log_evidence": "log normalizing constant"}
+    there = [name for name in heads if any(entry.get(name) is not None for entry in numbers)]
+    rows = [[name, *(number(own[each]) for each in there)] for name, own in zip(names, numbers, strict=True)]
+    return {"heads": ["", *(heads[name] for name in there)], "rows": rows}
+
+
 def _selects(result: RunResult) -> bool:
     """Whether the method selects samples without importance weights: nothing was estimated, no population weighted."""
     return result.trajectory is None and bool(result.log_evidence.isnan().all())
-
-
-def _surviving_seeds(result: RunResult) -> float:
-    """Distinct starting noises among the samples of positive weight, a mean over problems."""
-    counts = [len(root[w > -torch.inf].unique()) for root, w in zip(result.root, result.log_weight, strict=True)]
-    return sum(counts) / len(counts)
 
 
 def _tiles(numbers: dict[str, Any], selects: bool) -> list[tuple[str, str, str]]:
@@ -179,65 +237,6 @@ def _tiles(numbers: dict[str, Any], selects: bool) -> list[tuple[str, str, str]]
     tiles.append((name, number(value), f"of {particles}"))
     spent = f"{cost['seconds'].get('total', 0.0):.1f} s, {whole(cost['rewards'])} rewards"
     return [*tiles, ("NFE", whole(cost["nfe"]), spent)]
-
-
-def _samples(result: RunResult, reference: RunResult | None, index: Tensor) -> dict[str, Any]:
-    """Samples as pictures in `panels`, as `texts`, or where they are neither as `plots`; the others are empty."""
-    chosen = result.take(index)
-    empty: dict[str, Any] = {"panels": [], "texts": [], "plots": []}
-    if result.process.text is not None:
-        return empty | {"texts": _texts(chosen, reference)}
-    if is_images(chosen.decoded):
-        return empty | {"panels": _panels(chosen, reference, index)}
-    if math.prod(result.x.shape[2:]) == 2:
-        return empty | {"plots": [("unsteered and steered", plots.samples_scatter(result, reference))]}
-    svgs = plots.coordinate_histograms(result, reference)
-    return empty | {"plots": [(f"coordinate {i}", svg) for i, svg in enumerate(svgs)]}
-
-
-def _texts(chosen: RunResult, reference: RunResult | None) -> list[tuple[str, list[list[str]]]]:
-    """Samples of a process over tokens as text, best first."""
-    runs = [("steered", chosen)]
-    if reference is not None:
-        count = min(chosen.reward.shape[1], reference.reward.shape[1])
-        first = torch.arange(count, device=reference.root.device).expand(len(reference.root), -1)
-        runs.insert(0, ("unsteered", reference.take(first)))
-    groups = []
-    for name, run in runs:
-        best = run.take(run.ranked())
-        pairs = zip(best.texts, best.reward.flatten().tolist(), strict=True)
-        groups.append((name, [[text, number(score)] for text, score in pairs]))
-    return groups
-
-
-def _panels(chosen: RunResult, reference: RunResult | None, index: Tensor) -> list[dict[str, Any]]:
-    """Pictures of the samples; unsteered ones, those from the seeds of the run's own first particles, come first."""
-    pairs = zip(index.flatten().tolist(), chosen.root.flatten().tolist(), strict=True)
-    panels = [_panel("Steered", chosen, [f"particle {particle}, from seed {root}" for particle, root in pairs])]
-    if reference is not None:
-        first = torch.arange(min(index.shape[1], reference.reward.shape[1]), device=index.device)
-        first = first.expand(index.shape[0], -1)
-        order = reference.reward.gather(1, first).argsort(dim=1, descending=True, stable=True)
-        beside = reference.take(order)
-        panels.insert(0, _panel("Unsteered", beside, [""] * beside.reward.numel()))
-    return panels
-
-
-def _panel(name: str, run: RunResult, notes: Sequence[str]) -> dict[str, Any]:
-    """A group of pictures, each with its reward and what a pointer over it says."""
-    scores = run.reward.flatten().tolist()
-    cells = [
-        (_thumbnail(image), number(score), note)
-        for image, score, note in zip(to_images(run.decoded), scores, notes, strict=True)
-    ]
-    return {"name": name, "columns": min(8, math.ceil(math.sqrt(len(cells)))), "cells": cells}
-
-
-def _thumbnail(image: Image, most: int = 256) -> Image:
-    """The image at a size for a page."""
-    image = image.copy()
-    image.thumbnail((most, most))  # shrinks only
-    return enlarged(image, 64)
 
 
 def _figures(result: RunResult, reference: RunResult | None) -> list[tuple[str, str]]:
@@ -269,12 +268,12 @@ def _cost_rows(costs: Sequence[Cost]) -> list[list[str]]:
 
 def _diagnostics(result: RunResult, numbers: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """(name, value) of what the run estimated, and of what tells how far its weights can be trusted."""
-    problems, particles = result.reward.shape
+    (problems, particles), names = result.reward.shape, problem_names(result)
     yield "temperature T", number(result.temperature)
     if not _selects(result):
         estimates = zip(numbers["log_evidence"], numbers["log_evidence_std"], strict=True)
         for i, (estimate, error) in enumerate(list(estimates)[:8]):
-            name = f"log normalizing constant, problem {i}" if problems > 1 else "log normalizing constant"
+            name = f"log normalizing constant, {names[i]}" if problems > 1 else "log normalizing constant"
             unknown = "unknown: the start has no known normalizing constant"
             alone = "" if error is not None else " (a single run does not tell its error: repeat it)"
             yield name, unknown if estimate is None else with_error(estimate, error) + alone
@@ -311,7 +310,7 @@ def _chain(result: RunResult) -> dict[str, Any] | None:
         with torch.no_grad():
             decoded = decode_problem(result.process, clean[None], 0)
         if is_images(decoded):
-            pictures = [_thumbnail(image, 128) for image in to_images(decoded)]
+            pictures = [thumbnail(image, 128) for image in to_images(decoded)]
         elif clean[0].numel() <= 4:
             texts = [f"({', '.join(map(number, x.flatten().tolist()))})" for x in clean]
         else:

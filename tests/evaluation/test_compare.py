@@ -8,7 +8,7 @@ import torch
 from exact import Linear, mixture_2d
 
 import steer
-from steer import search
+from steer import rewards, search
 
 REWARD = Linear([0.7, -0.5])
 
@@ -198,3 +198,13 @@ def test_a_measure_that_fails_leaves_the_runs():
         steer.compare(process(), REWARD, methods=["smc"], budget=50, keys=2, metrics={"broken": broken})
     assert found.value.partial.keys == 2
     assert str(found.value.partial).count("\n") == 3
+
+
+def test_a_reward_without_a_gradient_on_a_model_whose_weights_want_one():
+    """As a pipeline's do when it is loaded; no method asks for a gradient here, and JPEGSize refuses to be asked."""
+    mix = torch.nn.Conv2d(3, 3, 1)
+    pictures = steer.from_denoiser(
+        lambda x, t: 0.5 * x, steer.VP(), 3, event=(3, 8, 8), decoder=lambda x: mix(x).sigmoid()
+    )
+    found = steer.compare(pictures, rewards.JPEGSize(), methods=["smc", "importance_sampling"], budget=12, keys=1)
+    assert len(found.rows) == 4

@@ -1,4 +1,7 @@
+import base64
+import dataclasses
 import functools
+import io
 import json
 import re
 from html.parser import HTMLParser
@@ -9,7 +12,8 @@ from markupsafe import escape
 from PIL import Image
 
 import steer
-from steer import search
+from steer import rewards, search
+from steer.errors import ShapeError
 from steer.report.best_chain import best_chain
 from steer.report.comparison_report import write_comparison
 from steer.report.page import number, with_error
@@ -123,6 +127,42 @@ class Halved:
 
     def only(self, problem):
         return self
+
+
+EVIL_PROMPT = "<b>a fox</b>"
+
+
+@pytest.mark.parametrize("beside", [None, 1, 2])
+def test_a_run_of_several_prompts_is_sectioned_by_them(tmp_path, beside):
+    """Each prompt heads its own samples; the page names method, reward, unit, temperature and seed."""
+    process = steer.from_denoiser(Halved(), steer.VP(), 3, event=(1, 8, 8), problems=2, decoder=Tinted())
+    process = dataclasses.replace(process, prompts=(EVIL_PROMPT, "a car"))
+    reward = rewards.Ink()
+    result = steer.smc(process, reward, particles=4, temperature=0.25, seed=11)
+    reference = None
+    if beside is not None:
+        reference = steer.rollout(process, reward, particles=4)
+        reference = reference if beside == 2 else reference[1]
+    page = result.report(tmp_path, reference=reference, count=3).read_text()
+    check(page)
+    numbers = numbers_in(page)
+    assert [entry["prompt"] for entry in numbers["by_problem"]] == [EVIL_PROMPT, "a car"]
+    assert [entry["reward"] for entry in numbers["by_problem"]] == pytest.approx(result.mean_reward.tolist())
+    about = numbers["about"]
+    assert {"method": "smc", "reward": "Ink", "temperature": 0.25, "seed": 11}.items() <= about.items()
+    assert about["unit"] == reward.spec.unit
+    first, second = page.index("&lt;b&gt;a fox&lt;/b&gt;</h3>"), page.index("a car</h3>")
+    for start, end, grey in ((first, second, 0), (second, page.index("</section>", second), 255)):
+        pictures = re.findall(r"base64,([^\"]+)", page[start:end])
+        assert len(pictures) == (3 if beside is None else 6)
+        steered = [Image.open(io.BytesIO(base64.b64decode(picture))) for picture in pictures[-3:]]
+        assert {image.getpixel((0, 0)) for image in steered} == {grey}
+
+
+def test_unsteered_samples_of_other_problems_are_refused(tmp_path):
+    result, other = (steer.smc(pictures(), score, particles=2, batch=batch) for batch in (3, 2))
+    with pytest.raises(ShapeError, match="of 3 problems"):
+        result.report(tmp_path, reference=other)
 
 
 @pytest.mark.slow
@@ -240,6 +280,22 @@ def test_a_comparison_at_several_budgets_has_a_curve_and_a_table_per_measure(tmp
     assert page.count("<svg") == 3
     assert all(with_error(*row.best) in page for stage in comparison.at for row in stage.rows)
     assert "&lt;b&gt;a, b" in page
+
+
+def test_a_comparison_writes_its_own_page(tmp_path):
+    """As `result.report` does: with the samples of each method, and what the runs know of themselves."""
+    comparison = steer.compare(pictures(), score, methods=["smc"], budget=20, keys=2, temperature=0.5, seed=7)
+    page = comparison.report(tmp_path, count=2, title="A title").read_text()
+    links = check(page)
+    assert sum(link.startswith("data:image") for link in links.fetched) == 3  # one grid of samples per method
+    assert "<h1>A title</h1>" in page
+    about = numbers_in(page)["about"]
+    assert {"reward": "score", "temperature": 0.5, "seed": 7}.items() <= about.items()
+    assert "method" not in about
+    several = steer.compare(words(), many_e, methods=["smc"], budget=[8, 16], keys=2)
+    page = several.report(tmp_path, count=2).read_text()
+    check(page)
+    assert [stage["budget"] for stage in numbers_in(page)["budgets"]] == [8, 16]
 
 
 @pytest.mark.slow

@@ -7,12 +7,14 @@ import http.client
 import io
 import json
 import pickle
+import runpy
 import socket
 import struct
 import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -126,7 +128,7 @@ def test_decoding_waits_for_memory(monkeypatch):
     """Eight threads, and memory for two requests of the largest size."""
     most = 300_000
     under_way, peak, lock = [0], [0], threading.Lock()
-    decode = rewards.remote.web_app.decode_samples
+    decode = rewards.remote.answers.decode_samples
 
     def counted(request, max_pixels):
         with lock:
@@ -140,7 +142,7 @@ def test_decoding_waits_for_memory(monkeypatch):
             under_way[0] -= 1
         return samples.mean((1, 2, 3))
 
-    monkeypatch.setattr(rewards.remote.web_app, "decode_samples", counted)
+    monkeypatch.setattr(rewards.remote.answers, "decode_samples", counted)
     images = torch.zeros(8, 3, 310, 310)
     with serve(reward, threads=8, max_pixels=most, max_bytes=10_000, memory=2 * 10 * most + 100_000) as server:
         assert connect(server, batch=1, parallel=8)(images).shape == (8,)
@@ -404,3 +406,41 @@ def test_what_the_reward_raises_reaches_the_client_by_name():
         connect(server)(numbered(1))
     with serve(lambda samples: samples) as server, pytest.raises(RewardError, match=r"500.*one score per sample"):
         connect(server)(numbered(1))
+
+
+@contextlib.contextmanager
+def own_server(app):
+    """A server of one's own, with its defaults: the address of an ASGI application."""
+    import uvicorn
+
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="on"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
+    app.state.queue.close()
+
+
+@pytest.mark.parametrize("token", ["secret", None])
+def test_the_application_stands_on_a_server_of_ones_own(token):
+    with own_server(rewards.asgi({"tagged": Tagged()}, token=token, batch=8)) as url:
+        remote = Remote(f"{url}/tagged", token=token)
+        assert torch.equal(remote(numbered(3)), Tagged()(numbered(3)).double())
+        if token:
+            with pytest.raises(RemoteError, match="401"):
+                Remote(f"{url}/tagged", token="wrong")
+
+
+def test_the_application_of_the_replicas_example():
+    """What examples/reward_replicas.py starts in each replica; Ray Serve itself is not run here."""
+    example = runpy.run_path(str(Path(__file__).parents[3] / "examples" / "reward_replicas.py"))
+    images = numbered(3)
+    with own_server(example["application"](["ink"], token="secret", batch=8)()) as url:
+        expected = rewards.Ink()(images).double()
+        torch.testing.assert_close(Remote(url, token="secret")(images), expected)
+    with own_server(example["application"](["light=ink", "dark=ink:-1"], token="secret", batch=8)()) as url:
+        torch.testing.assert_close(Remote(f"{url}/dark", token="secret")(images), -expected)

@@ -1,0 +1,103 @@
+"""The samples of a run on its page, prompt by prompt: pictures, texts, or plots of what is neither."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import plots
+from .images import enlarged, is_images, to_images
+from .page import number
+from .run_result import RunResult
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def problem_names(result: RunResult) -> list[str]:
+    """What each problem of a run is called: its prompt, or its number."""
+    prompts = result.process.prompts
+    return list(prompts) if prompts else [f"problem {b}" for b in range(result.reward.shape[0])]
+
+
+def samples(result: RunResult, reference: RunResult | None, index: Tensor) -> dict[str, Any]:
+    """What the page shows of samples: a section for each problem, or plots where they are neither pictures nor texts.
+
+    Args:
+        result: The run, of B problems.
+        reference: Unsteered samples of the same process and reward.
+        index: Which particles to show, [B, M].
+
+    Returns:
+        `sections`, each with a `name` (None where there is one problem), `panels` of pictures and `texts`, of which one
+        is empty; and `plots`, by name. Either is empty.
+    """
+    chosen = result.take(index)
+    names = problem_names(result) if len(index) > 1 else [None]
+    if result.process.text is not None:
+        texts = _texts(chosen, reference)
+        sections = [{"name": name, "panels": [], "texts": rows} for name, rows in zip(names, texts, strict=True)]
+    elif is_images(chosen.decoded):
+        panels = _panels(chosen, reference, index)
+        sections = [{"name": name, "panels": own, "texts": []} for name, own in zip(names, panels, strict=True)]
+    elif math.prod(result.x.shape[2:]) == 2:
+        return {"sections": [], "plots": [("unsteered and steered", plots.samples_scatter(result, reference))]}
+    else:
+        svgs = plots.coordinate_histograms(result, reference)
+        return {"sections": [], "plots": [(f"coordinate {i}", svg) for i, svg in enumerate(svgs)]}
+    return {"sections": sections, "plots": []}
+
+
+def thumbnail(image: Image, most: int = 256) -> Image:
+    """The image at a size for a page."""
+    image = image.copy()
+    image.thumbnail((most, most))  # shrinks only
+    return enlarged(image, 64)
+
+
+def _beside(reference: RunResult, count: int) -> RunResult:
+    """Unsteered samples to show: those from the seeds of the run's own first particles, best first."""
+    first = torch.arange(min(count, reference.reward.shape[1]), device=reference.root.device)
+    chosen = reference.take(first.expand(len(reference.root), -1))
+    return chosen.take(chosen.ranked())
+
+
+def _firsts(run: RunResult, problems: int) -> list[int]:
+    """Where each problem's samples begin in a run; those of a single repetition stand beside every problem."""
+    count = run.reward.shape[1]
+    return [b * count if len(run.reward) > 1 else 0 for b in range(problems)]
+
+
+def _texts(chosen: RunResult, reference: RunResult | None) -> list[list[tuple[str, list[list[str]]]]]:
+    """For each problem, its samples as text with their rewards, best first; unsteered ones before the others."""
+    runs = [("steered", chosen.take(chosen.ranked()))]
+    if reference is not None:
+        runs.insert(0, ("unsteered", _beside(reference, chosen.reward.shape[1])))
+    found: list[list[tuple[str, list[list[str]]]]] = [[] for _ in chosen.reward]
+    for name, run in runs:
+        count = run.reward.shape[1]
+        rows = [[text, number(score)] for text, score in zip(run.texts, run.reward.flatten().tolist(), strict=True)]
+        for own, first in zip(found, _firsts(run, len(found)), strict=True):
+            own.append((name, rows[first : first + count]))
+    return found
+
+
+def _panels(chosen: RunResult, reference: RunResult | None, index: Tensor) -> list[list[dict[str, Any]]]:
+    """For each problem, pictures of its samples, each with its reward and what a pointer over it says."""
+    pairs = zip(index.flatten().tolist(), chosen.root.flatten().tolist(), strict=True)
+    runs = [("Steered", chosen, [f"particle {particle}, from seed {root}" for particle, root in pairs])]
+    if reference is not None:
+        beside = _beside(reference, index.shape[1])
+        runs.insert(0, ("Unsteered", beside, [""] * beside.reward.numel()))
+    found: list[list[dict[str, Any]]] = [[] for _ in chosen.reward]
+    for name, run, notes in runs:
+        count = run.reward.shape[1]
+        shown = zip(to_images(run.decoded), run.reward.flatten().tolist(), notes, strict=True)
+        cells = [(thumbnail(image), number(score), note) for image, score, note in shown]
+        columns = min(8, math.ceil(math.sqrt(count)))
+        for own, first in zip(found, _firsts(run, len(found)), strict=True):
+            own.append({"name": name, "columns": columns, "cells": cells[first : first + count]})
+    return found
