@@ -51,7 +51,7 @@ WORKS, REFUSED, WRONG, CRASHED, NOT_RUN = "works", "refused", "WRONG", "CRASHED"
 PER_CLASS, PER_MODULE = 900, 1800  # seconds
 SAME, CLOSE = 1e-4, 2e-3  # relative: the same arithmetic in another batch; the same solver in other arithmetic
 BYTE = 1e-2  # of outputs, which some pipelines round to bytes
-ROUNDING = 3e-5  # of verify: random decoders enlarge the rounding of float32
+ROUNDING = 2e-4  # of verify: random decoders enlarge the rounding of float32, to nothing where they run in float64
 EULER = ("EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler")
 # Schedulers that draw noise, and what has the same levels without: first match of the name.
 QUIET = {"FlowMatch": EULER[1], "Euler": EULER[0], "CogVideoX": "CogVideoXDDIMScheduler", "": "DDIMScheduler"}
@@ -188,7 +188,7 @@ def two_prompts(pipe: Any, call: dict[str, Any], steps: int) -> tuple[str, str]:
             return "one at a time", f"two prompts: {described(error)}"
         raise
     try:
-        verified = steer.verify(process, steps=2)
+        verified = steer.verify(process, steps=2, tolerance=ROUNDING)
     except steer.ModelError as error:
         raise Differs(f"{error}") from error
     return f"{max(filter(None, verified[1:]), default=0.0):.0e}", ""

@@ -46,6 +46,7 @@ class PipelineCall:
         networks: The modules that its loop calls.
         found: Their state before opening.
         changed_by_opening: What of their state opening changed for good, by name; nothing, that is.
+        draw: What draws for so many rows of a call.
         by_step: Whether latents enter as the result of the first step, not as that of `prepare_latents`.
         skip: Whether the loop passes over earlier steps; else it runs them on stubbed networks.
         modules: All modules of the pipeline, which every call leaves as it found them.
@@ -84,6 +85,7 @@ class PipelineCall:
         self._random = (generator or torch.Generator().manual_seed(0)).get_state()
         self._random_device = "cpu" if generator is None else generator.device
         self._draws = preparation.modules_that_draw(self.owner, encoders=True)
+        self.draw = preparation.same_draw_per_row
         self.computed: dict[Any, Any] = {}
         self._generator_states: dict[tuple[str, int], Tensor] = {}
         self._calls: dict[str, int] = {}
@@ -271,7 +273,7 @@ class PipelineCall:
         rows = (self.conditioning.problems or 1) if everything else len(problems) * rows_each
         with (
             self._fixed_generators(arguments),
-            preparation.noise_replaced(self._draws, preparation.same_draw_per_row(rows)),
+            preparation.noise_replaced(self._draws, self.draw(rows)),
         ):
             return _first_field(pipe(**arguments))
 
@@ -329,7 +331,7 @@ class PipelineCall:
         job.by_step = (self.by_step or by_step or pastes) and job.x is not None
         arguments = {**self.conditioning.arguments(job.problems, job.rows_each), **extra}
         gradients = torch.is_grad_enabled()
-        alike = preparation.same_draw_per_row(len(job.problems) * job.rows_each)
+        alike = self.draw(len(job.problems) * job.rows_each)
         self._forget_if_encoders_changed()
         while True:
             job.skip, job.sent = self.skip, None

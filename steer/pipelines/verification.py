@@ -19,7 +19,7 @@ from .families import PER_PROBLEM_ARGUMENTS
 from .from_pipeline import PipelineDecoder, PipelineDenoiser
 from .network_proxy import rows_of_arguments
 from .pipeline_call import PipelineCall
-from .preparation import copy_pipeline
+from .preparation import constant_draw, copy_pipeline
 from .probing import probe
 from .steered_scheduler import steered_grid
 
@@ -212,6 +212,7 @@ def _check_division(call: PipelineCall, indices: Any, tolerance: float) -> float
     }
     equal = PipelineCall(call.user_pipe, {**given, **same}, call.conditioning.steps)
     several_problems.divide_arguments(equal)
+    equal.draw = lambda rows: constant_draw(0.0)  # what is drawn for each prompt in turn is none of its arguments
     equal.record_start()
     probe(equal)
     try:
