@@ -95,6 +95,7 @@ from .processes.from_network import from_denoiser, from_eps, from_score, from_v,
 from .processes.gaussian import GaussianProcess
 from .processes.masked import MaskedProcess, from_logits
 from .processes.schedules import VE, VP, Cosine, RectifiedFlow, Tabulated, log_snr_times, sigma_times, uniform_times
+from .processes.second_order import second_order
 from .processes.transitions import Normal, churn, cps, dance_sde, ddim, euler_maruyama, flow_sde, ode
 from .processes.unmasking import Unmasking, unmask
 from .results.result import Result
@@ -284,6 +285,7 @@ __all__ = [
     "save_trajectory",
     "schedules",
     "score_transport",
+    "second_order",
     "self_guided",
     "sigma_times",
     "smc",
