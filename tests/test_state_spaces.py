@@ -196,7 +196,7 @@ MUST_RUN = {
     "flow": {"rollout", "best_of_n", "noise_search", "hooks mean", "convert", "restart", "minority self", "preflight"},
     "guided": {"smc", "tds", "das", "dts", "svdd", "beam", "particle_gibbs", "hooks mean", "minority self", "exact"},
     "restart": {"smc", "tds", "svdd", "dts", "rbf", "depth_first", "hooks mean", "start pcnl", "path_moves"},
-    "second order": USES.keys() - {"own_solver", "verify", "texts", "grpo branch", "grpo granular"} - NEEDS_MARGINALS,
+    "second order": USES.keys() - {"own_solver", "verify", "texts", "grpo granular"} - NEEDS_MARGINALS,
     "solver": {"rollout", "best_of_n", "noise_search", "random_search", "start pcnl", "start latents", "preflight"},
     "composite": {"smc", "fkc", "driftlite", "best_of_n", "svdd", "fkc ode_steps", "minority_score", "path_moves"},
     "masked": {"smc", "best_of_n", "svdd", "dts", "dts_star", "beam", "rbf", "depth_first", "compare", "preflight"},

@@ -10,7 +10,7 @@ from ..cost import affordable, rows_between
 from ..errors import BudgetError, ShapeError, SteerError
 from ..key import Key
 from ..processes.gaussian import check_batch
-from ..processes.second_order import SecondOrderProcess, state_shape
+from ..processes.second_order import SecondOrderProcess, model_of, state_shape
 from ..types import ReverseProcess
 from .objective import Objective
 from .trajectory import Trajectory
@@ -65,7 +65,7 @@ def started(
     """The population that a start gives. It draws noisy states; where steps remember, these begin with no memory."""
     if not isinstance(process, SecondOrderProcess):
         return start(process, objective, key, batch, particles)
-    model = process.base
+    model = model_of(process)
     state = start(model, replace(objective, process=model), key, batch, particles)
     return replace(state, process=process, x=process.begun(state.x))
 

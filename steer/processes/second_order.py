@@ -217,6 +217,12 @@ class SecondOrderProcess:
         """Noisy states [B, N, *event] that remember nothing, [B, N, 2, *event]: their first step is of first order."""
         return torch.stack([x, torch.full_like(x, math.nan)], 2)
 
+    def recalled(self, x: Tensor, before: Tensor, k: int) -> Tensor:
+        """States at level k of noisy ones x and those before them, [B, N, *event]: predicted anew where it matters."""
+        if self._factors[k] == 0.0:
+            return self.begun(x)
+        return torch.stack([x, self.complete(before, self.denoise(before, k - 1))], 2)
+
     def state_shape(self, k: int) -> tuple[int, ...]:
         """Shape of a state at level k."""
         return self.event if k == self.steps else (2, *self.event)
@@ -310,6 +316,11 @@ class SecondOrderProcess:
 
 
 # -- states of any process
+
+
+def model_of(process: Any) -> Any:
+    """The process of noisy states alone: the base of one whose steps remember, else the process itself."""
+    return process.base if isinstance(process, SecondOrderProcess) else process
 
 
 def noisy(process: ReverseProcess, x: Tensor) -> Tensor:
