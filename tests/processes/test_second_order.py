@@ -1,0 +1,531 @@
+"""The second-order rule: its formula, the law of its chain of pairs, and what it remembers, wherever particles go.
+
+Statistics are over independent problems: |z| < 4. With Gaussian data every step is affine in the state and the
+remembered prediction, so `steer.models.chain_law` has the distribution of the last state; every mutant is put to the same
+test.
+"""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from exact import LIMIT, PATHS, Linear, exact_chain, mixture_2d, times, worst, z_scores
+
+import steer
+from steer import grpo, search
+from steer.core import population
+from steer.core.trajectory import Trajectory
+from steer.models import chain_law
+from steer.particles.path_mcmc import PathMoves
+from steer.processes.second_order import Remembering, ScaledNoise, SecondOrderProcess
+from steer.samplers.particle_gibbs import _tied
+
+REWARD = Linear([0.9, -0.6])
+
+
+def gaussian(path="vp", rule=None, steps=8, **options):
+    grid = steer.uniform_times(PATHS[path], steps, start=0.8) if path == "flow" else times(path, steps)
+    return steer.models.gaussian(
+        [0.5, -0.3], [[0.8, 0.3], [0.3, 0.5]], schedule=PATHS[path], times=grid,
+        transition=rule or steer.second_order(), dtype=torch.float64, **options,
+    )  # fmt: skip
+
+
+def mixture(rule=None, steps=6):
+    return steer.models.gaussian_mixture(
+        [[0.0, 0.0], [3.0, 1.0]], [0.1, 0.2], steps=steps, transition=rule or steer.second_order()
+    )
+
+
+def score(x):
+    return -(x - 1.0).square().sum(1)
+
+
+# -- the formula
+
+
+def by_the_book(x, x0, before, levels, tau):
+    """The step of the page that the rule is from, literally: levels k - 1, k, k + 1."""
+    lam = [math.log(level.alpha / level.sigma) for level in levels]
+    h, r = lam[2] - lam[1], lam[1] - lam[0]
+    here, there = levels[1:]
+    a = (1.0 + tau**2) * h
+    c = (1.0 - math.exp(-a)) * h / 2.0
+    mean = math.exp(-(tau**2) * h) * there.sigma / here.sigma * x + there.alpha * (1.0 - math.exp(-a)) * x0
+    mean = mean + there.alpha * c * (x0 - before) / r
+    return mean, there.sigma * math.sqrt(1.0 - math.exp(-2.0 * tau**2 * h))
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.3, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("path", PATHS)
+def test_steps_are_those_of_the_formula(path, tau):
+    process = gaussian(path, steer.second_order(tau))
+    for k in range(1, process.steps - 1):
+        x, x0, before = (steer.Key(k).fold(name).normal((2, 3, 2)) for name in ("x", "x0", "before"))
+        step = process.transition(torch.stack([x, before], 2), x0, k)
+        mean, std = by_the_book(x, x0, before, process.levels[k - 1 : k + 2], tau)
+        torch.testing.assert_close(step.mean, mean, rtol=1e-12, atol=1e-12)
+        assert step.std == pytest.approx(std, rel=1e-12, abs=1e-15)
+        assert torch.equal(step.memory, x0)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_without_a_memory_it_is_the_rule_of_first_order(path):
+    """tau = 1 is ancestral sampling, tau = 0 the ODE; so are the first step, and the first after going back."""
+    for tau, rule in ((1.0, steer.ddim(1.0)), (0.0, steer.ode())):
+        process, plain = gaussian(path, steer.second_order(tau)), gaussian(path, rule)
+        for k in range(process.steps):
+            x, x0 = steer.Key(k).normal((2, 3, 2)), steer.Key(k).fold("x0").normal((2, 3, 2))
+            step, first = process.transition(process.begun(x), x0, k), plain.transition(x, x0, k)
+            torch.testing.assert_close(step.mean, first.mean, rtol=1e-12, atol=1e-12)
+            assert step.std == pytest.approx(first.std, rel=1e-9, abs=1e-12)
+
+
+def test_what_ends_at_infinity_is_of_first_order():
+    """From alpha = 0, with alpha = 0 behind, and to sigma = 0; nothing is NaN."""
+    flow = steer.models.gaussian(
+        [0.0], 1.0, schedule=steer.RectifiedFlow(), times=[1.0, 0.8, 0.5, 0.0], transition=steer.second_order()
+    )
+    assert flow.levels[0].alpha == 0.0
+    assert [flow._factors[k] for k in (0, 1, 2)] == [0.0, 0.0, 0.0]
+    assert steer.rollout(flow, score, particles=8).x.isfinite().all()
+    pure = gaussian("flow", steer.second_order(0.0)).base.with_times([1.0, 0.6, 0.0])
+    x, x0 = torch.ones(1, 1, 2).double(), torch.full((1, 1, 2), 3.0).double()
+    torch.testing.assert_close(pure.transition(x, x0, 0).mean, 0.6 * x + 0.4 * x0)
+
+
+def test_tau_by_level():
+    """A function of the level is asked at every step, and checked."""
+    process = gaussian(rule=steer.second_order(lambda here: 1.0 if here.sigma > here.alpha else 0.0))
+    noisy = [process.stochastic(k) for k in range(process.steps)]
+    assert noisy == [level.sigma > level.alpha for level in process.levels[:-1]]
+    assert any(noisy)
+    assert not all(noisy)
+    with pytest.raises(steer.SteerError, match="at least 0"):
+        gaussian(rule=steer.second_order(lambda here: -1.0)).stochastic(0)
+    with pytest.raises(steer.SteerError, match="at least 0"):
+        steer.second_order(-0.5)
+
+
+def test_the_shipped_check_accepts_it():
+    assert steer_check(steer.second_order(0.5)) < LIMIT
+
+
+def steer_check(rule):
+    from steer.testing import check_rule
+
+    return check_rule(rule, runs=128)
+
+
+# -- the law of the chain
+
+
+def test_moments_of_the_pair():
+    """The recursion of state and remembered prediction, written out for one dimension; ancestral steps are far off."""
+    process = steer.models.gaussian([0.0], 0.75, steps=12, transition=steer.second_order(), dtype=torch.float64)
+    xx = process.levels[0].sigma ** 2
+    xh = hh = 0.0
+    for k in range(process.steps):
+        here, there = process.levels[k : k + 2]
+        c = here.alpha * 0.75 / (here.alpha**2 * 0.75 + here.sigma**2)
+        std = process.rule.std(here, there)
+        keep = math.sqrt(there.sigma**2 - std**2) / here.sigma
+        on = there.alpha - keep * here.alpha
+        g = on * process._factors[k]
+        u = keep + (on + g) * c
+        xx, xh, hh = (
+            u**2 * xx - 2 * u * g * xh + g**2 * hh + std**2,
+            u * c * xx - g * c * xh,
+            c**2 * xx,
+        )
+    assert float(chain_law(process).covs) == pytest.approx(xx, rel=1e-12)
+    assert xx == pytest.approx(0.6916, abs=5e-5)
+    x = steer.rollout(process, score, particles=20000, keep_states=False).x
+    assert abs(float(x.var()) - xx) < LIMIT * xx * math.sqrt(2.0 / 20000)
+
+
+def test_twenty_steps_do_what_eighty_ancestral_ones_do():
+    """16 variances from .01 to 2 on VP: the Frechet distance of the chain's law to the data."""
+    variances = torch.logspace(-2, math.log10(2.0), 16, dtype=torch.float64)
+
+    def distance(rule, steps):
+        process = steer.models.gaussian(torch.zeros(16), variances.diag(), steps=steps, transition=rule)
+        law = chain_law(process).covs[0].diagonal()
+        return float((law.sqrt() - variances.sqrt()).square().sum().sqrt())
+
+    assert distance(steer.second_order(), 20) < distance(steer.ddim(1.0), 80)
+    assert distance(ScaledNoise(0.5), 20) > distance(steer.ddim(1.0), 80)  # the mutant: the noise alone does not do it
+
+
+def moving(at):
+    return steer.resample(moves=PathMoves(frozenset(at), 4, 0.05))
+
+
+RUNS = {
+    "bootstrap": {},
+    "guided": {"proposal": steer.guided(0.2)},
+    "twisted": {"proposal": steer.twisted(0.2)},
+    "tempered": {"weight": steer.difference(tempering=steer.geometric_tempering(0.1))},
+    "moved paths": {"selection": moving([4, 8])},
+    "every step": {"selection": steer.resample(threshold=1.0)},
+}
+
+
+def worst_of(method, process, law, batch=512, particles=12, key=1, **options):
+    return worst(z_scores(method(process, REWARD, batch=batch, particles=particles, key=key, **options), law))[0]
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("path", PATHS)
+def test_law_of_smc(path, run):
+    process = gaussian(path)
+    assert worst_of(steer.smc, process, chain_law(process).exact(REWARD), **RUNS[run]) < LIMIT
+
+
+def test_law_of_trees():
+    process = gaussian()
+    assert worst_of(search.dts, process, chain_law(process).exact(REWARD), particles=16) < LIMIT
+
+
+def test_law_of_a_chain_that_goes_back():
+    """Restarts around the rule, and the rule on restarts, are one process; after going back a step is of order 1."""
+    spans = [(0.5, 2.0, 1)]
+    process = steer.restart(gaussian(), spans)
+    assert isinstance(process, SecondOrderProcess)
+    other = steer.restart(gaussian(rule=steer.ddim(1.0)), spans).with_rule(steer.second_order())
+    assert process._factors == other._factors
+    for k in process.returns:
+        assert process._factors[k + 1] == 0.0
+        assert process._factors[k] > 0.0
+    law = chain_law(process)
+    torch.testing.assert_close(law.covs, chain_law(other).covs)
+    assert worst_of(steer.smc, process, law.exact(REWARD)) < LIMIT
+
+
+def stays_behind(monkeypatch):
+    """Resampling moves the noisy state, and leaves what it remembers with the particle that is in its place now."""
+    take = Trajectory._take
+
+    def mutant(self, index, *args, **options):
+        moved = take(self, index, *args, **options)
+        if self.x.ndim < 4:
+            return moved
+        return moved._with(x=torch.stack([moved.x[:, :, 0], self.x[:, : index.shape[1], 1]], 2))
+
+    monkeypatch.setattr(Trajectory, "_take", mutant)
+
+
+def of_factor(change):
+    def mutant(monkeypatch):
+        factor = SecondOrderProcess._factor
+        monkeypatch.setattr(SecondOrderProcess, "_factor", lambda self, k: change(factor(self, k)))
+
+    return mutant
+
+
+def tau_for_its_square(monkeypatch):
+    """In the noise that is drawn, beside the right mean."""
+    step = ScaledNoise.__call__
+
+    def mutant(self, x, x0, *levels):
+        return replace(step(self, x, x0, *levels), std=replace(self, tau=self.tau**0.5).std(*levels))
+
+    monkeypatch.setattr(ScaledNoise, "__call__", mutant)
+
+
+MUTANTS = {
+    "the memory stays behind": stays_behind,
+    "r taken for h": of_factor(lambda factor: 0.5 if factor else 0.0),
+    "the slope forgotten": of_factor(lambda factor: 0.0),
+    "the slope's sign": of_factor(lambda factor: -factor),
+    "tau for tau^2": tau_for_its_square,
+}
+
+
+@pytest.mark.parametrize("mutant", [None, *MUTANTS])
+def test_mutants_are_rejected(mutant, monkeypatch):
+    """The law's test on a process of steps of uneven length."""
+    process = gaussian(steps=12)
+    law = chain_law(process).exact(REWARD)
+    if mutant is not None:
+        MUTANTS[mutant](monkeypatch)
+    z = worst_of(steer.smc, gaussian(steps=12), law, batch=2048, particles=16, selection=steer.resample(threshold=1.0))
+    assert (z < LIMIT) == (mutant is None), z
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_a_tree_keeps_the_memory_of_every_node(behind, monkeypatch):
+    """The mutant: nodes are expanded with the memory of their neighbours."""
+    from steer.search.trees.tree import Tree
+
+    process = gaussian(steps=12)
+    if behind:
+        states = Tree.states
+
+        def mutant(self, depth, *args):
+            held = states(self, depth, *args)
+            if depth < self.depth:
+                held["x"] = torch.stack([held["x"][:, :, 0], held["x"][:, :, 1].roll(1, 0)], 2)
+            return held
+
+        monkeypatch.setattr(Tree, "states", mutant)
+    z = worst_of(search.dts, process, chain_law(process).exact(REWARD), batch=1024, particles=32)
+    assert (z < LIMIT) != behind, z
+
+
+# -- what goes back remembers nothing
+
+
+def test_noising_back_forgets():
+    """The mutant of zeros in place of nothing would take a slope from 0 to the prediction."""
+    process = gaussian()
+    x = torch.stack([torch.ones(1, 2, 2), torch.full((1, 2, 2), 0.3)], 2).double()
+    back = process.noise(x, 5, 3, steer.Key(0))
+    assert back[:, :, 1].isnan().all()
+    assert torch.equal(process.noise(x, 5, 5, steer.Key(0)), x)
+    assert process.noise(x[:, :, 0], process.steps, 3, steer.Key(0))[:, :, 1].isnan().all()
+    x0 = process.denoise(back, 3)
+    first = process.base.transition(back[:, :, 0], x0, 3).mean
+    assert torch.equal(process.transition(back, x0, 3).mean, first)
+    zeros = torch.stack([back[:, :, 0], torch.zeros_like(back[:, :, 0])], 2)
+    assert float((process.transition(zeros, x0, 3).mean - first).abs().max()) > 1e-2
+
+
+def test_a_hook_decides_what_is_remembered():
+    """The prediction after x0 hooks, and that of the model under a proposal by hooks."""
+    hooks = steer.Hooks(x0=(lambda at: 0.5 * at.x0,))
+    process = steer.guide(gaussian(), hooks)
+    assert isinstance(process, SecondOrderProcess)
+    x = process.prior(steer.Key(0), 1, 2)
+    x0 = process.denoise(x, 0)
+    torch.testing.assert_close(process.transition(x, x0, 0).memory, 0.5 * gaussian().denoise(x, 0))
+    shifted = steer.guide(gaussian(), steer.Hooks(mean=(lambda at: at.mean + 1.0,)))
+    both = shifted.denoise(x, 0)
+    moved = shifted.transition(x, both, 0)
+    torch.testing.assert_close(moved.mean, gaussian().transition(x, both[:, :, 0], 0).mean + 1.0)
+    assert torch.equal(moved.memory, both[:, :, 0])
+    seen = []
+
+    def spy(state, model):
+        seen.append((state.k, model.shift(torch.ones_like(state.x)).memory, state.cache.x0))
+        return model.shift(torch.ones_like(state.x))
+
+    steer.smc(gaussian(), REWARD, particles=4, proposal=spy)
+    assert all(torch.equal(memory, x0) for k, memory, x0 in seen)
+
+
+def test_a_pinned_path_remembers_what_it_predicts():
+    """Particle Gibbs pins noisy states; what is remembered of them follows."""
+    process = gaussian()
+    path = steer.rollout(process, REWARD, particles=1, batch=3).trajectory.states()[:, 0]
+    assert path.shape == (3, process.steps + 1, 2)
+    tied, _, _ = _tied(process, path)
+    state = tied.begun(path[:, :1].expand(-1, 2, -1) * 0.9)
+    state[:, 0, 0] = path[:, 0]
+    for k in range(process.steps):
+        x0 = tied.denoise(state, k)
+        state = tied.transition(state, x0, k).sample(steer.Key(k))
+        if k + 1 < process.steps:
+            torch.testing.assert_close(state[:, 0, 0], path[:, k + 1])
+            torch.testing.assert_close(state[:, 0, 1], process.denoise(path[:, k : k + 1], k)[:, 0])
+    result = steer.particle_gibbs(process, REWARD, particles=4, sweeps=3, batch=2)
+    assert result.process.rule == process.rule
+    assert result.process.base.rule == process.base.rule
+
+
+# -- resuming, chunks, shards
+
+
+def same(a, b):
+    for name in ("x", "reward", "log_weight", "log_evidence"):
+        torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=0.0, atol=0.0, equal_nan=True)
+    return True
+
+
+@pytest.mark.parametrize("method", [steer.smc, steer.tds])
+def test_a_saved_state_goes_on_with_its_memory(method, tmp_path):
+    """To the bit, from every level; without its memory it is refused, and with another one it goes elsewhere."""
+    process, states = mixture(), []
+    run = {"particles": 6, "key": 4, "temperature": 0.7}
+
+    def keep(event):
+        steer.save_trajectory(event.state, tmp_path / f"{event.level}.safetensors")
+        states.append(event.state)
+
+    whole = method(process, score, on_step=keep, **run)
+    for state in states:
+        loaded = steer.load_trajectory(tmp_path / f"{state.k}.safetensors", process)
+        end = method(process, score, start=loaded, **run)
+        assert same(end, whole)
+    middle = states[2]
+    bare = replace(middle, x=middle.x[:, :, 0])
+    with pytest.raises(steer.ShapeError, match="event"):
+        method(process, score, start=bare, **run)
+    forgot = replace(middle, x=process.begun(middle.x[:, :, 0]))
+    assert not torch.equal(method(process, score, start=forgot, **run).x, whole.x)
+    with pytest.raises(steer.SteerError, match="rule"):
+        steer.load_trajectory(tmp_path / "3.safetensors", mixture(steer.second_order(0.4)))
+
+
+def test_a_killed_run_goes_on_from_its_journal(tmp_path):
+    """Of a method that branches and one that moves each chain at its own pace."""
+    for name, run in {
+        "dts": lambda reward: search.dts(mixture(), reward, particles=12, key=3),
+        "rbf": lambda reward: search.rbf(mixture(), reward, budget=60, key=3),
+    }.items():
+        whole, calls = run(score), []
+
+        class Dies(BaseException):
+            pass
+
+        def dying(x, calls=calls):
+            calls.append(1)
+            if len(calls) == 3:
+                raise Dies
+            return score(x)
+
+        with pytest.raises(Dies), steer.resumable(tmp_path / name, every=0.0):
+            run(dying)
+        with steer.resumable(tmp_path / name, every=0.0) as journal:
+            assert same(run(score), whole)
+        assert journal.replayed > 0
+
+
+def test_chunks_change_nothing():
+    for method, options in ((search.best_of_n, {}), (search.svdd, {"candidates": 3})):
+        runs = [method(mixture(), score, particles=6, key=2, chunk=chunk, **options) for chunk in (256, 2)]
+        torch.testing.assert_close(runs[0].x, runs[1].x)
+
+
+class Halves:
+    """A caller of paid calls that evaluates two halves of the particles apart, as two ranks do."""
+
+    def __call__(self, meter, kind, k, function, *tensors, named=""):
+        before, parts = meter.counts, []
+        for half in (slice(0, 3), slice(3, None)):
+            parts.append(function(*(tensor[:, half] for tensor in tensors)))
+        del before
+        return {name: torch.cat([part[name] for part in parts], 1) for name in parts[0]}
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_shards_give_the_whole(behind, monkeypatch):
+    """The mutant: every particle remembers the prediction of its neighbour, at the seam one of the other shard."""
+    from steer.calls import through
+
+    run = {"particles": 6, "key": 3, "proposal": steer.guided(0.5)}
+    whole = steer.smc(mixture(), score, **run)
+    if behind:
+        init = Remembering.__init__
+        monkeypatch.setattr(Remembering, "__init__", lambda self, law, memory: init(self, law, memory.roll(1, 1)))
+    with through(Halves()):
+        found = steer.smc(mixture(), score, **run)
+    assert torch.allclose(found.x, whole.x, atol=1e-5) != behind
+
+
+def test_a_population_keeps_pairs_together():
+    """branch, select, resample and renoise of a trajectory, entry by entry."""
+    process = gaussian()
+    x = torch.arange(3.0).double()[None, :, None, None] + torch.tensor([0.0, 10.0]).double()[:, None].expand(2, 2)
+    state = Trajectory.begin(process, x.expand(1, 3, 2, 2).contiguous(), k=2)
+    for moved in (state.branch(2), state.select(torch.tensor([[2, 0]])), state.resample(torch.tensor([[1, 1, 0]]))):
+        assert torch.equal(moved.x[:, :, 1], moved.x[:, :, 0] + 10.0)
+    assert state.renoise(1, steer.Key(0)).x[:, :, 1].isnan().all()
+    assert population.gather(state.x, torch.tensor([[2]])).shape == (1, 1, 2, 2)
+
+
+# -- what samples are
+
+
+def test_samples_have_no_memory():
+    process = mixture()
+    result = steer.smc(process, score, particles=4, keep_states=True)
+    assert result.x.shape == (1, 4, 2)
+    assert result.trajectory.states().shape == (1, 4, process.steps + 1, 2)
+    assert [x.shape[2:] for _, x, *_ in result.trajectory.transitions()] == [(2, 2)] * process.steps
+    assert search.dts(process, score, particles=8, keep_states=True).x.shape == (1, 8, 2)
+
+    def stop(event):
+        if event.level == 3:
+            raise steer.Stop
+
+    early = steer.smc(process, score, particles=4, on_step=stop)
+    assert early.interrupted
+    assert early.x.shape == (1, 4, 2)
+    assert early.x.isfinite().all()
+
+
+def test_what_cannot_be_honoured_is_refused():
+    process = gaussian()
+    with pytest.raises(steer.StateSpaceError, match="with_rule"):
+        replace(process.base, rule=steer.second_order())
+    with pytest.raises(steer.ShapeError, match=r"model\.shift"):
+        steer.smc(process, REWARD, particles=4, proposal=lambda state, model: steer.Normal(model.mean, model.std))
+    with pytest.raises(steer.ShapeError, match="remember"):
+        Trajectory.begin(process, torch.zeros(1, 2, 2), k=3)
+    for method in (steer.fkc, steer.driftlite):
+        with pytest.raises(steer.StateSpaceError, match="SecondOrderProcess"):
+            method(process, REWARD, particles=4)
+    with pytest.raises(steer.NotStochasticError):
+        steer.smc(gaussian(rule=steer.second_order(0.0)), REWARD, particles=4)
+    assert isinstance(process.with_rule(steer.ddim(0.5)), steer.GaussianProcess)
+
+
+# -- GRPO
+
+
+@pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16])
+def test_ratios_before_the_first_update_are_one(storage):
+    """To float32, in which old densities are stored; also of steered rows and branches."""
+    policy = mixture(steps=8)
+
+    def reward(x):
+        return x[:, 0]
+
+    for batch in (
+        grpo.collect(policy, reward, groups=2, group_size=8, storage=storage),
+        grpo.collect(policy, reward, groups=2, group_size=8, storage=storage, window=grpo.per_row(3)),
+        grpo.collect(policy, reward, group_size=16, method=steer.smc, temperature=4.0, storage=storage),
+        grpo.collect(policy, reward, group_size=16, method=search.dts, temperature=4.0, storage=storage),
+        grpo.branch(policy, reward, groups=2, splits=[1, 4], ways=2, spread=0.5, storage=storage),
+    ):
+        assert batch.x_t.shape == batch.x_next.shape == batch.x_before.shape
+        off = (grpo.log_probs(policy, batch) - batch.logp_old.double())[batch.mask]
+        assert float(off.abs().max()) < 1e-6 * float(batch.logp_old.abs().max())
+        stale = replace(batch, x_before=batch.x_before.roll(1, 0))  # the mutant: another row's past
+        assert float((grpo.log_probs(policy, stale) - batch.logp_old.double())[batch.mask].abs().max()) > 1e-2
+
+
+def test_gradients_are_those_of_the_whole_density():
+    """Through both predictions of a step; the mutant takes the remembered one for data."""
+    weight = torch.tensor(0.8, dtype=torch.float64, requires_grad=True)
+    policy = steer.from_denoiser(
+        lambda x, t: weight * x.tanh(), steer.VP(), 5, event=(2,), dtype=torch.float64, transition=steer.second_order()
+    )
+    batch = grpo.collect(policy, lambda x: x[:, 0], group_size=4, storage=torch.float64, path=True)
+    (found,) = torch.autograd.grad(grpo.log_probs(policy, batch).sum(), weight)
+
+    def density(at, forget=False):
+        total, path = 0.0, batch.path[None]
+        for k in range(policy.steps - 1):
+            state = policy.begun(path[:, :, k])
+            if k > 0:
+                memory = (0.8 if forget else at) * path[:, :, k - 1].tanh()
+                state = torch.stack([path[:, :, k], torch.as_tensor(memory)], 2)
+            total = total + policy.transition(state, at * path[:, :, k].tanh(), k).log_prob(path[:, :, k + 1]).sum()
+        return total
+
+    at = torch.tensor(0.8, dtype=torch.float64, requires_grad=True)
+    (whole,) = torch.autograd.grad(density(at), at)
+    (part,) = torch.autograd.grad(density(at, forget=True), at)
+    torch.testing.assert_close(found, whole, rtol=1e-6, atol=1e-8)
+    assert abs(float(part - whole)) > 1e-2 * abs(float(whole))
+    with pytest.raises(steer.StateSpaceError, match="SecondOrderProcess"):
+        grpo.granular(policy, lambda x: x[:, 0], level=0)
+
+
+def test_exact_steps_stay_what_they_are():
+    """A process with exact transitions takes the rule as any other."""
+    process = exact_chain(mixture_2d(), "vp", 5).with_rule(steer.second_order())
+    assert steer.rollout(process, score, particles=3).x.shape == (1, 3, 2)
