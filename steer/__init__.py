@@ -80,7 +80,7 @@ from .particles.path_mcmc import path_moves
 from .particles.potentials import difference, final_only, maximum, total
 from .particles.proposals import bootstrap, guided, twisted
 from .particles.selection import resample
-from .particles.tempering import adaptive_tempering, geometric_tempering
+from .particles.tempering import adaptive_tempering, geometric_tempering, snr_share
 from .particles.top_k import top_k_of_n
 from .pipelines.from_pipeline import from_pipeline
 from .pipelines.hub import from_hub
@@ -289,6 +289,7 @@ __all__ = [
     "self_guided",
     "sigma_times",
     "smc",
+    "snr_share",
     "ssp",
     "stratified",
     "systematic",

@@ -1,8 +1,8 @@
 """The second-order rule: its formula, the law of its chain of pairs, and what it remembers, wherever particles go.
 
 Statistics are over independent problems: |z| < 4. With Gaussian data every step is affine in the state and the
-remembered prediction, so `steer.models.chain_law` has the distribution of the last state; every mutant is put to the same
-test.
+remembered prediction, so `steer.models.chain_law` has the distribution of the last state. Mutants are put to the same
+tests.
 """
 
 import math
