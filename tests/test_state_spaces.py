@@ -115,6 +115,7 @@ USES |= {
     "follow in a tree": run(search.dts, proposal=steer.follow(steer.mpgd(reward, 0.1))),
     # weights and selections
     "tempered": run(steer.smc, weight=steer.difference(tempering=steer.adaptive_tempering())),
+    "tempered by the signal": run(steer.smc, weight=steer.difference(tempering=steer.snr_share)),
     "path_moves": lambda process: run(steer.smc, selection=steer.resample(moves=steer.path_moves([1, process.steps])))(
         process
     ),

@@ -167,6 +167,7 @@ RUNS = {
     "guided": {"proposal": steer.guided(0.2)},
     "twisted": {"proposal": steer.twisted(0.2)},
     "tempered": {"weight": steer.difference(tempering=steer.geometric_tempering(0.1))},
+    "tempered by the signal": {"weight": steer.difference(tempering=steer.snr_share)},
     "moved paths": {"selection": moving([4, 8])},
     "every step": {"selection": steer.resample(threshold=1.0)},
 }
