@@ -443,9 +443,15 @@ def test_samples_have_no_memory():
     process = mixture()
     result = steer.smc(process, score, particles=4, keep_states=True)
     assert result.x.shape == (1, 4, 2)
+    assert result.cost.nfe == 4 * process.steps
     assert result.trajectory.states().shape == (1, 4, process.steps + 1, 2)
     assert [x.shape[2:] for _, x, *_ in result.trajectory.transitions()] == [(2, 2)] * process.steps
     assert search.dts(process, score, particles=8, keep_states=True).x.shape == (1, 8, 2)
+
+    shapes = []
+    learned = search.values.learned(lambda x, k: (shapes.append(x.shape), x[:, 0])[1])
+    search.svdd(process, score, particles=2, candidates=3, value=learned)
+    assert set(shapes) == {(6, 2)}
 
     def stop(event):
         if event.level == 3:
