@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Protocol, runtime_checkable
 
 from ..cost import affordable, rows_between
-from ..errors import BudgetError, ShapeError, SteerError
+from ..errors import BudgetError, ShapeError, SteerError, keep_partial
 from ..key import Key
 from ..processes.gaussian import check_batch
 from ..processes.second_order import SecondOrderProcess, model_of, state_shape
@@ -66,8 +66,16 @@ def started(
     if not isinstance(process, SecondOrderProcess):
         return start(process, objective, key, batch, particles)
     model = model_of(process)
-    state = start(model, replace(objective, process=model), key, batch, particles)
-    return replace(state, process=process, x=process.begun(state.x))
+
+    def lifted(state: Trajectory) -> Trajectory:
+        return replace(state, process=process, x=process.begun(state.x))
+
+    try:
+        return lifted(start(model, replace(objective, process=model), key, batch, particles))
+    except BaseException as error:
+        if isinstance(partial := getattr(error, "partial", None), Trajectory):
+            keep_partial(error, lifted(partial), instead=True)
+        raise
 
 
 def prepared(

@@ -15,6 +15,7 @@ from exact import LIMIT, PATHS, Linear, exact_chain, mixture_2d, times, worst, z
 import steer
 from steer import grpo, search
 from steer.core import population
+from steer.core.loop import _is_finite
 from steer.core.trajectory import Trajectory
 from steer.models import chain_law
 from steer.particles.path_mcmc import PathMoves
@@ -182,6 +183,13 @@ def worst_of(method, process, law, batch=512, particles=12, key=1, **options):
 def test_law_of_smc(path, run):
     process = gaussian(path)
     assert worst_of(steer.smc, process, chain_law(process).exact(REWARD), **RUNS[run]) < LIMIT
+
+
+def test_law_of_a_noise_that_depends_on_the_level():
+    process = gaussian(rule=steer.second_order(lambda here: here.sigma / (here.alpha + here.sigma)))
+    law = chain_law(process).exact(REWARD)
+    assert worst_of(steer.smc, process, law) < LIMIT
+    assert worst_of(steer.smc, gaussian(rule=steer.second_order(1.0)), law) > LIMIT
 
 
 def test_law_of_trees():
@@ -461,6 +469,32 @@ def test_samples_have_no_memory():
     assert early.interrupted
     assert early.x.shape == (1, 4, 2)
     assert early.x.isfinite().all()
+
+
+def test_an_error_leaves_a_state_that_remembers_nothing_yet():
+    """NaN is no memory, and no sign of a broken state: the run goes on from the level before the network failed."""
+    process, calls = mixture(), []
+
+    def broken(x, t):
+        calls.append(t)
+        return process.denoiser(x, t) * (math.nan if len(calls) == 2 else 1.0)
+
+    failing = process.around(lambda base: replace(base, denoiser=broken))
+    with pytest.raises(steer.NonFiniteError) as error:
+        steer.smc(failing, score, particles=4, key=3)
+    assert error.value.partial.k == 1
+    whole = steer.smc(process, score, particles=4, key=3)
+    assert torch.equal(steer.smc(process, score, start=error.value.partial, key=3).x, whole.x)
+    state = Trajectory.begin(process, process.prior(steer.Key(0), 1, 2))
+
+    def fails(x):
+        raise ValueError("disk is on fire")
+
+    with pytest.raises(steer.RewardError) as error:
+        steer.smc(process, fails, particles=4, start=steer.pcnl(temperature=1.0))
+    assert steer.smc(process, score, start=error.value.partial).x.shape == (*error.value.partial.x.shape[:2], 2)
+    assert _is_finite(state)
+    assert not _is_finite(replace(state, x=state.x * math.nan))
 
 
 def test_what_cannot_be_honoured_is_refused():
