@@ -18,6 +18,7 @@ from steer.core.run import Run
 from steer.errors import ShapeError, SteerError
 from steer.key import Key, as_key
 from steer.processes.gaussian import need_levels
+from steer.processes.second_order import noisy
 from steer.samplers.rollout import rollout
 from steer.types import ReverseProcess, Reward
 from steer.weighted_sde.look_ahead import ode_steps, stops
@@ -95,6 +96,7 @@ class Learned:
         return 0
 
     def __call__(self, objective: Objective, x: Tensor, k: int, x0: Tensor | None, key: Key | None = None) -> Tensor:
+        x = noisy(objective.process, x)
         values = self.function(x.flatten(0, 1), k)
         if values.shape != (x.shape[0] * x.shape[1],):
             raise ShapeError(

@@ -80,7 +80,7 @@ from .particles.path_mcmc import path_moves
 from .particles.potentials import difference, final_only, maximum, total
 from .particles.proposals import bootstrap, guided, twisted
 from .particles.selection import resample
-from .particles.tempering import adaptive_tempering, geometric_tempering
+from .particles.tempering import adaptive_tempering, geometric_tempering, snr_share
 from .particles.top_k import top_k_of_n
 from .pipelines.from_pipeline import from_pipeline
 from .pipelines.hub import from_hub
@@ -95,6 +95,7 @@ from .processes.from_network import from_denoiser, from_eps, from_score, from_v,
 from .processes.gaussian import GaussianProcess
 from .processes.masked import MaskedProcess, from_logits
 from .processes.schedules import VE, VP, Cosine, RectifiedFlow, Tabulated, log_snr_times, sigma_times, uniform_times
+from .processes.second_order import second_order
 from .processes.transitions import Normal, churn, cps, dance_sde, ddim, euler_maruyama, flow_sde, ode
 from .processes.unmasking import Unmasking, unmask
 from .results.result import Result
@@ -284,9 +285,11 @@ __all__ = [
     "save_trajectory",
     "schedules",
     "score_transport",
+    "second_order",
     "self_guided",
     "sigma_times",
     "smc",
+    "snr_share",
     "ssp",
     "stratified",
     "systematic",

@@ -139,6 +139,15 @@ class Rule(Protocol):
         ...
 
 
+@runtime_checkable
+class RuleWithMemory(Rule, Protocol):
+    """A rule whose steps also depend on what earlier ones predicted, and that brings a process of its own for it."""
+
+    def on(self, process: GaussianPath) -> Any:
+        """A process under this rule."""
+        ...
+
+
 class ReverseProcess(Protocol):
     """What a pretrained model becomes: levels k = 0 (noise) to k = steps (data) and the verbs between them."""
 

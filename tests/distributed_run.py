@@ -26,6 +26,9 @@ def runs():
         found[name] = method(mixture_process(), REWARD, batch=2, key=5, **options)
     guided = steer.guide(mixture_process(), steer.dps(REWARD, 0.3) + steer.lgd(REWARD, 0.2, samples=2))
     found["hooks"] = steer.smc(guided, REWARD, particles=5, key=5, proposal=steer.guided(0.5))
+    second = mixture_process().with_rule(steer.second_order())
+    found["second order"] = steer.smc(second, REWARD, particles=5, key=5, proposal=steer.guided(0.5))
+    found["second order, trees"] = search.dts(second, REWARD, particles=5, key=5)
     groupwise = functools.partial(search.best_of_n, particles=5, key=5)
     found["groupwise"] = groupwise(mixture_process(), Ranked())
     return found

@@ -14,6 +14,7 @@ from exact import Linear
 import steer
 from steer import grpo, guidance, search
 from steer.processes.gaussian import has_levels, is_gaussian
+from steer.processes.second_order import noisy
 from steer.search import selection, values
 
 STEPS = 3
@@ -53,6 +54,7 @@ KINDS = {
     "flow": flow,
     "guided": lambda: steer.guide(model(), steer.mpgd(reward, 0.1)),
     "restart": lambda: steer.restart(model(), [(0.05, 2.0, 1)]),
+    "second order": lambda: model(transition=steer.second_order()),
     "solver": solver,
     "composite": lambda: steer.Composite((model(), model()), lambda level: (0.5, 0.5)),
     "masked": masked,
@@ -82,7 +84,7 @@ def branched(process):
 
 
 def with_latents(process):
-    latents = process.prior(steer.Key(0), 1, 4)
+    latents = noisy(process, process.prior(steer.Key(0), 1, 4))
     return run(steer.rollout, start=steer.from_latents(latents.flatten(0, 1)))(process)
 
 
@@ -113,6 +115,7 @@ USES |= {
     "follow in a tree": run(search.dts, proposal=steer.follow(steer.mpgd(reward, 0.1))),
     # weights and selections
     "tempered": run(steer.smc, weight=steer.difference(tempering=steer.adaptive_tempering())),
+    "tempered by the signal": run(steer.smc, weight=steer.difference(tempering=steer.snr_share)),
     "path_moves": lambda process: run(steer.smc, selection=steer.resample(moves=steer.path_moves([1, process.steps])))(
         process
     ),
@@ -184,12 +187,17 @@ USES |= {
 }
 
 
+# A step that remembers is no step of a noised distribution, whose powers and products weighted SDEs need.
+NEEDS_MARGINALS = {name for name in USES if name.startswith(("fkc", "driftlite"))} | {
+    "birth_death", "compose", "guidance and annealing",
+}  # fmt: skip
 # What every kind is for: a refusal here is a regression, however well it is worded.
 MUST_RUN = {
     "gaussian": USES.keys() - {"own_solver", "verify", "texts"},
     "flow": {"rollout", "best_of_n", "noise_search", "hooks mean", "convert", "restart", "minority self", "preflight"},
     "guided": {"smc", "tds", "das", "dts", "svdd", "beam", "particle_gibbs", "hooks mean", "minority self", "exact"},
     "restart": {"smc", "tds", "svdd", "dts", "rbf", "depth_first", "hooks mean", "start pcnl", "path_moves"},
+    "second order": USES.keys() - {"own_solver", "verify", "texts", "grpo granular"} - NEEDS_MARGINALS,
     "solver": {"rollout", "best_of_n", "noise_search", "random_search", "start pcnl", "start latents", "preflight"},
     "composite": {"smc", "fkc", "driftlite", "best_of_n", "svdd", "fkc ode_steps", "minority_score", "path_moves"},
     "masked": {"smc", "best_of_n", "svdd", "dts", "dts_star", "beam", "rbf", "depth_first", "compare", "preflight"},
@@ -225,6 +233,7 @@ def test_rules_and_levels_are_two_things():
         "flow": both,
         "guided": both,
         "restart": both,
+        "second order": both,
         "solver": neither,
         "composite": (True, False),
         "masked": neither,

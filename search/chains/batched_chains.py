@@ -202,7 +202,7 @@ def _report(runs: list[Run], requests: dict[ChainId, EvaluationRequest], moved: 
         k = min(request.k for request in own)
         held = [(request.x, request.held) for request in own if request.k == k and request.held is not None]
         x = torch.cat([states for states, _ in held], 1)
-        x0 = torch.cat([best.clean.expand_as(states) for states, best in held], 1)
+        x0 = torch.cat([best.clean.expand(1, states.shape[1], *best.clean.shape[2:]) for states, best in held], 1)
         each = [best.score for states, best in held for _ in range(states.shape[1])]
         event = Event(
             run=run.name,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from steer.core.run import Run
 from steer.core.trajectory import Trajectory, required
 from steer.errors import NotStochasticError, StateSpaceError, SteerError
 from steer.processes.gaussian import need_gaussian
+from steer.processes.second_order import Remembering, beginning, beside, noisy, normal_of
 from steer.processes.transitions import Normal
 from steer.types import ReverseProcess
 
@@ -22,6 +24,8 @@ from ..values import evaluate, x0_hat
 from .strategy import StrategyResult, prior_of
 
 CURE = "use search.svdd, or strategy=search.random_search()"
+Source = Normal | Remembering
+"""What a state is drawn from: mean + std noise, and what it is to remember."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +47,16 @@ class EpsilonGreedy:
         root = torch.arange(particles).expand(run.problems, -1)
         state = run.begin(particles)
         loop = Loop(run, state)
-        source = prior_of(process, state.x, CURE)  # what the states at level k are drawn from
-        noise = run.key.fold("prior").normal(state.x.shape, dtype=state.x.dtype, device=state.x.device)
+        first = noisy(process, state.x)
+        shape, dtype, device = first.shape, first.dtype, first.device
+        source = beginning(process, prior_of(process, first, CURE))  # what the states at level k are drawn from
+        noise = run.key.fold("prior").normal(shape, dtype=dtype, device=device)
         with loop.keeping_partial(), torch.no_grad():
             with loop.steps():
                 for k in range(process.steps):
                     for state in self._rounds(run, source, noise, k, amounts[k]):
                         loop.predicted(state)
                     source, before = _gaussian_step(process, state, k), state
-                    shape, dtype, device = state.x.shape, state.x.dtype, state.x.device
                     noise = run.key.fold("step").at(k).normal(shape, dtype=dtype, device=device)
                     state = loop.stepped(before, Trajectory.begin(process, _state_from(source, noise), k=k + 1))
             last = loop.last_predicted
@@ -62,7 +67,7 @@ class EpsilonGreedy:
             known = source.std == 0.0 and torch.equal(clean, state.x)  # it was scored as a prediction
             return StrategyResult(state.x, score if known else run.score(state.x), root.to(state.x.device))
 
-    def _rounds(self, run: Run, source: Normal, pivot: Tensor, k: int, amount: int) -> Iterator[Trajectory]:
+    def _rounds(self, run: Run, source: Source, pivot: Tensor, k: int, amount: int) -> Iterator[Trajectory]:
         """The best states for level k after each round; `amount` predictions per chain in all, the pivot's first."""
         count, best, turn = pivot.shape[1], None, 0
         while amount > 0:
@@ -70,7 +75,7 @@ class EpsilonGreedy:
             fresh = tried - 1 if best is None else tried
             noise = self._draw_near(run, pivot, k, turn, fresh) if fresh else pivot[:, :0]
             noise = torch.cat([pivot, noise], 1) if best is None else noise
-            x = _state_from(replace(source, mean=torch.cat([source.mean] * tried, 1)), noise)
+            x = _state_from(_repeated(source, tried), noise)
             x0, score = evaluate(run, x, k, x0_hat())
             assert x0 is not None
             found = Trajectory.begin(run.process, x, k=k).with_step_cache(x0=x0, score=score, noise=noise)
@@ -142,19 +147,28 @@ def epsilon_greedy(candidates: int = 4, *, epsilon: float = 0.4, radius: float =
     return EpsilonGreedy(candidates, epsilon, radius)
 
 
-def _gaussian_step(process: ReverseProcess, state: Trajectory, k: int) -> Normal:
+def _gaussian_step(process: ReverseProcess, state: Trajectory, k: int) -> Source:
     """The step from level k; StateSpaceError where it is not drawn as mean + std noise."""
     step = process.transition(state.x, required(state.cache.x0), k)
-    if not isinstance(step, Normal):
+    if normal_of(step) is None:
         raise StateSpaceError(
             f"epsilon_greedy needs steps drawn as mean + std noise, got {type(step).__name__}; use search.svdd"
         )
-    return step
+    return cast(Source, step)
 
 
-def _state_from(source: Normal, noise: Tensor) -> Tensor:
-    """mean + std noise, as `Normal.sample` computes it."""
-    return source.mean if source.std == 0.0 else torch.add(source.mean, noise, alpha=source.std)
+def _repeated(source: Source, times: int) -> Source:
+    """The step of every chain, candidate by candidate."""
+    if isinstance(source, Remembering):
+        law = _repeated(cast(Normal, source.law), times)
+        return Remembering(law, torch.cat([source.memory] * times, 1))
+    return replace(source, mean=torch.cat([source.mean] * times, 1))
+
+
+def _state_from(source: Source, noise: Tensor) -> Tensor:
+    """The state of mean + std noise, as `Normal.sample` computes it."""
+    mean, std = source.mean, source.std
+    return beside(source, mean if std == 0.0 else torch.add(mean, noise, alpha=std))
 
 
 def _concat(first: Trajectory, second: Trajectory) -> Trajectory:

@@ -11,6 +11,7 @@ from steer.core.loop import keeping
 from steer.core.population import gather
 from steer.core.run import Run
 from steer.errors import SteerError
+from steer.processes.second_order import begun, noisy
 from steer.types import ReverseProcess
 
 from .strategy import StrategyResult, concat, gaussian_prior, prior_of, sample_and_score
@@ -34,18 +35,20 @@ class ZeroOrder:
         """Rounds of neighbours until the calls are spent; the N pivots' samples are returned."""
         gaussian_prior(run.process, CURE)
         rollouts = calls // run.process.steps
-        pivot = run.begin(particles).x
-        best = sample_and_score(run, pivot, particles)
+        pivot = noisy(run.process, run.begin(particles).x)
+        best = sample_and_score(run, begun(run.process, pivot), particles)
         done, turn = 1, 0
         while done < rollouts and self.neighbours and not best.interrupted:
             count = min(self.neighbours, rollouts - done)
-            fresh = run.process.prior(run.key.fold("neighbour", turn), run.problems, count * particles)
+            fresh = noisy(
+                run.process, run.process.prior(run.key.fold("neighbour", turn), run.problems, count * particles)
+            )
             mean = prior_of(run.process, fresh, CURE).mean
             moved = torch.cat([pivot] * count, 1) - mean + self.radius * (fresh - mean)
             near = mean + moved / math.sqrt(1.0 + self.radius**2)
             try:
                 with keeping(best):
-                    found = sample_and_score(run, near, particles)
+                    found = sample_and_score(run, begun(run.process, near), particles)
             except KeyboardInterrupt:
                 return best._replace(interrupted=True)
             if found.interrupted:

@@ -11,7 +11,7 @@ from steer.core.event import OnStep
 from steer.core.loop import Loop, keeping
 from steer.core.objective import FINISHED, from_column
 from steer.core.run import Run
-from steer.core.start import Start, prepared, prior
+from steer.core.start import Start, prepared, prior, started
 from steer.cost import check_counts
 from steer.key import Key
 from steer.results.result import Result
@@ -98,7 +98,8 @@ def best_of_n(
         loop = Loop(here)
         try:
             with keeping(lambda: replace(so_far(), interrupted=True) if samples else None), loop.keeping_partial():
-                state = ready(run.process, run.objective, here.key, run.problems, min(chunk, count - first))
+                size = min(chunk, count - first)
+                state = started(ready, run.process, run.objective, here.key, run.problems, size)
                 state = run_chain(loop, state, chunk=first)
                 with torch.no_grad():
                     score = run.objective.of(from_column(first))(state.x, FINISHED)

@@ -97,7 +97,7 @@ def _select_candidates(
 
 def _final_scores(run: Run, state: Trajectory, before: Trajectory | None) -> Tensor:
     """Rewards of finished samples; known already where the last step went to the prediction that was scored."""
-    if before is None or before.cache.score is None or before.x.shape != state.x.shape:
+    if before is None or before.cache.score is None or before.x.shape[:2] != state.x.shape[:2]:
         return run.score(state.x)
     known = not run.process.stochastic(before.k) and torch.equal(completed(before).x, state.x)
     return before.cache.score if known else run.score(state.x)

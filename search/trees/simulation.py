@@ -20,7 +20,7 @@ from torch import Tensor
 from steer.core.loop import Loop
 from steer.core.objective import FINISHED
 from steer.core.run import Run
-from steer.core.start import Start, prior
+from steer.core.start import Start, prior, started
 from steer.core.trajectory import StepRecord, Trajectory, required
 from steer.errors import ShapeError, SteerError
 from steer.key import Key
@@ -160,7 +160,7 @@ class Simulator:
     def start_at_root(self, key: Key, width: int) -> Trajectory:
         """Simulations that begin at the root, `width` in every tree."""
         tree, run = self.tree, self.loop.run
-        begun = self.start(self.process, run.objective, key, tree.problems, width)
+        begun = started(self.start, self.process, run.objective, key, tree.problems, width)
         if begun.k > tree.levels[0]:
             raise SteerError(
                 f"the start puts particles at level {begun.k}, past the first branching level {tree.levels[0]}; pass "

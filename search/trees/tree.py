@@ -311,9 +311,10 @@ def _edge_steps(layer: NodeTable, level: int, slots: Tensor, device: torch.devic
     """The steps on the edges that lead to nodes [B, N] of a level, oldest first."""
     x, log_prob, log_behaviour = (layer[name] for name in EDGE_COLUMNS)
     at = slots.to(x.device)
-    states = torch.cat([gather(x, at), gather(layer["x"], at)[:, :, None]], 2).to(device)
+    left, end = gather(x, at).to(device), gather(layer["x"], at).to(device)
+    states = [*left.unbind(2), end]  # apart: clean states have another shape than those whose steps remember
     densities = [gather(column, slots).to(device) for column in (log_prob, log_behaviour)]
     first = level - log_prob.shape[2]
     for j in range(log_prob.shape[2]):
         model, drawn_by = (density[:, :, j] for density in densities)
-        yield PathStep(first + j, states[:, :, j], states[:, :, j + 1], model, drawn_by, slots.to(device))
+        yield PathStep(first + j, states[j], states[j + 1], model, drawn_by, slots.to(device))

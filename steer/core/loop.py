@@ -10,6 +10,7 @@ from typing import Any
 
 from ..cost import Meter
 from ..errors import NonFiniteError, keep_partial
+from ..processes.second_order import noisy
 from ..types import Stop
 from .run import Run
 from .trajectory import EMPTY_CACHE, Trajectory
@@ -136,5 +137,6 @@ def completed(state: Trajectory) -> Trajectory:
 
 def _is_finite(state: Trajectory) -> bool:
     """Whether a run can go on from a state: no NaN in its weights, states or predictions. Reads the device."""
-    tensors = (state.log_weight, *(t for t in (state.x, state.cache.x0) if t is not None and t.is_floating_point()))
+    x = noisy(state.process, state.x)  # a memory of nothing is NaN by right
+    tensors = (state.log_weight, *(t for t in (x, state.cache.x0) if t is not None and t.is_floating_point()))
     return not any(bool(tensor.isnan().any()) for tensor in tensors)

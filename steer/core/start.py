@@ -7,9 +7,10 @@ from dataclasses import replace
 from typing import Protocol, runtime_checkable
 
 from ..cost import affordable, rows_between
-from ..errors import BudgetError, ShapeError, SteerError
+from ..errors import BudgetError, ShapeError, SteerError, keep_partial
 from ..key import Key
 from ..processes.gaussian import check_batch
+from ..processes.second_order import SecondOrderProcess, model_of, state_shape
 from ..types import ReverseProcess
 from .objective import Objective
 from .trajectory import Trajectory
@@ -58,6 +59,25 @@ def prior(process: ReverseProcess, objective: Objective, key: Key, batch: int, p
     return Trajectory.begin(process, process.prior(key.fold("prior"), batch, particles))
 
 
+def started(
+    start: Start, process: ReverseProcess, objective: Objective, key: Key, batch: int, particles: int
+) -> Trajectory:
+    """The population that a start gives. It draws noisy states; where steps remember, these begin with no memory."""
+    if not isinstance(process, SecondOrderProcess):
+        return start(process, objective, key, batch, particles)
+    model = model_of(process)
+
+    def lifted(state: Trajectory) -> Trajectory:
+        return replace(state, process=process, x=process.begun(state.x))
+
+    try:
+        return lifted(start(model, replace(objective, process=model), key, batch, particles))
+    except BaseException as error:
+        if isinstance(partial := getattr(error, "partial", None), Trajectory):
+            keep_partial(error, lifted(partial), instead=True)
+        raise
+
+
 def prepared(
     start: Start,
     process: ReverseProcess,
@@ -102,9 +122,10 @@ def check_resume(
             product of models.
         BudgetError: what is left of its chains costs more than the budget.
     """
-    if tuple(state.x.shape[2:]) != tuple(process.event) or not 0 <= state.k <= process.steps:
+    shape = state_shape(process, state.k)
+    if tuple(state.x.shape[2:]) != shape or not 0 <= state.k <= process.steps:
         raise ShapeError(
-            f"a trajectory to resume must have event {tuple(process.event)} and a level in [0, {process.steps}], "
+            f"a trajectory to resume must have event {shape} and a level in [0, {process.steps}], "
             f"got event {tuple(state.x.shape[2:])} at level {state.k}"
         )
     if state.path.final_applied:

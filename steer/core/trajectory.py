@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import ShapeError, SteerError
 from ..key import Key
+from ..processes.second_order import noisy, state_shape
 from ..types import ReverseProcess, Transition
 from . import population
 
@@ -156,12 +157,22 @@ def required(tensor: Tensor | None) -> Tensor:
 EMPTY_CACHE, NEW_PATH = StepCache(), PathState()
 
 
+def check_state_shape(process: ReverseProcess, x: Tensor, k: int) -> None:
+    """Raises ShapeError where states x are not [B, N, ...] as those of the process at level k are."""
+    shape = state_shape(process, k)
+    if x.ndim < 2 or tuple(x.shape[2:]) != shape:
+        beside = "" if shape == tuple(process.event) else f", and what they remember beside them: {('B', 'N', *shape)}"
+        raise ShapeError(
+            f"states must have shape (B, N, *event) with event {tuple(process.event)}{beside}, got {tuple(x.shape)}"
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class Trajectory:
     """Particles of B problems at level k. Every verb returns a new Trajectory.
 
     process:      what moves it.
-    x:            states, [B, N, *event].
+    x:            states, [B, N, *event]; [B, N, 2, *event] on the way where steps remember (`steer.second_order`).
     k:            level, 0 = noise, process.steps = data.
     log_weight:   accumulated since the last resampling, [B, N] float64, not normalised.
     log_evidence: log of the evidence collected at resamplings, [B] float64.
@@ -190,10 +201,7 @@ class Trajectory:
     @classmethod
     def begin(cls, process: ReverseProcess, x: Tensor, *, k: int = 0, keep_states: bool = False) -> Trajectory:
         """A population of equal weights at states x [B, N, *event] of level k."""
-        if x.ndim < 2 or tuple(x.shape[2:]) != tuple(process.event):
-            raise ShapeError(
-                f"states must have shape (B, N, *event) with event {tuple(process.event)}, got {tuple(x.shape)}"
-            )
+        check_state_shape(process, x, k)
         weight = torch.zeros(x.shape[:2], dtype=torch.float64, device=x.device)
         return cls(process, x, k, weight, torch.zeros_like(weight[:, 0]), keep_states=keep_states)
 
@@ -324,10 +332,13 @@ class Trajectory:
                 yield event, index
 
     def states(self) -> Tensor:
-        """States along today's particles' own lineages, oldest first: (B, N, steps taken + 1, *event)."""
+        """States along today's particles' own lineages, oldest first: (B, N, steps taken + 1, *event).
+
+        The noisy states alone, where steps remember.
+        """
         self._need_states()
         line = [self.x, *(population.gather(step.x, index) for step, index in self.lineages())]
-        return torch.stack(line[::-1], dim=2)
+        return torch.stack([noisy(self.process, x) for x in line[::-1]], dim=2)
 
     def transitions(self) -> list[tuple[int, Tensor, Tensor, Tensor | None, Tensor | None]]:
         """Steps along lineages, oldest first: (k, x, x_next, log_prob, log_behaviour), each per particle."""

@@ -17,6 +17,7 @@ from ..cost import Cost
 from ..errors import BudgetError, NotDifferentiableError
 from ..key import Key
 from ..processes.gaussian import has_levels, is_gaussian
+from ..processes.second_order import noisy
 from ..types import GaussianTransition, ReverseProcess, Reward
 
 _PROBED = 8  # steps at which predictions are scored, at most
@@ -218,7 +219,7 @@ def preflight(
         final = objective(x, FINISHED)
     spent = meter.cost()  # before the gradient, whose forward pass takes longer
     slope = _gradient(process, objective, halfway, middle, run.temperature, key)
-    seed_effect, noise_effect = _effects(process, x, start, bool(drawing))
+    seed_effect, noise_effect = _effects(process, x, noisy(process, start), bool(drawing))
     finite = final[final.isfinite()]
     found = Preflight(
         samples=samples,
@@ -348,7 +349,7 @@ def _gradient(
         return Gradient(False, "it is not finite", k)
     if norm == 0.0:
         return Gradient(False, "it is zero", k)
-    step = process.transition(x[:, :1], x[:, :1], k)
+    step = process.transition(x[:, :1], noisy(process, x[:, :1]), k)
     std = step.std if isinstance(step, GaussianTransition) else 0.0
     return Gradient(True, "", k, norm, norm * std if std > 0.0 else math.nan)
 

@@ -16,6 +16,7 @@ from ..cost import Cost, Meter
 from ..errors import RewardError, SteerError
 from ..key import Key
 from ..processes.gaussian import GaussianProcess
+from ..processes.second_order import SecondOrderProcess, model_of, noisy
 from .batch import RolloutBatch
 from .kernels import describe_kernel
 
@@ -28,6 +29,7 @@ class RecordedStep(NamedTuple):
 
     k:             level it left.
     x, x_next:     states before and after, [P, N, *event].
+    x_before:      the states before x, where the step remembers what was predicted there; None elsewhere.
     mean:          of the transition, [P, N, *event]; None where it was not kept.
     log_prob:      log-density of x_next under the policy's transition, [P, N] float64, summed over coordinates.
     log_behaviour: the same under the transition that drew x_next, [P, N] float64.
@@ -41,6 +43,7 @@ class RecordedStep(NamedTuple):
     log_prob: Tensor
     log_behaviour: Tensor
     step_id: Tensor | None = None
+    x_before: Tensor | None = None
 
 
 def rewards_by_name(reward: Rewards) -> dict[str, Callable[..., Any]]:
@@ -63,7 +66,7 @@ def score_samples(process: GaussianProcess, x: Tensor, rewards: Mapping[str, Cal
         return {}
     with torch.no_grad():
         samples = process.decode(x)
-        decoded, values = replace(process, decoder=None), {}
+        decoded, values = replace(model_of(process), decoder=None), {}
         for name, reward in rewards.items():
             _, objective, meter = open_objective(process, reward, groupwise=True)
             wide = samples.view(*x.shape[:2], *samples.shape[1:])
@@ -80,23 +83,25 @@ def recorded_steps(state: Trajectory, means: Mapping[int, Tensor]) -> list[Recor
         means: by level, the mean of the step's transition, [P, N, *event]; empty where they were not kept.
     """
     shared = any(isinstance(event, ResamplingRecord) for event in state.past)
+    remembers = isinstance(state.process, SecondOrderProcess)
+    line = [(step, index, noisy(state.process, gather(step.x, index))) for step, index in state.lineages()]
     steps, after = [], state.x
-    for step, index in state.lineages():
-        before = gather(step.x, index)
+    for (step, index, x), (_, _, before) in zip(line, [*line[1:], line[-1]], strict=True):
         if step.log_prob is not None and step.log_behaviour is not None:
             mean = means.get(step.k)
             steps.append(
                 RecordedStep(
                     k=step.k,
-                    x=before,
-                    x_next=after,
+                    x=x,
+                    x_next=noisy(state.process, after),
                     mean=None if mean is None else gather(mean, index),
                     log_prob=step.log_prob.gather(1, index),
                     log_behaviour=step.log_behaviour.gather(1, index),
                     step_id=index if shared else None,
+                    x_before=before if remembers else None,
                 )
             )
-        after = before
+        after = x
     return steps[::-1]
 
 
@@ -163,9 +168,11 @@ def assemble(
     else:
         before, after = (column(part, storage) for part in ([s.x for s in steps], [s.x_next for s in steps]))
     means, ids = [step.mean for step in steps], _step_ids(steps, problems, rows)
+    earlier = [step.x_before for step in steps]
     return RolloutBatch(
         x_t=before,
         x_next=after,
+        x_before=None if any(x is None for x in earlier) else column(cast(Any, earlier), storage),
         t=per_level([grid[k].t for k in ks], torch.float32),
         t_next=per_level([grid[k + 1].t for k in ks], torch.float32),
         step_idx=per_level(ks, torch.int64),

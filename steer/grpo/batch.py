@@ -28,6 +28,8 @@ class RolloutBatch:
     States and densities of steps:
     x_t, x_next:   [B, S, *event], storage dtype. The state before and after each stored step, as it was stored: the
                    chain continued from exactly this value, so densities are those of the tensors here.
+    x_before:      [B, S, *event], storage dtype. The state before x_t, where steps remember what was predicted there
+                   (`steer.second_order`); None elsewhere.
     t, t_next:     [B, S] float32, times of the path before and after; on a rectified flow these are the sigmas.
     step_idx:      [B, S] int64, level k that a step left: sigmas[k] -> sigmas[k + 1].
     mask:          [B, S] bool, True where there is a step to train on.
@@ -107,6 +109,7 @@ class RolloutBatch:
     logp_kind: Kind = "gaussian"
     step_rewards: Mapping[str, Tensor] = field(default_factory=dict)
     step_id: Tensor | None = None
+    x_before: Tensor | None = None
     ancestors: Tensor | None = None
     reward_mean: Mapping[str, Tensor] = field(default_factory=dict)
     reward_std: Mapping[str, Tensor] = field(default_factory=dict)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import SteerError
 from ..processes.gaussian import GaussianProcess
+from ..processes.second_order import model_of, noisy
 
 TOLERANCE = 1e-4
 """Largest difference, relative to the largest number of a float32 prediction, that is taken for rounding."""
@@ -38,7 +39,7 @@ def check_evaluation_mode(process: GaussianProcess, states: Callable[[], Tensor]
     training = [module for network in networks(process.denoiser) for module in network.modules() if module.training]
     if not training:
         return
-    process, x = replace(process, meter=None), states()
+    process, x = replace(model_of(process), meter=None), noisy(process, states())
     with torch.no_grad(), torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
         left = process.denoise(x, k)
         with _evaluating(training):

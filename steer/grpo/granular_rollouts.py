@@ -10,9 +10,10 @@ from torch import Tensor
 from ..core.loop import Reached
 from ..core.objective import num_problems
 from ..core.trajectory import Trajectory
-from ..errors import SteerError
+from ..errors import StateSpaceError, SteerError
 from ..key import Key, as_key
 from ..processes.gaussian import GaussianProcess
+from ..processes.second_order import SecondOrderProcess
 from ..types import ReverseProcess
 from .assembly import RecordedStep, Rewards, assemble, rewards_by_name, score_samples, with_meter
 from .batch import RolloutBatch
@@ -60,6 +61,12 @@ def granular(
     Source: Zhou et al. 2025 (Granular-GRPO, G2RPO), strides 1 and 2, 16 steps, 12 rows.
     """
     model, key, rewards = need_policy(process), as_key(key, seed), rewards_by_name(reward)
+    if isinstance(model, SecondOrderProcess):
+        raise StateSpaceError(
+            "granular rollouts finish in strides of several levels, and the steps of a SecondOrderProcess go on from "
+            "the prediction one level before; use a rule of first order, for instance "
+            "process.with_rule(steer.ddim(eta=1.0)), or grpo.collect"
+        )
     strides = sorted(set(strides))
     if not 0 <= level < model.steps or not model.stochastic(level) or not strides or strides[0] < 1:
         raise SteerError(

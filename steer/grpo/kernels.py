@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from ..key import Key
 from ..processes import parameterization
 from ..processes.gaussian import GaussianProcess, need_gaussian_process
+from ..processes.second_order import SecondOrder, SecondOrderProcess, Tau, beside
 from ..processes.transitions import DDIM, ClippedPrediction, TransformedTransition
 from ..torch_modes import autocast_of
 from ..types import Denoiser, GaussianTransition, Level, ReverseProcess, Rule
@@ -41,8 +42,9 @@ class StochasticInSomeRows:
 
     def sample(self, key: Key) -> Tensor:
         """States [P, N, *event]: a draw where `noisy_at`, the ODE's state elsewhere."""
-        where = self.noisy_at.view(*self.noisy_at.shape, *(1 for _ in self.noisy.mean.shape[2:]))
-        return torch.where(where, self.noisy.sample(key), self.ode.sample(key))
+        drawn = self.noisy.sample(key)
+        where = self.noisy_at.view(*self.noisy_at.shape, *(1 for _ in drawn.shape[2:]))
+        return torch.where(where, drawn, self.ode.sample(key))
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log-density of x, [P, N] float64; 0 where nothing was drawn."""
@@ -80,7 +82,7 @@ class CorrelatedSiblings:
         shape = (mean.shape[0], mean.shape[1] // self.ways, *mean.shape[2:])
         common = key.fold("family").normal(shape, dtype=mean.dtype, device=mean.device)
         noise = (common.repeat_interleave(self.ways, 1) + self.spread * own) / (1.0 + self.spread**2) ** 0.5
-        return rounded(torch.add(mean, noise, alpha=self.base.std), self.storage)
+        return beside(self.base, rounded(torch.add(mean, noise, alpha=self.base.std), self.storage))
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log-density of each draw, [P, N] float64."""
@@ -107,8 +109,28 @@ class Windowed:
         return self.rule if here.t in self.times else ode_of(self.rule)
 
 
+@dataclass(frozen=True)
+class WindowedTau:
+    """The tau of a second-order rule at some times of the grid, and 0, the ODE's, at the others."""
+
+    tau: Tau
+    times: frozenset[float]
+
+    def __call__(self, here: Level) -> float:
+        if here.t not in self.times:
+            return 0.0
+        return self.tau(here) if callable(self.tau) else self.tau
+
+
+def windowed(rule: Rule, times: frozenset[float]) -> Rule:
+    """A stochastic rule at some times of the grid, and its ODE at the others."""
+    return SecondOrder(WindowedTau(rule.tau, times)) if isinstance(rule, SecondOrder) else Windowed(rule, times)
+
+
 def ode_of(rule: Rule) -> Rule:
     """The ODE's rule in place of a stochastic one; predictions are clipped where those of the stochastic one are."""
+    if isinstance(rule, SecondOrder):
+        return SecondOrder(0.0)
     return ClippedPrediction(DDIM(0.0), rule.limit) if isinstance(rule, ClippedPrediction) else DDIM(0.0)
 
 
@@ -119,6 +141,8 @@ def stored_as(process: GaussianProcess, dtype: torch.dtype) -> GaussianProcess:
     """
     if process.dtype == dtype:
         return process
+    if isinstance(process, SecondOrderProcess):  # what is remembered follows from the states before, as they are stored
+        return cast(Any, process.around(lambda base: stored_as(base, dtype)))
     return replace(process, denoiser=_RoundedDenoiser(process.denoiser, dtype), rule=_RoundedRule(process.rule, dtype))
 
 
@@ -180,6 +204,8 @@ def describe_kernel(
 
 def need_policy(process: ReverseProcess) -> GaussianProcess:
     """The process, where it is one whose denoiser and rule this package can wrap; StateSpaceError otherwise."""
+    if isinstance(process, SecondOrderProcess):
+        return cast(Any, process.around(need_policy))
     return need_gaussian_process(
         process,
         "a rollout for GRPO",

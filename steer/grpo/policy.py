@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ..errors import ShapeError, SteerError
 from ..processes.gaussian import GaussianProcess
+from ..processes.second_order import SecondOrderProcess
+from ..types import GaussianTransition
 from .batch import Reduction, RolloutBatch, scale
 from .evaluation_mode import check_evaluation_mode
 from .kernels import describe_kernel
@@ -93,17 +95,26 @@ def log_prob(
             network whose predictions depend on train() and that was left in it.
         ShapeError: a policy of another number of prompts.
 
-    Cost: P M network rows; 4 P more where a network is in train().
+    Cost: P M network rows; 2 P M where steps remember (`steer.second_order`): the prediction before is made again, so
+        that gradients are those of the whole density. 4 P more where a network is in train().
     """
     check_same_kernel(process, batch)
     x, x_next = (step.of(states).to(process.dtype) for states in (batch.x_t, batch.x_next))
     check_evaluation_mode(process, lambda: x[:, :2], step.k)
-    transition = process.transition(x, process.denoise(x, step.k), step.k)
+    transition = _transition(process, batch, step, x)
     if batch.logp_kind == "gaussian":
         value = transition.log_prob(x_next)
     else:
         value = -(x_next - transition.mean).double().flatten(2).square().sum(2)
     return PolicyStep(value / scale(reduction, batch.logp_numel), transition.mean, transition.std)
+
+
+def _transition(process: GaussianProcess, batch: RolloutBatch, step: StepRows, x: Tensor) -> GaussianTransition:
+    """The policy's transition from states x [P, M, *event] of stored steps, and the ones before where it remembers."""
+    if isinstance(process, SecondOrderProcess):
+        assert batch.x_before is not None  # of the same kernel
+        x = process.recalled(x, step.of(batch.x_before).to(process.dtype), step.k)
+    return process.transition(x, process.denoise(x, step.k), step.k)
 
 
 def log_probs(process: GaussianProcess, batch: RolloutBatch, *, reduction: Reduction = "sum") -> Tensor:

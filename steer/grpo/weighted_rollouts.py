@@ -28,10 +28,11 @@ from ..core.population import log_potential
 from ..errors import NotStochasticError, SteerError
 from ..key import Key
 from ..processes.gaussian import GaussianProcess
+from ..processes.second_order import SecondOrderProcess, model_of, noisy
 from ..results.result import Law, Result
 from .assembly import RecordedStep, ancestors, assemble, recorded_steps, score_samples, with_meter
 from .batch import Objective, RolloutBatch
-from .kernels import Windowed, stored_as
+from .kernels import stored_as, windowed
 from .windows import Window, stochastic_steps
 
 
@@ -55,7 +56,7 @@ def collect_steered(
     groups, name = num_problems(process, groups), _name(method)
     mask = _same_for_all(stochastic_steps(window, process, groups, group_size, key), window, name)
     inside = frozenset(t for t, on in zip(process.times, mask[0, 0].tolist(), strict=False) if on)
-    chain = stored_as(process.with_rule(Windowed(process.rule, inside)), storage)
+    chain = stored_as(process.with_rule(windowed(process.rule, inside)), storage)
     steering, others = next(iter(rewards.items())), dict(list(rewards.items())[1:])
     keeps = {"keep_states": True} if "keep_states" in inspect.signature(method).parameters else {}
     result: Result = method(
@@ -156,6 +157,7 @@ def merged(batch: RolloutBatch) -> RolloutBatch:
         mask=batch.mask & kept[:, None],
         mean_old=None if batch.mean_old is None else padded(batch.mean_old),
         step_id=None if batch.step_id is None else padded(batch.step_id, -1),
+        x_before=None if batch.x_before is None else padded(batch.x_before),
         step_rewards={name: padded(value) for name, value in batch.step_rewards.items()},
         **{name: padded(getattr(batch, name)) for name in names},
     )
@@ -163,11 +165,14 @@ def merged(batch: RolloutBatch) -> RolloutBatch:
 
 def tree_steps(process: GaussianProcess, paths: LeafPaths) -> list[RecordedStep]:
     """The stochastic steps along the lines of a tree's leaves, oldest first, where the tree kept them."""
-    return [
-        RecordedStep(step.k, step.x, step.x_next, None, step.log_prob, step.log_behaviour, step.node)
-        for step in paths.steps
-        if process.stochastic(step.k)
-    ]
+    remembers, found = isinstance(process, SecondOrderProcess), []
+    for i, step in enumerate(paths.steps):
+        x, before = (noisy(process, paths.steps[j].x) for j in (i, max(0, i - 1)))
+        if process.stochastic(step.k):
+            moved = noisy(process, step.x_next)
+            of_edge = step.log_prob, step.log_behaviour, step.node
+            found.append(RecordedStep(step.k, x, moved, None, *of_edge, before if remembers else None))
+    return found
 
 
 def _recorded(process: GaussianProcess, result: Result) -> tuple[list[RecordedStep], Tensor | None, Tensor]:
@@ -214,7 +219,11 @@ def _check_run(result: Result, chain: GaussianProcess, law: str, name: str) -> N
 
 def _policy_ran(chain: GaussianProcess, result: Result) -> bool:
     """Whether a run used the policy as it was given: its network, rule, grid and prior."""
-    ran = result.process
+    if isinstance(result.process, SecondOrderProcess) != isinstance(chain, SecondOrderProcess):
+        return False
+    if isinstance(result.process, SecondOrderProcess) and result.process.rule != chain.rule:
+        return False
+    ran, chain = model_of(result.process), model_of(chain)
     return (
         isinstance(ran, GaussianProcess)
         and ran.denoiser is chain.denoiser

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,10 +12,11 @@ from torch import Tensor
 from ..cost import Meter
 from ..errors import NotStochasticError, StateSpaceError
 from ..key import Key, as_key
+from ..processes.delegation import of_base
 from ..processes.gaussian import need_gaussian
 from ..processes.parameterization import only as only_of
-from ..types import GaussianPath, GaussianTransition, Rule
-from .delegation import of_base
+from ..processes.second_order import SecondOrderProcess
+from ..types import GaussianPath, GaussianTransition, Rule, RuleWithMemory
 from .hooks import Hooks, Log, extra_rows, look
 
 WHAT = "guidance by hooks"
@@ -134,7 +135,7 @@ class GuidedProcess:
 
     def with_rule(self, rule: Rule) -> GuidedProcess:
         """The same hooks under another transition rule."""
-        return replace(self, base=self.base.with_rule(rule))
+        return rule.on(self) if isinstance(rule, RuleWithMemory) else replace(self, base=self.base.with_rule(rule))
 
     def with_times(self, times: Sequence[float]) -> GuidedProcess:
         """The same hooks on another time grid."""
@@ -158,6 +159,8 @@ def guide(process: GaussianPath, hooks: Hooks, *, key: Key | int | None = None) 
     Raises:
         StateSpaceError: where the process is on no Gaussian path with a transition rule.
     """
+    if isinstance(process, SecondOrderProcess):  # hooks see noisy states; what is remembered is their prediction
+        return cast(Any, process.around(lambda base: guide(base, hooks, key=key)))
     own = None if key is None else as_key(key)
     if isinstance(process, GuidedProcess):
         process, hooks, own = process.base, process.hooks + hooks, own or process.key

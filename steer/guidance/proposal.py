@@ -13,6 +13,7 @@ from ..core.trajectory import Trajectory
 from ..errors import SteerError
 from ..key import Key, as_key
 from ..processes.gaussian import need_gaussian
+from ..processes.second_order import model_of, noisy
 from ..types import GaussianTransition
 from .hooks import Hooks, Log, coefficient, look, norms
 
@@ -44,7 +45,7 @@ class Follow:
     ) -> tuple[Trajectory, Tensor | None]:
         """The state caching the model's prediction and the displacement, and its scores where it is weighted."""
         process, k = need_gaussian(state.process, "a proposal by hooks", cure=_CURE), state.k
-        looked = look(process, self.hooks, state.x, k, self.key or key, self.log)
+        looked = look(model_of(process), self.hooks, noisy(process, state.x), k, self.key or key, self.log)
         here, there = process.levels[k : k + 2]
         std = process.rule.std(here, there)
         move = looked.displacement(coefficient(here, there, std))

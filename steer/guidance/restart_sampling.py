@@ -13,17 +13,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 
 from ..cost import Meter
 from ..errors import SteerError
 from ..key import Key
+from ..processes.delegation import of_base
 from ..processes.gaussian import GaussianProcess, need_gaussian_process
+from ..processes.second_order import SecondOrderProcess
 from ..processes.transitions import Normal
-from ..types import GaussianTransition, Level, RenoisableTransition, Rule
-from .delegation import of_base
+from ..types import GaussianTransition, Level, RenoisableTransition, Rule, RuleWithMemory
 
 _CURE = (
     "restart or recur the model itself and guide that, the other way round: guide(restart(process, spans), hooks); a "
@@ -164,7 +165,7 @@ class RestartProcess:
 
     def with_rule(self, rule: Rule) -> RestartProcess:
         """The same visits under another transition rule."""
-        return replace(self, base=self.base.with_rule(rule))
+        return rule.on(self) if isinstance(rule, RuleWithMemory) else replace(self, base=self.base.with_rule(rule))
 
     def with_times(self, times: Sequence[float]) -> RestartProcess:
         """SteerError: visits belong to a grid."""
@@ -207,6 +208,8 @@ def restart(process: GaussianProcess, spans: Sequence[RestartInterval | tuple[fl
     Differs: a span is run on the grid's own levels, not N_r new ones; the noise has the forward kernel's std, not 1.003
     times it.
     """
+    if isinstance(process, SecondOrderProcess):
+        return cast(Any, process.around(lambda base: restart(base, spans)))
     process, found = need_gaussian_process(process, "going back and forth", cure=_CURE), {}
     ratios = [level.sigma / level.alpha if level.alpha else math.inf for level in process.levels]
     for span in (RestartInterval(*span) for span in spans):
@@ -241,6 +244,8 @@ def recur(process: GaussianProcess, times: int) -> RestartProcess:
     Cost: `times` as many network rows.
     Source: the time travel of FreeDoM (Yu et al. 2023), the recurrence of UGD and TFG.
     """
+    if isinstance(process, SecondOrderProcess):
+        return cast(Any, process.around(lambda base: recur(base, times)))
     process = need_gaussian_process(process, "going back and forth", cure=_CURE)
     if times < 1:
         raise SteerError(f"recurrence counts how often a step is taken and must be at least 1, got {times}")

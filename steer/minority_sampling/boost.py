@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 
 from ..errors import SteerError
 from ..guidance import GuidedProcess
 from ..processes.gaussian import GaussianProcess, need_gaussian_process, need_levels
+from ..processes.second_order import SecondOrderProcess
 from ..types import GaussianPath, NoiseLevels
 from .signal_level import share, size
 
@@ -48,6 +50,8 @@ class BoostAndSkip:
 
     def __call__(self, process: GaussianPath) -> GaussianProcess | GuidedProcess:
         """The process from its boosted start."""
+        if isinstance(process, SecondOrderProcess):
+            return cast(Any, process.around(self))
         if isinstance(process, GuidedProcess):
             return replace(process, base=self(process.base))
         model = need_gaussian_process(

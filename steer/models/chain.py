@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError
-from ..processes.gaussian import GaussianProcess
+from ..processes.second_order import Remembering, SecondOrderProcess
+from ..types import GaussianPath
 from .mixture import GaussianMixture, MixtureTransition
 
 
-def chain_law(process: GaussianProcess) -> GaussianMixture:
+def chain_law(process: GaussianPath) -> GaussianMixture:
     """Distribution of the chain's final state, for a process whose steps are affine in the state plus Gaussian noise.
 
     Steps are affine when the data is one Gaussian, under every transition rule and interpolant conversion. This is what
@@ -25,19 +26,24 @@ def chain_law(process: GaussianProcess) -> GaussianMixture:
     Raises:
         ModelError: Where a step is not affine.
 
-    Cost: one prediction of D + 2 rows per step: each step is evaluated at zero, at the unit vectors, and at three times
-    their sum, which checks that it is affine.
+    Cost: one prediction of D + 2 rows per step, 2 D + 2 where steps remember: each step is evaluated at zero, at unit
+    vectors, and at three times their sum, which checks that it is affine.
     """
     size = process.event[0]
-    probe = torch.cat([torch.zeros(1, size), torch.eye(size), 3.0 * torch.ones(1, size)]).double()[None]
-    mean = torch.zeros(size, dtype=torch.float64)
-    cov = process.levels[0].sigma ** 2 * torch.eye(size, dtype=torch.float64)
+    wide = size * (2 if isinstance(process, SecondOrderProcess) else 1)  # of a state with what it remembers
+    probe = torch.cat([torch.zeros(1, wide), torch.eye(wide), 3.0 * torch.ones(1, wide)]).double()[None]
+    mean = torch.zeros(wide, dtype=torch.float64)
+    cov = torch.zeros(wide, wide, dtype=torch.float64)
+    cov[:size, :size] = process.levels[0].sigma ** 2 * torch.eye(size, dtype=torch.float64)
     for k in range(process.steps):
-        step = process.transition(probe, process.denoise(probe, k), k)
-        offset, matrix = _affine_parts(step.mean[0])
+        x = probe if wide == size else probe.unflatten(2, (2, size))
+        step = process.transition(x, process.denoise(x, k), k)
+        image = torch.cat([step.mean, step.memory.nan_to_num()], 2) if isinstance(step, Remembering) else step.mean
+        offset, matrix = _affine_parts(image[0])
         mean = matrix @ mean + offset
         root = step.factors[0] if isinstance(step, MixtureTransition) else step.std * torch.eye(size).double()
-        cov = matrix @ cov @ matrix.T + root @ root.T
+        cov = matrix @ cov @ matrix.T
+        cov[:size, :size] += root @ root.T
     return GaussianMixture(mean[None], cov[None])
 
 

@@ -376,10 +376,9 @@ def gaussian_mixture(
         schedule=path,
         times=grid,
         event=(mixture.means.shape[1],),
-        rule=transition or DDIM(),
         reference=mixture,
         dtype=dtype,
-    )
+    ).with_rule(transition or DDIM())
 
 
 def gaussian(mean: Any, cov: Any, **options: Any) -> GaussianProcess:

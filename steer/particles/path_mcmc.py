@@ -26,7 +26,7 @@ from ..core.trajectory import EMPTY_CACHE, ResamplingRecord, Trajectory
 from ..cost import rows_between
 from ..errors import StateSpaceError, SteerError
 from ..key import Key
-from ..processes.transitions import Normal
+from ..processes.second_order import begun, beside, noisy, normal_of
 from ..types import ReverseProcess, Transition
 
 Judge = Callable[[Trajectory, Key], tuple[Trajectory, Tensor]]
@@ -79,18 +79,19 @@ class PathMoves:
         # Moved states have a log-potential of their own; those that stay where they are must have one to keep.
         state = state.with_path_state(log_potential=state.path.log_potential_or_zero(state.log_weight))
         mean, std = _prior(state)
-        return _with_noise(state, _START, (state.x - mean) / std) if std > 0.0 else state
+        return _with_noise(state, _START, (noisy(state.process, state.x) - mean) / std) if std > 0.0 else state
 
     def record(self, state: Trajectory, model: Transition) -> Trajectory:
         """The state with the noise of its last step: what the model's own step would have had to add."""
-        if not isinstance(model, Normal):
+        law = normal_of(model)
+        if law is None:
             raise StateSpaceError(
                 f"moves replay paths by the noise of their steps, so steps must be steer.Normal, got "
                 f"{type(model).__name__}; run without moves"
             )
-        if not model.stochastic:
+        if not law.stochastic:
             return state
-        return _with_noise(state, _noise(state.k - 1), (state.x - model.mean) / model.std)
+        return _with_noise(state, _noise(state.k - 1), (noisy(state.process, state.x) - law.mean) / law.std)
 
     def __call__(self, state: Trajectory, value: Tensor, judge: Judge, key: Key) -> Trajectory:
         """A state just resampled to its `ancestors`, with the copies moved.
@@ -123,17 +124,19 @@ class PathMoves:
         process, noises = state.process, {}
         path_key = key.fold("path")  # a new path draws again what hooks draw in it
         log_size = key.fold("size").uniform(state.x.shape[:2], device=state.x.device) * math.log(self.smallest)
-        size = broadcast_like(log_size.exp(), state.x).to(state.x)
+        like = noisy(process, state.x)
+        size = broadcast_like(log_size.exp(), like).to(like)
         for name, noise in state.path.driving_noise.items():
             fresh = key.fold(name).normal(noise.shape, dtype=noise.dtype, device=noise.device)
             noises[name] = (1.0 - size.square()).sqrt() * noise + size * fresh
         mean, std = _prior(state)
         with torch.no_grad():
-            x = mean + std * noises[_START] if std > 0.0 else mean.expand_as(state.x)
+            x = begun(process, mean + std * noises[_START] if std > 0.0 else mean.expand_as(like))
             for k in range(state.k):
                 model = process.transition(x, process.denoise(x, k, path_key), k)
-                assert isinstance(model, Normal)  # as `record` has checked
-                x = model.mean + model.std * noises[_noise(k)] if model.stochastic else model.mean
+                law = normal_of(model)
+                assert law is not None  # as `record` has checked
+                x = beside(model, law.mean + law.std * noises[_noise(k)] if law.stochastic else law.mean)
         state = replace(state, x=x, cache=EMPTY_CACHE).with_path_state(driving_noise=noises)
         state, value = judge(state, path_key)
         return Chains(state.with_path_state(log_potential=value), value)
@@ -190,7 +193,8 @@ def _prior(state: Trajectory) -> tuple[Tensor, float]:
     moments = state.process.prior_moments
     assert moments is not None  # as `begin` has checked
     mean, std = moments
-    return (torch.zeros_like(state.x[:1, :1]) if mean is None else mean.to(state.x)), std
+    x = noisy(state.process, state.x)
+    return (torch.zeros_like(x[:1, :1]) if mean is None else mean.to(x)), std
 
 
 def _some(state: Trajectory, count: int) -> Trajectory:

@@ -74,7 +74,8 @@ def difference(at: Collection[int] | None = None, tempering: Tempering | None = 
 
     Args:
         at: timesteps to weight at, numbered from noise; None for all but the last prediction.
-        tempering: exponent of the value by level: `geometric_tempering`, `adaptive_tempering`; None for 1 throughout.
+        tempering: exponent of the value by level: `snr_share`, `geometric_tempering`, `adaptive_tempering`; None
+            for 1 throughout.
 
     Returns:
         What `steer.smc(weight=...)` takes.

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..core import population
 from ..core.trajectory import Trajectory
 from ..errors import SteerError
+from ..processes.gaussian import need_levels
 
 Tempering = Callable[[Trajectory, Tensor], Tensor]
 """(state, value [B, N]) -> exponent [B] in [0, 1] that multiplies the value at this level."""
@@ -80,6 +81,35 @@ def adaptive_tempering(share: float = 0.5, *, lowest: float = 0.0) -> Tempering:
         return population.temper(state.log_weight + begin[:, None] * value - counted, value, begin, share=share)
 
     return exponent
+
+
+def snr_share(state: Trajectory, value: Tensor) -> Tensor:
+    """The signal's share of a state, alpha^2 / (alpha^2 + sigma^2), as the exponent of its value: a tempering.
+
+        steer.smc(process, reward, weight=steer.difference(tempering=steer.snr_share))
+
+    r(x0_hat) says more at high noise than is known there, so that weights on the way are too far apart. With this
+    exponent log_evidence varies less from run to run and more starting noises survive; whoever wants the best sample
+    alone gains nothing.
+
+    Args:
+        state: a population on a Gaussian path.
+        value: its values r(x0_hat) / temperature, [B, N].
+
+    Returns:
+        Exponents [B], the same for all problems.
+
+    Raises:
+        StateSpaceError: states on no Gaussian path.
+
+    Cost: none.
+    Source: the posterior's variance of unit-variance data is 1 minus this share; measured in docs/benchmarks.md.
+    """
+    here = need_levels(state.process, "tempering by the signal's share", cure=_CURE).levels[state.k]
+    return torch.full_like(value[:, 0], here.alpha**2 / (here.alpha**2 + here.sigma**2))
+
+
+_CURE = "use steer.geometric_tempering(gamma) or steer.adaptive_tempering()"
 
 
 def _share(name: str, value: float) -> float:

@@ -107,14 +107,13 @@ def from_pipeline(
         schedule=grid.schedule,
         times=grid.times,
         event=tuple(mean.shape[2:]),
-        rule=rule,
         decoder=None if conditioning.wants_latents and opened.free is None else decoder,
         problems=conditioning.problems,
         prompts=conditioning.prompts,
         rows=max(opened.rows[index] for index in grid.indices),
         initial=(mean, std),
         device=opened.device,
-    )
+    ).with_rule(rule)
 
 
 class PipelineDenoiser:

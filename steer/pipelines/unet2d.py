@@ -70,12 +70,11 @@ def from_pipeline(
         schedule=schedule,
         times=times,
         event=(unet.config.in_channels, height, width),
-        rule=rule,
         decoder=_to_unit_range,
         problems=network.problems,
         rows=2 if network.guided else 1,
         device=unet.device,
-    )
+    ).with_rule(rule)
 
 
 def is_bare_unet(pipe: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -11,6 +12,7 @@ from ..errors import SteerError
 from ..types import Denoiser, Schedule
 from . import parameterization, schedules
 from .gaussian import _CONVERT_FIRST, GaussianProcess, need_gaussian_process
+from .second_order import SecondOrderProcess
 
 
 def convert(
@@ -34,6 +36,8 @@ def convert(
 
     Source: Kim et al. 2025 (RBF, 2503.19385), in x_0 form, where no derivative of the clock is needed.
     """
+    if isinstance(process, SecondOrderProcess):
+        return cast(Any, process.around(lambda base: convert(base, schedule, times)))
     process = need_gaussian_process(process, "exchanging Gaussian paths", cure=_CONVERT_FIRST)
     old = process.schedule
     ceiling = min(schedules.angle(old, process.times[0]), schedules.angle(schedule, schedule.start))

@@ -99,12 +99,11 @@ def from_edm(
         schedule=VE(sigma_max=grid[0]),
         times=times,
         event=tuple(event),
-        rule=transition or DDIM(),
         decoder=decoder,
         problems=problems,
         device=device,
         dtype=dtype,
-    )
+    ).with_rule(transition or DDIM())
 
 
 def karras_sigmas(

@@ -51,12 +51,11 @@ def from_denoiser(
         schedule=schedule,
         times=grid,
         event=tuple(event),
-        rule=transition or DDIM(),
         decoder=decoder,
         problems=problems,
         device=device,
         dtype=dtype,
-    )
+    ).with_rule(transition or DDIM())
 
 
 def from_eps(network: parameterization.Network, schedule: Schedule, times: Sequence[float] | int, **options):

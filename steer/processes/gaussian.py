@@ -17,7 +17,17 @@ from ..calls import Answer
 from ..cost import Meter
 from ..errors import ModelError, ShapeError, StateSpaceError, SteerError
 from ..key import Key
-from ..types import Denoiser, GaussianPath, GaussianTransition, Level, NoiseLevels, ReverseProcess, Rule, Schedule
+from ..types import (
+    Denoiser,
+    GaussianPath,
+    GaussianTransition,
+    Level,
+    NoiseLevels,
+    ReverseProcess,
+    Rule,
+    RuleWithMemory,
+    Schedule,
+)
 from . import parameterization, schedules
 from .parameterization import checked_output
 from .transitions import DDIM
@@ -61,6 +71,11 @@ class GaussianProcess:
         schedules.check_times(self.times)
         if not hasattr(self.rule, "std"):
             raise StateSpaceError(f"{self.rule} is no rule for a Gaussian path; use steer.ddim(eta=1.0) or another")
+        if isinstance(self.rule, RuleWithMemory):
+            raise StateSpaceError(
+                f"{self.rule} remembers predictions, for which a GaussianProcess has no place; use "
+                "process.with_rule(rule)"
+            )
 
     def __repr__(self) -> str:
         first = self.levels[0]
@@ -200,8 +215,8 @@ class GaussianProcess:
         )
 
     def with_rule(self, rule: Rule) -> GaussianProcess:
-        """This process with another transition rule."""
-        return replace(self, rule=rule)
+        """This process with another transition rule; one that remembers (`steer.second_order`) stands around it."""
+        return rule.on(self) if isinstance(rule, RuleWithMemory) else replace(self, rule=rule)
 
     def with_times(self, times: Sequence[float]) -> GaussianProcess:
         """This process on another time grid."""

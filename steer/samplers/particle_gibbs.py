@@ -32,6 +32,7 @@ from ..particles.potentials import Potential
 from ..particles.proposals import Proposal, ProposalFunction, bootstrap
 from ..particles.selection import resample
 from ..processes.gaussian import need_gaussian
+from ..processes.second_order import SecondOrderProcess
 from ..processes.transitions import TransformedTransition
 from ..results.result import Result
 from ..types import GaussianPath, GaussianTransition, Level, ReverseProcess, Reward, Rule
@@ -212,7 +213,7 @@ def particle_gibbs(
     share = torch.stack(renewed).mean(0) if renewed else nowhere
     # Pinned runs overestimate the normalizing constant: it is the first run's, with its variance, unless that was one.
     evidence = (nowhere, nowhere) if begins_pinned else (first.log_evidence, first.log_evidence_variance)
-    process = _with_hook_key(need_gaussian(result.process, _WHAT).with_rule(free.rule), getattr(free, "key", None))
+    process = _with_hook_key(_unpinned(result.process, free), getattr(free, "key", None))
     state = replace(state, process=process, diagnostics={**state.diagnostics, "renewed": share})
     return replace(
         result,
@@ -228,12 +229,28 @@ def _tied(process: GaussianPath, path: Tensor | None) -> tuple[GaussianPath, Sta
     """Process, start and resampler of a run whose particle 0 goes along a path; of a free run without one."""
     if path is None:
         return process, prior, multinomial
-    rule = PinnedRule(process.rule, path, process.levels)
-    return process.with_rule(rule), PinnedPrior(path), conditional_multinomial
+    pinning = PinnedPrior(path), conditional_multinomial
+    if isinstance(process, SecondOrderProcess):  # what is remembered of a pinned state follows from it
+        return process.around(lambda base: _pinned(base, path)), *pinning
+    return _pinned(process, path), *pinning
+
+
+def _pinned(process: GaussianPath, path: Tensor) -> GaussianPath:
+    """The process under its own rule, with particle 0 along a path."""
+    return process.with_rule(PinnedRule(process.rule, path, process.levels))
+
+
+def _unpinned(process: ReverseProcess, free: GaussianPath) -> GaussianPath:
+    """What a pinned run has used, under the rule of the free process."""
+    if isinstance(process, SecondOrderProcess) and isinstance(free, SecondOrderProcess):
+        return process.around(lambda base: base.with_rule(free.base.rule))
+    return need_gaussian(process, _WHAT).with_rule(free.rule)
 
 
 def _with_hook_key(process: GaussianPath, key: Key | None) -> GaussianPath:
     """The process, its hooks drawing by that key; itself where it has none."""
+    if isinstance(process, SecondOrderProcess):
+        return process.around(lambda base: _with_hook_key(base, key))
     return process if process.hooks is None else replace(cast(Any, process), key=key)
 
 

@@ -8,7 +8,7 @@ from ..core.chain import run_chain
 from ..core.event import OnStep
 from ..core.loop import Loop
 from ..core.run import Run
-from ..core.start import Start, prepared, prior
+from ..core.start import Start, prepared, prior, started
 from ..core.trajectory import LevelRecord
 from ..key import Key
 from ..particles.selection import check
@@ -62,7 +62,7 @@ def rollout(
     begin, count = prepared(start, run.process, run.temperature, particles=particles, budget=budget)
     loop = Loop(run)
     with loop.keeping_partial():
-        loop.partial = state = begin(run.process, run.objective, run.key, run.problems, count)
+        loop.partial = state = started(begin, run.process, run.objective, run.key, run.problems, count)
         loop.partial = state = run_chain(loop, replace(state, keep_states=keep_states))
         scores = run.score(state.x)
         check(state)

@@ -23,7 +23,7 @@ from ..core.loop import Loop
 from ..core.objective import FINISHED
 from ..core.population import log_potential
 from ..core.run import Run
-from ..core.start import Start, check_resume, prepared, prior
+from ..core.start import Start, check_resume, prepared, prior, started
 from ..core.trajectory import LevelRecord, ResamplingRecord, Trajectory, required
 from ..errors import NotStochasticError, SteerError
 from ..key import Key
@@ -136,7 +136,7 @@ class _ParticleFilter:
             start, count = prepared(
                 start, run.process, run.temperature, particles=particles, budget=budget, price=price
             )
-            state = start(run.process, run.objective, run.key, run.problems, count)
+            state = started(start, run.process, run.objective, run.key, run.problems, count)
         state = replace(state, keep_states=keep_states)
         _check_stochastic(state, self.selection)
         return self.begun(state)

@@ -14,6 +14,7 @@ from ..particles.proposals import bootstrap, guided
 from ..particles.selection import resample
 from ..processes.gaussian import GaussianProcess
 from ..processes.schedules import VP, RectifiedFlow
+from ..processes.second_order import noisy, state_shape
 from ..processes.transitions import ode
 from ..samplers.smc import smc
 from ..types import Rule
@@ -70,7 +71,8 @@ def check_rule(rule: Rule, *, converges: bool = True, runs: int = 512, key: Key 
 
 def _check_transition(process: GaussianProcess, k: int, key: Key) -> None:
     here, there = process.levels[k], process.levels[k + 1]
-    x, x0 = (key.fold(name).at(k).normal((2, 64, 2)) for name in ("x", "x0"))
+    shapes = {"x": state_shape(process, k), "x0": process.event}
+    x, x0 = (key.fold(name).at(k).normal((2, 64, *shape)) for name, shape in shapes.items())
     step = process.transition(x, x0, k)
     std = process.rule.std(here, there)
     if not (math.isfinite(std) and std >= 0.0 and math.isclose(std, step.std, rel_tol=1e-9, abs_tol=1e-12)):
@@ -81,14 +83,14 @@ def _check_transition(process: GaussianProcess, k: int, key: Key) -> None:
     half = process.transition(x.float(), x0.float(), k).mean
     if half.dtype != torch.float32:
         raise CheckFailed(f"a step keeps the dtype of its states, float32, got {half.dtype}")
-    if not torch.allclose(step.shift(torch.ones_like(x)).mean, step.mean + 1.0):
+    if not torch.allclose(step.shift(torch.ones_like(x0)).mean, step.mean + 1.0):
         raise CheckFailed("shift(delta) must move the mean by delta")
     if not step.stochastic:
         if step.std != 0.0:
             raise CheckFailed(f"a step of std {step.std} is stochastic")
         return
     drawn = step.sample(key.at(k))
-    away = (drawn - step.mean) / step.std
+    away = (noisy(process, drawn) - step.mean) / step.std
     density = (-0.5 * away.square() - math.log(step.std) - 0.5 * math.log(2.0 * math.pi)).sum(2)
     if not torch.allclose(step.log_prob(drawn), density, rtol=1e-6, atol=1e-6):
         raise CheckFailed("log_prob must be the log-density of N(mean, std^2), summed over the event")

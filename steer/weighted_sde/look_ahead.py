@@ -10,6 +10,7 @@ from torch import Tensor
 from ..errors import SteerError
 from ..key import Key
 from ..processes.gaussian import ddim_jump
+from ..processes.second_order import noisy
 from ..types import Level, NoiseLevels
 
 Ramp = Callable[[Level], float]
@@ -75,6 +76,7 @@ def ode_steps(count: int, ramp: Ramp | None = None) -> LookAhead:
         raise SteerError(f"a look-ahead takes at least one step, got {count}")
 
     def predict(process: NoiseLevels, x: Tensor, x0: Tensor, k: int, key: Key | None) -> Tensor:
+        x = noisy(process, x)
         for stop in stops(process.steps, k, count):
             x = ddim_jump(x, process.complete(x, x0), process.levels[k], process.levels[stop])
             k, x0 = stop, process.denoise(x, stop, key)

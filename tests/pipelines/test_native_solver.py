@@ -107,3 +107,55 @@ def test_steps_leave_nothing_of_their_particles_behind():
         assert not any(torch.is_tensor(entry) for entry in each.shared["model_outputs"])
     assert vars(process.scheduler)["model_outputs"] == plain
     assert torch.equal(steer.rollout(process, lambda x: x.flatten(1).mean(1), particles=2).x, first)
+
+
+def opened_with(algorithm, transition, steps, **options):
+    """A tiny pipeline under a multistep scheduler, as a process under a rule of steer's."""
+    pipe, call = build("sd15")
+    kind = diffusers.DPMSolverMultistepScheduler
+    pipe.scheduler = kind.from_config(pipe.scheduler.config, algorithm_type=algorithm, **options)
+    return steer.from_pipeline(pipe, steps=steps, transition=transition, **call)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("solver", "steps"), [("midpoint", 6), ("midpoint", 16), ("heun", 6)])
+def test_the_second_order_rule_without_noise_is_dpm_solver_2m(solver, steps):
+    """DPMSolverMultistepScheduler, dpmsolver++, order 2, midpoint: its default. Its heun form is another."""
+
+    def samples(process):
+        return steer.rollout(process, lambda images: images.mean((1, 2, 3)), particles=1, keep_states=False).x
+
+    ours = samples(opened_with("dpmsolver++", steer.second_order(0.0), steps))
+    process = opened_with("dpmsolver++", steer.ode(), steps, solver_type=solver)
+    theirs = samples(steer.own_solver(process))[:, :, 0]
+    apart = float((ours - theirs).abs().max() / theirs.abs().max())
+    assert apart < 1e-5 if solver == "midpoint" else apart > 1e-4
+
+
+@pytest.mark.slow
+def test_the_second_order_rule_at_tau_1_is_sde_dpm_solver():
+    """sde-dpmsolver++ of order 2, the same noise given to both; tau = .9 is another chain."""
+    process = opened_with("sde-dpmsolver++", steer.second_order(1.0), STEPS)
+    theirs = copy.deepcopy(process.denoiser.call.scheduler.plain())
+    off = {1.0: 0.0, 0.9: 0.0}
+    x = process.prior(steer.Key(0), 1, 1)
+    with torch.no_grad():
+        for k, timestep in enumerate(theirs.timesteps):
+            noise = steer.Key(1).at(k).normal(x[:, :, 0].shape)
+            x0 = process.denoise(x, k)
+            output = process.denoiser.output(x[:, :, 0], process.denoiser.grid.indices[k])
+            other = theirs.step(output[0], timestep, x[0, :, 0], variance_noise=noise[0]).prev_sample[None]
+            for tau in off:
+                step = process.with_rule(steer.second_order(tau)).transition(x, x0, k)
+                drawn = step.mean + step.std * noise
+                off[tau] = max(off[tau], float((drawn - other).abs().max() / other.abs().max()))
+            x = drawn_state(process, x, x0, k, noise)
+    assert off[1.0] < 1e-5
+    assert off[0.9] > 1e-3
+
+
+def drawn_state(process, x, x0, k, noise):
+    """The state that a step leads to by the given noise, with what it remembers."""
+    step = process.transition(x, x0, k)
+    drawn = step.mean + step.std * noise
+    return drawn if k + 1 == process.steps else step.beside(drawn)
