@@ -26,7 +26,7 @@ Temperature = float | Literal["auto"]
 """What rewards are divided by; "auto" is the temperature at which the ESS of unsteered samples is half of them."""
 
 _AUTO = 0.5  # ESS share of "auto": the smallest that a few dozen samples determine well
-_ENOUGH = 12  # times 1 / ess^2 samples tell the ESS to a factor of about 1.2: large weights matter more, and are rarer
+_ENOUGH = 24  # times 1 / ess^2 samples, for an ESS within a factor 1.5: large weights count more, and are rarer
 _SAMPLES = (4, 128)  # of a pilot, at least and at most
 _SHARE = 4  # a pilot gets at most the budget over this
 _CHUNK = 64  # chains of a pilot that run at once
@@ -132,7 +132,7 @@ def settle(
         SteerError: more than one of the three is given, or no temperature meets what is asked for.
         BudgetError: a quarter of the budget pays for fewer than four samples.
 
-    Cost: nothing where the temperature is a number; else 12 / ess^2 (or 12 exp(2 kl)) samples, 128 at most, and no more
+    Cost: nothing where the temperature is a number; else 24 / ess^2 (or 24 exp(2 kl)) samples, 128 at most, and no more
     than a quarter of the budget pays for: K network rows and a reward each. Repetitions of one problem share them.
     """
     ess, kl = _asked(temperature, ess, kl)
@@ -153,7 +153,7 @@ def settle(
         asked=f"ess={ess:g}" if kl is None else f"kl={kl:g}",
         samples=tilt.samples,
         rows=count * rows,
-        ess=tilt.ess(chosen),
+        ess=tilt.ess_of_model(chosen),
         ess_factor=tilt.ess_factor(chosen),
         kl=tilt.kl(chosen),
         reward=tilt.mean(chosen),

@@ -73,10 +73,21 @@ class Tilt:
         return float(weighted_mean(allowed, centred.square()).sqrt().mean())
 
     def ess(self, temperature: float) -> float:
-        """ESS share at a temperature, a mean over models."""
-        value = self._value(temperature)
-        first, second = ((self.log_weight + times * value).logsumexp(1) for times in (1.0, 2.0))
-        return float((2.0 * first - second).exp().mean())
+        """ESS share of these samples at a temperature, a mean over models."""
+        return float(self._log_ess(temperature)[0].exp().mean())
+
+    def ess_of_model(self, temperature: float) -> float:
+        """ESS share of further samples of the models: these lack the rarest, so that their own is too high by what the
+        jackknife says."""
+        whole, without = self._log_ess(temperature)
+        corrected = whole + (self.samples - 1) * (whole - without.mean(1))
+        return float(corrected.exp().clamp(max=1.0).mean())
+
+    def ess_factor(self, temperature: float) -> float:
+        """Factor within which that is known, one standard error, by the jackknife: too low where tails are long."""
+        without = self._log_ess(temperature)[1]
+        error = without.std(1, correction=0) * math.sqrt(self.samples - 1.0)
+        return math.exp(float(error.square().sum().sqrt()) / len(error))
 
     def kl(self, temperature: float) -> float:
         """KL to the model at a temperature in nats, a mean over models."""
@@ -95,14 +106,6 @@ class Tilt:
         weight = allowed.softmax(1)
         return float(torch.where(weight > 0, weight * centred, 0.0).square().sum().sqrt()) / len(weight)
 
-    def ess_factor(self, temperature: float) -> float:
-        """Factor within which the ESS share is known, one standard error: by the delta method, from these samples."""
-        value = self._value(temperature)
-        first, second = ((self.log_weight + times * value).logsumexp(1, keepdim=True) for times in (1.0, 2.0))
-        influence = 2.0 * (value - first).exp() - (2.0 * value - second).exp() - 1.0
-        relative = (self.log_weight.exp() * influence).square().sum().sqrt()
-        return math.exp(float(relative) / len(value))
-
     def temperature(self, *, ess: float | None = None, kl: float | None = None) -> float:
         """The temperature of an ESS share, or of a KL in nats, to three digits.
 
@@ -112,7 +115,7 @@ class Tilt:
         self._check()
 
         def reached(temperature: float) -> bool:
-            return self.kl(temperature) >= kl if kl is not None else self.ess(temperature) <= (ess or 0.0)
+            return self.kl(temperature) >= kl if kl is not None else self.ess_of_model(temperature) <= (ess or 0.0)
 
         low, high = _DECADES
         warm, cold = (self.spread / 10.0**decade for decade in _DECADES)
@@ -126,7 +129,7 @@ class Tilt:
 
     def expected(self, temperature: float) -> Expected:
         """What is expected of a temperature."""
-        return Expected(temperature, self.ess(temperature), self.mean(temperature), self.kl(temperature))
+        return Expected(temperature, self.ess_of_model(temperature), self.mean(temperature), self.kl(temperature))
 
     def table(self, *others: float, shares: Sequence[float] = (0.9, 0.75, 0.5, 0.25, 0.1)) -> tuple[Expected, ...]:
         """What is expected of other temperatures, and of those that leave these ESS shares, the highest first.
@@ -138,6 +141,16 @@ class Tilt:
             with suppress(SteerError):
                 found |= {self.temperature(ess=share)} if share * self.reward.numel() >= 2.0 else set()
         return tuple(self.expected(temperature) for temperature in sorted(found, reverse=True))
+
+    def _log_ess(self, temperature: float) -> tuple[Tensor, Tensor]:
+        """Log ESS share [B], and without each of the samples in turn [B, n]."""
+        value = self._value(temperature)
+        parts = (self.log_weight, self.log_weight + value, self.log_weight + 2.0 * value)
+        sums = [part.logsumexp(1, keepdim=True) for part in parts]
+        rest = [_without(part, total) for part, total in zip(parts, sums, strict=True)]
+        whole, without = (2.0 * first - second - weight for weight, first, second in (sums, rest))
+        least = self.log_weight.masked_fill(self.log_weight == -torch.inf, torch.inf).amin(1, keepdim=True)
+        return whole[:, 0], torch.maximum(without, least)  # where one sample is all: the rest has at least one's share
 
     def _value(self, temperature: float) -> Tensor:
         """r / temperature [B, n], less the best of each model, for which nothing overflows."""
@@ -168,3 +181,8 @@ class Tilt:
             "end, and ties for the best, or too few samples to see rarer ones, the other; ask for what lies between, "
             "or give a number"
         )
+
+
+def _without(part: Tensor, total: Tensor) -> Tensor:
+    """Logs of a sum without each of its terms, from their logs [B, n] and that of the sum [B, 1]."""
+    return total + torch.log1p(-(part - total).exp().clamp(max=1.0 - 1e-12))

@@ -36,9 +36,9 @@ def test_the_run_is_that_of_the_number(name):
     assert torch.equal(run.log_weight, given.log_weight)
     assert torch.equal(run.log_evidence, given.log_evidence) or run.log_evidence.isnan().all()
     assert run.made_by == given.made_by
-    assert (choice.temperature, choice.asked, choice.samples) == (run.temperature, "ess=0.5", 48)
-    assert choice.rows == run.cost.nfe - given.cost.nfe == 48 * ROWS
-    assert run.cost.rewards - given.cost.rewards == 48
+    assert (choice.temperature, choice.asked, choice.samples) == (run.temperature, "ess=0.5", 96)
+    assert choice.rows == run.cost.nfe - given.cost.nfe == 96 * ROWS
+    assert run.cost.rewards - given.cost.rewards == 96
     assert events[0].cost.nfe > choice.rows
     assert events[-1].cost.nfe <= run.cost.nfe
     assert given.temperature_choice is None
@@ -49,7 +49,7 @@ def test_the_run_is_that_of_the_number(name):
 def test_pilot_and_run_keep_the_budget(name):
     run = SAMPLERS[name](mixture_process(), REWARD, kl=0.5, budget=400, key=1)
     assert run.cost.nfe <= 400
-    assert run.temperature_choice.rows == 100  # a quarter of it: 20 samples in place of 33
+    assert run.temperature_choice.rows == 100  # a quarter of it: 20 samples in place of 66
     assert run.temperature_choice.kl == pytest.approx(0.5, rel=0.02)
 
 
@@ -72,8 +72,8 @@ def test_auto_is_half():
         ({"kl": 0.0}, "in nats and positive"),
         ({"kl": math.inf}, "in nats and positive"),
         ({"temperature": "cold"}, "must be positive .* got 'cold'"),
-        ({"temperature": "auto", "reward": lambda x: 0.0 * x[:, 0]}, "all 48 unsteered samples score 0"),
-        ({"temperature": "auto", "reward": lambda x: x[:, 0] - math.inf}, "forbids .-inf. all 48"),
+        ({"temperature": "auto", "reward": lambda x: 0.0 * x[:, 0]}, "all 96 unsteered samples score 0"),
+        ({"temperature": "auto", "reward": lambda x: x[:, 0] - math.inf}, "forbids .-inf. all 96"),
     ],
 )
 def test_what_cannot_be_asked(options, message):
@@ -102,15 +102,15 @@ def test_without_a_reward_there_is_nothing_to_divide():
 def test_repetitions_share_the_pilot_and_prompts_do_not():
     """Of one problem, all samples are pooled; of several, the ESS is a mean over them."""
     shared = steer.smc(mixture_process(), REWARD, ess=0.5, batch=6, particles=4).temperature_choice
-    assert (shared.samples, shared.rows) == (48, 8 * ROWS)
+    assert (shared.samples, shared.rows) == (96, 16 * ROWS)
     two = dataclasses.replace(mixture_process(), problems=2, prompts=("mild", "wild"))
 
     def score(x, prompts):
         return x[:, 0] * torch.tensor([1.0 if prompt == "mild" else 5.0 for prompt in prompts])
 
     prompts = steer.smc(two, score, ess=0.7, particles=3).temperature_choice
-    assert (prompts.samples, prompts.rows) == (25, 25 * ROWS)
-    pilot = steer.rollout(two, score, particles=25, key=steer.Key(0).fold("pilot")).reward
+    assert (prompts.samples, prompts.rows) == (49, 49 * ROWS)
+    pilot = steer.rollout(two, score, particles=49, key=steer.Key(0).fold("pilot")).reward
     assert prompts.temperature == Tilt.of(pilot).temperature(ess=0.7)
     assert prompts.temperature != Tilt.of(pilot, pooled=True).temperature(ess=0.7)
 

@@ -134,4 +134,4 @@ def test_a_report_does_not_celebrate_a_null_result(tmp_path, reference):
     assert "rose" not in lead
     chosen = steer.smc(gaussian(), first, particles=64, ess=0.5)
     page = chosen.report(tmp_path).read_text()
-    assert "chosen for ess=0.5 from 48 unsteered samples" in page
+    assert "chosen for ess=0.5 from 96 unsteered samples" in page
