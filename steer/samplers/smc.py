@@ -29,7 +29,7 @@ from ..core.trajectory import LevelRecord, ResamplingRecord, Trajectory, require
 from ..errors import NotStochasticError, SteerError
 from ..key import Key
 from ..particles.path_mcmc import forget
-from ..particles.potentials import Potential, difference
+from ..particles.potentials import Potential, default_weight
 from ..particles.proposals import Proposal, ProposalFunction, bootstrap, predict_and_score, propose
 from ..particles.selection import Resample, check, resample, select
 from ..results.result import Result
@@ -76,7 +76,9 @@ def smc(
         proposal: what particles move by: `bootstrap`, the model's own transition; `guided(scale)`, along the gradient
             of r(x0_hat); or one of yours, an object or a plain function (state, model) -> transition, which is
             called at every step that draws noise.
-        weight: potential at intermediate levels: `difference()` by default, `maximum()`, `total()`, `final_only()`.
+        weight: potential at intermediate levels: `difference()`, `maximum()`, `total()`, `final_only()`. By default
+            `difference()`, and where the first values would leave an ESS below N / 8, as predictions far out of the
+            range of the data do, tempered from there as by `adaptive_tempering()`.
         selection: `resample(resampler, threshold, at)`; systematic below half of N by default.
         keep_states: keep every state and log-density, for `Trajectory.states` and `.transitions`; B N states per step.
         on_step: called with an `Event` after each step; raising `Stop` ends the run with what there is.
@@ -108,7 +110,7 @@ def smc(
     common: dict[str, Any] = {"batch": batch, "key": key, "seed": seed}
     asked = settle(process, reward, temperature=temperature, ess=ess, kl=kl, budget=budget, **common)
     run = Run.open("smc", process, reward, temperature=asked.temperature, on_step=asked.on_step(on_step), **common)
-    particle_filter = _ParticleFilter(run, proposal, weight or difference(), selection or resample())
+    particle_filter = _ParticleFilter(run, proposal, weight or default_weight(), selection or resample())
     loop = Loop(run)
     with loop.keeping_partial():
         loop.partial = state = particle_filter.start(start, particles, asked.budget, batch, keep_states)
