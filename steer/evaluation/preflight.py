@@ -313,7 +313,10 @@ def _recommended(found: Preflight, process: ReverseProcess, groupwise: bool) -> 
         )
         early = found.usable_from or 0
         if early > 0.25 * found.steps:
-            advice.append(f"before step {early} its ranking is mostly chance; selecting there mostly costs diversity")
+            advice.append(
+                f"before step {early} its ranking is mostly chance; selecting there mostly costs diversity: begin at "
+                f"it, weight=steer.difference(at=range({early}, {found.steps - 1}))"
+            )
     return method, (*advice, *_remarks(found, method))
 
 

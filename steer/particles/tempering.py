@@ -56,7 +56,7 @@ def geometric_tempering(gamma: float = 0.008, *, lowest: float = 0.0) -> Geometr
     return GeometricTempering(gamma, _share("lowest", lowest))
 
 
-def adaptive_tempering(share: float = 0.5, *, lowest: float = 0.0) -> Tempering:
+def adaptive_tempering(share: float = 0.5, *, lowest: float = 0.0) -> Callable[[Trajectory, Tensor], Tensor]:
     """The largest exponent, never falling, that keeps the ESS at or above share * N. For `difference` potentials.
 
     Args:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..errors import SteerError
@@ -33,7 +34,7 @@ class DynamicClip:
         rank = max(1, math.ceil(self.quantile * size.shape[2]))
         bound = size.kthvalue(rank, dim=2).values.clamp(min=self.limit)
         bound = bound.reshape(*bound.shape, *(1 for _ in x0.shape[2:]))
-        return x0.clamp(-bound, bound) * (self.limit / bound)
+        return torch.maximum(torch.minimum(x0, bound), -bound) * (self.limit / bound)
 
 
 Clip = StaticClip | DynamicClip
