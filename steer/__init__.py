@@ -89,6 +89,7 @@ from .pipelines.native_solver import own_solver
 from .pipelines.verification import verify
 from .processes import schedules
 from .processes import transitions as rules
+from .processes.clipping import dynamic_clip
 from .processes.conversion import convert
 from .processes.edm import from_edm, karras_sigmas
 from .processes.from_network import from_denoiser, from_eps, from_score, from_v, from_velocity
@@ -210,6 +211,7 @@ __all__ = [
     "dps",
     "draw_path",
     "driftlite",
+    "dynamic_clip",
     "ecg",
     "euler_maruyama",
     "exporters",

@@ -118,6 +118,12 @@ class Meter:
     def counts(self, counts: Sequence[int]) -> None:
         self.nfe, self.grads, self.rewards, self.decodes = counts
 
+    def paid(self, cost: Cost) -> None:
+        """Counts what another run has spent for this one; wall time runs on by itself."""
+        self.counts = tuple(map(sum, zip(self.counts, (cost.nfe, cost.grads, cost.rewards, cost.decodes), strict=True)))
+        for kind in self.seconds:
+            self.seconds[kind] += cost.seconds.get(kind, 0.0)
+
     def cost(self) -> Cost:
         """What was spent so far."""
         seconds = {**self.seconds, "total": time.perf_counter() - self._began}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .core.snapshot import check_process, trajectory_from
+from .core.temperature import TemperatureChoice
 from .core.trajectory import LevelRecord
 from .cost import Cost
 from .errors import SteerError
@@ -69,12 +70,13 @@ class Saved:
             if "seen_levels" in read:
                 levels = zip(self.tensors["seen_levels"].tolist(), read["ess"], read["scores"], strict=True)
                 seen = tuple(LevelRecord(k, ess, score[:, ~score.isnan().all(0)]) for k, ess, score in levels)
-            trajectory = self.facts["trajectory"]
+            trajectory, choice = self.facts["trajectory"], self.facts.get("temperature_choice")
             return Result(
                 process=process,
                 key=self.key,
                 cost=self.cost,
                 temperature=math.inf if self.facts["temperature"] is None else self.facts["temperature"],
+                temperature_choice=None if choice is None else TemperatureChoice(**choice),
                 interrupted=self.facts["interrupted"],
                 seen=seen,
                 trajectory=None if trajectory is None else trajectory_from(self.tensors, trajectory, process),

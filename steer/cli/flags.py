@@ -86,6 +86,27 @@ Temperature = Annotated[
         help="Divides the reward. For log-probabilities (digit:...) 1 is Bayes' posterior; lower is greedier.",
     ),
 ]
+
+
+def _number_or_auto(value: str | float) -> str | float:
+    """A temperature, or "auto": what the option was given as text, or its default."""
+    if value == "auto":
+        return value
+    try:
+        return _positive(float(value))
+    except ValueError:
+        raise typer.BadParameter(f'must be a positive number or "auto", got {value}') from None
+
+
+TemperatureOrAuto = Annotated[
+    Any,
+    typer.Option(
+        parser=_number_or_auto,
+        metavar="X|auto",
+        help="Divides the reward. For log-probabilities (digit:...) 1 is Bayes' posterior; lower is greedier. auto: "
+        "chosen from unsteered samples before the run, as by --set ess=0.5.",
+    ),
+]
 Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps per sample; default: the model's own.")]
 Seed = Annotated[int, typer.Option(help="Random seed: the same seed gives the same samples.")]
 Label = Annotated[int | None, typer.Option(help="Condition a class-conditional model on this class; default: none.")]

@@ -30,7 +30,7 @@ from .flags import (
     Seed,
     Shard,
     Steps,
-    Temperature,
+    TemperatureOrAuto,
     Workers,
 )
 from .inputs import (
@@ -79,7 +79,7 @@ def generate(
     n: Annotated[
         int | None, typer.Option("--n", min=1, help="How many pictures to show: 16, and 1 a prompt of a file.")
     ] = None,
-    temperature: Temperature = 1.0,
+    temperature: TemperatureOrAuto = 1.0,
     steps: Steps = None,
     seed: Seed = 0,
     label: Label = None,

@@ -93,6 +93,10 @@ def print_run(numbers: dict[str, Any], out: Path, about: dict[str, Any], as_json
             lines.add_row(escape(name), f"{before}[bold]{number(measured['steered'])}[/]")
         apart = numbers["reference_cost"]
         aside = f", and {apart['nfe']:,} for the unsteered samples" if apart else ""
+        if numbers["temperature_choice"] is not None:
+            chosen = numbers["temperature_choice"]
+            lines.add_row("temperature", f"{number(chosen['temperature'])}, chosen for {chosen['asked']}")
+        lines.add_row("in short", escape(numbers["verdict"]))
         lines.add_row("NFE", f"{numbers['cost']['nfe']:,} network rows{aside}")
         if "texts" in numbers:
             lines.add_row("samples", escape(", ".join(numbers["texts"])))

@@ -100,3 +100,9 @@ def of_pass(on_step: OnStep | None, name: str, earlier: Cost) -> OnStep | None:
     """`on_step` for one of several passes of a method: its events are called `name`, and count what came before."""
     called = as_one(on_step)
     return called and (lambda event: called(replace(event, run=name, earlier=earlier)))
+
+
+def after(on_step: OnStep | None, earlier: Cost) -> OnStep | None:
+    """`on_step` for what a method does after it has spent `earlier`, which its events count."""
+    called = as_one(on_step)
+    return called and (lambda event: called(replace(event, earlier=earlier + event.earlier)))

@@ -250,10 +250,13 @@ def at_level(process: ReverseProcess, k: int) -> str:
 FINISHED = "of the finished samples"
 
 
-def check_temperature(temperature: float) -> float:
+def check_temperature(temperature: float | str) -> float:
     """A temperature, checked: positive, in units of the reward."""
     if not isinstance(temperature, int | float) or not temperature > 0.0:
-        raise SteerError(f"temperature divides rewards and must be positive (inf turns them off), got {temperature}")
+        raise SteerError(
+            f"temperature divides rewards and must be positive (inf turns them off), got {temperature!r}; samplers of "
+            'a distribution (smc, tds, ...) choose it where they are given "auto", ess= or kl='
+        )
     return float(temperature)
 
 

@@ -155,7 +155,7 @@ def about(process: ReverseProcess) -> dict[str, Any]:
             value = None
         found[name] = value if value is None or name in ("prompts", "times") else repr(value)
         found[name] = list(found[name]) if isinstance(found[name], tuple) else found[name]
-    return found
+    return found | {"clip": repr(getattr(process, "clip", None))}  # "None" is known, and null of an older record is not
 
 
 def check_process(made: Mapping[str, Any], process: ReverseProcess) -> None:
@@ -166,8 +166,8 @@ def check_process(made: Mapping[str, Any], process: ReverseProcess) -> None:
             f"the run was made by a process of {made['steps']} steps with states {tuple(made['event'])}, got one of "
             f"{given['steps']} with {tuple(given['event'])}; open the process as it was"
         )
-    for name in ("prompts", "times", "schedule", "rule"):
-        before, now = made[name], given[name]
+    for name in ("prompts", "times", "schedule", "rule", "clip"):
+        before, now = made.get(name), given[name]
         unknown = before is None or now is None or " at 0x" in f"{before}{now}"  # objects without a repr of their own
         if not unknown and before != now:
             raise SteerError(

@@ -9,6 +9,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from ..core.temperature import Temperature
 from ..errors import SteerError
 from ..execution.journal import resumable
 from ..execution.progress_bar import progress as progress_bar
@@ -73,7 +74,7 @@ def sample(
     *,
     method: str | Method = "smc",
     budget: int | None = None,
-    temperature: float = 1.0,
+    temperature: Temperature = 1.0,
     batch: int = 1,
     key: Key | int = 0,
     seed: int | None = None,
@@ -89,7 +90,8 @@ def sample(
         method: a name (see `steer.methods()`) or a sampler itself.
         budget: network rows (NFE x batch rows) per problem, never exceeded; without it the method's own default number
             of particles.
-        temperature: divides rewards; where a method samples a distribution, that is p(x) exp(r(x) / temperature).
+        temperature: divides rewards; where a method samples a distribution, that is p(x) exp(r(x) / temperature), and
+            "auto", or ess= or kl= among the options, choose it before the run (docs/temperature.md).
         batch: independent problems; a conditioned process fixes it.
         key: names all noise of the run, an integer or a `Key`.
         seed: the same as `key`; give one of them.

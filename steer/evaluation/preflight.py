@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from ..core.loop import Loop
 from ..core.objective import FINISHED, Objective
 from ..core.run import Run
+from ..core.tilt import Expected, Tilt
 from ..core.trajectory import Trajectory
 from ..cost import Cost
 from ..errors import BudgetError, NotDifferentiableError
@@ -74,6 +76,8 @@ class Preflight:
         forbidden: How many of them are -inf.
         sights: How early predictions rank samples, one entry for each probed step.
         gradient: Whether the reward has one, and its size.
+        temperatures: What samplers of p(x) exp(r(x) / temperature) can expect of a temperature: ESS, mean reward and KL
+            to the model. Empty for rewards that score a sample against others, and where no sample is allowed.
         network_seconds, reward_seconds, decode_seconds: Per prediction (all its rows), per score, per decoded sample.
         cost: What this preflight spent.
         method, budget: Recommended for `steer.sample`; the budget in NFE (network rows) per problem.
@@ -92,6 +96,7 @@ class Preflight:
     forbidden: int
     sights: tuple[PredictionReliability, ...]
     gradient: Gradient
+    temperatures: tuple[Expected, ...]
     network_seconds: float
     reward_seconds: float
     decode_seconds: float
@@ -159,7 +164,15 @@ class Preflight:
             "recommended": f'method="{self.method}", budget={self.budget:,} NFE (network rows) per problem',
         }
         table = "\n".join(f"{name:<18} {text}" for name, text in lines.items())
-        return table + "\n" + "\n".join(f"- {sentence}" for sentence in self.advice)
+        return "\n".join([table, *self._temperatures(), *(f"- {sentence}" for sentence in self.advice)])
+
+    def _temperatures(self) -> Iterator[str]:
+        """The table of temperatures, line by line."""
+        if self.temperatures:
+            of = self.samples * self.problems
+            yield f"{'temperature':<18} {'expected ESS':>12}  {'mean reward':>12}  KL to the model (of {of} samples)"
+        for row in self.temperatures:
+            yield f"{row.temperature:<18.3g} {row.ess:>12.0%}  {row.reward:>12.4g}  {row.kl:.2g} nats"
 
 
 def preflight(
@@ -180,7 +193,7 @@ def preflight(
         samples: Chains per problem, in pairs that share their starting noise where steps draw noise of their own.
             Four show what is broken, but rank coarsely; take 16 where the ranking decides.
         batch: Independent problems; a conditioned process fixes it.
-        temperature: > 0; scales the gradient that is reported.
+        temperature: > 0; scales the gradient that is reported, and gets a line in the table of temperatures.
         key: Random seed.
         seed: Another name for `key`.
 
@@ -234,6 +247,7 @@ def preflight(
         forbidden=int((final == -torch.inf).sum()),
         sights=tuple(PredictionReliability(k, _rank_correlation(r, final), _error(r, final)) for k, r in seen.items()),
         gradient=slope,
+        temperatures=_temperatures(final, objective.groupwise, process.problems is None, run.temperature),
         network_seconds=spent.seconds["network"] * process.rows / max(1, spent.nfe),
         reward_seconds=spent.seconds["reward"] / max(1, spent.rewards),
         decode_seconds=spent.seconds["decode"] / max(1, spent.decodes),
@@ -245,6 +259,13 @@ def preflight(
     method, advice = _recommended(found, process, objective.groupwise)
     particles = 1 if method == "rollout" else 16
     return replace(found, method=method, budget=particles * process.steps * process.rows, advice=advice)
+
+
+def _temperatures(final: Tensor, groupwise: bool, pooled: bool, temperature: float) -> tuple[Expected, ...]:
+    """What to expect of temperatures, that of the call among them, by the final rewards [B, n]."""
+    if groupwise or not bool((final > -torch.inf).any(1).all()):
+        return ()
+    return Tilt.of(final, pooled=pooled).table(temperature)
 
 
 def _recommended(found: Preflight, process: ReverseProcess, groupwise: bool) -> tuple[str, tuple[str, ...]]:
@@ -293,7 +314,10 @@ def _recommended(found: Preflight, process: ReverseProcess, groupwise: bool) -> 
         )
         early = found.usable_from or 0
         if early > 0.25 * found.steps:
-            advice.append(f"before step {early} its ranking is mostly chance; selecting there mostly costs diversity")
+            advice.append(
+                f"before step {early} its ranking is mostly chance; selecting there mostly costs diversity: begin at "
+                f"it, weight=steer.difference(at=range({early}, {found.steps - 1}))"
+            )
     return method, (*advice, *_remarks(found, method))
 
 

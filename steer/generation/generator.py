@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from ..core.temperature import Temperature
 from ..errors import SteerError
 from ..evaluation.methods import name_of, sample
 from ..key import Key
@@ -55,7 +56,7 @@ class Generator:
         method: name of a method, or a method.
         budget: network rows a prompt, never exceeded; or
         particles: samples a prompt.
-        temperature: divides the reward.
+        temperature: divides the reward; "auto" is chosen for each row by itself, from unsteered samples.
         seed: of all noise.
         steps: of the chain; None for the model's own number.
         device: where the model goes; dtype: "fp32", "bf16" or "fp16" of its networks.
@@ -74,7 +75,7 @@ class Generator:
         method: str | Callable[..., Result] = "smc",
         budget: int | None = None,
         particles: int | None = None,
-        temperature: float = 1.0,
+        temperature: Temperature = 1.0,
         seed: int = 0,
         steps: int | None = None,
         device: str | None = None,
@@ -88,7 +89,8 @@ class Generator:
         if budget is not None and particles is not None:
             raise SteerError("give a budget or a number of particles, not both")
         self.model, self.reward, self.method = model, reward, method
-        self.budget, self.particles, self.temperature, self.seed = budget, particles, temperature, seed
+        self.budget, self.particles, self.seed = budget, particles, seed
+        self.temperature: Temperature = temperature
         self.steps, self.device, self.dtype, self.call = steps, device, dtype, dict(call or {})
         self.options, self.keep, self.retries, self.download = dict(options or {}), keep, retries, download
         self._opener: Opener | None = None

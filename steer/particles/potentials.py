@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..core.trajectory import PathState, Trajectory
-from .tempering import Tempering
+from .tempering import Tempering, cautious_tempering
 
 Combine = Callable[[Tensor, PathState], tuple[Tensor, dict[str, Any]]]
 """(value [B, N], what the path remembers) -> (log-potential [B, N], fields of PathState to change)."""
@@ -46,7 +46,8 @@ class Potential:
 
     def apply(self, state: Trajectory, value: Tensor) -> Trajectory:
         """The state reweighted by values [B, N] = r(x0_hat) / temperature at its level."""
-        exponent = None if self.tempering is None else self.tempering(state, value)[:, None].expand_as(value)
+        exponent = None if self.tempering is None else self.tempering(state, value)
+        exponent = None if exponent is None else exponent[:, None].expand_as(value)
         # Also where it is None: a tempered run that this one goes on from has left its own.
         if exponent is not None or state.path.exponent is not None:
             state = state.with_path_state(exponent=exponent)
@@ -85,6 +86,11 @@ def difference(at: Collection[int] | None = None, tempering: Tempering | None = 
         return value - path.log_potential_or_zero(value), {}
 
     return _potential(combine, at, tempering, telescopes=True)
+
+
+def default_weight() -> Potential:
+    """`difference`, with care for first values that would kill most seeds (`cautious_tempering`)."""
+    return difference(tempering=cautious_tempering)
 
 
 def maximum(at: Collection[int] | None = None, tempering: Tempering | None = None) -> Potential:

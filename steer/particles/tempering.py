@@ -14,8 +14,10 @@ from ..core.trajectory import Trajectory
 from ..errors import SteerError
 from ..processes.gaussian import need_levels
 
-Tempering = Callable[[Trajectory, Tensor], Tensor]
-"""(state, value [B, N]) -> exponent [B] in [0, 1] that multiplies the value at this level."""
+Tempering = Callable[[Trajectory, Tensor], Tensor | None]
+"""(state, value [B, N]) -> exponent [B] in [0, 1] that multiplies the value at this level; None for 1 throughout."""
+
+_KILLED = 8  # the first values are tempered where fewer than one in so many particles would count
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def geometric_tempering(gamma: float = 0.008, *, lowest: float = 0.0) -> Geometr
     return GeometricTempering(gamma, _share("lowest", lowest))
 
 
-def adaptive_tempering(share: float = 0.5, *, lowest: float = 0.0) -> Tempering:
+def adaptive_tempering(share: float = 0.5, *, lowest: float = 0.0) -> Callable[[Trajectory, Tensor], Tensor]:
     """The largest exponent, never falling, that keeps the ESS at or above share * N. For `difference` potentials.
 
     Args:
@@ -112,7 +114,28 @@ def snr_share(state: Trajectory, value: Tensor) -> Tensor:
 _CURE = "use steer.geometric_tempering(gamma) or steer.adaptive_tempering()"
 
 
+def cautious_tempering(state: Trajectory, value: Tensor) -> Tensor | None:
+    """Exponent 1, except from first values that would leave an ESS below an eighth of N: then `adaptive_tempering()`.
+
+    The default of `steer.smc`. The first predictions of a network may lie far out of the range of the data, and rewards
+    of them kill all seeds but one, before anything is known of any. Reads the device once in a run.
+    """
+    if state.path.exponent is None:
+        if state.path.log_potential is not None:  # the first values passed, or a start has counted its own
+            return None
+        forbidden = value == -torch.inf
+        full = population.ess(state.log_weight + value.masked_fill(forbidden, 0.0))
+        passed = full >= value.shape[1] / _KILLED
+        if bool(passed.all()):
+            return None
+        return torch.where(passed, torch.ones_like(full), _adaptive(state, value))
+    return _adaptive(state, value)
+
+
 def _share(name: str, value: float) -> float:
     if not 0.0 <= value <= 1.0:
         raise SteerError(f"{name} must be in [0, 1], got {value}")
     return float(value)
+
+
+_adaptive = adaptive_tempering()

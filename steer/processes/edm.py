@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import ModelError, ShapeError
 from ..types import Rule
 from . import parameterization
+from .clipping import Clip, as_clip
 from .gaussian import GaussianProcess
 from .schedules import VE
 from .transitions import DDIM
@@ -53,6 +54,7 @@ def from_edm(
     decoder: Callable[[Tensor], Tensor] | None = None,
     problems: int | None = None,
     chunk: int | None = None,
+    clip: float | tuple[float, float] | Clip | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> GaussianProcess:
@@ -72,6 +74,7 @@ def from_edm(
         decoder: states [M, *event] to what rewards see; None: the state.
         problems: how many conditionings the network is closed over, None where any batch runs.
         chunk: most rows per network call; None: all. Not for networks that are closed over one condition per row.
+        clip: bounds on predictions of x_0, as `steer.from_denoiser` takes them.
         device: where states are.
         dtype: of states.
 
@@ -101,6 +104,7 @@ def from_edm(
         event=tuple(event),
         decoder=decoder,
         problems=problems,
+        clip=as_clip(clip),
         device=device,
         dtype=dtype,
     ).with_rule(transition or DDIM())

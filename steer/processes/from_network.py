@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..types import Denoiser, Rule, Schedule
 from . import parameterization, schedules
+from .clipping import Clip, as_clip
 from .gaussian import GaussianProcess
 from .transitions import DDIM
 
@@ -22,6 +23,7 @@ def from_denoiser(
     transition: Rule | None = None,
     decoder: Callable[[Tensor], Tensor] | None = None,
     problems: int | None = None,
+    clip: float | tuple[float, float] | Clip | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> GaussianProcess:
@@ -35,6 +37,9 @@ def from_denoiser(
         transition: how steps are drawn; ancestral sampling, `steer.ddim(1.0)`, by default.
         decoder: states [M, *event] to what rewards see; None: the state.
         problems: number of conditionings the denoiser is closed over (axis 0), None where any batch runs.
+        clip: bounds on predictions of x_0, for networks that run out of the range of the data where there is most
+            noise: c for [-c, c], a pair (low, high), or `steer.dynamic_clip()`. The chain steps by what is within, so
+            this changes the distribution of the model, as the same option of other samplers does; None changes nothing.
         device: where states are.
         dtype: of states.
 
@@ -42,7 +47,7 @@ def from_denoiser(
         The process, over states [B, N, *event].
 
     Raises:
-        SteerError: times that do not fall within [0, 1].
+        SteerError: times that do not fall within [0, 1], or bounds that are none.
         StateSpaceError: a transition rule that is not one for a Gaussian path.
     """
     grid = schedules.uniform_times(schedule, times) if isinstance(times, int) else schedules.check_times(times)
@@ -53,6 +58,7 @@ def from_denoiser(
         event=tuple(event),
         decoder=decoder,
         problems=problems,
+        clip=as_clip(clip),
         device=device,
         dtype=dtype,
     ).with_rule(transition or DDIM())

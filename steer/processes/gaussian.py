@@ -29,6 +29,7 @@ from ..types import (
     Schedule,
 )
 from . import parameterization, schedules
+from .clipping import Clip
 from .parameterization import checked_output
 from .transitions import DDIM
 
@@ -50,6 +51,7 @@ class GaussianProcess:
                another distribution than N(0, sigma^2): image-to-image, or a scheduler with a scale of its own.
     reference: what knows exact answers about this model (analytic models), else None.
     meter:     the ledger of the run in progress; samplers set it.
+    clip:      bounds on predictions of x_0 (`steer.dynamic_clip`, or [low, high]); the chain steps by what is within.
     """
 
     denoiser: Denoiser
@@ -66,6 +68,7 @@ class GaussianProcess:
     device: torch.device | str = "cpu"
     dtype: torch.dtype = torch.float32
     meter: Meter | None = None
+    clip: Clip | None = None
 
     def __post_init__(self) -> None:
         schedules.check_times(self.times)
@@ -156,7 +159,8 @@ class GaussianProcess:
             x.shape,
             "the denoiser must return E[x_0 | x] in the shape of x, {shape} = (B, N, *event)",
         )
-        return x0.to(x.dtype, copy=True)  # a network may write its next answer into the same memory
+        x0 = x0.to(x.dtype, copy=True)  # a network may write its next answer into the same memory
+        return x0 if self.clip is None else self.clip(x0)
 
     def complete(self, x: Tensor, x0: Tensor) -> Tensor:
         """The prediction itself: it is a clean state."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from .run_result import RunResult
 from .run_samples import problem_names, samples, thumbnail
 from .tree_figure import tree_figure
 from .tree_layout import LEAVES, NODES, drawable
+from .verdict import verdict
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -62,8 +64,9 @@ def summary(result: RunResult, reference: RunResult | None = None, metrics: Metr
         metrics: Name -> function of decoded samples [M, ...] to [M].
 
     Returns:
-        By name. `reward` and each of `metrics` hold weighted means over particles and problems, `steered` and
-        `unsteered`, with `error`, the standard error of the unsteered mean; `by_problem` has the numbers of each.
+        By name. `verdict` says in a sentence what the run did. `reward` and each of `metrics` hold weighted means over
+        particles and problems, `steered` and `unsteered`, with `error`, the standard error of the unsteered mean;
+        `by_problem` has the numbers of each.
 
     Raises:
         ShapeError: Unsteered samples of another number of problems.
@@ -75,10 +78,12 @@ def summary(result: RunResult, reference: RunResult | None = None, metrics: Metr
         )
     variance = result.log_evidence_variance
     numbers: dict[str, Any] = {
+        "verdict": verdict(result, reference),
         "problems": result.reward.shape[0],
         "particles": result.reward.shape[1],
         "interrupted": result.interrupted,
         "temperature": result.temperature,
+        "temperature_choice": None if result.temperature_choice is None else asdict(result.temperature_choice),
         "reward": _measured(result, reference, None) | {"best": result.reward.max()},
         "metrics": {name: _measured(result, reference, f) for name, f in (metrics or {}).items()},
         "ess": result.ess.mean(),
@@ -155,6 +160,7 @@ def write_report(
         about=facts_of(result) | dict(about or {}),
         facts=numbers,
         interrupted=result.interrupted,
+        verdict=numbers["verdict"],
         assets=["tree.css", "tree.js"] if trees else [],
         problems=numbers["problems"],
         reward=numbers["reward"],
@@ -270,6 +276,8 @@ def _diagnostics(result: RunResult, numbers: dict[str, Any]) -> Iterator[tuple[s
     """(name, value) of what the run estimated, and of what tells how far its weights can be trusted."""
     (problems, particles), names = result.reward.shape, problem_names(result)
     yield "temperature T", number(result.temperature)
+    if result.temperature_choice is not None:
+        yield "how it was chosen", str(result.temperature_choice)
     if not _selects(result):
         estimates = zip(numbers["log_evidence"], numbers["log_evidence_std"], strict=True)
         for i, (estimate, error) in enumerate(list(estimates)[:8]):

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from ..core.temperature import TemperatureChoice
 from ..core.trajectory import LevelRecord, Trajectory
 from ..cost import Cost
 from ..key import Key
@@ -45,6 +46,9 @@ class RunResult(Protocol):
 
     @property
     def temperature(self) -> float: ...
+
+    @property
+    def temperature_choice(self) -> TemperatureChoice | None: ...
 
     @property
     def trajectory(self) -> Trajectory | None: ...

@@ -18,10 +18,12 @@ from ..core import diagnostics, population
 from ..core.population import gather
 from ..core.resampling import systematic
 from ..core.run import Run
+from ..core.temperature import TemperatureChoice
 from ..core.trajectory import LevelRecord, Trajectory
 from ..cost import Cost, check_counts
 from ..errors import StateSpaceError, SteerError
 from ..key import Key, as_key
+from ..report.verdict import verdict
 from ..types import ReverseProcess, RewardSpec
 
 if TYPE_CHECKING:
@@ -82,6 +84,8 @@ class Result:
                   `steer.multinomial`. By ancestors it is right on average, has an error of its own of about sqrt(2 R) /
                   N after R resamplings, and may be negative where it is smaller than that.
     made_by:      the method and the reward, by their names.
+    temperature_choice: how the temperature was chosen, where the run was asked for "auto", `ess=` or `kl=`. The run is
+                  the same as one of this temperature, but for what the choice cost.
     """
 
     process: ReverseProcess
@@ -100,6 +104,7 @@ class Result:
     law: Law = "none"
     log_evidence_variance: Tensor = None  # type: ignore[assignment]
     made_by: MadeBy = MadeBy()  # noqa: RUF009, a tuple does not change
+    temperature_choice: TemperatureChoice | None = None
 
     def __post_init__(self) -> None:
         if self.log_evidence_variance is None:
@@ -172,10 +177,12 @@ class Result:
 
     def __repr__(self) -> str:
         problems, particles = self.reward.shape
+        choice = self.temperature_choice
         return (
             f"Result({problems} x {particles} samples, reward mean {self.mean_reward.mean():.4g} "
             f"best {self.reward.max():.4g}, ess {self.ess.mean():.3g}, nfe {self.cost.nfe}"
-            f"{', interrupted' if self.interrupted else ''})"
+            f"{'' if choice is None else f', temperature {choice.temperature:.3g} for {choice.asked}'}"
+            f"{', interrupted' if self.interrupted else ''}; {verdict(self)})"
         )
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,7 @@ def _parts(result: RunResult, reference: RunResult | None, states: bool) -> tupl
         "made_by": result.made_by._asdict(),
         "interrupted": result.interrupted,
         "temperature": result.temperature,  # null for infinity
+        "temperature_choice": None if result.temperature_choice is None else asdict(result.temperature_choice),
         "law": result.law,
         "key": {
             "seed": key.seed,

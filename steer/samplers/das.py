@@ -17,6 +17,7 @@ import math
 from ..core.event import OnStep
 from ..core.resampling import ssp
 from ..core.start import Start, prior
+from ..core.temperature import Temperature
 from ..key import Key
 from ..particles.potentials import difference
 from ..particles.proposals import TemperedGuided
@@ -34,7 +35,9 @@ def das(
     batch: int = 1,
     particles: int | None = None,
     budget: int | None = None,
-    temperature: float = 1.0,
+    temperature: Temperature = 1.0,
+    ess: float | None = None,
+    kl: float | None = None,
     key: Key | int = 0,
     seed: int | None = None,
     start: Start = prior,
@@ -85,6 +88,8 @@ def das(
         particles=4 if particles is None and budget is None else particles,
         budget=budget,
         temperature=temperature,
+        ess=ess,
+        kl=kl,
         key=key,
         seed=seed,
         start=start,

@@ -20,6 +20,7 @@ from ..core.event import OnStep, of_pass
 from ..core.loop import keeping
 from ..core.objective import num_problems
 from ..core.start import PreparedStart, Start, prior
+from ..core.temperature import Temperature
 from ..core.trajectory import Trajectory
 from ..cost import Cost, affordable
 from ..errors import SteerError
@@ -34,6 +35,7 @@ from ..weighted_sde.composite import Composite, Exponents, compose
 from ..weighted_sde.engine import FeynmanKac, Noise
 from ..weighted_sde.look_ahead import LookAhead, x0_hat
 from ..weighted_sde.loop import check_choices, rows_per_particle, weighted_loop
+from ..weighted_sde.pilot import settle_composite
 from ..weighted_sde.transports import ecg, vcg
 
 
@@ -48,7 +50,9 @@ def driftlite(
     batch: int = 1,
     particles: int | None = None,
     budget: int | None = None,
-    temperature: float = 1.0,
+    temperature: Temperature = 1.0,
+    ess: float | None = None,
+    kl: float | None = None,
     key: Key | int = 0,
     seed: int | None = None,
     start: Start | Trajectory = prior,
@@ -105,9 +109,13 @@ def driftlite(
     transport, look_ahead, key = vcg() if control == "vcg" else ecg(), look_ahead or x0_hat(), as_key(key, seed)
     weight = FeynmanKac(probes)
     check_choices(target, transport, weight, noise, None)
+    asked = settle_composite(
+        target, reward, temperature=temperature, ess=ess, kl=kl, batch=batch, budget=budget, key=key
+    )
+    budget, on_step = asked.budget, asked.on_step(on_step)
     if passes > 1:
         per_pass = rows_per_particle(target, reward is not None, weight, look_ahead)
-        before = start.prepare(target, temperature)[1] if isinstance(start, PreparedStart) else 0
+        before = start.prepare(target, asked.temperature)[1] if isinstance(start, PreparedStart) else 0
         particles = affordable(passes * per_pass, particles=particles, budget=budget, before=passes * before)
         budget, batch = None, num_problems(target, batch)
 
@@ -119,7 +127,7 @@ def driftlite(
             batch=batch,
             particles=particles,
             budget=budget,
-            temperature=temperature,
+            temperature=asked.temperature,
             key=key,
             seed=None,
             start=start,
@@ -144,4 +152,4 @@ def driftlite(
         with keeping(replace(result, interrupted=True)):
             later, thetas = run(key.fold("pass", i), thetas, i + 1, spent)
         result = replace(later, cost=spent + later.cost).by("driftlite")
-    return result
+    return asked.told(result)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection
 from ..core.event import OnStep
 from ..core.resampling import Resampler, systematic
 from ..core.start import Start, prior
+from ..core.temperature import Temperature
 from ..key import Key
 from ..particles.potentials import Potential, difference
 from ..particles.selection import resample
@@ -31,7 +32,9 @@ def fk_steering(
     batch: int = 1,
     particles: int | None = None,
     budget: int | None = None,
-    temperature: float = 1.0,
+    temperature: Temperature = 1.0,
+    ess: float | None = None,
+    kl: float | None = None,
     key: Key | int = 0,
     seed: int | None = None,
     start: Start = prior,
@@ -77,6 +80,8 @@ def fk_steering(
         particles=4 if particles is None and budget is None else particles,
         budget=budget,
         temperature=temperature,
+        ess=ess,
+        kl=kl,
         key=key,
         seed=seed,
         start=start,

@@ -13,9 +13,11 @@ Skreta et al. 2025, Props. 3.1 to 3.4.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from ..core.event import OnStep
 from ..core.start import Start, prior
+from ..core.temperature import Temperature
 from ..core.trajectory import Trajectory
 from ..key import Key
 from ..particles.birth_death import BirthDeath
@@ -28,7 +30,8 @@ from ..weighted_sde.composite import Composite, Exponents, compose
 from ..weighted_sde.engine import FeynmanKac, KernelRatio, Noise
 from ..weighted_sde.look_ahead import LookAhead, x0_hat
 from ..weighted_sde.loop import check_choices, weighted_loop
-from ..weighted_sde.transports import Transport, flow_transport, score_transport
+from ..weighted_sde.pilot import default_transport, settle_composite
+from ..weighted_sde.transports import Transport
 
 
 def fkc(
@@ -41,7 +44,9 @@ def fkc(
     batch: int = 1,
     particles: int | None = None,
     budget: int | None = None,
-    temperature: float = 1.0,
+    temperature: Temperature = 1.0,
+    ess: float | None = None,
+    kl: float | None = None,
     key: Key | int = 0,
     seed: int | None = None,
     start: Start | Trajectory = prior,
@@ -103,21 +108,19 @@ def fkc(
     nothing is clamped.
     """
     target = compose(process, exponent=exponent, unconditional=unconditional, guidance=guidance)
-    if transport is None:
-        transport = score_transport if target.total(target.steps) == 1.0 and not target.varying else flow_transport
+    transport = transport or default_transport(target)
     if weight is None:
         by_kernel = reward is not None and noise == 1.0 and not transport.flow
         weight = KernelRatio() if by_kernel else FeynmanKac(probes=1)
     check_choices(target, transport, weight, noise, active)
+    common: dict[str, Any] = {"batch": batch, "key": key, "seed": seed}
+    asked = settle_composite(target, reward, temperature=temperature, ess=ess, kl=kl, budget=budget, **common)
     result, _ = weighted_loop(
         target,
         reward,
-        batch=batch,
         particles=particles,
-        budget=budget,
-        temperature=temperature,
-        key=key,
-        seed=seed,
+        budget=asked.budget,
+        temperature=asked.temperature,
         start=start,
         transport=transport,
         weight=weight,
@@ -128,7 +131,8 @@ def fkc(
         active=active,
         sigma_data=sigma_data,
         keep_states=keep_states,
-        on_step=on_step,
+        on_step=asked.on_step(on_step),
         name="fkc",
+        **common,
     )
-    return result
+    return asked.told(result)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..core.event import OnStep
 from ..core.start import Start, prior
+from ..core.temperature import Temperature
 from ..key import Key
 from ..particles.potentials import final_only
 from ..particles.selection import resample
@@ -19,7 +20,9 @@ def importance_sampling(
     batch: int = 1,
     particles: int | None = None,
     budget: int | None = None,
-    temperature: float = 1.0,
+    temperature: Temperature = 1.0,
+    ess: float | None = None,
+    kl: float | None = None,
     key: Key | int = 0,
     seed: int | None = None,
     start: Start = prior,
@@ -48,6 +51,8 @@ def importance_sampling(
         particles=particles,
         budget=budget,
         temperature=temperature,
+        ess=ess,
+        kl=kl,
         key=key,
         seed=seed,
         start=start,

@@ -24,8 +24,9 @@ from ..core.loop import keeping
 from ..core.objective import Objective, num_problems
 from ..core.resampling import Resampler, multinomial
 from ..core.start import Start, prior
+from ..core.temperature import Temperature, settle
 from ..core.trajectory import Trajectory
-from ..cost import Cost, affordable, check_counts, rows_between
+from ..cost import affordable, check_counts, rows_between
 from ..errors import ShapeError, StateSpaceError
 from ..key import Key, as_key
 from ..particles.potentials import Potential
@@ -123,7 +124,9 @@ def particle_gibbs(
     batch: int = 1,
     particles: int | None = None,
     budget: int | None = None,
-    temperature: float = 1.0,
+    temperature: Temperature = 1.0,
+    ess: float | None = None,
+    kl: float | None = None,
     key: Key | int = 0,
     seed: int | None = None,
     sweeps: int = 4,
@@ -175,13 +178,14 @@ def particle_gibbs(
     check_counts(sweeps=sweeps)
     pins = path is not None or sweeps > 1
     guarded = _with_hook_key(free, UndrawnKey(0)) if pins else free
-    count = affordable(sweeps * rows_between(process, 0, process.steps), particles=particles, budget=budget)
     batch = num_problems(process, batch)
     _check_path(path, (batch, process.steps + 1, *process.event))
+    asked = settle(process, reward, temperature=temperature, ess=ess, kl=kl, batch=batch, budget=budget, key=key)
+    count = affordable(sweeps * rows_between(process, 0, process.steps), particles=particles, budget=asked.budget)
     begins_pinned = path is not None
     first: Result | None = None
     result: Result | None = None  # of the last whole sweep
-    cost, sweep, renewed = Cost(), 0, list[Tensor]()
+    cost, sweep, renewed = asked.spent, 0, list[Tensor]()
     while True:
         of_sweep = key.fold("sweep", sweep)
         tied, begin, resampler = _tied(guarded, path)
@@ -191,7 +195,7 @@ def particle_gibbs(
                 reward,
                 batch=batch,
                 particles=count,
-                temperature=temperature,
+                temperature=asked.temperature,
                 key=of_sweep,
                 start=begin,
                 proposal=proposal,
@@ -221,6 +225,7 @@ def particle_gibbs(
         log_evidence=evidence[0],
         log_evidence_variance=evidence[1],
         cost=cost,
+        temperature_choice=asked.choice,
         trajectory=state,
     ).by("particle_gibbs")
 

@@ -9,8 +9,10 @@ Yoon et al. 2025, Secs. 4-5.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from ..core.event import OnStep
+from ..core.temperature import Temperature, settle
 from ..cost import check_counts, rows_between
 from ..errors import BudgetError, SteerError
 from ..key import Key
@@ -30,7 +32,9 @@ def psi(
     batch: int = 1,
     particles: int | None = None,
     budget: int | None = None,
-    temperature: float = 1.0,
+    temperature: Temperature = 1.0,
+    ess: float | None = None,
+    kl: float | None = None,
     key: Key | int = 0,
     seed: int | None = None,
     start: Langevin | None = None,
@@ -74,25 +78,26 @@ def psi(
     """
     if not 0.0 < share < 1.0:
         raise SteerError(f"share of the rows that MCMC gets must be in (0, 1), got {share}")
+    common: dict[str, Any] = {"batch": batch, "key": key, "seed": seed}
+    asked = settle(process, reward, temperature=temperature, ess=ess, kl=kl, budget=budget, **common)
     start = start or pcnl()
     if start.burn_in is None and start.kept is None:
-        particles, start = _planned(process, start, particles, budget, share)
-    return smc(
+        particles, start = _planned(process, start, particles, asked.budget, share)
+    result = smc(
         process,
         reward,
-        batch=batch,
         particles=particles,
-        budget=budget,
-        temperature=temperature,
-        key=key,
-        seed=seed,
+        budget=asked.budget,
+        temperature=asked.temperature,
         start=start,
         proposal=proposal or guided(),
         weight=weight,
         selection=selection,
         keep_states=keep_states,
-        on_step=on_step,
-    ).by("psi")
+        on_step=asked.on_step(on_step),
+        **common,
+    )
+    return asked.told(result).by("psi")
 
 
 def _planned(

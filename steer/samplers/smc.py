@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -24,11 +24,12 @@ from ..core.objective import FINISHED
 from ..core.population import log_potential
 from ..core.run import Run
 from ..core.start import Start, check_resume, prepared, prior, started
+from ..core.temperature import Temperature, settle
 from ..core.trajectory import LevelRecord, ResamplingRecord, Trajectory, required
 from ..errors import NotStochasticError, SteerError
 from ..key import Key
 from ..particles.path_mcmc import forget
-from ..particles.potentials import Potential, difference
+from ..particles.potentials import Potential, default_weight
 from ..particles.proposals import Proposal, ProposalFunction, bootstrap, predict_and_score, propose
 from ..particles.selection import Resample, check, resample, select
 from ..results.result import Result
@@ -42,7 +43,9 @@ def smc(
     batch: int = 1,
     particles: int | None = None,
     budget: int | None = None,
-    temperature: float = 1.0,
+    temperature: Temperature = 1.0,
+    ess: float | None = None,
+    kl: float | None = None,
     key: Key | int = 0,
     seed: int | None = None,
     start: Start | Trajectory = prior,
@@ -61,7 +64,11 @@ def smc(
         particles: N per problem, 16 by default.
         budget: network rows (NFE x batch rows) per problem, never exceeded; takes the place of `particles`, or checks
             it.
-        temperature: > 0, in units of the reward; inf ignores the reward.
+        temperature: > 0, in units of the reward; inf ignores the reward, "auto" is ess=0.5.
+        ess: in place of a temperature: the one at which the ESS of unsteered samples weighted by exp(r / temperature)
+            is this share of them, in (0, 1). Chosen before the run from unsteered samples on noise of their own, which
+            cost up to a quarter of the budget (docs/temperature.md); `result.temperature_choice` says how.
+        kl: in place of a temperature: the one at which the target's KL to the model is this, in nats.
         key: names all noise of the run, an integer or a `Key`.
         seed: the same as `key`, for those who call it that; give one of them.
         start: where particles begin: `prior`, another start (`pcnl`, `mala`, `ula`, `top_k_of_n`), whose cost comes out
@@ -69,7 +76,9 @@ def smc(
         proposal: what particles move by: `bootstrap`, the model's own transition; `guided(scale)`, along the gradient
             of r(x0_hat); or one of yours, an object or a plain function (state, model) -> transition, which is
             called at every step that draws noise.
-        weight: potential at intermediate levels: `difference()` by default, `maximum()`, `total()`, `final_only()`.
+        weight: potential at intermediate levels: `difference()`, `maximum()`, `total()`, `final_only()`. By default
+            `difference()`, and where the first values would leave an ESS below N / 8, as predictions far out of the
+            range of the data do, tempered from there as by `adaptive_tempering()`.
         selection: `resample(resampler, threshold, at)`; systematic below half of N by default.
         keep_states: keep every state and log-density, for `Trajectory.states` and `.transitions`; B N states per step.
         on_step: called with an `Event` after each step; raising `Stop` ends the run with what there is.
@@ -90,18 +99,21 @@ def smc(
         BudgetError: where the budget does not pay for one particle. Each has what was computed before it in `.partial`.
 
     Cost: per problem N K network rows (K = process.steps) and N K rewards at the default weight; with guidance also up
-    to N K backward passes. One prediction per state serves its weight, its proposal and the next step.
+    to N K backward passes; before it, where the temperature is chosen, up to 128 chains of K rows and a reward. One
+    prediction per state serves its weight, its proposal and the next step.
 
     Source: Del Moral 2004; Wu et al. 2023 (TDS), Alg. 1; Singhal et al. 2025 (FK steering).
     Differs: potentials close on r(x_0); weights not used up by a resampling are carried on; resampling precedes the
     proposal, so that copies of a particle share its prediction and separate in the same step; the normalizing constant
     is always estimated.
     """
-    run = Run.open("smc", process, reward, batch=batch, temperature=temperature, key=key, seed=seed, on_step=on_step)
-    particle_filter = _ParticleFilter(run, proposal, weight or difference(), selection or resample())
+    common: dict[str, Any] = {"batch": batch, "key": key, "seed": seed}
+    asked = settle(process, reward, temperature=temperature, ess=ess, kl=kl, budget=budget, **common)
+    run = Run.open("smc", process, reward, temperature=asked.temperature, on_step=asked.on_step(on_step), **common)
+    particle_filter = _ParticleFilter(run, proposal, weight or default_weight(), selection or resample())
     loop = Loop(run)
     with loop.keeping_partial():
-        loop.partial = state = particle_filter.start(start, particles, budget, batch, keep_states)
+        loop.partial = state = particle_filter.start(start, particles, asked.budget, batch, keep_states)
         with loop.steps():
             for _ in range(state.k, run.process.steps):
                 state = loop.predicted(particle_filter.weigh(state))
@@ -109,8 +121,10 @@ def smc(
                 loop.stepped(before, state, partial=state)
         state, scores = particle_filter.close(loop.ended(state))
         check(state)
-    return Result.from_population(
-        run, state, scores, law="target", seen=particle_filter.history, interrupted=loop.interrupted
+    return asked.told(
+        Result.from_population(
+            run, state, scores, law="target", seen=particle_filter.history, interrupted=loop.interrupted
+        )
     )
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 from ..core.event import OnStep
 from ..core.resampling import systematic
 from ..core.start import Start, prior
+from ..core.temperature import Temperature
 from ..key import Key
 from ..particles.proposals import twisted
 from ..particles.selection import Resample, resample
@@ -30,7 +31,9 @@ def tds(
     batch: int = 1,
     particles: int | None = None,
     budget: int | None = None,
-    temperature: float = 1.0,
+    temperature: Temperature = 1.0,
+    ess: float | None = None,
+    kl: float | None = None,
     key: Key | int = 0,
     seed: int | None = None,
     start: Start = prior,
@@ -72,6 +75,8 @@ def tds(
         particles=4 if particles is None and budget is None else particles,
         budget=budget,
         temperature=temperature,
+        ess=ess,
+        kl=kl,
         key=key,
         seed=seed,
         start=start,

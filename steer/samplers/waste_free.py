@@ -16,6 +16,7 @@ from collections.abc import Collection
 from ..core.event import OnStep
 from ..core.resampling import Resampler, systematic
 from ..core.start import Start, prior
+from ..core.temperature import Temperature
 from ..key import Key
 from ..particles.path_mcmc import path_moves
 from ..particles.proposals import Proposal, ProposalFunction, bootstrap
@@ -32,7 +33,9 @@ def waste_free(
     batch: int = 1,
     particles: int | None = None,
     budget: int | None = None,
-    temperature: float = 1.0,
+    temperature: Temperature = 1.0,
+    ess: float | None = None,
+    kl: float | None = None,
     key: Key | int = 0,
     seed: int | None = None,
     start: Start = prior,
@@ -80,6 +83,8 @@ def waste_free(
         particles=particles,
         budget=budget,
         temperature=temperature,
+        ess=ess,
+        kl=kl,
         key=key,
         seed=seed,
         start=start,

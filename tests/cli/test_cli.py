@@ -52,6 +52,25 @@ def test_generate_writes_everything(tmp_path):
     assert "--budget 40 --n 4 --steps 4 --seed 3 --reference 6</pre>" in page
 
 
+@pytest.mark.slow
+def test_a_temperature_can_be_left_to_the_run(tmp_path):
+    """auto, and --set ess=...; the choice and what came of it are printed. What is no temperature is refused."""
+    done = generate(tmp_path, "--temperature", "auto", "--budget", 80, "--reference", 0)
+    assert done.exit_code == 0, done.output
+    saved = load_run(tmp_path).facts
+    assert saved["temperature_choice"]["asked"] == "ess=0.5"
+    assert saved["cost"]["nfe"] == 80
+    assert "chosen for ess=0.5" in done.output
+    assert "in short" in done.output
+    done = generate(tmp_path, "--set", "kl=0.3", "--budget", 80, "--reference", 0, "--json")
+    assert json.loads(done.stdout)["temperature_choice"]["asked"] == "kl=0.3"
+    assert json.loads(done.stdout)["verdict"]
+    for wrong in ("cold", "-1", "0"):
+        done = generate(tmp_path, f"--temperature={wrong}", "--budget", 80)
+        assert done.exit_code == 2
+        assert "must be" in done.output
+
+
 def test_json_is_all_there_is_on_stdout(tmp_path):
     done = generate(tmp_path, "--particles", 4, "--n", 2, "--json", "--reference", 3, "--guided", 0.5)
     assert done.exit_code == 0, done.output
