@@ -34,6 +34,11 @@ def runs():
     return found
 
 
+def hooked():
+    """A process whose predictions are journalled whole, so that ranks must begin at the same one."""
+    return steer.guide(mixture_process(), steer.dps(REWARD, 0.3))
+
+
 class Ranked:
     """A reward that depends on the group."""
 
@@ -104,7 +109,7 @@ def main(case, rank, world, folder):
     elif case == "journal":
         reward = Slow()
         with steer.distributed.together(), steer.resumable(f"{folder}/journal", every=0.0):
-            result = steer.smc(mixture_process(), reward, particles=5, key=5)
+            result = steer.smc(hooked(), reward, particles=5, key=5)
         torch.save([*facts(result), reward.calls], out)
 
 

@@ -104,14 +104,29 @@ def test_killed_ranks_go_on_from_their_journals(tmp_path):
     newest = sorted(tmp_path.glob("journal/0-of-2/*.safetensors"))[-1]
     newest.unlink()  # one rank wrote less than the other
     ended(started("journal", 2, tmp_path))
-    from distributed_run import REWARD, facts, mixture_process
+    from distributed_run import REWARD, facts, hooked
 
-    alone = facts(steer.smc(mixture_process(), REWARD, particles=5, key=5))
+    alone = facts(steer.smc(hooked(), REWARD, particles=5, key=5))
     for rank in range(2):
         *found, calls = torch.load(tmp_path / f"journal-{rank}.pt")
         for here, one in zip(found, alone, strict=True):
             torch.testing.assert_close(here, one, rtol=1e-5, atol=1e-5)
         assert calls < 6
+
+
+@pytest.fixture
+def alone():
+    """A group of this process."""
+    distributed = torch.distributed
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+def test_seconds_are_of_all_exchanges(alone):
+    with steer.distributed.together() as ranks:
+        seconds = [ranks.seconds for _ in range(10) if ranks.least(1)]
+    assert seconds == sorted(set(seconds))
 
 
 def test_without_a_group_it_says_what_to_do():

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from test_contract import METHODS, REWARD, mixture_process
 import steer
 from steer import grpo, search
 from steer.errors import JournalError
+from steer.execution.journal import Journal
 
 
 class Killed(BaseException):
@@ -184,6 +186,49 @@ def test_damage_is_found_before_anything_is_replayed(tmp_path):
     assert journal.recorded
 
 
+def test_a_segment_of_another_journal_is_noticed(tmp_path):
+    ours, theirs = written(tmp_path / "ours"), written(tmp_path / "theirs", key=6)
+    ours[2].unlink()
+    shutil.copy(theirs[2], tmp_path / "ours")
+    with pytest.raises(JournalError, match="has a gap before 000002"), steer.resumable(tmp_path / "ours"):
+        pass
+
+
+def test_a_journal_of_another_version_is_refused(tmp_path, monkeypatch):
+    with monkeypatch.context() as then:
+        then.setattr("steer.execution.journal.__version__", "0.0.1")
+        written(tmp_path)
+    with pytest.raises(JournalError, match=r"written by steer 0\.0\.1"), steer.resumable(tmp_path):
+        pass
+
+
+def test_another_strength_of_a_gradient_is_another_run(tmp_path):
+    follow = functools.partial(steer.tds, mixture_process(), REWARD, particles=4, key=5)
+    with steer.resumable(tmp_path):
+        follow()
+    with pytest.raises(JournalError, match="of another run"), steer.resumable(tmp_path):
+        follow(temperature=2.0)
+
+
+def test_answers_are_written_before_they_fill_the_memory(tmp_path):
+    with steer.resumable(tmp_path, every=3600.0, memory=1) as journal:
+        run()
+        assert len(list(tmp_path.glob("*.safetensors"))) == journal.recorded > 1
+
+
+def test_a_cut_keeps_exactly_the_first_calls(tmp_path):
+    with steer.resumable(tmp_path, every=3600.0) as journal:
+        plain = run()
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+    for calls in (journal.recorded, 3):
+        shorter = Journal(tmp_path, every=3600.0, memory=1 << 20, check=True)
+        shorter.cut(calls)
+        shorter.close()
+        with steer.resumable(tmp_path) as again:
+            assert_same(run(), plain)
+        assert again.replayed == calls
+
+
 def test_a_journal_has_one_writer(tmp_path):
     with steer.resumable(tmp_path), pytest.raises(JournalError, match="in use"), steer.resumable(tmp_path):
         pass
@@ -191,6 +236,13 @@ def test_a_journal_has_one_writer(tmp_path):
         run()
     assert journal.bytes == sum(path.stat().st_size for path in tmp_path.glob("*.safetensors")) > 0
     journal.discard()
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_what_is_discarded_is_not_written_at_the_end(tmp_path):
+    with steer.resumable(tmp_path, every=3600.0) as journal:
+        run()
+        journal.discard()
     assert not list(tmp_path.glob("*.safetensors"))
 
 
