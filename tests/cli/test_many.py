@@ -72,6 +72,36 @@ def test_labels_of_an_embedded_model_are_call_arguments(tmp_path):
     assert [json.loads(line)["tag"] for line in lines] == ["three", "three", "eight", "eight"]
 
 
+def test_options_of_many_rows_are_those_of_python(tmp_path):
+    prompts = tmp_path / "labels.csv"
+    prompts.write_text("label\n3\n8\n")
+    words = ["--model", "digits", "--prompts", prompts, "--reward", "ink", "--method", "smc", "--call"]
+    words += ["guidance_scale=2", "--temperature", 0.05, "--seed", 3, "--steps", 3, "--particles", 4, "--n", 2]
+    run("generate", *words, "--set", "keep_states=true", "--out", tmp_path / "run")
+    maker = steer.Generator(
+        "digits", reward="ink", temperature=0.05, seed=3, steps=3, particles=4, call={"guidance_scale": 2}
+    )
+    saved, expected = steer.load_run(tmp_path / "run/rows/000/000001"), maker.one(1, label=8)
+    assert torch.equal(saved.tensors["x"], expected.x)
+    assert torch.equal(saved.tensors["log_weight"], expected.log_weight)
+    assert len(list((tmp_path / "run").glob("images/**/*.png"))) == 4
+
+
+def test_which_rows_are_made(tmp_path):
+    prompts, out = tmp_path / "labels.csv", tmp_path / "run"
+    prompts.write_text("label\n3\n8\n")
+    words = ["--reward", "ink", "--steps", 2, "--particles", 2, "--shard", "1/2"]
+    run("generate", "--model", "digits", "--prompts", prompts, *words, "--out", out, code=1)
+    assert [path.parent.name for path in sorted(out.glob("rows/*/*/result.json"))] == ["000001"]
+    assert "1 finished, 0 failed, 1 missing" in run("resume", out, "--only-failed", code=1).output
+    picture = out / "images/000/000001-00.png"
+    picture.unlink()
+    run("resume", out)
+    assert not picture.exists()
+    run("resume", out, "--force")
+    assert picture.exists()
+
+
 def test_failed_rows_are_told_and_made_again(tmp_path, monkeypatch):
     source = tmp_path / "own_rewards.py"
     source.write_text(

@@ -14,6 +14,7 @@ import torch
 import steer
 from steer.errors import RewardError, RunDirectoryError
 from steer.generation.claims import Claim
+from steer.generation.opening import opener
 from steer.generation.place import Place
 from steer.generation.run_directory import RunDirectory
 
@@ -113,6 +114,75 @@ def test_a_failed_row_is_a_record_and_not_the_end(pipe, tmp_path):
     assert not directory.error(1)
 
 
+def digits(reward="ink", **options):
+    return steer.Generator("digits", reward=reward, steps=3, **{"particles": 4, **options})
+
+
+def labels(path, maker, rows=4):
+    return RunDirectory.open(path, {}, maker.rows([{"label": i} for i in range(rows)]))
+
+
+def test_a_failed_row_keeps_what_it_had_and_a_finished_one_only_its_result(tmp_path):
+    class Faulty:
+        calls, broken = 0, True
+
+        def __call__(self, samples):
+            self.calls += 1
+            if self.broken and self.calls % 2 == 0:
+                raise RuntimeError("no ink today")
+            return samples.flatten(1).mean(1)
+
+    maker = digits(Faulty())
+    directory = labels(tmp_path, maker, 1)
+    for attempt in (1, 2):
+        list(maker.run(directory, [0]))
+        record = directory.error(0)
+        assert (record["attempts"], record["partial"]) == (attempt, True)
+    state = steer.load_trajectory(directory.folder(0) / "partial/partial.safetensors", maker.process(label=0))
+    assert state.x.shape == (1, 4, 1, 8, 8)
+    maker.reward.broken = False
+    list(maker.run(directory, [0]))
+    assert {path.name for path in directory.folder(0).iterdir()} == {"result.json", "result.safetensors"}
+
+
+def test_a_process_makes_its_own_rows_and_then_what_is_left(tmp_path, monkeypatch):
+    maker = digits()
+    monkeypatch.setattr(maker, "make", lambda directory, row: None)
+    for claim, made_here in ((True, [1, 3, 0, 2]), (False, [1, 3])):
+        directory = labels(tmp_path / str(claim), maker)
+        assert [index for index, _ in maker.run(directory, range(4), Place(1, 2), claim=claim)] == made_here
+
+
+def test_a_row_that_another_finishes_before_our_claim_is_left_as_it_is(tmp_path, monkeypatch):
+    maker = digits()
+    directory, take = labels(tmp_path, maker, 1), Claim.take
+
+    def late(claim):
+        assert maker.make(directory, directory.rows[0]) is None
+        return take(claim)
+
+    monkeypatch.setattr(Claim, "take", late)
+    assert list(maker.run(directory, [0])) == []
+
+
+def test_arguments_of_a_row_win_over_those_for_all_rows():
+    plain, labelled = digits(), digits(call={"label": 3})
+    assert torch.equal(labelled.one(0).x, plain.one(0, label=3).x)
+    assert torch.equal(labelled.one(0, label=8).x, plain.one(0, label=8).x)
+
+
+def test_guidance_of_a_row_wins_over_the_models_own():
+    maker = steer.Generator("emoji", reward="jpeg", steps=2)
+    assert [maker.process("fox", **call).rows for call in ({}, {"guidance_scale": 1.0})] == [2, 1]
+
+
+def test_a_folder_is_opened_as_asked(tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr("steer.generation.opening.load_pipeline", lambda _, **options: seen.update(options))
+    opener(tmp_path, steps=None, device="cpu", dtype="bf16", download=False)
+    assert seen == {"dtype": torch.bfloat16, "device": "cpu", "local_files_only": True}
+
+
 def test_memory_and_connections_are_tried_again(pipe):
     failures = [torch.OutOfMemoryError("full"), ConnectionError("gone"), ValueError("no")]
 
@@ -150,6 +220,24 @@ def test_batches_of_columns(pipe):
     assert max(found["score"][:2]) == one.reward.max().item()
     with pytest.raises(steer.SteerError, match="index"):
         generator(pipe)({"prompt": ["a"]})
+
+
+def test_scores_and_weights_are_of_the_samples_that_are_kept():
+    maker = digits(method="importance_sampling", temperature=0.05, keep=3)
+    result, found = maker.one(2), maker({"index": [2]})
+    particles = found["particle"]
+    assert particles != [0, 1, 2]
+    assert found["score"] == result.reward[0, particles].tolist()
+    assert found["weight"] == result.log_weight[0, particles].exp().tolist()
+
+
+def test_a_claim_that_is_renewed_at_the_last_moment_stays(tmp_path, monkeypatch):
+    first, second = Claim(tmp_path / "0"), Claim(tmp_path / "0")
+    assert first.take()
+    ages = iter([1000.0, 0.0])
+    monkeypatch.setattr(second, "_age", lambda path: next(ages))
+    assert not second.take()
+    assert (tmp_path / "0").read_text() == first.name
 
 
 def test_claims(tmp_path):

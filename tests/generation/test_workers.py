@@ -79,6 +79,14 @@ def test_a_row_that_kills_its_workers_is_an_error_record(cluster, tmp_path):
     assert json.loads((directory.folder(0) / "error.json").read_text())["attempts"] == 1
 
 
+def test_a_worker_does_not_make_a_row_again(tmp_path):
+    maker, directory = opened(tmp_path / "run", Slow(str(tmp_path)))
+    worker = workers._Worker(maker, str(directory.path))
+    assert worker.make(0) == (0, "")
+    maker.make = None
+    assert worker.make(0) == (0, "")
+
+
 def test_a_cluster_without_what_a_worker_needs_is_told_so(cluster, tmp_path):
     maker, directory = opened(tmp_path / "run", Slow(str(tmp_path)))
     with pytest.raises(steer.SteerError, match="needs 1 CPU and 1 GPUs, and the cluster has 2 and 0"):

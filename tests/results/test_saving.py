@@ -15,7 +15,7 @@ import steer
 from steer import load_run, rewards, search
 from steer.files import check_writable, from_archive, to_archive, to_json, write_atomically
 from steer.results import saving
-from steer.results.saving import save_result
+from steer.results.saving import save_partial, save_result
 from steer.search.trees.backup import max_backup
 
 
@@ -53,6 +53,17 @@ def test_what_is_saved_comes_back(run, tmp_path):
     assert [entry["slot"] for entry in record["candidates"]] == run.trajectory.root[0].tolist()
     assert sum(entry["weight"] for entry in record["candidates"]) == pytest.approx(1.0)
     assert record["log_evidence"] == run.log_evidence.tolist()
+
+
+def test_what_an_error_left_is_saved_with_its_cost_and_notes(run, tmp_path):
+    assert save_partial(replace(run, interrupted=True), tmp_path, model="mixture") == tmp_path
+    saved = load_run(tmp_path)
+    assert saved.facts["interrupted"]
+    assert saved.facts["run"] == {"model": "mixture"}
+    assert saved.cost == run.cost
+    state = save_partial(run.trajectory, tmp_path)
+    assert torch.equal(steer.load_trajectory(state, mixture()).x, run.trajectory.x)
+    assert save_partial(None, tmp_path) is None
 
 
 def test_a_single_candidate_is_made_again_from_the_file_alone(run, tmp_path):

@@ -22,6 +22,7 @@ from steer.rewards import (
     Sharpness,
     Symmetry,
     from_spec,
+    from_specs,
 )
 
 
@@ -53,6 +54,17 @@ def test_ink_takes_a_weight():
     images = torch.rand(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(from_spec("ink:-1")(images), -images.mean((1, 2, 3)))
     torch.testing.assert_close(from_spec("ink:2.5")(images), 2.5 * images.mean((1, 2, 3)))
+
+
+def test_several_specs_are_summed_by_their_weights():
+    images = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    digit, ink = DigitLogProb(3)(images), Ink()(images)
+    assert from_specs(["ink"]) == Ink()
+    torch.testing.assert_close(from_specs(["0.5*ink"])(images), 0.5 * ink)
+    torch.testing.assert_close(from_specs(["digit:3", "-2e-1 nat/1 * ink"])(images), digit - 0.2 * ink)
+    torch.testing.assert_close(from_specs([Ink(), " 3 * ink"])(images), 4.0 * ink)
+    with pytest.raises(RewardError, match="nat"):  # whose unit is another
+        from_specs(["digit:3", "0.2*ink"])
 
 
 @pytest.mark.parametrize("spec", ["beauty", "", ":3", "Digit:3"])
