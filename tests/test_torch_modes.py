@@ -6,6 +6,7 @@ import torch
 import steer
 from steer import rewards
 from steer.rewards import digit_probability
+from steer.rewards.digits import load_digit_net
 from steer.torch_modes import autocast_of, lasting, without_autocast
 
 DIGITS = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -66,6 +67,14 @@ def test_a_first_use_in_inference_mode_leaves_gradients_possible(name, fresh):
         reward(DIGITS)
     images = DIGITS.clone().requires_grad_()
     reward(images).sum().backward()
+    assert images.grad.abs().sum() > 0
+
+
+def test_a_network_that_was_loaded_in_inference_mode_can_be_differentiated():
+    with torch.inference_mode():
+        net = load_digit_net("digits-judge")
+    images = DIGITS.clone().requires_grad_()
+    net(images).sum().backward()
     assert images.grad.abs().sum() > 0
 
 

@@ -181,6 +181,8 @@ def test_hooks():
 
     hooked = [GuidedProcess(mixture(), Hooks(x0=(hook,))) for hook in (at_work, lambda step: step.x0 * 2.0)]
     assert_same(*(steer.smc(process, pure, particles=6, key=0) for process in hooked))
+    followed = [steer.follow(process.hooks) for process in hooked]
+    assert_same(*(steer.smc(mixture(), pure, particles=6, key=0, proposal=proposal) for proposal in followed))
 
 
 def test_masked_networks():

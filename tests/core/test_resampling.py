@@ -132,8 +132,8 @@ def test_extreme_log_weights(resampler):
 @each
 def test_weights_are_summed_in_float64_whatever_they_come_in(resampler):
     """Weights over eight decades: sums of float32 lose the small ones, and where a draw falls moves by 1e-7."""
-    log_weight = -5.0 * Key(0).normal((300, 100), dtype=torch.float32).abs()
-    assert torch.equal(resampler(log_weight, Key(1), 100), resampler(log_weight.double(), Key(1), 100))
+    log_weight = -5.0 * Key(0).normal((200, 1000), dtype=torch.float32).abs()
+    assert torch.equal(resampler(log_weight, Key(1), 1000), resampler(log_weight.double(), Key(1), 1000))
 
 
 @each

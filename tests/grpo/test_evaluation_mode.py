@@ -93,6 +93,7 @@ def test_rollout_and_update_under_another_autocast_are_told_apart():
             grpo.log_probs(process, plain)
     with pytest.raises(steer.SteerError, match="ran with autocast bfloat16, and here it is off"):
         grpo.log_probs(process, half)
+    assert half.kernel["hash"] != plain.kernel["hash"]
 
 
 def test_batches_are_float32_whatever_the_default():

@@ -43,6 +43,13 @@ def test_scores_prompts_and_gradients_pass_through(wrap):
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS)
+@pytest.mark.parametrize("count", [3, 5])
+def test_prompts_are_one_per_sample(wrap, count):
+    with pytest.raises(RewardError, match=f"needs 4 prompts, one per sample, got {count}"):
+        wrap(with_prompts)(rows(4, 3), prompts=["a"] * count)
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
 def test_what_a_reward_declares_is_kept(wrap):
     linear = wrap(Linear([1.0, 2.0]))
     assert linear.spec.unit == "nat"
