@@ -106,7 +106,7 @@ class Objective:
         def paid(x: Tensor, *strengths: Tensor) -> Answer:
             return self._value_and_grad(x, k, strengths[0] if strengths else strength, key)
 
-        named = "" if strengths else repr(float(strength))
+        named = "" if strengths else f"strength {float(strength)!r}"
         kind = "value_and_grad" if self.process.hooks is None else "guided"
         answer = self.process.meter.call(kind, k, paid, x, *strengths, named=named)
         return answer["x0"], answer["score"], answer["gradient"]

@@ -294,4 +294,6 @@ def _digest_of(path: Path) -> str:
 def _in_words(call: dict[str, Any]) -> str:
     """A call in words."""
     at = f" at level {call['level']}" if call["level"] >= 0 else ""
-    return f"{call['kind']}{at} of {' and '.join(f'{dtype} {shape} ({mark})' for dtype, shape, mark in call['of'])}"
+    named = f", {call['named']}" if call["named"] else ""
+    of = " and ".join(f"{dtype} {shape} ({mark})" for dtype, shape, mark in call["of"])
+    return f"{call['kind']}{at} of {of}{named}"

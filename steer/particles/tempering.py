@@ -118,7 +118,8 @@ def cautious_tempering(state: Trajectory, value: Tensor) -> Tensor | None:
     """Exponent 1, except from first values that would leave an ESS below an eighth of N: then `adaptive_tempering()`.
 
     The default of `steer.smc`. The first predictions of a network may lie far out of the range of the data, and rewards
-    of them kill all seeds but one, before anything is known of any. Reads the device once in a run.
+    of them kill all seeds but one, before anything is known of any. Gone on from a tempered state, it raises the
+    exponent found there. Reads the device once in a run.
     """
     if state.path.exponent is None:
         if state.path.log_potential is not None:  # the first values passed, or a start has counted its own

@@ -88,6 +88,7 @@ def test_tempering_ends_with_the_run_that_had_it(sampler):
     assert float(state.path.exponent.max()) < 0.02
     at = {}
     plain = {"selection": steer.resample(threshold=0.0), "on_step": lambda event: at.__setitem__(event.level, event)}
+    plain |= {"weight": steer.difference()} if sampler is steer.smc else {}  # its default may temper
     result = sampler(MODEL, reward, start=state, **plain)
     spent = at[LEVEL].state.path.log_potential  # no resampling, no forgetting: that of level 19
     torch.testing.assert_close(spent, at[LEVEL].scores, rtol=1e-12, atol=1e-12)
