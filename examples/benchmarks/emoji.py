@@ -32,7 +32,8 @@ PROMPTS = (
     "woman firefighter, dark skin tone", "man farmer, light skin tone", "crying face", "small dog, on the left",
     "star, purple background",
 )  # fmt: skip
-SHOWN = (0, 8, 9, 12, 18, 19)
+SHOWN = (4, 10, 12, 13, 15, 19)
+DRAWN = ("unsteered", "best-of-N", "SMC, T = 0.02")
 METHODS: dict[str, Callable[..., Any]] = {
     "unsteered": partial(steer.sample, method="rollout"),
     "best-of-N": search.best_of_n,
@@ -56,13 +57,12 @@ def run(method: str, key: int, budget: int) -> tuple[dict[str, Any], torch.Tenso
     start = time.perf_counter()
     result = METHODS[method](process, rewards.clip_emoji(), budget=budget, key=key)
     seconds = time.perf_counter() - start
-    best = process.decode(result.best[:, None]).flatten(0, 1)
+    best = process.decode(result.best[:, None])
     place = result.reward.argmax(1)
     if method == "unsteered":  # any one sample of it
-        best, place = process.decode(result.x[:, :1]).flatten(0, 1), torch.zeros_like(place)
+        best, place = process.decode(result.x[:, :1]), torch.zeros_like(place)
     asked = [prompt for prompt in PROMPTS for _ in range(result.reward.shape[1])]
-    judged = judge()(result.decoded.flatten(0, 1) if result.decoded.ndim == 5 else result.decoded, prompts=asked)
-    judged = judged.view_as(result.reward)
+    judged = judge()(result.decoded, prompts=asked).view_as(result.reward)
     weight = result.log_weight.exp()
     numbers = {
         "best reward": result.reward.gather(1, place[:, None]).mean().item(),
@@ -121,7 +121,7 @@ def main() -> None:
     pictures: dict[str, torch.Tensor] = {}
     for key in range(args.keys):
         for method in METHODS:
-            if f"{method}/{key}" in found and not (args.picture and key == 0):
+            if f"{method}/{key}" in found and not (args.picture and key == 0 and method in DRAWN):
                 continue
             found[f"{method}/{key}"], best = run(method, key, args.budget)
             if key == 0:
@@ -129,7 +129,7 @@ def main() -> None:
             args.out.write_text(json.dumps(found, indent=1))
             print(f"{method}, key {key}: {found[f'{method}/{key}']}", flush=True)
         if key == 0 and args.picture:
-            draw({name: pictures[name] for name in ("unsteered", "best-of-N", "SVDD argmax")}, args.picture)
+            draw({name: pictures[name] for name in DRAWN}, args.picture)
     print(table(found, args.keys))
 
 
