@@ -31,10 +31,6 @@ from .inputs import (
     by_method,
     command_line,
     find_method,
-    metrics_of,
-    one_prompt,
-    open_model,
-    open_reward,
     own_options,
     parse_budgets,
     reported_errors,
@@ -42,6 +38,7 @@ from .inputs import (
 )
 from .outputs import print_comparison, write_comparison_files
 from .progress import Interrupt, Watch
+from .subject import Subject
 
 
 def compare(
@@ -84,12 +81,10 @@ def compare(
     import steer
 
     names, budgets = [name.strip() for name in methods.split(",") if name.strip()], parse_budgets(budget)
-    rewarded, asked = " + ".join(reward), {"prompt": one_prompt(prompt), "call": ", ".join(call) if call else None}
-    asked = {"model": model, "reward": rewarded, "seed": seed, **asked}
+    subject = Subject.given(model, reward, prompt, call, steps, label, dtype)
+    asked = {**subject.facts(), "seed": seed}
     with reported_errors(debug, as_json, out, **asked, command=command_line(context)):
-        given = {"prompt": one_prompt(prompt), "call": call or (), "dtype": dtype, "download": download}
-        process = open_model(model, steps, label, device, **given)
-        score = open_reward(reward, process)
+        process, score = subject.open(device, download=download)
         everyone = list(dict.fromkeys(["rollout", "best_of_n", *names]))
         options = {name: own_options(find_method(name), name, n, None) for name in everyone}
         for name, own in by_method(settings or [], everyone).items():
@@ -107,12 +102,13 @@ def compare(
                 temperature=temperature,
                 key=seed,
                 keys=keys,
-                metrics=metrics_of(rewarded, score),
+                metrics=subject.metrics(score),
                 options=options,
             )
-        about = {**asked, "steps": process.steps, "label": label}
+        about = {**asked, "steps": process.steps}
         about |= {"options": ", ".join(settings)} if settings else {}
-        facts = write_comparison_files(table, out, n, {**about, "command": command_line(context)})
+        about |= {"command": command_line(context)}
+        facts = write_comparison_files(table, out, n, subject.title, about)
     if as_json:
         print_json(facts)
     elif not quiet:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from .console import print_json
-from .flags import AsJson, Debug
+from .flags import AsJson, Debug, RunFolder
 from .inputs import reported_errors
 
 
@@ -22,7 +22,7 @@ class Form(str, Enum):
 
 
 def export(
-    directory: Annotated[Path, typer.Argument(file_okay=False, help="A run directory of `steer generate --prompts`.")],
+    directory: RunFolder,
     form: Annotated[
         Form,
         typer.Option(

@@ -110,6 +110,7 @@ TemperatureOrAuto = Annotated[
 Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps per sample; default: the model's own.")]
 Seed = Annotated[int, typer.Option(help="Random seed: the same seed gives the same samples.")]
 Label = Annotated[int | None, typer.Option(help="Condition a class-conditional model on this class; default: none.")]
+RunFolder = Annotated[Path, typer.Argument(file_okay=False, help="A run directory of `steer generate --prompts`.")]
 Shown = Annotated[int, typer.Option("--n", min=1, help="How many pictures to show.")]
 Shard = Annotated[
     str | None, typer.Option(metavar="I/N", help="Make the I-th of N parts alone; else RANK or SLURM's variables say.")

@@ -37,10 +37,6 @@ from .inputs import (
     command_line,
     device_of,
     find_method,
-    metrics_of,
-    one_prompt,
-    open_model,
-    open_reward,
     own_options,
     reported_errors,
     settings_of,
@@ -49,6 +45,7 @@ from .inputs import (
 from .many import Making, chosen, generator_of, make_rows, open_directory, read_entries
 from .outputs import print_run, write_run
 from .progress import Interrupt, Watch
+from .subject import Subject
 
 
 def generate(
@@ -126,15 +123,12 @@ def generate(
         how = Making(chosen(force, only_failed), shard, workers, dry_run, as_json, quiet, debug)
         make_rows(maker, directory, how)
         return
-    n, rewarded = n or 16, " + ".join(reward)
-    asked = {"model": model, "reward": rewarded, "method": method, "seed": seed, "temperature": temperature}
-    asked |= {"prompt": one_prompt(prompt), "call": ", ".join(call) if call else None}
     from ..core.loop import keeping
 
+    n, subject = n or 16, Subject.given(model, reward, prompt, call, steps, label, dtype)
+    asked = {**subject.facts(), "method": method, "seed": seed, "temperature": temperature}
     with reported_errors(debug, as_json, out, **asked, command=command_line(context)):
-        given = {"prompt": one_prompt(prompt), "call": call or (), "dtype": dtype, "download": download}
-        process = open_model(model, steps, label, device, **given)
-        score = open_reward(reward, process)
+        process, score = subject.open(device, download=download)
         sampler = find_method(method)
         options = own_options(sampler, method, n, guided) | settings_of(sampler, method, settings or [])
         options |= {"budget": budget, "particles": particles, "temperature": temperature, "key": seed}
@@ -150,9 +144,10 @@ def generate(
                     Watch(reference * process.steps * process.rows, "unsteered", show, interrupt) as watch,
                 ):
                     unsteered = unsteered_run(process, score, reference, seed, watch)
-        about = {**asked, "steps": process.steps, "label": label, "guided": guided}
+        about = {**asked, "steps": process.steps, "guided": guided}
         about |= {"options": ", ".join(settings) if settings else None, "command": command_line(context)}
-        numbers = write_run(result, unsteered, out, min(n, result.reward.shape[1]), about, metrics_of(rewarded, score))
+        shown = min(n, result.reward.shape[1])
+        numbers = write_run(result, unsteered, out, shown, subject.title, about, subject.metrics(score))
         print_run(numbers, out, about, as_json, quiet)
     if interrupt.asked:
         what = "the samples so far" if result.interrupted else "the finished run, without unsteered samples,"

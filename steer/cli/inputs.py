@@ -55,13 +55,6 @@ def reported_errors(debug: bool, as_json: bool, out: Path | None = None, **about
         raise typer.Exit(1) from None
 
 
-def one_prompt(prompts: Sequence[str] | None) -> str | None:
-    """The prompt of a command that takes one at a time."""
-    if len(prompts or ()) > 1:
-        raise typer.BadParameter("one prompt at a time here; several make a run directory", param_hint="--prompt")
-    return prompts[0] if prompts else None
-
-
 def open_model(
     model: str,
     steps: int | None,
@@ -116,14 +109,13 @@ def device_of(device: str) -> str:
     return device
 
 
-def open_reward(specs: str | Sequence[str], process: Any = None) -> Callable[..., Any]:
+def open_reward(specs: Sequence[str], process: Any = None) -> Callable[..., Any]:
     """The sum of the rewards specified; rewards of text need a process that reads its samples as text."""
     from .. import rewards
     from ..errors import RemoteError, SteerError
 
-    given = specs.split(" + ") if isinstance(specs, str) else specs
     try:
-        return rewards.from_specs(given, None if process is None else process.text)
+        return rewards.from_specs(specs, None if process is None else process.text)
     except RemoteError:  # no wrong usage: the run cannot begin
         raise
     except SteerError as error:
@@ -139,7 +131,7 @@ def rewards_by_name(specs: Sequence[str]) -> dict[str, Callable[..., Any]]:
             name, spec = text.partition(":")[0], text
         if name in served:
             raise typer.BadParameter(f"two rewards are called {name!r}; give NAME=SPEC", param_hint="SPEC...")
-        served[name] = open_reward(spec)
+        served[name] = open_reward([spec])
     return served
 
 

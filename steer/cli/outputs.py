@@ -13,7 +13,13 @@ PARTIAL_FACTS = "partial.json"
 
 
 def write_run(
-    result: Result, reference: Result | None, out: Path, n: int, about: dict[str, Any], metrics: dict[str, Any]
+    result: Result,
+    reference: Result | None,
+    out: Path,
+    n: int,
+    title: str,
+    about: dict[str, Any],
+    metrics: dict[str, Any],
 ) -> dict[str, Any]:
     """Writes the files of a run, and returns its numbers. The result comes first, in case drawing it fails."""
     from ..files import write_atomically
@@ -28,7 +34,6 @@ def write_run(
     chosen = result.take(index)
     if is_images(chosen.decoded):
         write_atomically(out / "images.png", to_png(grid(chosen.decoded, least=96)))
-    title = f"{about['reward']} on {about['model']}"
     write_report(result, out, reference=reference, metrics=metrics, index=index, title=title, about=about)
     texts = {"texts": chosen.texts} if result.process.text is not None else {}
     return summary(result, reference, metrics) | texts
@@ -54,7 +59,7 @@ def write_partial(partial: Any, out: Path, about: dict[str, Any]) -> Path | None
 
 
 def write_comparison_files(
-    comparison: Comparison | Comparisons, out: Path, n: int, about: dict[str, Any]
+    comparison: Comparison | Comparisons, out: Path, n: int, title: str, about: dict[str, Any]
 ) -> dict[str, Any]:
     """Writes the files of a comparison, and returns its numbers. Pictures are of the first seed."""
     from ..files import plain, to_json, versions, write_atomically
@@ -69,8 +74,7 @@ def write_comparison_files(
     samples = samples_by_method(comparison, n)
     for name, picture in samples["pictures"].items():
         write_atomically(out / name / "images.png", to_png(picture))
-    title = f"{about['reward']} on {about['model']}, methods at equal budget"
-    write_comparison(comparison, out, **samples, title=title, about=about)
+    write_comparison(comparison, out, **samples, title=f"{title}, methods at equal budget", about=about)
     return {"out": str(out), **facts}
 
 

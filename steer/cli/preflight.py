@@ -24,11 +24,9 @@ from .flags import (
     Temperature,
 )
 from .inputs import (
-    one_prompt,
-    open_model,
-    open_reward,
     reported_errors,
 )
+from .subject import Subject
 
 
 def preflight(
@@ -54,14 +52,11 @@ def preflight(
     """
     import steer
 
+    subject = Subject.given(model, reward, prompt, call, steps, label, dtype)
     with reported_errors(debug, as_json):
-        given = {"prompt": one_prompt(prompt), "call": call or (), "dtype": dtype, "download": download}
-        process = open_model(model, steps, label, device, **given)
-        score = open_reward(reward, process)
+        process, score = subject.open(device, download=download)
         found = steer.preflight(process, score, samples=samples, temperature=temperature, key=seed)
     if as_json:
-        about = {"model": model, "reward": " + ".join(reward), "seed": seed, "steps": steps, "label": label}
-        about |= {"prompt": one_prompt(prompt), "call": ", ".join(call) if call else None}
-        print_json({"about": about, **found.to_dict()})
+        print_json({"about": {**subject.facts(), "seed": seed, "steps": process.steps}, **found.to_dict()})
     else:
         typer.echo(str(found))

@@ -18,22 +18,21 @@ from .flags import (
     Force,
     OnlyFailed,
     Quiet,
+    RunFolder,
     Shard,
     Shown,
     Workers,
 )
 from .inputs import (
     device_of,
-    metrics_of,
-    open_model,
-    open_reward,
     reported_errors,
 )
 from .many import Making, chosen, counted, generator_of, make_rows
+from .subject import Subject
 
 
 def resume(
-    directory: Annotated[Path, typer.Argument(file_okay=False, help="A run directory of `steer generate --prompts`.")],
+    directory: RunFolder,
     device: Device = "auto",
     download: Download = False,
     workers: Workers = None,
@@ -58,7 +57,7 @@ def resume(
 
 
 def status(
-    directory: Annotated[Path, typer.Argument(file_okay=False, help="A run directory of `steer generate --prompts`.")],
+    directory: RunFolder,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -101,22 +100,16 @@ def report(
                 f"{directory} names no model and reward, so it was saved from Python; load it there with "
                 "Saved.result(process), and write the page with its .report(...)"
             )
-        out = out or directory
-        given = {
-            "prompt": about.get("prompt"),
-            "call": (about.get("call") or "").split(", ") if about.get("call") else (),
-        }
-        process = open_model(about["model"], saved.facts["process"]["steps"], about.get("label"), device, **given)
-        result, metrics = saved.result(process), metrics_of(about["reward"], open_reward(about["reward"], process))
-        index = shown(result, min(n, result.reward.shape[1]))
-        title = f"{about['reward']} on {about['model']}"
+        subject = Subject.saved(about, saved.facts["process"]["steps"])
+        process, score = subject.open(device)
+        result = saved.result(process)
         path = write_report(
             result,
-            out,
+            out or directory,
             reference=saved.reference(process),
-            metrics=metrics,
-            index=index,
-            title=title,
+            metrics=subject.metrics(score),
+            index=shown(result, min(n, result.reward.shape[1])),
+            title=subject.title,
             about=about,
         )
     say(f"report  {escape(str(path))}")

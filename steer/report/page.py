@@ -55,7 +55,7 @@ def write_page(
     text = render(
         template,
         title=title,
-        chips=[(name, fact) for name, fact in chips.items() if fact is not None and name != "command"],
+        chips=[(name, _said(fact)) for name, fact in chips.items() if fact is not None and name != "command"],
         command=about.get("command"),
         interrupted=interrupted,
         facts=plain({"about": about, **facts, "versions": versions()}),
@@ -66,6 +66,11 @@ def write_page(
         **values,
     )
     return write_atomically(directory / "report.html", text.encode())
+
+
+def _said(fact: Any) -> Any:
+    """A fact in words: several in a row."""
+    return ", ".join(map(str, fact)) if isinstance(fact, list | tuple) else fact
 
 
 def render(template: str, **values: Any) -> Markup:

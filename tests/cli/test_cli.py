@@ -309,7 +309,7 @@ def test_failure_at_run_time_exits_1_with_one_line(tmp_path):
 
 def test_a_file_in_the_way_is_noticed_before_anything_is_spent(tmp_path, monkeypatch):
     (tmp_path / "out").write_text("here first")
-    monkeypatch.setattr("steer.cli.generate.open_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("steer.cli.subject.open_model", lambda *_: pytest.fail("the model was loaded"))
     assert generate(tmp_path / "out").exit_code == 2
     monkeypatch.undo()
     done = generate(tmp_path / "out" / "below", "--particles", 2)

@@ -68,7 +68,7 @@ def test_several_rewards_and_a_token_that_is_printed_once(monkeypatch):
 
 def test_an_unreachable_server_is_a_failed_run_and_no_wrong_usage(monkeypatch, tmp_path):
     monkeypatch.setattr("steer.rewards.remote.http_request.LONGEST_WAIT", 0.01)
-    monkeypatch.setattr("steer.cli.generate.open_model", lambda *_, **__: SimpleNamespace(text=None))
+    monkeypatch.setattr("steer.cli.subject.open_model", lambda *_, **__: SimpleNamespace(text=None))
     command = ["--model", "digits", "--reward", "remote:http://127.0.0.1:9", "--out", str(tmp_path)]
     for words in (["generate", *command], ["compare", *command], ["serve-reward", command[3]]):
         answer = CliRunner().invoke(app, words)
