@@ -33,4 +33,6 @@ def test_a_page_of_two_rewards_is_written_again(tmp_path):
     (tmp_path / "report.html").unlink()
     done = CliRunner().invoke(app.app, ["report", str(tmp_path)])
     assert done.exit_code == 0, done.output
-    assert "ink + 2*symmetry on digits" in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "ink + 2*symmetry on digits" in page
+    assert "</span>ink, 2*symmetry</li>" in page
