@@ -200,7 +200,7 @@ def _check_division(call: PipelineCall, indices: Any, tolerance: float) -> float
     pipelines, whose prior draws for all of them in turn.
     """
     given, problems = call.conditioning.given, call.conditioning.problems or 1
-    texts = [name for name in given if name.startswith(PER_PROBLEM_ARGUMENTS)]
+    texts = [name for name, value in given.items() if name.startswith(PER_PROBLEM_ARGUMENTS) or _are_texts(value)]
     others = [value for name, value in given.items() if name not in (*texts, "generator", "latents")]
     plain = all(isinstance(value, (str, int, float, type(None))) for value in others)
     if problems == 1 or plain or call.owner is not call.user_pipe:
@@ -235,6 +235,11 @@ def _check_division(call: PipelineCall, indices: Any, tolerance: float) -> float
             "entry per prompt reaches another prompt; open one process per prompt"
         )
     return worst
+
+
+def _are_texts(value: Any) -> bool:
+    """Whether a value is several texts."""
+    return isinstance(value, list | tuple) and all(isinstance(entry, str) for entry in value)
 
 
 def _check_rows(process: GaussianProcess, denoiser: PipelineDenoiser, steps: int, run: _PlainRun) -> None:

@@ -174,6 +174,30 @@ def test_arguments_of_any_name_are_divided_by_what_they_do():
     assert max(differences(both, processed_alone(pipe, 3, own))) < 1e-5
 
 
+class Lyrical(Moody):
+    """Takes lyrics, which it pads to the longest of a call, and reads the padding."""
+
+    def __call__(
+        self, prompt=None, lyrics=None, height=16, width=16, num_inference_steps=3, num_images_per_prompt=1,
+        generator=None, output_type="pt", return_dict=True,
+    ):  # fmt: skip
+        longest = max(map(len, lyrics))
+        return super().__call__(
+            prompt, [len(words) + 0.1 * (longest - len(words)) for words in lyrics], height=height, width=width,
+            num_inference_steps=num_inference_steps, num_images_per_prompt=num_images_per_prompt, generator=generator,
+            output_type=output_type, return_dict=return_dict,
+        )  # fmt: skip
+
+
+def test_lyrics_that_a_call_pads_are_each_prompts_own_and_no_fault():
+    torch.manual_seed(0)
+    pipe, lyrics = prepared(sd15(Lyrical)), ["la", "la la la"]
+    both = steer.from_pipeline(pipe, steps=2, prompt=PROMPTS, lyrics=lyrics)
+    own = [{"prompt": PROMPTS[b], "lyrics": [lyrics[b]]} for b in range(2)]
+    assert max(differences(both, processed_alone(pipe, 2, own))) < 1e-5
+    assert steer.verify(both, steps=2).prediction < 1e-5
+
+
 def test_what_cannot_be_told_is_refused():
     pipe, call = moody()
     with pytest.raises(steer.ModelError, match=r"moods has as many entries.*one process per prompt"):
