@@ -117,3 +117,5 @@ def compare(
         at = f" at {len(table.at)} of {len(budgets)} budgets" if len(budgets) > 1 else ""
         say(f"[yellow]interrupted:[/] {table.keys} of {keys} seeds{at} written to {escape(str(out))}")
         raise typer.Exit(1)
+    if any(stage.failures for stage in table.at):
+        raise typer.Exit(1)

@@ -109,32 +109,41 @@ def print_run(numbers: dict[str, Any], out: Path, about: dict[str, Any], as_json
 
 
 def print_comparison(comparison: Comparison | Comparisons, out: Path) -> None:
-    """Prints a comparison as a table: a row for each method, and budget where there are several."""
+    """Prints a comparison: a row for each method, and budget where there are several; the caller's measures apart."""
     from rich.console import Console
     from rich.markup import escape
+
+    from ..report.page import number, whole, with_error
+
+    rows = [(stage.budget, row) for of_method in zip(*(s.rows for s in comparison.at), strict=True)
+            for stage, row in zip(comparison.at, of_method, strict=True)]  # fmt: skip
+    several = len(comparison.at) > 1
+    measured = [
+        [with_error(*row.reward), with_error(*row.best), with_error(*row.gain), number(row.ess), whole(row.nfe),
+         number(row.seconds)] for _, row in rows
+    ]  # fmt: skip
+    tables = [(["reward", "best", "over best of n", "ESS", "NFE", "seconds"], measured)]
+    for name in rows[0][1].metrics:
+        cells = [[with_error(*row.metrics[name]), with_error(*row.of_best[name])] for _, row in rows]
+        tables.append(([escape(name), "of the best"], cells))
+    for heads, cells in tables:
+        heads = ["method", *(["budget"] if several else []), *heads]
+        firsts = [[row.method, *([f"{budget:,}"] if several else [])] for budget, row in rows]
+        _print_table(heads, [[*first, *line] for first, line in zip(firsts, cells, strict=True)])
+    for sentence in comparison.at[-1].remarks:
+        Console(highlight=False).print(f"- {escape(sentence)}")
+    Console(soft_wrap=True, highlight=False).print(f"report  {escape(str(out / 'report.html'))}")
+
+
+def _print_table(heads: list[str], rows: list[list[str]]) -> None:
+    """Prints a table whose names are whole at every width."""
+    from rich.console import Console
     from rich.table import Table
 
-    from ..report.page import number, with_error
-
-    stages = comparison.at
-    names = list(stages[-1].rows[0].metrics)
-    several = len(stages) > 1
-    heads = ["method", "reward", "best", *map(escape, names), "ESS", "NFE", "seconds"]
-    if several:
-        heads.insert(1, "budget")
     table = Table(box=None, header_style="bold")
     for head in heads:
-        table.add_column(head, no_wrap=several)
-    for i in range(len(stages[-1].rows)):
-        for j, stage in enumerate(stages):
-            row = stage.rows[i]
-            measured = (row.reward, row.best, *(row.metrics[name] for name in names))
-            cells = [with_error(mean, error) for mean, error in measured]
-            if several:
-                cells.insert(0, f"{stage.budget:,}")
-            name = row.method if j == 0 else ""
-            table.add_row(name, *cells, number(row.ess), f"{row.nfe:,.0f}", f"{row.seconds:.2f}")
+        table.add_column(head, no_wrap=head in ("method", "budget"), overflow="fold")
+    for i, row in enumerate(rows):
+        table.add_row("" if i and rows[i - 1][0] == row[0] else row[0], *row[1:])
     console = Console()
-    # A file or a pipe has no width, and rich would wrap at 80 columns.
-    (console if console.is_terminal or len(stages) == 1 else Console(width=160)).print(table)
-    Console(soft_wrap=True, highlight=False).print(f"report  {escape(str(out / 'report.html'))}")
+    (console if console.is_terminal else Console(width=max(console.width, 120))).print(table)  # a pipe has no width

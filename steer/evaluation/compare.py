@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from inspect import Parameter, signature
 from typing import Any, overload
 
 import torch
 
 from ..core.loop import keeping
 from ..cost import check_counts
-from ..errors import SteerError, keep_partial
+from ..errors import DistributedError, JournalError, SteerError, keep_partial
 from ..key import Key, as_key
-from ..report.compared import Row
 from ..report.comparison import Comparison, Comparisons
 from ..results.result import Result
 from ..types import ReverseProcess, Reward, Stop
+from .comparison_rows import BASELINE, Metrics, rows_of
 from .methods import Method, resolve, sample
+
+Round = dict[str, Result | Exception]
+"""What each method made of one seed, by its name."""
+
+UNSTEERED = "rollout"
 
 
 @overload
@@ -90,8 +96,9 @@ def compare(
     Raises:
         SteerError: No budget, two methods of one name, or options for a method that is not compared.
         Stop: It was stopped before every method had run once.
-        Whatever a method raises; `.partial` is the comparison of the seeds that every method has run, without
-            `metrics`, and of the budgets before; until the first seed is done, of the methods that have run it.
+        Whatever a measure or the unsteered run raises, and what ends a program; `.partial` is the comparison of the
+            seeds that every method has run, without `metrics`, and of the budgets before; until the first seed is done,
+            of the methods that have run it. A method that fails on a seed is a row that says so, and the rest goes on.
 
     Cost: `keys` times the sum of the budgets, for each method.
     """
@@ -140,17 +147,19 @@ def _compare(
 ) -> Comparison[Result]:
     """The comparison at one budget."""
     chosen: dict[str, Method] = {}
-    for method in ("rollout", "best_of_n", *methods):
+    for method in (UNSTEERED, BASELINE, *methods):
         name, function = _named(method), resolve(method)
         if chosen.setdefault(name, function) is not function:
             raise SteerError(f"two of the methods are called {name}, and the table needs distinct names; rename one")
     unknown = sorted(set(options or {}) - set(chosen))
     if unknown:
         raise SteerError(f"options are for the methods compared, {', '.join(chosen)}; got {', '.join(unknown)}")
-    rounds: list[dict[str, Result]] = []  # the last may be under way
+    for name, own in (options or {}).items():
+        _check_options(name, chosen[name], own)
     common: dict[str, Any] = {
         "process": process, "reward": reward, "budget": budget, "temperature": temperature, "batch": batch,
     }  # fmt: skip
+    rounds: list[Round] = []  # the last may be under way
     with keeping(lambda: _so_far(rounds, len(chosen), budget)):
         for i in range(keys):
             rounds.append({})
@@ -159,19 +168,29 @@ def _compare(
         finished = [runs for runs in rounds if len(runs) == len(chosen)]
         if not finished:
             raise Stop("interrupted before every method had run once")
-        results = {name: tuple(runs[name] for runs in finished) for name in chosen}
-        rows = tuple(_row(name, runs, metrics or {}) for name, runs in results.items())
-    return Comparison(budget, len(finished), rows, results, interrupted=len(finished) < keys)
+        return _compared(finished, budget, metrics or {}, interrupted=len(finished) < keys)
 
 
-def _so_far(rounds: list[dict[str, Result]], methods: int, budget: int) -> Comparison[Result] | None:
+def _so_far(rounds: list[Round], methods: int, budget: int) -> Comparison[Result] | None:
     """The seeds that every method has run; before the first, the methods that have. Without the caller's measures."""
     finished = [runs for runs in rounds if len(runs) == methods]
-    results = {name: tuple(runs[name] for runs in finished or rounds[:1]) for name in (rounds[0] if rounds else ())}
-    if not results:
-        return None
-    rows = tuple(_row(name, runs, {}) for name, runs in results.items())
-    return Comparison(budget, len(finished), rows, results, interrupted=True)
+    known = finished or [runs for runs in rounds[:1] if runs]
+    return replace(_compared(known, budget, {}, interrupted=True), keys=len(finished)) if known else None
+
+
+def _compared(rounds: Sequence[Round], budget: int, metrics: Metrics, interrupted: bool) -> Comparison[Result]:
+    """The comparison of rounds in which the same methods ran."""
+    results: dict[str, dict[int, Result]] = {name: {} for name in rounds[0]}
+    failures: dict[str, dict[int, Exception]] = {}
+    for seed, runs in enumerate(rounds):
+        for name, run in runs.items():
+            if isinstance(run, Result):
+                results[name][seed] = run
+            else:
+                failures.setdefault(name, {})[seed] = run
+    rows = rows_of(results, failures, metrics, budget)
+    ran = {name: tuple(runs.values()) for name, runs in results.items()}
+    return Comparison(budget, len(rounds), rows, ran, failures, interrupted)
 
 
 def _named(method: str | Method) -> str:
@@ -181,43 +200,35 @@ def _named(method: str | Method) -> str:
     return getattr(method, "__name__", None) or getattr(getattr(method, "func", None), "__name__", repr(method))
 
 
-def _run_round(
-    runs: dict[str, Result], methods: dict[str, Method], options: dict[str, dict[str, Any]], **common: Any
-) -> bool:
+def _check_options(name: str, method: Method, options: dict[str, Any]) -> None:
+    """SteerError where a method does not take an option, before anything is run."""
+    known = signature(method).parameters
+    unknown = sorted(set(options) - set(known))
+    if unknown and not any(parameter.kind is Parameter.VAR_KEYWORD for parameter in known.values()):
+        raise SteerError(f"{name} takes no {', '.join(unknown)}; it takes {', '.join(known)}")
+
+
+def _run_round(runs: Round, methods: dict[str, Method], options: dict[str, dict[str, Any]], **common: Any) -> bool:
     """Fills in a run of every method on one seed; False if one was interrupted, as it did not spend its budget."""
     for name, method in methods.items():
-        run = sample(method=method, **common, **options.get(name, {}))
+        try:
+            run = sample(method=method, **common, **options.get(name, {}))
+        except (Stop, DistributedError, JournalError):  # of the whole comparison
+            raise
+        except Exception as error:
+            if name == UNSTEERED:  # then nothing can be compared
+                raise
+            runs[name] = _without_frames(error)
+            continue
         if run.interrupted:
             return False
         runs[name] = run
     return True
 
 
-def _row(name: str, runs: Sequence[Result], metrics: dict[str, Callable]) -> Row:
-    """Means and standard errors of a method's runs."""
-
-    def over(values: list[float]) -> tuple[float, float]:
-        mean = sum(values) / len(values)
-        spread = sum((v - mean) ** 2 for v in values)
-        return mean, math.sqrt(spread / len(values) / max(1, len(values) - 1)) if len(values) > 1 else math.nan
-
-    def mean(pick: Callable[[Result], float]) -> float:
-        return over([pick(run) for run in runs])[0]
-
-    return Row(
-        method=name,
-        reward=over([run.mean_reward.mean().item() for run in runs]),
-        best=over([run.reward.amax(1).mean().item() for run in runs]),
-        ess=mean(lambda run: run.ess.mean().item()),
-        metrics={label: over([_measured(run, f) for run in runs]) for label, f in metrics.items()},
-        nfe=mean(lambda run: run.cost.nfe),
-        grads=mean(lambda run: run.cost.grads),
-        rewards=mean(lambda run: run.cost.rewards),
-        decodes=mean(lambda run: run.cost.decodes),
-        seconds=mean(lambda run: run.cost.seconds["total"]),
-    )
-
-
-def _measured(run: Result, f: Callable[[torch.Tensor], torch.Tensor]) -> float:
-    """Weighted mean of a measure of decoded samples."""
-    return run.mean(lambda x: f(run.process.decode(x[None]))).mean().item()
+def _without_frames(error: Exception) -> Exception:
+    """The error without what it refers to on the stack, which would keep the states of its run in memory."""
+    link: BaseException | None = error
+    while link is not None:
+        link.__traceback__, link = None, link.__cause__ or link.__context__
+    return error

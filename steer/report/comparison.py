@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from ..files import plain
-from .compared import Row
+from .compared import Row, remarks
+from .page import number, whole, with_error
 from .run_result import RunResult
 
 Run = TypeVar("Run", bound=RunResult)
@@ -20,9 +21,10 @@ class Comparison(Generic[Run]):
 
     Args:
         budget: NFE per problem that each run could spend, in network rows.
-        keys: How many seeds every method has run; fewer than asked for where `interrupted`.
+        keys: How many seeds every method was run on; fewer than asked for where `interrupted`.
         rows: One for each method, in the order run.
-        results: By method, the run of each seed.
+        results: By method, the runs that did not fail, in the order of their seeds.
+        failures: By method and number of the seed, what was raised instead; its `.partial` is what was paid for.
         interrupted: Whether it was stopped early.
     """
 
@@ -30,7 +32,13 @@ class Comparison(Generic[Run]):
     keys: int
     rows: tuple[Row, ...]
     results: dict[str, tuple[Run, ...]]
+    failures: dict[str, dict[int, Exception]] = field(default_factory=dict)
     interrupted: bool = False
+
+    @property
+    def remarks(self) -> list[str]:
+        """Which methods are tied, what the rows are means of, who spent less or failed: sentences."""
+        return remarks(self)
 
     @property
     def at(self) -> tuple[Comparison[Run], ...]:
@@ -41,7 +49,8 @@ class Comparison(Generic[Run]):
         """Budget, number of seeds and rows as plain JSON types; NaN and infinities, which JSON lacks, are None."""
         from dataclasses import asdict
 
-        return plain({"budget": self.budget, "keys": self.keys, "rows": [asdict(row) for row in self.rows]})
+        rows = [asdict(row) for row in self.rows]
+        return plain({"budget": self.budget, "keys": self.keys, "rows": rows, "remarks": self.remarks})
 
     def report(self, directory: str | Path, *, count: int = 16, **extra: Any) -> Path:
         """Writes a self-contained report.html: tables with standard errors, a plot of each measure, samples per method.
@@ -60,21 +69,17 @@ class Comparison(Generic[Run]):
 
     def __str__(self) -> str:
         names = list(self.rows[0].metrics) if self.rows else []
-        heads = ["method", "reward", "best", *names, "ess", "nfe", "grads", "rewards", "seconds"]
-        table = [heads]
+        heads = ["method", "reward", "best", "over best_of_n"]
+        heads += [head for name in names for head in (name, f"{name} of best")]
+        table = [[*heads, "ess", "nfe", "grads", "rewards", "seconds"]]
         for row in self.rows:
-            measured = (row.reward, row.best, *(row.metrics[name] for name in names))
-            counted = (
-                f"{row.ess:.1f}",
-                f"{row.nfe:.0f}",
-                f"{row.grads:.0f}",
-                f"{row.rewards:.0f}",
-                f"{row.seconds:.2f}",
-            )
-            table.append([row.method, *(f"{mean:.3f} ± {error:.3f}" for mean, error in measured), *counted])
-        widths = [max(len(line[i]) for line in table) for i in range(len(heads))]
+            own = [measure[name] for name in names for measure in (row.metrics, row.of_best)]
+            measured = [with_error(*pair) for pair in (row.reward, row.best, row.gain, *own)]
+            counted = [number(row.ess), *map(whole, (row.nfe, row.grads, row.rewards)), number(row.seconds)]
+            table.append([row.method, *measured, *counted])
+        widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in table]
-        return "\n".join(line.rstrip() for line in lines)
+        return "\n".join([*(line.rstrip() for line in lines), *(f"- {sentence}" for sentence in self.remarks)])
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import plots
-from .compared import Compared, Row, Stage
+from .compared import Compared, Row, Stage, remarks
 from .images import grid, is_images
 from .page import number, whole, with_error, write_page
 from .run_report import facts_of, shown
@@ -48,7 +48,10 @@ def write_comparison(
         ("mean reward", lambda row: row.reward),
         ("best reward", lambda row: row.best),
     ]
-    measures += [(name, lambda row, name=name: row.metrics[name]) for name in last.rows[0].metrics]
+    for name in last.rows[0].metrics:
+        measures.append((name, lambda row, name=name: row.metrics[name]))
+        measures.append((f"{name} of best", lambda row, name=name: row.of_best[name]))
+    columns = [*measures[:2], ("over best-of-N", lambda row: row.gain), *measures[2:]]
     several = len(stages) > 1
     known = {name: fact for name, fact in facts_of(last.results[last.rows[0].method][0]).items() if name != "method"}
     if several:
@@ -64,10 +67,11 @@ def write_comparison(
         interrupted=comparison.interrupted,
         seeds=last.keys,
         budget=last.budget,
-        best=max(last.rows, key=lambda row: row.reward[0]),
-        unsteered=last.rows[0],
-        heads=["method", *(name for name, _ in measures), "ESS", "NFE", "gradients", "rewards", "seconds"],
-        rows=[_row(row, measures) for row in last.rows],
+        remarks=[f"{sentence[:1].upper()}{sentence[1:]}." for sentence in remarks(last)],
+        heads=["method", *(name for name, _ in columns)],
+        rows=[[row.method, *(with_error(*measure(row)) for _, measure in columns)] for row in last.rows],
+        cost_heads=["method", "ESS", "NFE", "gradients", "rewards", "decodes", "seconds"],
+        costs=[_costs(row) for row in last.rows],
         figures=figures,
         by_budget=[(name, *_by_budget(stages, measure)) for name, measure in measures] if several else [],
         pictures=pictures or {},
@@ -86,7 +90,10 @@ def samples_by_method(comparison: Compared, count: int) -> dict[str, dict[str, A
         `pictures`, one grid per method, and `texts`; a method whose samples are neither is in none of them.
     """
     found: dict[str, dict[str, Any]] = {"pictures": {}, "texts": {}}
-    for name, (first, *_) in comparison.at[-1].results.items():
+    for name, runs in comparison.at[-1].results.items():
+        if not runs:  # it failed on every seed
+            continue
+        first = runs[0]
         chosen = first.take(shown(first, min(count, first.reward.shape[1])))
         if first.process.text is not None:
             found["texts"][name] = chosen.texts
@@ -95,18 +102,10 @@ def samples_by_method(comparison: Compared, count: int) -> dict[str, dict[str, A
     return found
 
 
-def _row(row: Row, measures: Sequence[tuple[str, Measure]]) -> list[str]:
-    """A method in the table of all measures and costs."""
-    measured = [with_error(*measure(row)) for _, measure in measures]
-    return [
-        row.method,
-        *measured,
-        number(row.ess),
-        whole(row.nfe),
-        whole(row.grads),
-        whole(row.rewards),
-        f"{row.seconds:.2f}",
-    ]
+def _costs(row: Row) -> list[str]:
+    """A method in the table of what a run costs and leaves."""
+    counts = (row.nfe, row.grads, row.rewards, row.decodes)
+    return [row.method, number(row.ess), *map(whole, counts), number(row.seconds)]
 
 
 def _by_budget(stages: Sequence[Stage], measure: Measure) -> tuple[list[str], list[list[str]]]:

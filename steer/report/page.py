@@ -140,5 +140,5 @@ def with_error(mean: float | None, error: float | None) -> str:
 
 
 def whole(value: float) -> str:
-    """A number without decimals."""
-    return f"{value:,.0f}"
+    """A number without decimals; a dash for none."""
+    return "–" if math.isnan(value) else f"{value:,.0f}"

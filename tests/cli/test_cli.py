@@ -459,22 +459,22 @@ def test_unsteered_samples_that_fail_cost_no_steered_ones(tmp_path, monkeypatch)
     assert load_run(tmp_path).cost.nfe == 40
 
 
-def test_a_comparison_that_fails_writes_the_seeds_before(tmp_path, monkeypatch):
+def test_a_comparison_of_which_a_run_fails_says_so_and_goes_on(tmp_path, monkeypatch):
     call, calls = progress.Watch.__call__, []
 
     def fails(self, event):
         call(self, event)
         calls.append(event.run)
-        if calls.count("smc") == 7:
+        if event.run == "smc" and calls.count("smc") == 7:
             raise SteerError("broken")
 
     monkeypatch.setattr(progress.Watch, "__call__", fails)
-    done = run("compare", *QUICK, "--budget", 24, "--keys", 3, "--out", tmp_path)
+    done = run("compare", *QUICK, "--methods", "smc", "--budget", 24, "--keys", 3, "--out", tmp_path)
     assert done.exit_code == 1
     facts = json.loads((tmp_path / "compare.json").read_text())
-    assert facts["interrupted"]
-    assert facts["keys"] == 1
-    assert len(facts["rows"]) == 3
+    assert facts["keys"] == 3
+    assert [row["failed"] for row in facts["rows"]] == [[], [], ["SteerError: broken"]]
+    assert "smc failed on 1 of 3 seeds: SteerError: broken" in done.stdout
 
 
 def test_ctrl_c_in_a_comparison_writes_nothing(tmp_path, monkeypatch):

@@ -2,13 +2,16 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
+import scipy.stats
 import torch
 from exact import Linear, mixture_2d
 
 import steer
 from steer import rewards, search
+from steer.report.compared import student
 
 REWARD = Linear([0.7, -0.5])
 
@@ -52,8 +55,15 @@ def test_a_comparison_is_at_equal_budget_with_both_baselines():
     assert smc.reward[1] == pytest.approx(float(rewards.std() / math.sqrt(4)))
     firsts = [float(run.mean(lambda x: x[:, 0]).mean()) for run in runs]
     assert smc.metrics["first"][0] == pytest.approx(sum(firsts) / 4)
-    assert str(table).splitlines()[0].split() == ["method", "reward", "best", "first", "ess", "nfe", "grads", "rewards",
-                                                  "seconds"]  # fmt: skip
+    bests = [float(run.reward.amax(1).mean()) for run in runs]
+    others = [float(run.reward.amax(1).mean()) for run in table.results["best_of_n"]]
+    assert smc.share == 80 / 86
+    gains = torch.tensor(bests, dtype=torch.float64) - torch.tensor(others, dtype=torch.float64)
+    assert smc.gain == pytest.approx((float(gains.mean()), float(gains.std() / 2)))
+    of_best = [float(run.best[:, 0].mean()) for run in runs]
+    assert smc.of_best["first"][0] == pytest.approx(sum(of_best) / 4)
+    head = "method reward best over best_of_n first first of best ess nfe grads rewards seconds"
+    assert str(table).splitlines()[0].split() == head.split()
     assert table.to_dict()["rows"][1]["method"] == "best_of_n"
 
 
@@ -169,25 +179,143 @@ class Breaks:
         return REWARD(x)
 
 
-@pytest.mark.parametrize("error", [RuntimeError, SystemExit])
-def test_a_run_that_fails_leaves_the_seeds_and_budgets_before_it(error):
+def test_what_ends_the_program_leaves_the_seeds_and_budgets_before_it():
     counted = Breaks()
     options = {"methods": ["smc"], "keys": 3, "metrics": {"first": lambda x: x[:, 0]}}
     whole = steer.compare(process(), counted, budget=50, **options)
-    with pytest.raises((steer.RewardError, SystemExit)) as found:
-        steer.compare(process(), Breaks(counted.calls, error), budget=50, **options)
+    with pytest.raises(SystemExit) as found:
+        steer.compare(process(), Breaks(counted.calls, SystemExit), budget=50, **options)
     partial = found.value.partial
     assert partial.interrupted
     assert partial.keys == 2
     for name, runs in partial.results.items():
         assert all(torch.equal(a.x, b.x) for a, b in zip(runs, whole.results[name], strict=False))
-    with pytest.raises((steer.RewardError, SystemExit)) as found:
-        steer.compare(process(), Breaks(counted.calls + counted.calls // 3 + 2, error), budget=[50, 60], **options)
+    at = counted.calls + counted.calls // 3 + 2
+    with pytest.raises(SystemExit) as found:
+        steer.compare(process(), Breaks(at, SystemExit), budget=[50, 60], **options)
     assert [stage.budget for stage in found.value.partial.at] == [50, 60]
     assert [stage.keys for stage in found.value.partial.at] == [3, 1]
-    with pytest.raises((steer.RewardError, SystemExit)) as found:
-        steer.compare(process(), Breaks(2, error), budget=50, **options)  # best_of_n, on the first seed
+    with pytest.raises(SystemExit) as found:
+        steer.compare(process(), Breaks(2, SystemExit), budget=50, **options)  # best_of_n, on the first seed
     assert [row.method for row in found.value.partial.rows] == ["rollout"]
+
+
+def test_a_method_that_fails_is_a_row_and_the_rest_goes_on():
+    counted = Breaks()
+    options = {"methods": ["smc", "svdd"], "keys": 3}
+    whole = steer.compare(process(), counted, budget=50, **options)
+    assert not whole.failures
+    of_a_seed = counted.calls // 3
+    of_svdd = of_a_seed - (2 + 5)  # one each of rollout and best_of_n, one a step of smc
+    table = steer.compare(process(), Breaks(2 * of_a_seed - of_svdd), budget=50, **options)  # smc, on the second seed
+    assert table.keys == 3
+    assert not table.interrupted
+    assert {name: list(of) for name, of in table.failures.items()} == {"smc": [1]}
+    assert isinstance(table.failures["smc"][1], steer.RewardError)
+    assert table.failures["smc"][1].partial is not None  # what it had paid for
+    for name, runs in whole.results.items():
+        kept = [run for seed, run in enumerate(runs) if name != "smc" or seed != 1]
+        assert all(torch.equal(a.x, b.x) for a, b in zip(table.results[name], kept, strict=True))
+    smc, best = (
+        torch.tensor([float(run.reward.max()) for run in table.results[name]]) for name in ("smc", "best_of_n")
+    )
+    assert table.rows[2].gain[0] == pytest.approx(float((smc - best[[0, 2]]).mean()), abs=1e-6)  # seeds that both ran
+    assert any(line.startswith("smc failed on 1 of 3 seeds: RewardError: ") for line in table.remarks)
+    json.dumps(table.to_dict(), allow_nan=False)
+
+
+def test_a_method_that_cannot_run_is_a_row_without_numbers(tmp_path):
+    table = steer.compare(process(), REWARD, methods=["noise_search", "smc"], budget=12, keys=2)
+    ode = steer.compare(process().with_rule(steer.ode()), REWARD, methods=["smc", "svdd"], budget=12, keys=2)
+    assert not table.failures
+    assert set(ode.failures) == {"smc", "svdd"}
+    row = ode.rows[2]
+    assert math.isnan(row.reward[0])
+    assert not row.tied
+    assert "smc failed on 2 of 2 seeds: NotStochasticError: " in str(ode)
+    assert "NotStochasticError" in ode.report(tmp_path).read_text()
+    json.dumps(ode.to_dict(), allow_nan=False)
+
+
+def test_a_broken_reward_ends_the_comparison_at_the_unsteered_run():
+    broken = Breaks(1)
+    with pytest.raises(steer.RewardError):
+        steer.compare(process(), broken, methods=["smc"], budget=50)
+    assert broken.calls == 1
+
+
+def noisy(spread, shift=0.0):
+    """A method whose best reward is best-of-N's of that seed, plus a shift of its own mean and spread over seeds."""
+
+    def method(process, reward, *, budget, batch, temperature, key):
+        run = search.best_of_n(process, reward, budget=budget, batch=batch, temperature=temperature, key=key)
+        moved = shift + spread * key.fold(method.__name__).normal((1, 1)).item()
+        return replace(run, reward=run.reward + moved)
+
+    method.__name__ = f"moved_{shift:g}".replace(".", "_")
+    return method
+
+
+def test_ties_are_those_not_told_apart_on_the_same_seeds():
+    """Best-of-2's own spread over seeds is common to all, so that a shift of .1 is told apart and .01 is not."""
+    methods = [noisy(0.05, 1.1), noisy(0.05, 1.09), noisy(0.05, 1.0)]
+    table = steer.compare(process(), REWARD, methods=methods, budget=10, keys=20)
+    tied = {row.method: row.tied for row in table.rows}
+    assert tied == {"rollout": False, "best_of_n": False, "moved_1_1": True, "moved_1_09": True, "moved_1": False}
+    assert table.rows[0].best[1] > 0.05  # by its own error, over seeds, the third would be tied
+    assert table.rows[2].gain[0] == pytest.approx(1.1, abs=4 * 0.05 / 20**0.5)
+    assert table.rows[2].gain[1] == pytest.approx(0.05 / 20**0.5, rel=4 / 40**0.5)
+    assert "not told apart from them at 95 % over 20 seeds are those of moved_1_09" in table.remarks[0]
+    alone = steer.compare(process(), REWARD, methods=methods, budget=10, keys=1)
+    assert "one seed tells no error" in alone.remarks[0]
+
+
+def test_the_quantile_of_student():
+    for freedom in (*range(1, 31), 100):
+        assert student(freedom) == pytest.approx(float(scipy.stats.t.ppf(0.975, freedom)), rel=0.01)
+
+
+def test_what_a_mean_reward_is_of_is_said():
+    table = steer.compare(
+        process(), REWARD, methods=["smc", "svdd"], budget=50, keys=2, options={"best_of_n": {"keep": 4}}
+    )
+    assert {row.method: row.mean_of for row in table.rows} == {
+        "rollout": "unsteered samples", "best_of_n": "the best 4 found", "smc": "p(x) exp(r(x) / T)",
+        "svdd": "the best one found",
+    }  # fmt: skip
+    assert any("mean rewards are of different things" in sentence for sentence in table.remarks)
+
+
+def test_a_spend_below_the_budget_is_said():
+    table = steer.compare(process(), REWARD, methods=["smc"], budget=54, keys=2)  # ten chains of five steps
+    assert {row.share for row in table.rows} == {50 / 54}
+    assert [line for line in table.remarks if "of the budget" in line] == [
+        f"{name} spent 93% of the budget" for name in ("rollout", "best_of_n", "smc")
+    ]
+    assert not any("of the budget" in line for line in steer.compare(process(), REWARD, budget=50, keys=2).remarks)
+
+
+def test_a_held_out_measure_that_falls_as_the_reward_rises_is_said():
+    table = steer.compare(
+        process(),
+        REWARD,
+        methods=[noisy(0.0), search.dts_star],
+        budget=400,
+        keys=4,
+        metrics={"judge": lambda x: -REWARD(x)},
+    )
+    gain, change = table.rows[3].gain, table.rows[3].of_best_gain["judge"]
+    assert change[0] == pytest.approx(-gain[0], abs=1e-5)
+    said = [line for line in table.remarks if "exploited" in line]
+    assert [line.partition("'s")[0] for line in said] == (["dts_star"])
+    assert gain[0] > student(3) * gain[1]
+
+
+def test_an_option_that_a_method_does_not_take_is_refused_before_anything_runs():
+    counted = Breaks()
+    with pytest.raises(steer.SteerError, match=r"smc takes no proposl; it takes .*proposal"):
+        steer.compare(process(), counted, methods=["smc"], budget=50, options={"smc": {"proposl": None}})
+    assert counted.calls == 0
 
 
 def test_a_measure_that_fails_leaves_the_runs():
@@ -197,7 +325,7 @@ def test_a_measure_that_fails_leaves_the_runs():
     with pytest.raises(RuntimeError, match="no such file") as found:
         steer.compare(process(), REWARD, methods=["smc"], budget=50, keys=2, metrics={"broken": broken})
     assert found.value.partial.keys == 2
-    assert str(found.value.partial).count("\n") == 3
+    assert [row.method for row in found.value.partial.rows] == ["rollout", "best_of_n", "smc"]
 
 
 def test_a_reward_without_a_gradient_on_a_model_whose_weights_want_one():

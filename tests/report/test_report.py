@@ -265,7 +265,7 @@ def test_comparison_report(tmp_path):
         "importance_sampling",
         "other",
     ]
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 4  # a measure is drawn twice: its mean, and of the best
     row = comparison.rows[2]
     assert with_error(*row.reward) in page
 
@@ -277,7 +277,7 @@ def test_a_comparison_at_several_budgets_has_a_curve_and_a_table_per_measure(tmp
     page = write_comparison(comparison, tmp_path, texts={"smc": ["<b>a", "b"]}).read_text()
     check(page)
     assert [stage["budget"] for stage in numbers_in(page)["budgets"]] == [24, 48, 96]
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 4  # a measure is drawn twice: its mean, and of the best
     assert all(with_error(*row.best) in page for stage in comparison.at for row in stage.rows)
     assert "&lt;b&gt;a, b" in page
 
