@@ -79,15 +79,17 @@ def names(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda _: begin("gloo", **alone))
     monkeypatch.setitem(sys.modules, "docs_pictures", types.SimpleNamespace(grid=shown, tree=shown, scatter=shown))
     ink = rewards.Ink()
+    one = torch.ones(1, 3)  # for each problem
     found = {
         "__name__": "snippet",
         "steer": steer, "rewards": rewards, "search": search, "grpo": grpo, "torch": torch,
         "process": steer.load("digits", steps=4), "reward": ink, "my_reward": ink, "pipe": pipe,
         "prompts": ["a fox", "a cat"], "step": 0, "update": 0,
         "log_likelihood": lambda x: -x.square().flatten(1).sum(1),
-        "classifier": lambda x, t: x.flatten(1)[:, :2], "features": lambda x: x.flatten(1), 
+        "classifier": lambda x, t: x.flatten(1)[:, :2], "features": lambda x: x.flatten(1),
         "real": torch.rand(32, 1, 8, 8),
-        **dict.fromkeys(("ids", "embeds", "mask"), torch.ones(1, 3)), "cond": dict.fromkeys(("prompt_embeds", "pooled_prompt_embeds", "prompt_ids"), torch.ones(1, 3)),
+        "ids": one, "embeds": one, "mask": one,
+        "cond": dict.fromkeys(("prompt_embeds", "pooled_prompt_embeds", "prompt_ids"), one),
         "samples": {}, "DataProto": lambda *_: None, "TensorDict": lambda *_, **__: None,
     }  # fmt: skip
     yield found
