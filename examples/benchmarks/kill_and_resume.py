@@ -77,8 +77,6 @@ def prompts(args: argparse.Namespace, work: Path) -> bool:
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 
     def start(out: Path, *more: str) -> subprocess.Popen[bytes]:
-        for claim in out.glob("claims/0*"):  # of those that were killed; two minutes are long in a benchmark
-            claim.unlink()
         return subprocess.Popen([*COMMAND, "generate", *words, "--out", str(out), *more], **quiet)
 
     began = time.perf_counter()

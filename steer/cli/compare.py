@@ -72,7 +72,7 @@ def compare(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Runs several methods at equal budget: compare.json, report.html and an images.png per method.
+    """Runs several methods at equal budget: compare.json, report.html and an images.png (or .webp) per method.
 
     Several budgets, --budget 500,1000,2000, give the reward of each method against its NFE.
 

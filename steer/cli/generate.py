@@ -105,7 +105,7 @@ def generate(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Samples steered by a reward: writes images.png, result.safetensors, result.json and report.html.
+    """Samples steered by a reward: writes images.png or videos/, result.safetensors, result.json and report.html.
 
     Ctrl-C (or SIGTERM) stops the run after the current step and writes what is finished; a second stops it at once. A
     run that fails leaves what it had: a result marked interrupted, or the states under way, partial.safetensors.

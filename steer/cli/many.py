@@ -138,7 +138,8 @@ def _make(generator: Generator, directory: RunDirectory, wanted: list[int], how:
     here = place(how.shard)
     if how.which == "all":
         for index in wanted:
-            directory.forget(index)
+            if index % here.world == here.rank:  # each process its own, or a late one would undo what others have made
+                directory.forget(index)
     if how.workers:
         from ..generation import workers as pool
 

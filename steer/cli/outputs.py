@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from ..results.result import Result
 
 PARTIAL_FACTS = "partial.json"
+VIDEOS = "videos"
 
 
 def write_run(
@@ -24,16 +25,22 @@ def write_run(
     """Writes the files of a run, and returns its numbers. The result comes first, in case drawing it fails."""
     from ..files import write_atomically
     from ..report.images import grid, is_images, to_png
+    from ..report.pictures import is_videos, to_file, to_pictures
     from ..report.run_report import shown, summary, write_report
     from ..results.saving import PARTIAL, save_result
 
     for stale in ("compare.json", "images.png", PARTIAL, PARTIAL_FACTS):  # of an earlier command
         (out / stale).unlink(missing_ok=True)
+    _forget_videos(out)
     index = shown(result, n)
     save_result(result, out, reference=reference, **about, shown=index.tolist())
     chosen = result.take(index)
     if is_images(chosen.decoded):
         write_atomically(out / "images.png", to_png(grid(chosen.decoded, least=96)))
+    elif is_videos(chosen.decoded):
+        for place, video in enumerate(to_pictures(chosen.decoded)):  # the best first
+            suffix, blob = to_file(video)
+            write_atomically(out / VIDEOS / f"{place:02d}{suffix}", blob)
     write_report(result, out, reference=reference, metrics=metrics, index=index, title=title, about=about)
     texts = {"texts": chosen.texts} if result.process.text is not None else {}
     return summary(result, reference, metrics) | texts
@@ -64,18 +71,28 @@ def write_comparison_files(
     """Writes the files of a comparison, and returns its numbers. Pictures are of the first seed."""
     from ..files import plain, to_json, versions, write_atomically
     from ..report.comparison_report import samples_by_method, write_comparison
-    from ..report.images import to_png
+    from ..report.pictures import to_file
     from ..results.saving import FACTS, PARTIAL, TENSORS
 
     for stale in (FACTS, TENSORS, "images.png", PARTIAL, PARTIAL_FACTS):  # an earlier `steer generate`'s
         (out / stale).unlink(missing_ok=True)
+    _forget_videos(out)
     facts = plain({"about": about, **comparison.to_dict(), "versions": versions()})
     write_atomically(out / "compare.json", to_json(facts))
     samples = samples_by_method(comparison, n)
     for name, picture in samples["pictures"].items():
-        write_atomically(out / name / "images.png", to_png(picture))
+        suffix, blob = to_file(picture)
+        for stale in (out / name).glob("images.*"):
+            stale.unlink()
+        write_atomically(out / name / f"images{suffix}", blob)
     write_comparison(comparison, out, **samples, title=f"{title}, methods at equal budget", about=about)
     return {"out": str(out), **facts}
+
+
+def _forget_videos(out: Path) -> None:
+    """Removes the videos of an earlier command."""
+    for path in (out / VIDEOS).glob("[0-9]*.webp"):
+        path.unlink()
 
 
 def print_run(numbers: dict[str, Any], out: Path, about: dict[str, Any], as_json: bool, quiet: bool) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -79,7 +81,12 @@ def status(
 
 
 def report(
-    directory: Annotated[Path, typer.Argument(file_okay=False, help="A directory that `steer generate` wrote.")],
+    directory: Annotated[
+        Path,
+        typer.Argument(
+            file_okay=False, help="A directory that `steer generate` wrote, or a row's, RUN/rows/000/000012."
+        ),
+    ],
     out: Annotated[Path | None, typer.Option(file_okay=False, help="Directory to write to; default: the same.")] = None,
     n: Shown = 16,
     device: Device = "auto",
@@ -93,8 +100,12 @@ def report(
     from ..saved import load_run
 
     with reported_errors(debug, as_json=False):
+        if (directory / "run.yaml").exists():
+            raise typer.BadParameter(
+                f"{directory} is a run of many prompts, and a page is of one: name a row, {directory}/rows/000/000000"
+            )
         saved = load_run(directory)
-        about = {name: fact for name, fact in saved.facts["run"].items() if name != "shown"}
+        about = _asked(directory, saved.facts["run"])
         if "model" not in about or "reward" not in about:
             raise typer.BadParameter(
                 f"{directory} names no model and reward, so it was saved from Python; load it there with "
@@ -113,3 +124,19 @@ def report(
             about=about,
         )
     say(f"report  {escape(str(path))}")
+
+
+def _asked(directory: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What a saved run was asked for. A row of many prompts has its own share, and the rest from the run's options."""
+    from ..generation.run_directory import run_of_row
+
+    run = run_of_row(directory)
+    if run is None:
+        return {name: fact for name, fact in facts.items() if name != "shown"}
+    given = run.options
+    call = [*given["call"], *(f"{name}={json.dumps(value)}" for name, value in facts["call"].items())]
+    asked = {name: given[name] for name in ("model", "method", "budget", "temperature", "seed", "dtype", "guided")}
+    reward = given["reward"][0] if len(given["reward"]) == 1 else given["reward"]
+    options = ", ".join(given["set"]) or None
+    own = {"row": facts["index"], "prompt": facts["prompt"], "call": call or None, "options": options}
+    return {**asked, "reward": reward, **own}

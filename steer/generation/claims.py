@@ -17,7 +17,8 @@ class Claim:
     """One row, ours until we leave it or die: a live claim is touched, and one that is not goes stale.
 
     Made by O_CREAT | O_EXCL, which is atomic on local disks and on NFS from version 3. Age is by the file system's own
-    clock, against a file just touched, for the clocks of machines differ.
+    clock, against a file just touched, for the clocks of machines differ. A claim of this machine whose process is no
+    more is free at once.
     """
 
     def __init__(self, path: Path, *, stale: float = STALE) -> None:
@@ -30,7 +31,9 @@ class Claim:
         try:
             handle = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
         except FileExistsError:
-            return self._age(self.path) > self.stale and self._replace()
+            return self._dead(self.path) and self._replace()
+        except FileNotFoundError:  # the folder of claims was cleared away, as it is when all rows are made
+            return False
         with os.fdopen(handle, "w") as file:
             file.write(self.name)
         return True
@@ -71,7 +74,7 @@ class Claim:
             os.rename(self.path, aside)
         except FileNotFoundError:
             return self.take()
-        if self._age(aside) <= self.stale:  # renewed between the look and the renaming: give it back
+        if not self._dead(aside):  # renewed between the look and the renaming: give it back
             with suppress(FileExistsError):
                 os.link(aside, self.path)
             aside.unlink()
@@ -79,12 +82,32 @@ class Claim:
         aside.unlink()
         return self.take()
 
+    def _dead(self, path: Path) -> bool:
+        return _ended(path) or self._age(path) > self.stale
+
     def _age(self, path: Path) -> float:
         clock = self.path.with_name(f".clock.{self.name}")
-        clock.touch()
         try:
+            clock.touch()
             return clock.stat().st_mtime - path.stat().st_mtime
         except FileNotFoundError:
             return 0.0
         finally:
             clock.unlink(missing_ok=True)
+
+
+def _ended(path: Path) -> bool:
+    """Whether a claim was made by a process of this machine that has ended."""
+    try:
+        host, pid, _ = path.read_text().rsplit(".", 2)
+    except (FileNotFoundError, ValueError):  # given up, or not yet written
+        return False
+    if os.name != "posix" or host != socket.gethostname():
+        return False
+    try:
+        os.kill(int(pid), 0)  # sends nothing
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False

@@ -100,7 +100,8 @@ def write_webdataset(directory: RunDirectory, out: str | Path, *, rows_per_shard
                 for place, entry in enumerate(entries):
                     key = f"{row.index:06d}-{place:02d}"
                     if "file_name" in entry:
-                        _add(tar, f"{key}.png", (directory.path / entry["file_name"]).read_bytes())
+                        source = directory.path / entry["file_name"]
+                        _add(tar, f"{key}{source.suffix}", source.read_bytes())
                     _add(tar, f"{key}.json", json.dumps(entry, ensure_ascii=False).encode())
     return paths
 
@@ -123,9 +124,9 @@ def write_geneval(directory: RunDirectory, out: str | Path) -> list[Path]:
     """
     rows = list(_finished(directory))
     for row, entries in rows:
-        if row.prompt is None or not all("file_name" in entry for entry in entries):
+        if row.prompt is None or not all(entry.get("file_name", "").endswith(".png") for entry in entries):
             raise RunDirectoryError(
-                f"GenEval's layout is of pictures with prompts, and row {row.index} has none; export as webdataset"
+                f"GenEval's layout is of images with prompts, and row {row.index} has none; export as webdataset"
             )
     folder, folders = _empty(out), []
     for row, entries in rows:

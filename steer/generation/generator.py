@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,7 +15,7 @@ from ..core.temperature import Temperature
 from ..errors import SteerError
 from ..evaluation.methods import name_of, sample
 from ..key import Key
-from ..report.images import is_images, to_images, to_png
+from ..report.pictures import Video, is_pictures, to_array, to_file, to_pictures
 from ..report.run_report import shown
 from ..results.result import Result
 from ..types import ReverseProcess
@@ -28,6 +28,7 @@ from .run_directory import RunDirectory
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+LOOK_AGAIN = 0.5  # seconds, at rows that others make
 RETRIED = (OSError, torch.OutOfMemoryError)  # what may go well the next time; other errors would come again
 
 
@@ -153,8 +154,9 @@ class Generator:
                 the model's call takes are its arguments.
 
         Returns:
-            One entry per sample kept: index, particle, prompt, image (uint8 [H, W, C], or [H, W]), score, weight, nfe
-            and error, which is "" where all went well; of a failed row there is one entry with the rest None.
+            One entry per sample kept: index, particle, prompt, image (uint8 [H, W, C], or [H, W]; of a video [F, H, W,
+            C]), score, weight, nfe and error, which is "" where all went well; of a failed row there is one entry with
+            the rest None.
         """
         if "index" not in batch:
             raise SteerError("the batch needs a column index: the place in a batch would name other noise every time")
@@ -175,6 +177,10 @@ class Generator:
     ) -> Iterator[tuple[int, Exception | None]]:
         """Makes rows of a run directory, those of this place first, then whatever nobody else makes.
 
+        A row that another process holds is waited for, and taken over if that process dies. So a process ends when all
+        rows are made or have failed, whoever did it, and a launcher that ends all of its processes when the first one
+        fails cuts no row short. A row that has failed elsewhere meanwhile is not tried again.
+
         Args:
             directory: the run.
             indices: rows to make.
@@ -186,16 +192,28 @@ class Generator:
         """
         rank, world, _ = place or Place()
         own = [index for index in indices if index % world == rank]
-        others = [index for index in indices if index % world != rank] if claim else []
-        for index in own + others:
-            if directory.state(index) == "finished":
-                continue
-            mine = Claim(directory.claim(index)) if claim else None
-            if mine is not None and not mine.take():
-                continue
-            with nullcontext() if mine is None else mine.held():
-                if directory.state(index) != "finished":  # another finished it before we claimed it
+        if not claim:
+            for index in own:
+                if directory.state(index) != "finished":
                     yield index, self.make(directory, directory.rows[index])
+            return
+        attempts = {index: directory.attempts(index) for index in indices}
+        left = own + [index for index in indices if index % world != rank]
+        while left:
+            held = []
+            for index in left:
+                if _over(directory, index, attempts[index]):
+                    continue
+                mine = Claim(directory.claim(index))
+                if not mine.take():
+                    held.append(index)
+                    continue
+                with mine.held():
+                    if not _over(directory, index, attempts[index]):  # by another, before we claimed it
+                        yield index, self.make(directory, directory.rows[index])
+            left = held
+            if left:
+                time.sleep(LOOK_AGAIN)
 
     def make(self, directory: RunDirectory, row: Row) -> Exception | None:
         """Makes a row of a run directory; its error, of which there is a record, where it failed."""
@@ -218,11 +236,11 @@ class Generator:
                     raise
         raise AssertionError("unreachable")
 
-    def _kept(self, result: Result) -> Iterator[tuple[dict[str, Any], Image | None]]:
+    def _kept(self, result: Result) -> Iterator[tuple[dict[str, Any], Image | Video | None]]:
         """The samples of a row that are kept, the best first: their numbers, and their pictures where they are some."""
         index = shown(result, min(self.keep, result.reward.shape[1]))
         chosen = result.take(index)
-        images = to_images(chosen.decoded) if is_images(chosen.decoded) else [None] * index.shape[1]
+        pictures = to_pictures(chosen.decoded) if is_pictures(chosen.decoded) else [None] * index.shape[1]
         parts = self._parts(chosen)
         for number, particle in enumerate(index[0].tolist()):
             numbers = {"particle": particle, "score": chosen.reward[0, number].item()}
@@ -230,14 +248,15 @@ class Generator:
             numbers |= {f"reward.{name}": scores[number].item() for name, scores in parts.items()}
             if result.process.text is not None:
                 numbers["text"] = chosen.texts[number]
-            yield numbers, images[number]
+            yield numbers, pictures[number]
 
     def _pictures(self, directory: RunDirectory, row: Row, result: Result) -> list[dict[str, Any]]:
         """Writes a row's pictures, and returns their entries for the metadata."""
         run = {"method": name_of(self.method), "budget": self.budget, "seed": self.seed}
         entries = []
-        for number, (numbers, image) in enumerate(self._kept(result)):
-            file = {} if image is None else {"file_name": directory.save_picture(row.index, number, to_png(image))}
+        for number, (numbers, picture) in enumerate(self._kept(result)):
+            name = None if picture is None else directory.save_picture(row.index, number, *to_file(picture))
+            file = {} if name is None else {"file_name": name}
             entries.append({**file, "prompt": row.prompt, "index": row.index, **numbers, **run, **row.notes})
         return entries
 
@@ -247,10 +266,8 @@ class Generator:
         if made.result is None:
             yield {**blank, "error": f"{type(made.error).__name__}: {made.error}"}
             return
-        import numpy
-
-        for numbers, image in self._kept(made.result):
-            yield {**blank, **numbers, "image": None if image is None else numpy.asarray(image)}
+        for numbers, picture in self._kept(made.result):
+            yield {**blank, **numbers, "image": None if picture is None else to_array(picture)}
 
     def _parts(self, chosen: Result) -> dict[str, torch.Tensor]:
         """Each reward's own score of the samples kept, where several are summed."""
@@ -280,6 +297,11 @@ class Generator:
 
 
 _COLUMNS = ("index", "particle", "prompt", "image", "score", "weight", "nfe", "error")
+
+
+def _over(directory: RunDirectory, index: int, attempts: int) -> bool:
+    """Whether a row has been finished, or tried more often than `attempts`."""
+    return directory.state(index) == "finished" or directory.attempts(index) > attempts
 
 
 def _poisoned(error: Exception) -> bool:

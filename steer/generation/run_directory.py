@@ -4,7 +4,7 @@
       run.yaml                 the options, made once
       prompts.jsonl            the rows as read
       rows/000/000012/         result.json and result.safetensors; or error.json; and journal/ while under way
-      images/000/000012-00.png pictures, and no others below the directory
+      images/000/000012-00.png pictures, and no others below the directory; videos are 000012-00.webp
       metadata.jsonl           of the pictures, in the form of Hugging Face's ImageFolder; made again from the rows
       claims/000012            who makes the row now
 
@@ -102,10 +102,10 @@ class RunDirectory:
         """Of a row."""
         return self.path / "rows" / f"{index // PER_FOLDER:03d}" / f"{index:06d}"
 
-    def save_picture(self, index: int, number: int, png: bytes) -> str:
+    def save_picture(self, index: int, number: int, suffix: str, blob: bytes) -> str:
         """Writes a picture of a row, and returns its name below the directory, as metadata.jsonl has it."""
-        path = self._pictures(index) / f"{index:06d}-{number:02d}.png"
-        return str(write_atomically(path, png).relative_to(self.path))
+        path = self._pictures(index) / f"{index:06d}-{number:02d}{suffix}"
+        return str(write_atomically(path, blob).relative_to(self.path))
 
     def save(self, row: Row, result: Result, pictures: Sequence[Mapping[str, Any]]) -> None:
         """Writes a row's result, by which it is finished, and clears away what was of use until then."""
@@ -150,7 +150,7 @@ class RunDirectory:
             "type": type(error).__name__,
             "message": str(error),
             "traceback": "".join(traceback.format_exception(error)),
-            "attempts": self.error(index).get("attempts", 0) + 1,
+            "attempts": self.attempts(index) + 1,
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "host": socket.gethostname(),
             "partial": save_partial(partial, folder / "partial") is not None,
@@ -163,6 +163,10 @@ class RunDirectory:
             return json.loads((self.folder(index) / ERROR).read_text())
         except FileNotFoundError:
             return {}
+
+    def attempts(self, index: int) -> int:
+        """How often a row has failed."""
+        return self.error(index).get("attempts", 0)
 
     def entries(self, index: int) -> list[dict[str, Any]] | None:
         """What the metadata says of a row's samples, the best first; None where it is not finished."""
@@ -178,6 +182,14 @@ class RunDirectory:
         """Writes metadata.jsonl from the finished rows."""
         lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in self.metadata())
         return write_atomically(self.path / "metadata.jsonl", lines.encode())
+
+
+def run_of_row(folder: Path) -> RunDirectory | None:
+    """The run of many prompts that a row's folder is in, RUN/rows/000/000012; None for other folders."""
+    parents = folder.absolute().parents
+    if len(parents) < 3 or parents[1].name != "rows" or not (parents[2] / "run.yaml").exists():
+        return None
+    return RunDirectory(parents[2])
 
 
 def _create(path: Path, blob: bytes) -> None:

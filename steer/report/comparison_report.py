@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from . import plots
 from .compared import Compared, Row, Stage, remarks
-from .images import grid, is_images
 from .page import number, whole, with_error, write_page
+from .pictures import Video, is_pictures, sheet
 from .run_report import facts_of, shown
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def write_comparison(
     comparison: Compared,
     directory: Path,
     *,
-    pictures: Mapping[str, Image] | None = None,
+    pictures: Mapping[str, Image | Video] | None = None,
     texts: Mapping[str, Sequence[str]] | None = None,
     title: str = "A comparison at equal budget",
     about: Mapping[str, Any] | None = None,
@@ -97,8 +97,8 @@ def samples_by_method(comparison: Compared, count: int) -> dict[str, dict[str, A
         chosen = first.take(shown(first, min(count, first.reward.shape[1])))
         if first.process.text is not None:
             found["texts"][name] = chosen.texts
-        elif is_images(chosen.decoded):
-            found["pictures"][name] = grid(chosen.decoded, least=96)
+        elif is_pictures(chosen.decoded):
+            found["pictures"][name] = sheet(chosen.decoded)
     return found
 
 

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import plain, versions, write_atomically
-from .images import to_png
+from .pictures import to_file
 
 if TYPE_CHECKING:
     from jinja2 import Environment
     from markupsafe import Markup
     from PIL.Image import Image
+
+    from .pictures import Video
 
 ASSETS = Path(__file__).parent / "assets"
 """Templates, styles and scripts of the pages."""
@@ -118,9 +120,10 @@ def _policy(script: str) -> str:
     )
 
 
-def data_uri(image: Image) -> str:
-    """An image as an address that holds it, as PNG."""
-    return f"data:image/png;base64,{base64.b64encode(to_png(image)).decode()}"
+def data_uri(picture: Image | Video) -> str:
+    """A picture as an address that holds it."""
+    suffix, blob = to_file(picture)
+    return f"data:image/{suffix[1:]};base64,{base64.b64encode(blob).decode()}"
 
 
 def number(value: float | None) -> str:

@@ -21,10 +21,10 @@ from ..key import Key, as_key
 from ..processes.gaussian import decode_problem
 from . import plots
 from .best_chain import best_chain
-from .images import is_images, to_images
 from .page import number, whole, with_error, write_page
+from .pictures import Video, is_pictures, thumbnail, to_pictures
 from .run_result import RunResult
-from .run_samples import problem_names, samples, thumbnail
+from .run_samples import problem_names, samples
 from .tree_figure import tree_figure
 from .tree_layout import LEAVES, NODES, drawable
 from .verdict import verdict
@@ -311,14 +311,14 @@ def _chain(result: RunResult) -> dict[str, Any] | None:
     read = result.process.text
     clean = torch.stack([stop.clean for stop in stops])
     texts: Sequence[str | None] = [None] * len(stops)
-    pictures: Sequence[Image | None] = [None] * len(stops)
+    pictures: Sequence[Image | Video | None] = [None] * len(stops)
     if read is not None:
         texts = read(clean)
     else:
         with torch.no_grad():
             decoded = decode_problem(result.process, clean[None], 0)
-        if is_images(decoded):
-            pictures = [thumbnail(image, 128) for image in to_images(decoded)]
+        if is_pictures(decoded):
+            pictures = [thumbnail(picture, 128) for picture in to_pictures(decoded)]
         elif clean[0].numel() <= 4:
             texts = [f"({', '.join(map(number, x.flatten().tolist()))})" for x in clean]
         else:

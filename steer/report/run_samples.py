@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import plots
-from .images import enlarged, is_images, to_images
 from .page import number
+from .pictures import is_pictures, thumbnail, to_pictures
 from .run_result import RunResult
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 
 def problem_names(result: RunResult) -> list[str]:
@@ -40,7 +37,7 @@ def samples(result: RunResult, reference: RunResult | None, index: Tensor) -> di
     if result.process.text is not None:
         texts = _texts(chosen, reference)
         sections = [{"name": name, "panels": [], "texts": rows} for name, rows in zip(names, texts, strict=True)]
-    elif is_images(chosen.decoded):
+    elif is_pictures(chosen.decoded):
         panels = _panels(chosen, reference, index)
         sections = [{"name": name, "panels": own, "texts": []} for name, own in zip(names, panels, strict=True)]
     elif math.prod(result.x.shape[2:]) == 2:
@@ -49,13 +46,6 @@ def samples(result: RunResult, reference: RunResult | None, index: Tensor) -> di
         svgs = plots.coordinate_histograms(result, reference)
         return {"sections": [], "plots": [(f"coordinate {i}", svg) for i, svg in enumerate(svgs)]}
     return {"sections": sections, "plots": []}
-
-
-def thumbnail(image: Image, most: int = 256) -> Image:
-    """The image at a size for a page."""
-    image = image.copy()
-    image.thumbnail((most, most))  # shrinks only
-    return enlarged(image, 64)
 
 
 def _beside(reference: RunResult, count: int) -> RunResult:
@@ -95,8 +85,8 @@ def _panels(chosen: RunResult, reference: RunResult | None, index: Tensor) -> li
     found: list[list[dict[str, Any]]] = [[] for _ in chosen.reward]
     for name, run, notes in runs:
         count = run.reward.shape[1]
-        shown = zip(to_images(run.decoded), run.reward.flatten().tolist(), notes, strict=True)
-        cells = [(thumbnail(image), number(score), note) for image, score, note in shown]
+        shown = zip(to_pictures(run.decoded), run.reward.flatten().tolist(), notes, strict=True)
+        cells = [(thumbnail(picture), number(score), note) for picture, score, note in shown]
         columns = min(8, math.ceil(math.sqrt(count)))
         for own, first in zip(found, _firsts(run, len(found)), strict=True):
             own.append({"name": name, "columns": columns, "cells": cells[first : first + count]})

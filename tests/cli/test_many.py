@@ -102,6 +102,22 @@ def test_which_rows_are_made(tmp_path):
     assert picture.exists()
 
 
+def test_each_of_several_processes_forgets_its_own_rows(tmp_path, monkeypatch):
+    """One that starts late would undo what the others have made by then."""
+    prompts, out = tmp_path / "labels.csv", tmp_path / "run"
+    prompts.write_text("label\n3\n8\n")
+    words = ["--reward", "ink", "--steps", 2, "--particles", 2]
+    run("generate", "--model", "digits", "--prompts", prompts, *words, "--out", out)
+    results = [out / f"rows/000/00000{index}/result.json" for index in range(2)]
+    before = [path.stat().st_mtime_ns for path in results]
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    run("resume", out, "--force")
+    after = [path.stat().st_mtime_ns for path in results]
+    assert after[0] == before[0]
+    assert after[1] > before[1]
+
+
 def test_failed_rows_are_told_and_made_again(tmp_path, monkeypatch):
     source = tmp_path / "own_rewards.py"
     source.write_text(

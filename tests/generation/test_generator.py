@@ -3,8 +3,10 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -165,6 +167,32 @@ def test_a_row_that_another_finishes_before_our_claim_is_left_as_it_is(tmp_path,
     assert list(maker.run(directory, [0])) == []
 
 
+@pytest.mark.parametrize("then", ["dies", "fails", "finishes"])
+def test_a_row_that_another_holds_is_waited_for(tmp_path, monkeypatch, then):
+    """A rank that left at once would end the others under torchrun, and tell of rows that are missing."""
+    monkeypatch.setattr("steer.generation.generator.LOOK_AGAIN", 0.01)
+    maker = digits()
+    directory = labels(tmp_path, maker, 2)
+    other = Claim(directory.claim(0))
+    assert other.take()
+    run = maker.run(directory, range(2))
+    assert next(run) == (1, None)
+
+    def ends():
+        time.sleep(0.05)
+        if then == "fails":
+            directory.failed(0, RuntimeError("elsewhere"))
+        if then == "finishes":
+            digits().make(directory, directory.rows[0])
+        other.leave()
+
+    thread = threading.Thread(target=ends)
+    thread.start()
+    assert [index for index, _ in run] == ([0] if then == "dies" else [])
+    thread.join()
+    assert directory.state(0) == ("failed" if then == "fails" else "finished")
+
+
 def test_arguments_of_a_row_win_over_those_for_all_rows():
     plain, labelled = digits(), digits(call={"label": 3})
     assert torch.equal(labelled.one(0).x, plain.one(0, label=3).x)
@@ -255,6 +283,23 @@ def test_claims(tmp_path):
     assert not (tmp_path / "0").exists()
 
 
+@pytest.mark.skipif(os.name != "posix", reason="asks the system about a process")
+def test_a_claim_of_a_process_that_has_ended_is_free_at_once(tmp_path):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    claim = tmp_path / "0"
+    for host, free in ((socket.gethostname(), True), ("elsewhere.example.org", False)):
+        claim.write_text(f"{host}.{ended.pid}.0123456789ab")
+        assert Claim(claim).take() is free
+    claim.write_text("")  # of a process that has made the file, and not yet signed it
+    assert not Claim(claim).take()
+
+
+def test_a_claim_is_not_had_where_all_claims_are_cleared_away(tmp_path, monkeypatch):
+    monkeypatch.setattr("pathlib.Path.mkdir", lambda *_, **__: None)  # as if removed right after
+    assert not Claim(tmp_path / "claims" / "0").take()
+
+
 SCRIPT = """
 import steer
 from steer.generation.run_directory import RunDirectory
@@ -270,7 +315,7 @@ directory.gather()
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="kills by SIGKILL")
 def test_killed_workers_lose_nothing(tmp_path):
-    """Two workers on one directory, one killed on the way; its rows are made once its claims are stale."""
+    """Two workers on one directory, one killed on the way; the other makes its rows."""
     plain, shared = tmp_path / "plain", tmp_path / "shared"
     exec(SCRIPT.format(out=str(plain)), {})
     command = [sys.executable, "-c", SCRIPT.format(out=str(shared))]
@@ -281,9 +326,6 @@ def test_killed_workers_lose_nothing(tmp_path):
     victim.send_signal(signal.SIGKILL)
     victim.wait()
     assert other.wait() == 0
-    for claim in shared.glob("claims/0*"):  # what the killed one still holds
-        os.utime(claim, (0, 0))
-    exec(SCRIPT.format(out=str(shared)), {})
     assert contents(RunDirectory(shared)) == contents(RunDirectory(plain))
     for one, two in zip(states(RunDirectory(shared)), states(RunDirectory(plain)), strict=True):
         assert torch.equal(one, two)
