@@ -2,10 +2,12 @@
 
     python examples/benchmarks/kill_and_resume.py prompts --rows 200 --kills 20     # a dataset, by the command line
     python examples/benchmarks/kill_and_resume.py methods --kills 100               # every method, in Python
+    python examples/benchmarks/kill_and_resume.py flips --flips 200                 # single bits of what is on disk
 
 `prompts` makes a tiny Stable Diffusion 1.5 folder with random weights, and compares pictures, metadata and tensors byte
 for byte. `methods` runs every method of `steer.methods()` under a journal, on the embedded digits, and compares bits
-and ledgers. Both print counts, and exit with 1 where anything differs.
+and ledgers. `flips` flips bits of journals, saved runs and saved states, one at a time, and opens them. All print
+counts, and exit with 1 where anything differs or a flipped bit is not seen.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -126,29 +129,101 @@ def one_method(name: str, out: str, journal: str | None) -> None:
 
 
 def methods(args: argparse.Namespace, work: Path) -> bool:
-    """Every method under a journal, killed on the way; True where all are what undisturbed runs give."""
-    rng, names, good = random.Random(args.seed), list(steer.methods()), True
-    each, total = -(-args.kills // len(names)), 0
+    """Lives of every method under a journal, killed on the way; True where all end as undisturbed runs do.
+
+    The methods take turns, so that a benchmark that is cut short has tried them all: first a life of each with one
+    kill, then one of each with two, and so on.
+    """
+    rng, names, good, total = random.Random(args.seed), list(steer.methods()), True, 0
+    one_method("rollout", str(work / "warm"), None)  # what is imported and loaded here need not be in each child
+    spans = {}
     for name in names:
-        plain, killed = work / f"{name}.plain", work / f"{name}.killed"
         began = time.perf_counter()
-        _forked(name, plain, None).wait()
-        span, done = time.perf_counter() - began, 0
-        while not killed.exists():
-            child = _forked(name, killed, work / f"{name}.journal")
-            if done < each:
-                try:
-                    child.wait(rng.uniform(0.05, 0.6) * span)
-                except subprocess.TimeoutExpired:
-                    os.kill(child.pid, signal.SIGKILL)
-                    done += 1
-            child.wait()
-        same = plain.read_text() == killed.read_text()
-        size = sum(path.stat().st_size for path in (work / f"{name}.journal").glob("*.safetensors"))
-        print(f"{name:20s} {span:5.1f} s, killed {done} times, journal {size:,} bytes: {'same' if same else 'DIFFERS'}")
-        good, total = good and same, total + done
+        _forked(name, work / f"{name}.plain", None).wait()
+        spans[name] = time.perf_counter() - began
+    for life in range(1, args.kills + 1):
+        for name in names:
+            kills = min(life, args.kills - total)
+            if kills == 0:
+                break
+            done, size, same = _life(name, work / f"{name}.{life}", work / f"{name}.plain", kills, spans[name], rng)
+            good, total = good and same, total + done
+            print(
+                f"{total:4d} {name:20s} {spans[name]:5.1f} s, killed {done} times, journal {size:,} bytes: "
+                f"{'same' if same else 'DIFFERS'}",
+                flush=True,
+            )
     print(f"{total} SIGKILLs over {len(names)} methods: {'all the same' if good else 'NOT the same'}")
     return good
+
+
+def _life(name: str, out: Path, plain: Path, kills: int, span: float, rng: random.Random) -> tuple[int, int, bool]:
+    """A run, killed and started again until it ends: kills, bytes of its journal, and whether it is as `plain`."""
+    done, journal = 0, out.with_suffix(".journal")
+    while not out.exists():
+        child = _forked(name, out, journal)
+        if done < kills:
+            try:
+                child.wait(rng.uniform(0.05, 0.9) * span / kills)
+            except subprocess.TimeoutExpired:
+                os.kill(child.pid, signal.SIGKILL)
+                done += 1
+        child.wait()
+    size = sum(path.stat().st_size for path in journal.glob("*.safetensors"))
+    shutil.rmtree(journal)
+    return done, size, out.read_text() == plain.read_text()
+
+
+def flips(args: argparse.Namespace, work: Path) -> bool:
+    """Single bits flipped in journals and saved runs; True where none is taken for what was written."""
+    process, reward = steer.load("digits", steps=6), rewards.DigitLogProb(3)
+    with steer.resumable(work / "journal", every=0.0):
+        result = steer.smc(process, reward, particles=8, key=1)
+    folders = {"run": result, "tree": steer.search.dts_star(process, reward, particles=8, key=1)}
+    for name, run in folders.items():
+        run.save(work / name)
+    steer.save_trajectory(result.trajectory, work / "states.safetensors")
+    opened: dict[Path, Callable[[], object]] = {
+        path: lambda path=path: steer.load_run(path.parent) for name in folders for path in (work / name).iterdir()
+    }
+    opened |= {path: lambda: _opened(work / "journal") for path in sorted((work / "journal").glob("*.safetensors"))}
+    opened[work / "states.safetensors"] = lambda: steer.load_trajectory(work / "states.safetensors", process)
+    kinds: dict[str, list[int]] = {}
+    rng = random.Random(args.seed)
+    for _ in range(args.flips):
+        kind = rng.choice(("journal", *folders, "states.safetensors"))
+        path = rng.choice([path for path in opened if kind in path.relative_to(work).parts])
+        first = rng.random() < 0.5  # half of them in what comes first: lengths, names, digests
+        bit = rng.randrange(8 * min(path.stat().st_size, 2048 if first else path.stat().st_size))
+        found = kinds.setdefault(kind, [0, 0])
+        found[0], found[1] = found[0] + 1, found[1] + refused(path, bit, opened[path])
+    for kind, (tried, seen) in sorted(kinds.items()):
+        print(f"{kind:20s} {seen} of {tried} flipped bits seen")
+    tried, seen = (sum(found[i] for found in kinds.values()) for i in range(2))
+    print(f"{seen} of {tried} flipped bits seen, each by a named error of steer's")
+    return seen == tried
+
+
+def refused(path: Path, bit: int, opens: Callable[[], object]) -> bool:
+    """Whether a file with one bit flipped is refused by a named error, and the file as it was is not."""
+    whole = path.read_bytes()
+    broken = bytearray(whole)
+    broken[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(broken)
+    try:
+        opens()
+    except steer.SteerError:
+        seen = True
+    else:
+        seen = False
+    path.write_bytes(whole)
+    opens()
+    return seen
+
+
+def _opened(journal: Path) -> None:
+    with steer.resumable(journal):
+        pass
 
 
 class _forked:
@@ -182,14 +257,15 @@ class _forked:
 def main() -> None:
     """Runs one of them in a temporary directory."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("prompts", "methods"))
+    parser.add_argument("what", choices=("prompts", "methods", "flips"))
     parser.add_argument("--rows", type=int, default=200)
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--flips", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as work:
-        good = {"prompts": prompts, "methods": methods}[args.what](args, Path(work))
+        good = {"prompts": prompts, "methods": methods, "flips": flips}[args.what](args, Path(work))
     raise SystemExit(0 if good else 1)
 
 

@@ -102,12 +102,15 @@ def sheet(decoded: Tensor) -> Image | Video:
     """
     if not is_videos(decoded):
         return grid(decoded, least=96)
-    videos = [thumbnail(video) for video in to_pictures(decoded)]
-    moments = zip(*(video.frames for video in videos if isinstance(video, Video)), strict=True)
+    moments = ([_shrunk(image) for image in to_images(frames)] for frames in decoded.transpose(0, 1))
     return Video(tuple(grid(moment, least=96) for moment in moments))
 
 
 def _thumbnail(image: Image, most: int) -> Image:
+    return enlarged(_shrunk(image, most), 64)
+
+
+def _shrunk(image: Image, most: int = 256) -> Image:
     image = image.copy()
-    image.thumbnail((most, most))  # shrinks only
-    return enlarged(image, 64)
+    image.thumbnail((most, most))  # which never enlarges
+    return image
