@@ -118,6 +118,18 @@ def test_each_of_several_processes_forgets_its_own_rows(tmp_path, monkeypatch):
     assert after[1] > before[1]
 
 
+def test_a_row_has_a_page_and_a_run_of_many_says_how_to_get_one(tmp_path):
+    prompts, out = tmp_path / "labels.csv", tmp_path / "run"
+    prompts.write_text("label\n3\n8\n")
+    words = ["--reward", "ink", "--steps", 2, "--particles", 2, "--call", "guidance_scale=2", "--temperature", 0.5]
+    run("generate", "--model", "digits", "--prompts", prompts, *words, "--out", out)
+    run("report", out / "rows/000/000001", "--out", tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    for said in ("ink on digits", "guidance_scale=2, label=8", "temperature</span>0.5", "row</span>1"):
+        assert said in page
+    assert "a page is of one" in run("report", out, code=2).output
+
+
 def test_failed_rows_are_told_and_made_again(tmp_path, monkeypatch):
     source = tmp_path / "own_rewards.py"
     source.write_text(
