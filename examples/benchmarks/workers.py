@@ -12,7 +12,9 @@ The loop comes once more at the end: how far its two lines lie apart is what thi
 
 Pictures are compared byte for byte with the loop's, tensors and ledgers bit for bit. Seconds of CPU are summed over all
 processes that a line starts, threads and servers of Ray among them, and read four times a second; a line runs twice,
-over few rows and over all: the slope is per prompt, and what is left is the start. Exits with 1 where anything differs.
+over few rows and over all: the slope is per prompt, and what is left is the start. Where others use the machine that is
+rough, so what a run directory adds is measured once more in one process, row by row in turn with the loop. Exits with 1
+where anything differs.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import hashlib
 import json
 import os
 import signal
+import statistics
 import sys
 import tempfile
 import time
@@ -34,6 +37,10 @@ import psutil
 import torch
 
 import steer
+from steer.generation.prompts import Row, read_prompts
+from steer.generation.run_directory import RunDirectory
+from steer.report.images import to_images, to_png
+from steer.report.run_report import shown
 
 TESTS = Path(__file__).parents[2] / "tests"
 FEW = 6  # rows, of the run that shows what a start takes
@@ -73,23 +80,49 @@ def watched(words: Sequence[str], out: Path, *, kill_at: int | None = None) -> t
     return Spent(time.perf_counter() - began, sum(seen.values())), killed
 
 
-def plain_loop(model: str, prompts: str, out: Path) -> None:
-    """What one would write without a run directory; in a process of its own. Leaves pictures, hashes and ledgers."""
-    from steer.generation.prompts import read_prompts
-    from steer.report.images import to_images, to_png
-    from steer.report.run_report import shown
+def generator(model: str) -> steer.Generator:
+    """What all lines make rows by."""
+    options = {"candidates": CANDIDATES}
+    return steer.Generator(model, reward="jpeg", method="svdd", steps=STEPS, particles=PARTICLES, options=options)
 
-    maker = steer.Generator(
-        model, reward="jpeg", method="svdd", steps=STEPS, particles=PARTICLES, options={"candidates": CANDIDATES}
-    )
+
+def by_loop(maker: steer.Generator, rows: Sequence[Row], out: Path) -> dict[int, list[Any]]:
+    """Rows as one would make them without a run directory: pictures on disk, and the facts of each row."""
     found = {}
-    for made in maker.stream(maker.rows(read_prompts(Path(prompts)))):
+    for made in maker.stream(rows):
         if made.result is None:
             raise SystemExit(f"row {made.row.index}: {made.error}")
         (image,) = to_images(made.result.take(shown(made.result, 1)).decoded)
         (out / f"{made.row.index:06d}.png").write_bytes(to_png(image))
         found[made.row.index] = facts(made.result.x, made.result.reward, made.result.log_weight, made.result.cost)
-    (out / "facts.json").write_text(json.dumps(found))
+    return found
+
+
+def plain_loop(model: str, prompts: str, out: Path) -> None:
+    """The loop, in a process of its own."""
+    maker = generator(model)
+    (out / "facts.json").write_text(json.dumps(by_loop(maker, maker.rows(read_prompts(Path(prompts))), out)))
+
+
+def in_turn(work: Path, count: int) -> list[float]:
+    """Seconds of CPU that a run directory adds, for each of some rows made both ways in one process."""
+    torch.set_num_threads(1)
+    maker = generator(str(work / "model"))
+    rows = maker.rows(read_prompts(write_prompts(work / "turns.jsonl", count)))
+    directory = RunDirectory.open(work / "turns", {}, rows)
+    (work / "turns_loop").mkdir()
+    added = []
+    for row in rows:
+        marks = [time.process_time()]
+        for way in ("loop", "directory") if row.index % 2 else ("directory", "loop"):
+            if way == "loop":
+                by_loop(maker, [row], work / "turns_loop")
+            else:
+                list(maker.run(directory, [row.index]))
+            marks.append(time.process_time())
+        first, second = marks[1] - marks[0], marks[2] - marks[1]
+        added.append(second - first if row.index % 2 else first - second)
+    return added[2:]  # the first ones load the model
 
 
 def facts(x: torch.Tensor, reward: torch.Tensor, log_weight: torch.Tensor, cost: Any) -> list[Any]:
@@ -219,17 +252,23 @@ def main() -> None:
     if args.rows <= FEW:
         parser.error(f"--rows is more than {FEW}, which are run for the start")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # else 15: whoever shares the machine would go first
     with tempfile.TemporaryDirectory() as work:
         table = compared(Path(work), args.rows, args.repeats)
+        added = in_turn(Path(work), args.rows)
     print(HEAD)
     for line in table:
         print(row_of(line, table[0], args.rows))
+    low, middle, high = (1e3 * value for value in statistics.quantiles(added))
+    print(
+        f"a run directory beside the loop, in turn: {middle:+.1f} ms of CPU a prompt (quartiles {low:+.1f}, {high:+.1f})"
+    )
     killed = [pid for line in table for pid in line["killed"] if "killed" in line["name"]]
     print(f"{len(killed)} workers of Ray killed when {args.rows // 2} rows were there")
     good = all(line["same"] for line in table) and None not in killed
     print("every line has every row once, and the same pictures, tensors and ledgers" if good else "NOT all the same")
     if args.json:
-        args.json.write_text(json.dumps({"rows": args.rows, "lines": table}, indent=1) + "\n")
+        args.json.write_text(json.dumps({"rows": args.rows, "lines": table, "in_turn": added}, indent=1) + "\n")
     raise SystemExit(0 if good else 1)
 
 

@@ -97,7 +97,9 @@ def test_a_run_directory_of_videos_is_a_data_set_of_them(tmp_path):
 
 
 def test_videos_are_exported_as_what_they_are(tmp_path):
-    directory = run(tmp_path / "run", rows=1)
+    prompted = steer.Generator(lambda prompt: process(), reward=brightness, particles=4, keep=2)
+    directory = RunDirectory.open(tmp_path / "run", {}, prompted.rows([{"prompt": "a fox runs"}]))
+    list(prompted.run(directory, [0]))
     (shard,) = exports.write_webdataset(directory, tmp_path / "web")
     import tarfile
 
