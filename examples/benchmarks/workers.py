@@ -260,9 +260,7 @@ def main() -> None:
     for line in table:
         print(row_of(line, table[0], args.rows))
     low, middle, high = (1e3 * value for value in statistics.quantiles(added))
-    print(
-        f"a run directory beside the loop, in turn: {middle:+.1f} ms of CPU a prompt (quartiles {low:+.1f}, {high:+.1f})"
-    )
+    print(f"a run directory adds {middle:+.1f} ms of CPU a prompt (quartiles {low:+.1f} and {high:+.1f}), in turn")
     killed = [pid for line in table for pid in line["killed"] if "killed" in line["name"]]
     print(f"{len(killed)} workers of Ray killed when {args.rows // 2} rows were there")
     good = all(line["same"] for line in table) and None not in killed
