@@ -136,7 +136,7 @@ class Simulator:
     def __call__(self, plan: ExpansionPlan) -> None:
         """Runs the simulations of a plan, and adds their nodes to the tree: all of them, or after an error none."""
         tree = self.tree
-        key = self.loop.run.key.shifted(slot=tree.simulations).wide(plan.depth.shape[1])
+        key = self.loop.run.key.shifted(slot=tree.simulations)
         running = plan.running()
         widest, fewest = running.max(1).tolist(), running.min(1).tolist()
         joined: list[bool] = [False, *np.any(running[1:] > running[:-1], axis=1)]

@@ -35,7 +35,7 @@ def systematic(log_weight: Tensor, key: Key, count: int) -> Tensor:
     Source: Carpenter et al. 1999.
     """
     cumulative = torch.softmax(log_weight, 1, dtype=torch.float64).cumsum(1)
-    uniform = key.peek("uniform", (log_weight.shape[0], 1), torch.float64, log_weight.device)
+    uniform = key.uniform((log_weight.shape[0], 1), device=log_weight.device)
     below = torch.addcmul(uniform, cumulative, count / cumulative[:, -1:]).to(torch.int64)
     return _slots(below, count)
 

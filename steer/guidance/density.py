@@ -91,7 +91,7 @@ class Rescale:
 
     def _laplacian(self, at: Step, scaled: Tensor, size: Tensor) -> Tensor:
         """sigma^2 times the trace of the Hessian of log p_t across the score, by one Rademacher probe (Hutchinson)."""
-        draw = at.key.fold("probe").peek("uniform", at.x0.shape, torch.float64, at.x0.device)
+        draw = at.key.fold("probe").uniform(at.x0.shape, device=at.x0.device)
         probe = across(torch.where(draw < 0.5, -1.0, 1.0).to(at.x0.dtype), scaled, size)
         product = at.gradient((at.raw * probe).flatten(2).sum(2))
         return ((at.here.alpha * product - probe) * probe).double().flatten(2).sum(2)
@@ -108,7 +108,7 @@ class Across:
 
     def __call__(self, at: Step) -> Tensor:
         std = self.noise * ancestral_std(at.here, at.there)
-        draw = at.key.fold("across").peek("normal", at.x0.shape, at.x0.dtype, at.x0.device)
+        draw = at.key.fold("across").normal(at.x0.shape, dtype=at.x0.dtype, device=at.x0.device)
         return at.mean + std * across(draw, at.score, norms(at.score).square())
 
 

@@ -140,7 +140,7 @@ class TrainingFree:
             return lambda z: at.value(self.potential, z)
         (problems, particles), event = at.x0.shape[:2], at.x0.shape[2:]
         shape = (problems, particles, self.samples, *event)
-        noise = width * at.key.fold("smooth").peek("normal", shape, at.x0.dtype, at.x0.device)
+        noise = width * at.key.fold("smooth").normal(shape, dtype=at.x0.dtype, device=at.x0.device)
 
         def smoothed(z: Tensor) -> Tensor:
             values = at.value(self.potential, (z[:, :, None] + noise).flatten(1, 2))

@@ -181,13 +181,13 @@ class Langevin:
     ) -> tuple[TiltedState, MCMCStep]:
         """One proposal and its decision. Arithmetic is float64; states are rounded once, before densities see them."""
         keep, pull, variance = (broadcast_like(coefficient, at.x) for coefficient in move)
-        noise = key.fold("noise").peek("normal", at.x.shape, torch.float64, at.x.device)
+        noise = key.fold("noise").normal(at.x.shape, device=at.x.device)
         to, _ = tilt((keep * at.x + pull * at.gradient + variance.sqrt() * noise).to(at.x.dtype))
         if not self.corrected:
             return to, _always(to)
         # Out of a state that is forbidden, where only a prior draw can be, every move is accepted.
         ratio = log_acceptance(move, at, to).masked_fill(at.value == -torch.inf, torch.inf)
-        accepted = key.fold("accept").peek("uniform", ratio.shape, torch.float64, ratio.device).log() < ratio
+        accepted = key.fold("accept").uniform(ratio.shape, device=ratio.device).log() < ratio
         pairs = zip(to, at, strict=True)
         chosen = TiltedState(*(torch.where(broadcast_like(accepted, new), new, old) for new, old in pairs))
         rate = ratio.exp().clamp(max=1.0)

@@ -44,7 +44,7 @@ class Normal:
         """One draw per particle, named by the key; the mean itself where std = 0."""
         if self.std == 0.0:
             return self.mean
-        noise = key.peek("normal", self.mean.shape, self.mean.dtype, self.mean.device)
+        noise = key.normal(self.mean.shape, dtype=self.mean.dtype, device=self.mean.device)
         return torch.add(self.mean, noise, alpha=self.std)
 
     def log_prob(self, x: Tensor) -> Tensor:

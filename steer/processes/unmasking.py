@@ -79,7 +79,7 @@ class BernoulliPositions:
 
     def sample(self, key: Key) -> Tensor:
         """Each position's own coin."""
-        return self.masked & (key.peek("uniform", self.masked.shape, torch.float64, self.masked.device) < self.chance)
+        return self.masked & (key.uniform(self.masked.shape, device=self.masked.device) < self.chance)
 
     def log_prob(self, chosen: Tensor) -> Tensor:
         """Product of the coins of the masked positions."""
@@ -97,7 +97,7 @@ class UniformSubset:
 
     def sample(self, key: Key) -> Tensor:
         """The positions of the highest random scores."""
-        return highest(key.peek("uniform", self.masked.shape, torch.float64, self.masked.device), self)
+        return highest(key.uniform(self.masked.shape, device=self.masked.device), self)
 
     def log_prob(self, chosen: Tensor) -> Tensor:
         """One over the number of sets of that size."""
@@ -153,7 +153,7 @@ class Unmasking:
         # them, so both have 53 bits; only what is revealed pays for that.
         at = chosen.nonzero(as_tuple=True)
         below = self.log_token.detach()[at].double().exp_().cumsum_(1)
-        point = _fine_uniform(key.fold("tokens"), self.x)[at][:, None] * below[:, -1:]
+        point = key.fold("tokens").fine_uniform(self.x.shape, device=self.x.device)[at][:, None] * below[:, -1:]
         # A token of probability zero never exceeds a point that the one before it does not; rounding up to the total
         # is the one way past the end.
         drawn = torch.searchsorted(below, point, right=True)[:, 0]
@@ -168,12 +168,6 @@ class Unmasking:
         kept = (x == self.x) | chosen
         written = torch.where(chosen, token, 0.0).sum(2).masked_fill(~kept.all(2), -math.inf)
         return written + self.positions.log_prob(chosen)
-
-
-def _fine_uniform(key: Key, like: Tensor) -> Tensor:
-    """Uniforms [B, N, L] in (0, 1], float64, on a grid of 2**-64 as far as float64 goes: two draws of 32 bits."""
-    coarse, fine = (each.peek("uniform", like.shape, torch.float64, like.device) for each in (key, key.fold("fine")))
-    return coarse + (fine - 0.5) * 2.0**-32
 
 
 @dataclass(frozen=True)

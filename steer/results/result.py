@@ -23,6 +23,7 @@ from ..core.trajectory import LevelRecord, Trajectory
 from ..cost import Cost, check_counts
 from ..errors import StateSpaceError, SteerError
 from ..key import Key, as_key
+from ..noise import backends
 from ..report.verdict import verdict
 from ..types import ReverseProcess, RewardSpec
 
@@ -39,12 +40,14 @@ class MadeBy(NamedTuple):
 
     method: name of the method; "" for a population put together by hand.
     reward: name of the reward; unit, version: what it says of itself.
+    noise:  what made the normals: "numba", "triton" or "reference"; "" where a file does not say.
     """
 
     method: str = ""
     reward: str | None = None
     unit: str | None = None
     version: str | None = None
+    noise: str = ""
 
     @classmethod
     def of(cls, run: Run) -> MadeBy:
@@ -53,7 +56,8 @@ class MadeBy(NamedTuple):
         spec = getattr(reward, "spec", None)
         spec = spec if isinstance(spec, RewardSpec) else RewardSpec()
         name = getattr(reward, "__qualname__", None) or type(reward).__qualname__
-        return cls(run.name, name, spec.unit, spec.version or None)
+        noise = backends.name_of(run.key.noise, run.process.device)
+        return cls(run.name, name, spec.unit, spec.version or None, noise)
 
 
 @dataclass(frozen=True, eq=False)

@@ -199,12 +199,3 @@ def test_masked_networks():
 
     scores = [steer.smc(process(each), lambda x: x.double().sum(1), particles=6, key=0) for each in (network, wrecking)]
     assert_same(*scores)
-
-
-@pytest.mark.parametrize("kind", ["normal", "uniform"])
-def test_noise_that_was_peeked_at(kind):
-    key = steer.Key(3).fold("z")
-    drawn = key.peek(kind, (1, 4, 2), torch.float64, "cpu")
-    expected = drawn.clone()
-    drawn.numpy()[:] = 0.0
-    assert torch.equal(key.peek(kind, (1, 4, 2), torch.float64, "cpu"), expected)

@@ -171,8 +171,8 @@ def test_a_token_of_probability_zero_is_never_drawn():
         def fold(self, name):
             return self
 
-        def peek(self, kind, shape, dtype, device):
-            return torch.full(shape, self.value, dtype=dtype)
+        def fine_uniform(self, shape, *, device):
+            return torch.full(shape, self.value, dtype=torch.float64)
 
     law = steer.Unmasking(x, 6, torch.log_softmax(logits, 3), FixedPositions(x == 6))
     for value, token in ((2.0**-33, 2), (1.0 - 2.0**-33, 3)):

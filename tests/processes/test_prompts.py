@@ -152,18 +152,16 @@ def test_prompts_that_cannot_be_kept_are_refused():
 
 
 class At:
-    """A key whose uniform is a number, of which 32 bits come in the first draw and the rest in another."""
+    """A key whose fine uniform is a number."""
 
-    def __init__(self, number, part="coarse"):
-        self.number, self.part = number, part
+    def __init__(self, number):
+        self.number = number
 
     def fold(self, name):
-        return At(self.number, "fine" if name == "fine" else "coarse")
+        return self
 
-    def peek(self, kind, shape, dtype, device):
-        steps = self.number * 2.0**32
-        drawn = (steps.floor() + 0.5) * 2.0**-32 if self.part == "coarse" else steps - steps.floor()
-        return drawn.to(dtype).expand(shape)
+    def fine_uniform(self, shape, *, device):
+        return self.number.expand(shape)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

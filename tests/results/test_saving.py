@@ -14,6 +14,7 @@ import torch
 import steer
 from steer import load_run, rewards, search
 from steer.files import check_writable, from_archive, to_archive, to_json, write_atomically
+from steer.noise.backends import name_of
 from steer.results import saving
 from steer.results.saving import save_partial, save_result
 from steer.search.trees.backup import max_backup
@@ -47,7 +48,8 @@ def test_what_is_saved_comes_back(run, tmp_path):
     assert saved.facts["run"] == {"model": "mixture", "options": {"steps": 8}}
     assert saved.facts["versions"]["torch"]
     assert not saved.facts["interrupted"]
-    assert saved.facts["made_by"] == {"method": "smc", "reward": "score", "unit": None, "version": None}
+    made_by = {"method": "smc", "reward": "score", "unit": None, "version": None, "noise": name_of("auto", "cpu")}
+    assert saved.facts["made_by"] == made_by
     assert saved.facts["machine"]["threads"] == torch.get_num_threads()
     record = json.loads((tmp_path / "run" / "result.json").read_bytes())
     assert [entry["slot"] for entry in record["candidates"]] == run.trajectory.root[0].tolist()
