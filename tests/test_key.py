@@ -1,4 +1,4 @@
-"""Keyed draws: the published generator, the layout of its counter, the laws, and what a draw may not depend on."""
+"""Keyed draws: the layout of its counter, the laws, and what a draw may not depend on."""
 
 from __future__ import annotations
 
@@ -13,21 +13,12 @@ from exact import LIMIT, z
 from scipy import stats
 
 import steer
-from steer import key as key_module
-from steer.key import Key, _words, as_key, philox
+from steer.key import Key, _words, as_key
+from steer.noise import reference
+from steer.noise.backends import name_of
 
 EVENTS = [(), (1,), (2,), (3,), (5,), (4,), (3, 5), (1, 8, 8)]
 P_VALUE = 1e-5
-
-KNOWN_ANSWERS = [  # Random123 kat_vectors, philox4x32 10: counter, key, result
-    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-    (
-        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
-        (0xA4093822, 0x299F31D0),
-        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
-    ),
-]
 
 
 def reference_philox(counter, key):
@@ -39,25 +30,6 @@ def reference_philox(counter, key):
         a, b, c, d = high1 ^ b ^ k0, low1, high0 ^ d ^ k1, low0
         k0, k1 = (k0 + 0x9E3779B9) % (1 << 32), (k1 + 0xBB67AE85) % (1 << 32)
     return a, b, c, d
-
-
-def words(counters) -> tuple[torch.Tensor, ...]:
-    return tuple(torch.tensor([c[i] for c in counters]) for i in range(4))
-
-
-@pytest.mark.parametrize(("counter", "key", "answer"), KNOWN_ANSWERS)
-def test_philox_known_answers(counter, key, answer):
-    assert reference_philox(counter, key) == answer
-    assert tuple(int(w[0]) for w in philox(words([counter]), key)) == answer
-
-
-def test_philox_equals_python_integers_on_random_counters():
-    source = random.Random(0)
-    for _ in range(20):
-        key = source.getrandbits(32), source.getrandbits(32)
-        counters = [tuple(source.getrandbits(32) for _ in range(4)) for _ in range(17)]
-        got = torch.stack(philox(words(counters), key), 1)
-        assert got.tolist() == [list(reference_philox(c, key)) for c in counters]
 
 
 def test_layout_of_the_counter():
@@ -88,36 +60,14 @@ def test_draws_do_not_depend_on_batch_chunk_or_offset(kind, event):
         assert torch.equal(part, whole[problem : problem + problems, slot : slot + particles])
 
 
-def peeked(key, event, particles=3):
-    return key.peek("normal", (2, particles, *event), torch.float64, "cpu")
-
-
 @pytest.mark.parametrize("event", [(), (3,), (1, 8, 8)])
-def test_draws_do_not_depend_on_order_or_on_the_block_cache(event):
-    """Small draws of chains come from cached blocks of steps, large ones do not; all are the same numbers, bitwise."""
+def test_draws_do_not_depend_on_order(event):
     key, steps = Key(8).fold("order"), [70, 0, 3, 64, 1, 63, 2, 1000, 65, 0, 3]
-    key_module._block.cache_clear()
-    first = {k: peeked(key.at(k), event) for k in steps}
+    first = {k: key.at(k).normal((2, 3, *event)) for k in steps}
     for k in sorted(set(steps), reverse=True):
-        key_module._block.cache_clear()
-        assert torch.equal(first[k], peeked(key.at(k), event))
         assert torch.equal(first[k], key.at(k).normal((2, 3, *event)))
-        # one row of so many particles that nothing is cached
-        large = peeked(key.at(k), event, 70_000 // max(1, math.prod(event)))
+        large = key.at(k).normal((2, 70_000 // max(1, math.prod(event)), *event))
         assert torch.equal(first[k], large[:, :3])
-
-
-@pytest.mark.parametrize("event", [(), (3,), (1, 8, 8)])
-def test_wide_keys_draw_the_same_from_fewer_blocks(event):
-    """Chains whose width changes draw from one block, or, where that is too wide to hold, from one for every width."""
-    for columns, blocks in ((16, 1), (10**6, 4)):
-        key_module._block.cache_clear()
-        key = Key(8).fold("wide").shifted(problem=1, slot=2).wide(columns)
-        for k, particles in ((0, 3), (1, 7), (2, 16), (3, 1)):
-            drawn = peeked(key.at(k), event, particles)
-            assert torch.equal(drawn, key.at(k).normal((2, particles, *event)))
-        assert key_module._block.cache_info().misses == blocks
-        assert key == key.wide(0)  # the name is the same
 
 
 def test_names_give_different_draws():
@@ -178,6 +128,13 @@ def test_uniforms_have_the_uniform_law():
     assert 1.0 - 1e-4 < float(u.max()) < 1.0
 
 
+def test_what_a_counter_cannot_name_is_refused():
+    for key, shape in ((Key(0, problem=2**32 - 1), (2, 1)), (Key(0, problem=-1), (1, 1)), (Key(0, slot=-1), (1, 1))):
+        with pytest.raises(steer.SteerError, match="fold the rest in"):
+            key.normal(shape)
+    Key(0, problem=2**32 - 1).normal((1, 1))
+
+
 def test_uniforms_stay_inside_the_open_interval_at_the_extreme_words(monkeypatch):
     """Once in 2**32 draws the word is the smallest or the largest: forced here."""
 
@@ -185,17 +142,24 @@ def test_uniforms_stay_inside_the_open_interval_at_the_extreme_words(monkeypatch
         shape = torch.broadcast_shapes(*(word.shape for word in counter))
         return tuple(torch.full(shape, w) for w in (0, 2**32 - 1, 2**32 - 1, 0))
 
-    monkeypatch.setattr(key_module, "philox", extreme)
-    key_module._block.cache_clear()
-    try:
-        u = Key(0).fold("extreme").uniform((1, 4))
-        normal = Key(0).fold("extreme").normal((1, 4))
-        gumbel = Key(0).fold("extreme").gumbel((1, 4))
-    finally:
-        key_module._block.cache_clear()
-    assert bool(normal.isfinite().all())
-    assert bool(gumbel.isfinite().all())
+    monkeypatch.setattr(reference, "philox", extreme)
+    key = Key(0, noise="reference")
+    u, fine = key.uniform((1, 4)), key.fine_uniform((1, 4))
+    assert bool(key.normal((1, 4)).isfinite().all())
+    assert bool(key.gumbel((1, 4)).isfinite().all())
     assert bool(((u > 0.0) & (u < 1.0)).all()), u.tolist()
+    assert bool(((fine > 0.0) & (fine < 1.0)).all()), fine.tolist()
+
+
+def test_fine_uniforms_see_what_is_rarer_than_two_to_the_minus_32():
+    """The share of a grid step that lies below a fine uniform is uniform itself; of a uniform it is always a half."""
+    key = Key(14).fold("fine")
+    inside = {
+        name: (getattr(key, name)((1, 1 << 12)).flatten() * 2.0**32) % 1.0 for name in ("uniform", "fine_uniform")
+    }
+    assert stats.kstest(inside["fine_uniform"].numpy(), "uniform").pvalue > P_VALUE
+    assert bool((inside["uniform"] == 0.5).all())
+    assert torch.equal(key.gumbel((1, 8)), -(-key.fine_uniform((1, 8)).log()).log())
 
 
 def test_gumbel_argmax_is_a_categorical_draw():
@@ -217,15 +181,14 @@ def test_results_may_be_modified_in_place():
         assert torch.equal(getattr(key, kind)((1, 4, 2)), kept), kind
 
 
-def test_draws_made_in_inference_mode_serve_autograd_later():
-    key = Key(2).fold("inference")
-    key_module._block.cache_clear()
+@pytest.mark.parametrize("noise", ["auto", "reference"])
+def test_draws_in_inference_mode_are_the_same(noise):
+    key = Key(2, noise=noise).fold("inference")
     with torch.inference_mode():
-        inside = peeked(key, (2,))
-    outside = peeked(key, (2,))
+        inside = key.normal((2, 3, 2)).clone()
+    outside = key.normal((2, 3, 2))
     assert torch.equal(inside, outside)
     assert not outside.is_inference()
-    assert not outside.requires_grad
     weight = torch.ones((), dtype=torch.float64, requires_grad=True)
     (weight * outside).square().sum().backward()
     assert float(weight.grad) == pytest.approx(2.0 * float(outside.square().sum()))
@@ -252,10 +215,14 @@ def test_lower_precision_is_the_rounded_draw(dtype):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_draws_are_those_of_the_cpu():
-    """Words are exact integers, so uniforms agree bitwise; normals to the last bits of log, cos and sin."""
-    key = Key(4).at(3)
-    assert torch.equal(key.uniform((2, 33, 3), device="cuda").cpu(), key.uniform((2, 33, 3)))
-    torch.testing.assert_close(key.normal((2, 33, 3), device="cuda").cpu(), key.normal((2, 33, 3)), rtol=0, atol=1e-13)
+    """To the last bit, and by Triton's kernel, also those of the reference there."""
+    for noise in ("auto", "reference"):
+        key = Key(4, noise=noise).at(3)
+        assert torch.equal(key.uniform((2, 33, 3), device="cuda").cpu(), key.uniform((2, 33, 3)))
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            on_gpu = key.normal((2, 33, 3), device="cuda", dtype=dtype)
+            assert torch.equal(on_gpu.cpu(), key.normal((2, 33, 3), dtype=dtype))
+    assert name_of("auto", "cuda") == "triton"
 
 
 def test_the_public_key_is_this_one():
