@@ -6,13 +6,15 @@ Three figures, each against a bare torch loop (predict, score, ancestral step wi
 minimum CPU time over interleaved rounds on one thread: a ratio or a difference, never an absolute speed. Kernels are
 dispatched operations that compute (views are free); reads are scalars read on the host. On an accelerator, those of
 `FiniteWatch` are copied behind the queued work and read a step later, so they stall nothing.
-Then every sampler beside `steer.smc` at equal particles on the null network, and how both grow with particles and
+Where the package `particles` is installed (`pip install particles`, Chopin's), `steer.smc` beside it on one
+linear-Gaussian Feynman-Kac model in the plane, both in absolute time. Then every sampler beside `steer.smc` at equal particles on the null network, and how both grow with particles and
 problems: the exponent of time against their number, at most 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import platform
@@ -117,6 +119,66 @@ def null_network(rounds: int) -> dict[str, float]:
     return per_step(process, lambda x: x.mean((1, 2, 3)), 8, 8, rounds, temperature=0.05)
 
 
+def linear_gaussian(particles: int, rounds: int) -> dict[str, float]:
+    """steer.smc and particles.SMC on one Feynman-Kac model, in microseconds per step, beside a bare torch loop.
+
+    Data N(0, I / 2) in the plane on a VP path of 100 steps; the potential at each level is exp(v_k - v_{k-1}), v_k the
+    reward -|x|^2 / 4 of the prediction, and at the end of the sample. Resampled systematically below an ESS of N / 2.
+    The means of both log-evidences are printed: they estimate one number.
+    """
+    import numpy as np
+    import particles as peer
+
+    def denoiser(x, t):
+        at = steer.VP()(t)
+        return x * (0.5 * at.alpha / (0.5 * at.alpha**2 + at.sigma**2))
+
+    def reward(x):
+        return -0.25 * x.square().sum(1)
+
+    process = steer.from_denoiser(denoiser, steer.VP(), 100, event=(2,))
+    one = torch.ones(1, 1, 2)
+    predicted = [process.denoise(one, k) for k in range(process.steps)]
+    laws = [process.transition(one, x0, k) for k, x0 in enumerate(predicted)]
+    moves = [(float(law.mean[0, 0, 0]), law.std) for law in laws]
+    shrinkage = [*(float(x0[0, 0, 0]) for x0 in predicted), 1.0]
+    weight = steer.difference(at=range(process.steps))
+
+    class Chain(peer.FeynmanKac):
+        def M0(self, N):
+            return process.levels[0].sigma * np.random.randn(N, 2)  # noqa: NPY002, what particles draws by itself
+
+        def M(self, t, xp):
+            scale, std = moves[t - 1]
+            return scale * xp + std * np.random.randn(*xp.shape)  # noqa: NPY002
+
+        def value(self, t, x):
+            x0 = shrinkage[t] * x
+            return -0.25 * (x0 * x0).sum(1)
+
+        def logG(self, t, xp, x):
+            return self.value(t, x) - (0.0 if t == 0 else self.value(t - 1, xp))
+
+    evidence: dict[str, list[float]] = {"steer": [], "particles": []}
+
+    def steered():
+        key = len(evidence["steer"])
+        result = steer.smc(process, reward, particles=particles, weight=weight, key=key)
+        evidence["steer"].append(result.log_evidence.item())
+
+    def peers():
+        run = peer.SMC(fk=Chain(T=process.steps + 1), N=particles, resampling="systematic", ESSrmin=0.5)
+        run.run()
+        evidence["particles"].append(run.logLt)
+
+    with torch.no_grad():
+        runs = {"steer": steered, "particles": peers, "bare": lambda: bare_loop(process, reward, 1, particles)}
+        best = fastest(runs, rounds)
+    figures = {f"{name}_us": seconds / process.steps * 1e6 for name, seconds in best.items()}
+    figures["ratio"] = best["steer"] / best["particles"]
+    return figures | {f"log_evidence_{name}": sum(found) / len(found) for name, found in evidence.items()}
+
+
 def resampling(rounds: int) -> dict[str, float]:
     """One systematic resampling of 16 problems x 8 particles, indices only."""
     log_weight, key = steer.Key(0).normal((16, 8)), steer.Key(1)
@@ -183,6 +245,10 @@ def main() -> None:
         "null network 8x8, 8x8x1 (goal added <= 110 us, kernels <= 50, reads 2)": null_network(arguments.rounds),
         "systematic resampling 16x8 (goal <= 30 us)": resampling(arguments.rounds),
     }
+    if importlib.util.find_spec("particles") is not None:
+        for count in (256, 4096, 65_536):
+            name = f"linear-Gaussian model, N={count} (goal steer below particles)"
+            figures[name] = linear_gaussian(count, arguments.rounds)
     if arguments.samplers:
         figures |= {f"sampler {name}": figure for name, figure in samplers(arguments.rounds).items()}
     for name, figure in figures.items():

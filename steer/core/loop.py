@@ -13,7 +13,7 @@ from ..errors import NonFiniteError, keep_partial
 from ..processes.second_order import noisy
 from ..types import Stop
 from .run import Run
-from .trajectory import EMPTY_CACHE, Trajectory
+from .trajectory import Trajectory
 
 
 class Reached:
@@ -29,7 +29,7 @@ class Reached:
     def note(self, state: Trajectory) -> None:
         """A state that the run can be resumed from."""
         if self._states and self._states[-1].cache.x0 is not None:  # of an earlier state it would only take memory
-            self._states[-1] = replace(self._states[-1], cache=EMPTY_CACHE)
+            self._states[-1] = self._states[-1].without_cache()
         self._states.append(state)
 
     @contextmanager

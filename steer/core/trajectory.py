@@ -245,6 +245,10 @@ class Trajectory:
         """With fields of `StepCache` set, [B, N, ...]; they move with their particles until the next step."""
         return self._with(cache=self.cache.replace(**tensors))
 
+    def without_cache(self) -> Trajectory:
+        """With nothing kept of what was computed at its states."""
+        return self._with(cache=EMPTY_CACHE)
+
     def with_path_state(self, **changes: Any) -> Trajectory:
         """With fields of `PathState` set; tensors are [B, N, ...] and stay for the rest of the path."""
         return self._with(path=self.path.replace(**changes))

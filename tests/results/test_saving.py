@@ -325,7 +325,7 @@ def test_a_run_says_which_method_and_reward_made_it():
     """Also where the method is a setting of another: seven of them once said smc."""
     reward = rewards.Linear([1.0, 0.0])
     names = {name: steer.sample(mixture(4), reward, method=name, budget=80).made_by for name in steer.methods()}
-    assert names == {name: (name, "Linear", "nat", None) for name in names}
+    assert names == {name: (name, "Linear", "nat", None, name_of("auto", "cpu")) for name in names}
 
 
 def test_json_is_strict():
