@@ -242,7 +242,7 @@ def _sha256_of(path: Any) -> str:
 def versions() -> dict[str, str | None]:
     """Versions that a run depends on; None for what is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version(), "steer": __version__}
-    for name in ("torch", "numpy", "diffusers", "transformers", "safetensors"):
+    for name in ("torch", "numpy", "numba", "diffusers", "transformers", "safetensors"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -7,8 +7,9 @@ minimum CPU time over interleaved rounds on one thread: a ratio or a difference,
 dispatched operations that compute (views are free); reads are scalars read on the host. On an accelerator, those of
 `FiniteWatch` are copied behind the queued work and read a step later, so they stall nothing.
 Where the package `particles` is installed (`pip install particles`, Chopin's), `steer.smc` beside it on one
-linear-Gaussian Feynman-Kac model in the plane, both in absolute time. Then every sampler beside `steer.smc` at equal particles on the null network, and how both grow with particles and
-problems: the exponent of time against their number, at most 1.
+linear-Gaussian Feynman-Kac model in the plane, both in absolute time. Then every sampler beside `steer.smc` at equal
+particles on the null network, and how both grow with particles and problems: the exponent of time against their number,
+at most 1.
 """
 
 from __future__ import annotations

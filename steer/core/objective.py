@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ class Objective:
         scores = scores.detach()
         self.process.meter.finite.look(scores.amax(), lambda: _not_finite(scores, where, self.owner, who), -torch.inf)
 
-    @property
+    @cached_property
     def groupwise(self) -> bool:
         """Whether a score depends on the other samples in its call."""
         return _spec(self.reward).scope == "groupwise"

@@ -8,12 +8,14 @@ population with equal weights unchanged or nearly so; multinomial does not, whic
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ..errors import ShapeError
 from ..key import Key
+from ..torch_modes import lasting
 
 Resampler = Callable[[Tensor, Key, int], Tensor]
 """(log_weight [B, N], key, count) -> ancestors [B, count], int64."""
@@ -154,9 +156,11 @@ def _pick(log_weight: Tensor, points: Tensor) -> Tensor:
 
 def _slots(below: Tensor, count: int) -> Tensor:
     """Ancestors [B, count] from the cumulative numbers of copies [B, N]: slot j belongs to the first n above it."""
-    ends = below.new_zeros((below.shape[0], count + 1)).scatter_add_(1, below, _ones(below))
+    ends = below.new_zeros((below.shape[0], count + 1)).scatter_add_(1, below, _one(below.device).expand_as(below))
     return ends.cumsum(1)[:, :count]
 
 
-def _ones(like: Tensor) -> Tensor:
-    return torch.ones((), dtype=like.dtype, device=like.device).expand_as(like)
+@lru_cache(maxsize=16)
+@lasting()
+def _one(device: torch.device) -> Tensor:
+    return torch.ones((), dtype=torch.int64, device=device)

@@ -1,5 +1,7 @@
 """Draws on CUDA devices: one kernel. In Triton's interpreter (TRITON_INTERPRET=1) it runs on the CPU."""
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 import triton
 import triton.language as tl
@@ -8,6 +10,10 @@ from torch import Tensor
 from . import formulas
 
 BLOCK = 256  # calls of Philox in one program
+if TYPE_CHECKING:
+    Number = Any
+else:
+    Number = tl.int64
 
 _TO_UNIT = tl.constexpr(formulas.TO_UNIT)
 _TO_ANGLE = tl.constexpr(formulas.TO_ANGLE)
@@ -26,11 +32,10 @@ def fill(kind: str, out: Tensor, first: int, problem: int, step: int, words: tup
     problems, count = out.shape
     blocks = triton.cdiv(first % 4 + count, 4 * BLOCK)
     call, key = _signed(first // 4), _signed(words[0] | words[1] << 32)
-    # On the tensor's device, which need not be the current one. Roundings are not fused.
+    launch: Any = _kernel[(problems * blocks,)]
+    # On the tensor's device, which need not be the current one. A multiplication and an addition are two roundings.
     with torch.cuda.device_of(out):
-        _kernel[(problems * blocks,)](
-            out, count, blocks, call, first % 4, problem, step, key, kind == "normal", BLOCK, enable_fp_fusion=False
-        )
+        launch(out, count, blocks, call, first % 4, problem, step, key, kind == "normal", BLOCK, enable_fp_fusion=False)
 
 
 def _signed(word: int) -> int:
@@ -72,16 +77,17 @@ def _store(out, number, position, count):
     tl.store(out + position, number.to(out.dtype.element_ty), mask=(position >= 0) & (position < count))
 
 
+# Their types are fixed, so that one compiled kernel serves every number.
 @triton.jit(do_not_specialize=["count", "blocks", "call", "skip", "problem", "step", "key"])
 def _kernel(
     out,
-    count: "i64",  # noqa: F821, a type in the words of Triton: one compiled kernel serves every number
-    blocks: "i64",  # noqa: F821
-    call: "i64",  # noqa: F821
-    skip: "i64",  # noqa: F821
-    problem: "i64",  # noqa: F821
-    step: "i64",  # noqa: F821
-    key: "i64",  # noqa: F821
+    count: Number,
+    blocks: Number,
+    call: Number,
+    skip: Number,
+    problem: Number,
+    step: Number,
+    key: Number,
     normal: tl.constexpr,
     block: tl.constexpr,
 ):

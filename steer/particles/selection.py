@@ -41,8 +41,10 @@ class Resample:
         return self.moving(k) or (self.threshold > 0.0 and (self.at is None or k in self.at))
 
     def ancestors(self, log_weight: Tensor, k: int, key: Key) -> Tensor:
-        """Which of N particles with log-weights [B, N] each particle at level k becomes a copy of, [B, N]."""
-        log_weight = log_weight.clone()  # resamplers may work in place
+        """Which of N particles each particle at level k becomes a copy of, [B, N].
+
+        log_weight: [B, N], in memory that nobody else needs: resamplers may work in place.
+        """
         if self.moves is not None and self.moving(k):
             return self.moves.ancestors(log_weight, self.resampler, key)
         return self.resampler(log_weight, key, log_weight.shape[1])

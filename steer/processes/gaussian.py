@@ -159,7 +159,8 @@ class GaussianProcess:
             x.shape,
             "the denoiser must return E[x_0 | x] in the shape of x, {shape} = (B, N, *event)",
         )
-        x0 = x0.to(x.dtype, copy=True)  # a network may write its next answer into the same memory
+        # A network may write its next answer into the same memory.
+        x0 = x0.clone() if x0.dtype == x.dtype else x0.to(x.dtype)
         return x0 if self.clip is None else self.clip(x0)
 
     def complete(self, x: Tensor, x0: Tensor) -> Tensor:
