@@ -28,11 +28,11 @@ def drawn(monkeypatch):
     seen: dict[tuple, set] = {}
     draw = Key._draw
 
-    def spy(key, kind, shape, dtype, device, steps):
+    def spy(key, kind, shape, dtype, device):
         for problem in range(shape[0]):
             name = (key.seed, key.stream, key.step, key.problem + problem)
             seen.setdefault(name, set()).add((kind, tuple(shape[2:])))
-        return draw(key, kind, shape, dtype, device, steps)
+        return draw(key, kind, shape, dtype, device)
 
     monkeypatch.setattr(Key, "_draw", spy)
     return seen
