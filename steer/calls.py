@@ -1,7 +1,8 @@
 """The one seam at which a run pays: every prediction, score and gradient passes here, and can be answered elsewhere.
 
 A run is a function of its key and of what its paid calls return. So whatever must see a run from outside stands here,
-and no sampler knows of it: a journal that remembers the answers (`steer.resumable`).
+and no sampler knows of it: a journal that remembers the answers (`steer.resumable`). Runs whose state is a value offer
+it at the ends of their steps (`core.checkpoints`), to a caller that can keep it in place of the calls before.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -39,12 +40,48 @@ class Caller(Protocol):
     ) -> Answer: ...
 
 
+class Parts(NamedTuple):
+    """The state of a run: tensors by name, and facts of JSON's types."""
+
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+
+
+class Checkpoint(Protocol):
+    """A run's place with a `Keeper`. found: the state that an earlier start has left there, to go on from."""
+
+    @property
+    def found(self) -> Parts | None: ...
+
+    def offer(self, parts: Callable[[], Parts]) -> None:
+        """The end of a step, whose state may be asked for."""
+        ...
+
+
+@runtime_checkable
+class Keeper(Protocol):
+    """A caller that keeps states of runs in place of the calls that led there."""
+
+    def begin(self, meter: Any, about: dict[str, str], problems: int | None) -> Checkpoint:
+        """The place of a run that begins its steps.
+
+        about: what makes it another run than others, by name. problems: that its process is conditioned on.
+        """
+        ...
+
+
 _callers: ContextVar[tuple[Caller, ...]] = ContextVar("callers", default=())
 
 
 def callers() -> tuple[Caller, ...]:
     """Those of the `with` blocks around, outermost first."""
     return _callers.get()
+
+
+def keeper() -> Keeper | None:
+    """That of the `with` blocks around; None where there is none, or several, of which each would need all calls."""
+    found = [caller for caller in _callers.get() if isinstance(caller, Keeper)]
+    return found[0] if len(found) == 1 else None
 
 
 @contextmanager

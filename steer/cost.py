@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -117,6 +117,17 @@ class Meter:
     @counts.setter
     def counts(self, counts: Sequence[int]) -> None:
         self.nfe, self.grads, self.rewards, self.decodes = counts
+
+    @property
+    def spent(self) -> dict[str, Any]:
+        """All of the ledger, also wall time so far. Set, to go on from there."""
+        return {"counts": list(self.counts), "seconds": {**self.cost().seconds}}
+
+    @spent.setter
+    def spent(self, spent: Mapping[str, Any]) -> None:
+        self.counts = spent["counts"]
+        self.seconds.update({kind: spent["seconds"][kind] for kind in self.seconds})
+        self._began = time.perf_counter() - spent["seconds"]["total"]
 
     def paid(self, cost: Cost) -> None:
         """Counts what another run has spent for this one; wall time runs on by itself."""

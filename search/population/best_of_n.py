@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from steer.core.chain import run_chain
+from steer.core.checkpoints import Checkpoints
 from steer.core.event import OnStep
 from steer.core.loop import Loop, keeping
 from steer.core.objective import FINISHED, from_column
 from steer.core.run import Run
 from steer.core.start import Start, prepared, prior, started
+from steer.core.trajectory import Trajectory
 from steer.cost import check_counts
 from steer.key import Key
 from steer.results.result import Result
@@ -86,21 +90,28 @@ def best_of_n(
     ready, count = prepared(start, run.process, run.temperature, particles=particles, budget=budget)
     if ready is not start or run.objective.groupwise:
         chunk = count  # a start that spends rows is run once, and a groupwise reward scores its group in one call
-    samples, scores, interrupted = [], [], False
+    samples, scores, interrupted = list[Tensor](), list[Tensor](), False
 
     def so_far() -> Result:
         x, score = torch.cat(samples, 1), torch.cat(scores, 1)
         root = torch.arange(score.shape[1], device=score.device).expand_as(score)
         return Result.from_search(run, x, score, root, keep=keep, interrupted=interrupted)
 
-    for first in range(0, count, chunk):
-        here = replace(run, key=run.key.shifted(slot=first), chunk=chunk)
-        loop = Loop(here)
+    def begun(first: int) -> Trajectory:
+        size, key = min(chunk, count - first), run.key.shifted(slot=first)
+        return started(ready, run.process, run.objective, key, run.problems, size)
+
+    kept = Checkpoints(run, begun(0), count, chunk)
+    state: Trajectory | None = kept.state
+    first = kept.carried.get("first", 0)
+    for held, name in ((samples, "samples"), (scores, "scores")):
+        held += [part.to(run.process.device) for part in kept.carried.get(name, [])]
+    while first < count and not interrupted:
+        loop = Loop(replace(run, key=run.key.shifted(slot=first), chunk=chunk))
         try:
             with keeping(lambda: replace(so_far(), interrupted=True) if samples else None), loop.keeping_partial():
-                size = min(chunk, count - first)
-                state = started(ready, run.process, run.objective, here.key, run.problems, size)
-                state = run_chain(loop, state, chunk=first)
+                reached = partial(kept.reached, first=first, samples=samples, scores=scores)
+                state = run_chain(loop, begun(first) if state is None else state, chunk=first, reached=reached)
                 with torch.no_grad():
                     score = run.objective.of(from_column(first))(state.x, FINISHED)
         except (Stop, KeyboardInterrupt):
@@ -110,7 +121,5 @@ def best_of_n(
             break
         samples.append(state.x)
         scores.append(score)
-        interrupted = loop.interrupted
-        if interrupted:
-            break
+        first, state, interrupted = first + chunk, None, loop.interrupted
     return so_far()

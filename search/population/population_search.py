@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from steer.core.checkpoints import Checkpoints
 from steer.core.loop import Loop, completed
 from steer.core.run import Run
 from steer.core.trajectory import LevelRecord, Trajectory, required
@@ -34,7 +35,8 @@ def population_search(run: Run, plan: CandidatePlan, value: Value, selection: Se
     """
     history: list[LevelRecord] = []
     count, noise = plan.particles, run.key.fold("step")
-    state = run.begin(count * plan.blocks[0].width)
+    kept = Checkpoints(run, run.begin(count * plan.blocks[0].width), plan, value, selection, seen=history)
+    state = kept.state
     loop = Loop(run, state)
 
     def step(state: Trajectory) -> Trajectory:
@@ -43,16 +45,19 @@ def population_search(run: Run, plan: CandidatePlan, value: Value, selection: Se
 
     with loop.keeping_partial(), torch.no_grad():
         with loop.steps():
-            for i, block in enumerate(plan.blocks):
-                if i > 0:
+            for i in range(kept.carried.get("choices", 0), len(plan.blocks)):
+                block = plan.blocks[i]
+                if state.k < block.first:
                     loop.predicted(state)
                     state = step(_copies(state, block.width))
-                for _ in range(block.first, block.last):
+                while state.k < block.last:
+                    kept.reached(state, choices=i)
                     state = step(loop.predicted(run.predicted(state)))
                 next_choice = plan.blocks[min(i + 1, len(plan.blocks) - 1)].last
                 state = _select_candidates(
                     run, state, loop.last_predicted, value, selection, count, next_choice, history
                 )
+                kept.reached(state, choices=i + 1)
         if loop.interrupted:
             last = loop.last_predicted
             assert last is not None  # else the interrupt would have gone on to the caller

@@ -64,3 +64,9 @@ def tree_from(tensors: Mapping[str, Tensor], facts: Mapping[str, Any], device: t
         table.facts = {name: columns.pop(name).numpy().copy() for name in bookkeeping}
         table.states = {name: t.to(device if name in on_device else "cpu", copy=True) for name, t in columns.items()}
     return tree
+
+
+def restore(tree: Tree, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], device: torch.device | str) -> None:
+    """Has trees be those of `tree_from`, under the backup rule and with the reward that they have."""
+    held = tree_from(tensors, facts, device)
+    tree.__dict__.update({**held.__dict__, "rule": tree.rule, "reward": tree.reward})

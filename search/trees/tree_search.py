@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch
 
+from steer.core.checkpoints import Checkpoints
 from steer.core.run import Run
 from steer.cost import affordable, check_counts
 from steer.errors import BudgetError, CollapsedWeightsError, SteerError, keep_partial
@@ -21,6 +24,7 @@ from .expansion_plan import ExpansionPlan
 from .ragged import Slots
 from .readout import Readout, read_predictions, read_tree
 from .simulation import Simulator
+from .snapshot import restore
 from .tree import Tree
 
 Policy = Callable[[Tree, int, Slots, Key], ExpansionPlan]
@@ -67,15 +71,29 @@ class TreeSearch:
         if self.backup_each_batch and tree.leaves.size:  # grown at another temperature, or by another rule
             tree.backup(self.run.temperature)
         with loop.keeping_partial(), self.keeping_leaves():
+            kept = Checkpoints(self.run, None, *self.options(), walkers, particles, budget)
             with loop.steps():
-                for plan in self.plans(walkers, particles, budget):
+                for plan in self.plans(walkers, particles, budget, kept):
                     self.simulate_batch(plan)
             return self.result(interrupted=loop.interrupted)
 
-    def plans(self, walkers: int | None, particles: int | None, budget: int | None) -> Iterator[ExpansionPlan]:
+    def options(self) -> tuple[Any, ...]:
+        """What a batch depends on beside the run and the tree that is given."""
+        simulator = self.simulator
+        how = (simulator.start, simulator.proposal, simulator.predict_rewards, simulator.store, simulator.keep_states)
+        search = (self.policy, self.backup, self.readout, self.backup_each_batch, self.widest)
+        given = self.tree.parts() if self.tree.leaves.size else self.tree.levels
+        return *how, *search, given
+
+    def plans(
+        self, walkers: int | None, particles: int | None, budget: int | None, kept: Checkpoints
+    ) -> Iterator[ExpansionPlan]:
         """A plan for every batch, made of the tree as the batches before have left it."""
         most = particles or (16 if budget is None else None)
         made, left = 0, np.full(self.tree.problems, _UNLIMITED if budget is None else budget)
+        if kept.carried:
+            restore(self.tree, *kept.carried["tree"], self.run.process.device)
+            made, left = kept.carried["made"], kept.carried["left"].numpy()
         while most is None or made < most:
             width = walkers or min(self.widest, max(16, self.tree.simulations // 2))
             width = width if most is None else min(width, most - made)
@@ -84,6 +102,7 @@ class TreeSearch:
                 return
             yield plan
             made, left = made + width, left - spent
+            kept.reached(None, tree=self.tree.parts(), made=made, left=torch.from_numpy(left))
 
     def trim_to_budget(self, plan: ExpansionPlan, left: Slots) -> tuple[ExpansionPlan, Slots]:
         """The plan without its last simulations, where the idle columns of a network that cannot be asked about one

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ..key import Key
@@ -17,6 +19,7 @@ def run_chain(
     noise: Key | None = None,
     shared: int | None = None,
     chunk: int = 0,
+    reached: Callable[[Trajectory], None] | None = None,
 ) -> Trajectory:
     """A population moved by the model's own transitions; stopped on the way, it stands at its last predictions.
 
@@ -27,6 +30,7 @@ def run_chain(
         noise: key of the steps' noise, the run's own by default.
         shared: N where candidates [B, M N] of N chains share the noise of their chain; None where each has its own.
         chunk: index of the first particle among those of the run.
+        reached: called with the state after every step; see `Checkpoints`.
     """
     run = loop.run
     process, noise = run.process, noise or run.key.fold("step")
@@ -36,6 +40,8 @@ def run_chain(
             before = loop.predicted(state if state.cache.x0 is not None else run.predicted(state))
             state = _stepped(before, noise, shared)
             loop.stepped(before, state, chunk, partial=state)
+            if reached is not None:
+                reached(state)
     return loop.ended(state)
 
 

@@ -73,7 +73,7 @@ def trajectory_parts(
     """
     tensors = dict(beside or {})
     names = [f.name for f in fields(state) if f.name not in _APART]
-    facts = {name: _packed(getattr(state, name), f"trajectory.{name}", tensors) for name in names}
+    facts = {name: packed(getattr(state, name), f"trajectory.{name}", tensors) for name in names}
     past = [event for event in state.past if states or isinstance(event, ResamplingRecord)]
     moves = [event for event in past if isinstance(event, ResamplingRecord)]
     tensors["ancestor_levels"] = torch.tensor([move.k for move in moves], dtype=torch.int64)
@@ -83,7 +83,7 @@ def trajectory_parts(
     past_facts = []
     for i, event in enumerate(past):
         step = event._asdict() if isinstance(event, StepRecord) else None
-        past_facts.append(None if step is None else _packed(step, f"trajectory.past.{i}", tensors))
+        past_facts.append(None if step is None else packed(step, f"trajectory.past.{i}", tensors))
     return tensors, {"fields": facts, "past": past_facts}
 
 
@@ -96,8 +96,8 @@ def trajectory_from(tensors: Mapping[str, Tensor], facts: Mapping[str, Any], pro
         ResamplingRecord(k, index[:, index[0] >= 0].long(), done.bool(), independent)
         for k, independent, index, done in moves
     )
-    past = tuple(next(records) if step is None else StepRecord(**_unpacked(step, held)) for step in facts["past"])
-    values = {name: _unpacked(packed, held) for name, packed in facts["fields"].items()}
+    past = tuple(next(records) if step is None else StepRecord(**unpacked(step, held)) for step in facts["past"])
+    values = {name: unpacked(fact, held) for name, fact in facts["fields"].items()}
     for name, kind in _CLASSES.items():
         values[name] = kind(**values[name])
     return Trajectory(process=process, past=past, **values)
@@ -111,7 +111,7 @@ def stacked(levels: list[Tensor], blank: float) -> Tensor:
     return torch.stack([pad(level, (0, width - level.shape[-1]), value=blank) for level in levels])
 
 
-def _packed(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+def packed(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """A value as a fact; its tensors go to `tensors`, each once, under names that begin with `name`."""
     if isinstance(value, Tensor):
         known = next((known for known, tensor in tensors.items() if tensor is value), None)
@@ -120,7 +120,9 @@ def _packed(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, ParticleFields):
         value = value.__dict__
     if isinstance(value, Mapping):
-        return {"of": {str(key): _packed(entry, f"{name}.{key}", tensors) for key, entry in value.items()}}
+        return {"of": {str(key): packed(entry, f"{name}.{key}", tensors) for key, entry in value.items()}}
+    if isinstance(value, list | tuple):
+        return {"list": [packed(entry, f"{name}.{i}", tensors) for i, entry in enumerate(value)]}
     if isinstance(value, float):
         return {"float": repr(float(value))}  # to the bit, and NaN and infinities, which JSON lacks
     if value is None or isinstance(value, bool | int | str):
@@ -131,15 +133,17 @@ def _packed(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     )
 
 
-def _unpacked(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The value that `_packed` was given, its tensors looked up."""
-    if not isinstance(packed, Mapping):
-        return packed
-    if "tensor" in packed:
-        return tensors[packed["tensor"]]
-    if "float" in packed:
-        return float(packed["float"])
-    return {key: _unpacked(entry, tensors) for key, entry in packed["of"].items()}
+def unpacked(fact: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The value that `packed` was given, its tensors looked up; sequences are lists."""
+    if not isinstance(fact, Mapping):
+        return fact
+    if "tensor" in fact:
+        return tensors[fact["tensor"]]
+    if "float" in fact:
+        return float(fact["float"])
+    if "list" in fact:
+        return [unpacked(entry, tensors) for entry in fact["list"]]
+    return {key: unpacked(entry, tensors) for key, entry in fact["of"].items()}
 
 
 # -- the process

@@ -112,8 +112,8 @@ class Ranks:
         return {name: _Gather.apply(part, self, count) for name, part in answer.items()}
 
     def least(self, count: int) -> int:
-        """The smallest of the ranks' numbers."""
-        return int(self._exchange([count])[:, 0].min())
+        """The smallest of the ranks' numbers. Raises where one has failed or left, as calls do."""
+        return int(self._table("an agreement", None, None, [count, 0, 0, 0], stops=False)[:, 0].min())
 
     def leave(self, error: BaseException | None) -> None:
         """Tells the others that this rank makes no more calls; they fail if they still do and it did by an error."""
@@ -151,13 +151,26 @@ class Ranks:
     ) -> list[int]:
         """What all ranks have spent. Raises the same on all of them where one failed, left, stopped or drifted."""
         self.calls += 1
-        stopped = self.asked or isinstance(trouble, KeyboardInterrupt | Stop)
+        return self._table(what, x, trouble, spent, leaving=leaving).sum(0).tolist()
+
+    def _table(
+        self,
+        what: str,
+        x: Tensor | None,
+        trouble: BaseException | None,
+        numbers: list[int],
+        *,
+        leaving: bool = False,
+        stops: bool = True,
+    ) -> Tensor:
+        """Four numbers of each rank, [world, 4]. stops: whether Ctrl-C at one of them may end the run here."""
+        stopped = stops and (self.asked or isinstance(trouble, KeyboardInterrupt | Stop))
         status = LEFT if leaving else STOP if stopped and not self.stopping else FAILED if trouble else FINE
         mark = int(fingerprint(x)[:12], 16) if self.check and x is not None else 0
-        table = self._exchange([status, 0 if trouble is None else 1, mark, *spent])
+        table = self._exchange([status, 0 if trouble is None else 1, mark, *numbers])
         left, failed = table[:, 0] == LEFT, (table[:, 0] == FAILED) | ((table[:, 0] == LEFT) & (table[:, 1] == 1))
         if bool(left.all()):
-            return spent
+            return table[:, 3:]
         if bool(failed.any()):
             self._fail(int(failed.nonzero()[0]), what, trouble)
         if bool(left.any()):
@@ -175,7 +188,7 @@ class Ranks:
                 f"the ranks have drifted apart at {what}: their states differ. They must run the same lines with the "
                 "same arguments and key, on devices of one kind"
             )
-        return table[:, 3:].sum(0).tolist()
+        return table[:, 3:]
 
     def _fail(self, rank: int, what: str, trouble: BaseException | None) -> None:
         """Raises DistributedError with the message of the rank that failed."""

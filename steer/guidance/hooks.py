@@ -62,6 +62,14 @@ class Log:
             count, total, most = before + count, earlier + total, torch.maximum(highest, most)
         self._entries[name, k] = (count, total, most)
 
+    def noted_so_far(self) -> list[Any]:
+        """All entries, for `restore`."""
+        return [[name, k, *entry] for (name, k), entry in self._entries.items()]
+
+    def restore(self, noted: list[Any]) -> None:
+        """Has the log hold what another one had noted, and nothing else."""
+        self._entries = {(name, k): (count, total, most) for name, k, count, total, most in noted}
+
     def noted(self, k: int) -> dict[str, Tensor]:
         """What was noted at level k as named tensors, for `merge`: numbers, which stay on the CPU, sums and maxima."""
         found = {}

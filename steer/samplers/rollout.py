@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..core.chain import run_chain
+from ..core.checkpoints import Checkpoints
 from ..core.event import OnStep
 from ..core.loop import Loop
 from ..core.run import Run
@@ -63,7 +64,8 @@ def rollout(
     loop = Loop(run)
     with loop.keeping_partial():
         loop.partial = state = started(begin, run.process, run.objective, run.key, run.problems, count)
-        loop.partial = state = run_chain(loop, replace(state, keep_states=keep_states))
+        kept = Checkpoints(run, replace(state, keep_states=keep_states))
+        loop.partial = state = run_chain(loop, kept.state, reached=kept.reached)
         scores = run.score(state.x)
         check(state)
     law: Law = "model" if start is prior else "none"

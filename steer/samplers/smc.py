@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ..core.checkpoints import Checkpoints
 from ..core.event import OnStep
 from ..core.loop import Loop
 from ..core.objective import FINISHED
@@ -113,12 +114,15 @@ def smc(
     particle_filter = _ParticleFilter(run, proposal, weight or default_weight(), selection or resample())
     loop = Loop(run)
     with loop.keeping_partial():
-        loop.partial = state = particle_filter.start(start, particles, asked.budget, batch, keep_states)
+        state = particle_filter.start(start, particles, asked.budget, batch, keep_states)
+        kept = Checkpoints(run, state, proposal, particle_filter.weight, selection, seen=particle_filter.history)
+        loop.partial = state = kept.state
         with loop.steps():
             for _ in range(state.k, run.process.steps):
                 state = loop.predicted(particle_filter.weigh(state))
                 before, state = state, particle_filter.move(state)
                 loop.stepped(before, state, partial=state)
+                kept.reached(state)
         state, scores = particle_filter.close(loop.ended(state))
         check(state)
     return asked.told(

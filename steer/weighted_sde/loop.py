@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from ..core.checkpoints import Checkpoints
 from ..core.event import OnStep
 from ..core.loop import Loop
 from ..core.objective import FINISHED, Objective
@@ -96,14 +98,16 @@ def weighted_loop(
     )
     rows = rows_per_particle(target, objective is not None, weight, look_ahead)
     history: list[LevelRecord] = []
-    thetas: dict[int, Tensor] = {}
-    ahead: Evaluation | None = None
     loop = Loop(run)
     with loop.keeping_partial():
         state = replace(_started(engine, start, run.problems, particles, budget, rows), keep_states=keep_states)
         loop.partial = state
         if not isinstance(selection, BirthDeath):
             _check_noise(engine, state, selection)
+        options = (transport, weight, noise, look_ahead, tempering, selection, active, sigma_data)
+        kept = Checkpoints(run, state, *options, seen=history)
+        loop.partial = state = kept.state
+        thetas, ahead = _carried(kept.carried, state)
         with loop.steps():
             for k in range(state.k, target.steps):
                 consistent = state  # the gain of the step from here is not in it yet
@@ -113,6 +117,7 @@ def weighted_loop(
                 loop.predicted(state, partial=consistent)
                 before, (state, ahead) = state, engine.settled(engine.step(state))
                 loop.stepped(before, state, partial=state)
+                kept.reached(state, thetas=thetas, ahead=None if ahead is None else ahead._asdict())
         state = loop.ended(state)
         with torch.no_grad():
             if objective is None:
@@ -225,6 +230,13 @@ def _started(
         log_q = -0.5 * x.square().sum(2) / sigma**2 - 0.5 * x.shape[2] * math.log(2.0 * math.pi * sigma**2)
         state = state.with_path_state(log_q=log_q[..., None].repeat(1, 1, len(target.components)))
     return state
+
+
+def _carried(carried: Mapping[str, Any], state: Trajectory) -> tuple[dict[int, Tensor], Evaluation | None]:
+    """The transport's coefficients so far, and the evaluation of the state, as far as they are carried."""
+    thetas = {int(k): theta.to(state.x.device) for k, theta in carried.get("thetas", {}).items()}
+    ahead = carried.get("ahead")
+    return thetas, ahead and Evaluation(**{name: part.to(state.x.device) for name, part in ahead.items()})
 
 
 def _selected(

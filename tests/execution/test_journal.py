@@ -12,42 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from killed_runs import Killed, Paid, counts
 from test_contract import METHODS, REWARD, mixture_process
 
 import steer
 from steer import grpo, search
 from steer.errors import JournalError
 from steer.execution.journal import Journal
-
-
-class Killed(BaseException):
-    """What a SIGKILL leaves of a run: nothing catches it."""
-
-
-class Paid:
-    """Counts calls of network and reward, and dies at one of them."""
-
-    def __init__(self, process, reward=REWARD, dies_at=None):
-        self.calls, self.dies_at, self.reward = 0, dies_at, reward
-        self.denoiser = process.denoiser
-        self.process = replace(process, denoiser=self.denoise)
-
-    def count(self):
-        self.calls += 1
-        if self.calls == self.dies_at:
-            raise Killed
-
-    def denoise(self, x, t):
-        self.count()
-        return self.denoiser(x, t)
-
-    def __call__(self, x):
-        self.count()
-        return self.reward(x)
-
-
-def counts(result):
-    return result.cost.nfe, result.cost.grads, result.cost.rewards, result.cost.decodes
 
 
 def assert_same(one, other):
@@ -196,7 +167,7 @@ def test_a_segment_of_another_journal_is_noticed(tmp_path):
 
 def test_a_journal_of_another_version_is_refused(tmp_path, monkeypatch):
     with monkeypatch.context() as then:
-        then.setattr("steer.execution.journal.__version__", "0.0.1")
+        then.setattr("steer.execution.segments.__version__", "0.0.1")
         written(tmp_path)
     with pytest.raises(JournalError, match=r"written by steer 0\.0\.1"), steer.resumable(tmp_path):
         pass
