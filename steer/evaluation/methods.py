@@ -11,7 +11,7 @@ from typing import Any
 
 from ..core.temperature import Temperature
 from ..errors import SteerError
-from ..execution.journal import resumable
+from ..execution.journal import CHECKPOINT, resumable
 from ..execution.progress_bar import progress as progress_bar
 from ..execution.progress_bar import rows_of
 from ..key import Key, as_key
@@ -79,6 +79,7 @@ def sample(
     key: Key | int = 0,
     seed: int | None = None,
     journal: str | Path | None = None,
+    checkpoint: float | None = CHECKPOINT,
     progress: bool = False,
     **options: Any,
 ) -> Result:
@@ -96,6 +97,7 @@ def sample(
         key: names all noise of the run, an integer or a `Key`.
         seed: the same as `key`; give one of them.
         journal: directory of a journal (`steer.resumable`): killed anywhere, the same call goes on where it ended.
+        checkpoint: seconds between two snapshots in the journal, by which it stays small; None: never.
         progress: whether to show a bar: network rows, best score, time left (`steer.progress`).
         **options: the method's own, by keyword.
 
@@ -111,7 +113,7 @@ def sample(
         if progress:
             around.enter_context(progress_bar(rows_of(process, options), name=name_of(method)))
         if journal is not None:
-            around.enter_context(resumable(journal))
+            around.enter_context(resumable(journal, checkpoint=checkpoint))
         return resolve(method)(process, reward, **options)
 
 

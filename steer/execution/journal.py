@@ -127,7 +127,7 @@ class Journal:
         # The first samples of a run that were scored, one of each problem, with their scores: of this start, and told.
         self._scored: WeakKeyDictionary[Meter, tuple[Tensor, Tensor]] = WeakKeyDictionary()
         self._to_check: WeakKeyDictionary[Meter, tuple[Tensor, Tensor]] = WeakKeyDictionary()
-        self._snapshot_at, self._took = time.monotonic(), 0.0
+        self._snapshot_at, self._took, self._at_snapshot = time.monotonic(), 0.0, 0  # when; seconds; calls made then
 
     @property
     def bytes(self) -> int:
@@ -234,7 +234,7 @@ class Journal:
 
     def _resume(self, place: Place, snapshot: Snapshot) -> None:
         """Has a run go on from a snapshot, once that is one of it."""
-        for name in sorted({*place.about, *snapshot.about}):
+        for name in {**snapshot.about, **place.about}:
             then, now = snapshot.about.get(name, ""), place.about.get(name, "")
             if then != now:
                 raise self._another(f"{place.about['run']} has {name} {_short(now)}", f"{name} was {_short(then)}")
@@ -267,7 +267,7 @@ class Journal:
 
     def offered(self, place: Place, parts: Callable[[], Parts]) -> None:
         """The end of a step: a snapshot is written where it is time, and stands in for the calls before it later."""
-        if self.checkpoint is None or self._ahead is not None or self._position == place.start:
+        if self.checkpoint is None or self._ahead is not None:
             return
         if place.written is not None and self._checkable(place):
             self.flush()  # on all ranks, before one of them deletes what others may have to go back to
@@ -275,12 +275,13 @@ class Journal:
             self._segments.cut_before(place.written[0])
             place.written = None
         due = time.monotonic() - self._snapshot_at >= (self.checkpoint and max(self.checkpoint, _RARELY * self._took))
-        if place.written is None and self._least(int(due)):
+        new = self.recorded > self._at_snapshot
+        if place.written is None and new and self._least(int(due)):
             began = time.monotonic()
             self.flush()
             place.written = self._segments.next, self._position
             self._segments.write_snapshot(self._snapshot(place, parts()))
-            self.snapshots += 1
+            self.snapshots, self._at_snapshot = self.snapshots + 1, self.recorded
             self._snapshot_at = time.monotonic()
             self._took = self._snapshot_at - began
 
