@@ -106,6 +106,11 @@ def main(case, rank, world, folder):
                 torch.save(told(method, reward, key=5), Path(folder) / f"{fault}-{name}-{rank}.pt")
             if fault == "interrupted":
                 torch.save(told(steer.smc, REWARD, key=rank), Path(folder) / f"drifted-{rank}.pt")
+    elif case == "snapshots":
+        reward = Slow()
+        with steer.distributed.together(), steer.resumable(f"{folder}/journal", every=0.0, checkpoint=0.0) as journal:
+            result = steer.smc(mixture_process(), reward, particles=5, key=5, proposal=steer.guided(0.5))
+        torch.save([*facts(result), journal.replayed + journal.recorded], out)
     elif case == "journal":
         reward = Slow()
         with steer.distributed.together(), steer.resumable(f"{folder}/journal", every=0.0):

@@ -2,11 +2,12 @@
 
     python examples/benchmarks/kill_and_resume.py prompts --rows 200 --kills 20     # a dataset, by the command line
     python examples/benchmarks/kill_and_resume.py methods --kills 100               # every method, in Python
+    python examples/benchmarks/kill_and_resume.py methods --kills 100 --checkpoint 0    # and by a snapshot every step
     python examples/benchmarks/kill_and_resume.py flips --flips 200                 # single bits of what is on disk
 
 `prompts` makes a tiny Stable Diffusion 1.5 folder with random weights, and compares pictures, metadata and tensors byte
 for byte. `methods` runs every method of `steer.methods()` under a journal, on the embedded digits, and compares bits
-and ledgers. `flips` flips bits of journals, saved runs and saved states, one at a time, and opens them. All print
+and ledgers; `--checkpoint` is of `steer.resumable`. `flips` flips bits of journals, saved runs and saved states, one at a time, and opens them. All print
 counts, and exit with 1 where anything differs or a flipped bit is not seen.
 """
 
@@ -110,14 +111,14 @@ class Slow:
         return self.reward(samples)
 
 
-def one_method(name: str, out: str, journal: str | None) -> None:
+def one_method(name: str, out: str, journal: str | None, checkpoint: float | None) -> None:
     """A run of a method, and its numbers as a file. In a process of its own."""
     torch.set_num_threads(1)
     process = steer.load("digits", steps=10)
     if journal is None:
         result = steer.sample(process, Slow(), method=name, budget=400, key=3)
     else:
-        with steer.resumable(journal, every=0.05):
+        with steer.resumable(journal, every=0.05, checkpoint=checkpoint):
             result = steer.sample(process, Slow(), method=name, budget=400, key=3)
     tensors = (result.x, result.reward, result.log_weight, result.log_evidence)
     content = b"".join(tensor.contiguous().numpy().tobytes() for tensor in tensors)
@@ -135,18 +136,19 @@ def methods(args: argparse.Namespace, work: Path) -> bool:
     kill, then one of each with two, and so on.
     """
     rng, names, good, total = random.Random(args.seed), list(steer.methods()), True, 0
-    one_method("rollout", str(work / "warm"), None)  # what is imported and loaded here need not be in each child
+    one_method("rollout", str(work / "warm"), None, None)  # what is imported and loaded here need not be in each child
     spans = {}
     for name in names:
         began = time.perf_counter()
-        _forked(name, work / f"{name}.plain", None).wait()
+        _forked(name, work / f"{name}.plain", None, args.checkpoint).wait()
         spans[name] = time.perf_counter() - began
     for life in range(1, args.kills + 1):
         for name in names:
             kills = min(life, args.kills - total)
             if kills == 0:
                 break
-            done, size, same = _life(name, work / f"{name}.{life}", work / f"{name}.plain", kills, spans[name], rng)
+            of, here = (name, args.checkpoint), (work / f"{name}.{life}", work / f"{name}.plain")
+            done, size, same = _life(*of, *here, kills, spans[name], rng)
             good, total = good and same, total + done
             print(
                 f"{total:4d} {name:20s} {spans[name]:5.1f} s, killed {done} times, journal {size:,} bytes: "
@@ -157,11 +159,13 @@ def methods(args: argparse.Namespace, work: Path) -> bool:
     return good
 
 
-def _life(name: str, out: Path, plain: Path, kills: int, span: float, rng: random.Random) -> tuple[int, int, bool]:
+def _life(
+    name: str, checkpoint: float | None, out: Path, plain: Path, kills: int, span: float, rng: random.Random
+) -> tuple[int, int, bool]:
     """A run, killed and started again until it ends: kills, bytes of its journal, and whether it is as `plain`."""
     done, journal = 0, out.with_suffix(".journal")
     while not out.exists():
-        child = _forked(name, out, journal)
+        child = _forked(name, out, journal, checkpoint)
         if done < kills:
             try:
                 child.wait(rng.uniform(0.05, 0.9) * span / kills)
@@ -229,12 +233,12 @@ def _opened(journal: Path) -> None:
 class _forked:
     """A run of a method in a forked process."""
 
-    def __init__(self, name: str, out: Path, journal: Path | None) -> None:
+    def __init__(self, name: str, out: Path, journal: Path | None, checkpoint: float | None) -> None:
         self.pid, self.code = os.fork(), None
         if self.pid == 0:
             code = 1
             try:
-                one_method(name, str(out), None if journal is None else str(journal))
+                one_method(name, str(out), None if journal is None else str(journal), checkpoint)
                 code = 0
             finally:
                 os._exit(code)
@@ -262,6 +266,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--flips", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--checkpoint", type=float, help="seconds between two snapshots (methods); never by default")
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as work:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +21,8 @@ def _from_file(context: typer.Context, path: Path | None) -> Path | None:
         raise typer.BadParameter(f"cannot be read: {error}", param_hint="--config") from error
     if not isinstance(given, dict):
         raise typer.BadParameter("must be names and values, such as budget: 2000", param_hint="--config")
-    given = given.get("options", given)  # run.yaml of an earlier run
+    if "options" in given:  # run.yaml of an earlier run
+        given = {**given["options"], **(given.get("how") or {})}
     names = {flag.lstrip("-").replace("-", "_"): p.name for p in context.command.params for flag in p.opts}
     unknown = sorted(name for name in given if name.replace("-", "_") not in names)
     if unknown:
@@ -105,6 +107,38 @@ TemperatureOrAuto = Annotated[
         metavar="X|auto",
         help="Divides the reward. For log-probabilities (digit:...) 1 is Bayes' posterior; lower is greedier. auto: "
         "chosen from unsteered samples before the run, as by --set ess=0.5.",
+    ),
+]
+_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def seconds_of(text: str | float) -> float | None:
+    """Seconds of "60s", "5m", "1h" or a number of seconds; None of "never"."""
+    if text == "never":
+        return None
+    number, unit = (str(text)[:-1], str(text)[-1:]) if str(text)[-1:] in _SECONDS else (str(text), "s")
+    try:
+        seconds = float(number) * _SECONDS[unit]
+    except ValueError:
+        seconds = math.nan
+    if not 0.0 <= seconds < math.inf:
+        raise typer.BadParameter(f"must be a time, as 60s, 5m or 1h, or never, got {text}", param_hint="--checkpoint")
+    return seconds
+
+
+def _time(text: str | None) -> str | None:
+    """What was given, where it is a time."""
+    if text is not None:
+        seconds_of(text)
+    return text
+
+
+Checkpoint = Annotated[
+    str | None,
+    typer.Option(
+        callback=_time,
+        metavar="TIME",
+        help="Between two snapshots of a row under way, by which its journal stays small: 60s if not given; 5m, never.",
     ),
 ]
 Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps per sample; default: the model's own.")]

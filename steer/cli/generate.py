@@ -13,6 +13,7 @@ from .console import say
 from .flags import (
     AsJson,
     Call,
+    Checkpoint,
     Config,
     Debug,
     Device,
@@ -98,6 +99,7 @@ def generate(
     config: Config = None,
     workers: Workers = None,
     shard: Shard = None,
+    checkpoint: Checkpoint = None,
     only_failed: OnlyFailed = False,
     force: Force = False,
     dry_run: DryRun = False,
@@ -118,11 +120,15 @@ def generate(
         options |= {"set": list(settings or ()), "guided": guided, "n": n or 1}
         with reported_errors(debug, as_json):
             entries = read_entries(prompts, prompt)
-            maker = generator_of(options, device_of(device), download=download)
-            directory = open_directory(out, options, maker, entries)
+            maker = generator_of(options, device_of(device), download=download, checkpoint=checkpoint)
+            directory = open_directory(out, options, maker, entries, {"checkpoint": checkpoint} if checkpoint else {})
         how = Making(chosen(force, only_failed), shard, workers, dry_run, as_json, quiet, debug)
         make_rows(maker, directory, how)
         return
+    if checkpoint is not None:
+        raise typer.BadParameter(
+            "is of run directories (--prompts): one prompt keeps no journal", param_hint="--checkpoint"
+        )
     from ..core.loop import keeping
 
     n, subject = n or 16, Subject.given(model, reward, prompt, call, steps, label, dtype)

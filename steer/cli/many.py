@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from .console import print_json, say
+from .flags import seconds_of
 from .inputs import find_method, own_options, reported_errors, settings_of
 
 if TYPE_CHECKING:
@@ -22,8 +23,11 @@ if TYPE_CHECKING:
 Which = Literal["missing", "failed", "all"]
 
 
-def generator_of(options: Mapping[str, Any], device: str | None, *, download: bool = False) -> Generator:
-    """The model, rewards and method of a run's options, as `run.yaml` has them."""
+def generator_of(
+    options: Mapping[str, Any], device: str | None, *, download: bool = False, checkpoint: str | None = None
+) -> Generator:
+    """The model, rewards and method of a run's options, as `run.yaml` has them. checkpoint: as the flag was given."""
+    from ..execution.journal import CHECKPOINT
     from ..generation.generator import Generator
     from ..generation.prompts import call_arguments
 
@@ -45,6 +49,7 @@ def generator_of(options: Mapping[str, Any], device: str | None, *, download: bo
         options=own,
         keep=options["n"],
         download=download,
+        checkpoint=CHECKPOINT if checkpoint is None else seconds_of(checkpoint),
     )
 
 
@@ -64,7 +69,11 @@ def read_entries(path: Path | None, prompts: Sequence[str] | None) -> list[dict[
 
 
 def open_directory(
-    out: Path, options: Mapping[str, Any], generator: Generator, entries: Sequence[Mapping[str, Any]]
+    out: Path,
+    options: Mapping[str, Any],
+    generator: Generator,
+    entries: Sequence[Mapping[str, Any]],
+    how: Mapping[str, Any],
 ) -> RunDirectory:
     """The run directory of these rows. All of them, and the first with its rewards, are tried before it is made."""
     from ..errors import ModelError, PromptError, RemoteError, RewardError, RunDirectoryError
@@ -73,7 +82,7 @@ def open_directory(
     try:
         rows = generator.rows(entries)
         generator.score(generator.process(rows[0].prompt, **rows[0].call))
-        return RunDirectory.open(out, options, rows)
+        return RunDirectory.open(out, options, rows, how)
     except RemoteError:  # no wrong usage: the run cannot begin
         raise
     except RewardError as error:

@@ -13,6 +13,7 @@ from rich.markup import escape
 from .console import print_json, say
 from .flags import (
     AsJson,
+    Checkpoint,
     Debug,
     Device,
     Download,
@@ -39,6 +40,7 @@ def resume(
     download: Download = False,
     workers: Workers = None,
     shard: Shard = None,
+    checkpoint: Checkpoint = None,
     only_failed: OnlyFailed = False,
     force: Force = False,
     dry_run: DryRun = False,
@@ -54,7 +56,8 @@ def resume(
 
     with reported_errors(debug, as_json):
         run = RunDirectory(directory)
-        maker = generator_of(run.options, device_of(device), download=download)
+        checkpoint = checkpoint or run.how.get("checkpoint")
+        maker = generator_of(run.options, device_of(device), download=download, checkpoint=checkpoint)
     make_rows(maker, run, Making(chosen(force, only_failed), shard, workers, dry_run, as_json, quiet, debug))
 
 

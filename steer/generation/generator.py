@@ -14,6 +14,7 @@ import torch
 from ..core.temperature import Temperature
 from ..errors import SteerError
 from ..evaluation.methods import name_of, sample
+from ..execution.journal import CHECKPOINT
 from ..key import Key
 from ..report.pictures import Video, is_pictures, to_array, to_file, to_pictures
 from ..report.run_report import shown
@@ -65,6 +66,7 @@ class Generator:
         options: the method's own.
         keep: how many samples of each row become pictures: drawn by weight, the best first.
         retries: of a row, where memory or a connection failed.
+        checkpoint: seconds between two snapshots in the journal of a row under way (`steer.resumable`); None: never.
         download: whether a model or reward that is not on this machine may be fetched.
     """
 
@@ -85,6 +87,7 @@ class Generator:
         options: Mapping[str, Any] | None = None,
         keep: int = 1,
         retries: int = 2,
+        checkpoint: float | None = CHECKPOINT,
         download: bool = False,
     ) -> None:
         if budget is not None and particles is not None:
@@ -94,6 +97,7 @@ class Generator:
         self.temperature: Temperature = temperature
         self.steps, self.device, self.dtype, self.call = steps, device, dtype, dict(call or {})
         self.options, self.keep, self.retries, self.download = dict(options or {}), keep, retries, download
+        self.checkpoint = checkpoint
         self._opener: Opener | None = None
         self._reward: Any = None
 
@@ -132,6 +136,7 @@ class Generator:
             temperature=self.temperature,
             key=Key(self.seed).shifted(problem=index),
             journal=journal,
+            checkpoint=self.checkpoint,
             **({"budget": self.budget} if self.particles is None else {"particles": self.particles}),
             **self.options,
         )

@@ -48,6 +48,7 @@ class RunDirectory:
 
     Attributes:
         options: what the run was asked for, as `run.yaml` has it.
+        how:     how it is made, which makes no other run: `checkpoint`, as it was given.
         rows:    its rows.
     """
 
@@ -56,7 +57,9 @@ class RunDirectory:
 
         self.path = Path(path)
         try:
-            self.options: dict[str, Any] = yaml.safe_load((self.path / "run.yaml").read_text())["options"]
+            written = yaml.safe_load((self.path / "run.yaml").read_text())
+            self.options: dict[str, Any] = written["options"]
+            self.how: dict[str, Any] = written.get("how") or {}
             lines = (self.path / "prompts.jsonl").read_text("utf-8").splitlines()
         except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
             raise RunDirectoryError(
@@ -66,8 +69,16 @@ class RunDirectory:
         self.rows = [Row(**json.loads(line)) for line in lines]
 
     @classmethod
-    def open(cls, path: str | Path, options: Mapping[str, Any], rows: Sequence[Row]) -> RunDirectory:
+    def open(
+        cls,
+        path: str | Path,
+        options: Mapping[str, Any],
+        rows: Sequence[Row],
+        how: Mapping[str, Any] | None = None,
+    ) -> RunDirectory:
         """The directory of this run, made if it is not there; several processes may do so at once.
+
+        how: how it is made, which is written once and may differ later.
 
         Raises:
             RunDirectoryError: it is the directory of another run; says which options, or rows, differ.
@@ -84,7 +95,7 @@ class RunDirectory:
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         lines = "".join(json.dumps(row.to_dict(), ensure_ascii=False) + "\n" for row in rows)
-        written = {"options": dict(options), "rows": len(rows), "versions": versions()}
+        written = {"options": dict(options), "how": dict(how or {}), "rows": len(rows), "versions": versions()}
         _create(path / "prompts.jsonl", lines.encode())
         _create(path / "run.yaml", yaml.safe_dump(written, sort_keys=False, allow_unicode=True).encode())
         found = cls(path)

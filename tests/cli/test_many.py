@@ -183,3 +183,21 @@ def test_a_config_file_sets_options_and_flags_win(tmp_path):
     assert len(facts["candidates"]) == 2
     config.write_text("model: digits\nrewards: [ink]\n")
     assert "rewards is no option" in run("generate", "--config", config, "--out", tmp_path / "run", code=2).output
+
+
+def test_the_time_between_snapshots_makes_no_other_run(tmp_path, monkeypatch):
+    from steer.generation.generator import Generator
+
+    made, prompts, out = [], tmp_path / "prompts.jsonl", tmp_path / "run"
+    monkeypatch.setattr(Generator, "run", lambda self, *args, **options: made.append(self.checkpoint) or iter(()))
+    prompts.write_text("\n".join(json.dumps({"label": label}) for label in (3, 8)))
+    words = ["generate", "--model", "digits", "--reward", "digit:3", "--steps", 2, "--quiet", "--out", out]
+    run(*words, "--prompts", prompts, "--checkpoint", "5m", code=1)
+    assert yaml.safe_load((out / "run.yaml").read_text())["how"] == {"checkpoint": "5m"}
+    run("resume", out, "--quiet", code=1)
+    run("resume", out, "--quiet", "--checkpoint", "never", code=1)
+    run(*words, "--prompts", prompts, code=1)
+    run(*words, "--config", out / "run.yaml", "--prompts", prompts, "--out", tmp_path / "other", code=1)
+    assert made == [300.0, 300.0, None, 60.0, 300.0]
+    assert "--checkpoint" in run(*words, "--prompts", prompts, "--checkpoint", "soon", code=2).output
+    assert "one prompt keeps no" in run(*words, "--checkpoint", "1h", code=2).output.replace("\n", " ")

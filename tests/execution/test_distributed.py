@@ -114,6 +114,32 @@ def test_killed_ranks_go_on_from_their_journals(tmp_path):
         assert calls < 6
 
 
+@pytest.mark.slow
+def test_killed_ranks_go_on_from_the_snapshot_that_both_have(tmp_path):
+    """All ranks cut at one step; of what one of them wrote last, calls or a snapshot, the other can do without."""
+    ranks = started("snapshots", 2, tmp_path)
+    while len(list(tmp_path.glob("journal/1-of-2/*.safetensors"))) < 4:
+        assert all(rank.poll() is None for rank in ranks)
+        time.sleep(0.01)
+    time.sleep(0.1)
+    for rank in ranks:
+        rank.kill()
+        rank.wait()
+    files = [sorted(tmp_path.glob(f"journal/{rank}-of-2/*.safetensors")) for rank in range(2)]
+    assert all(b'"snapshot"' in path.read_bytes() for path in (files[0][0], files[1][0]))
+    for path in files[0][1:][::-1][:2]:
+        path.unlink()
+    ended(started("snapshots", 2, tmp_path))
+    from distributed_run import REWARD, facts, mixture_process
+
+    alone = facts(steer.smc(mixture_process(), REWARD, particles=5, key=5, proposal=steer.guided(0.5)))
+    for rank in range(2):
+        *found, calls = torch.load(tmp_path / f"snapshots-{rank}.pt")
+        for here, one in zip(found, alone, strict=True):
+            torch.testing.assert_close(here, one, rtol=1e-5, atol=1e-5)
+        assert calls < 6
+
+
 @pytest.fixture
 def alone():
     """A group of this process."""

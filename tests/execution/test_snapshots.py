@@ -31,7 +31,9 @@ def everything(result):
     found += [torch.tensor([k for k, *_ in result.seen]), torch.tensor(counts(result))]
     if result.trajectory is not None:
         for event in result.trajectory.past:
-            found += [part if isinstance(part, torch.Tensor) else torch.tensor(part) for part in event if part is not None]
+            found += [
+                part if isinstance(part, torch.Tensor) else torch.tensor(part) for part in event if part is not None
+            ]
         found += [result.diagnostics[name] for name in sorted(result.diagnostics)]
     if result.tree is not None:
         found += list(result.tree.parts()[0].values())
@@ -367,7 +369,9 @@ def test_the_ledger_goes_on_with_its_seconds(tmp_path):
 def test_runs_are_told_apart_by_their_options():
     weights = (lambda x: x + 1, lambda x: x + 2, functools.partial(max, 1), functools.partial(max, 2))
     tempering = [steer.adaptive_tempering(share) for share in (0.5, 0.6)]
-    assert len({described(each) for each in (*weights, *tempering, torch.ones(2), torch.zeros(2), {1, 2}, {2, 3})}) == 10
+    assert (
+        len({described(each) for each in (*weights, *tempering, torch.ones(2), torch.zeros(2), {1, 2}, {2, 3})}) == 10
+    )
     assert described(steer.adaptive_tempering(0.5)) == described(tempering[0])
 
 
@@ -381,8 +385,9 @@ print(described((steer.resample(steer.ssp, at={3, 1, 2}), steer.difference(tempe
 """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     told = {
-        subprocess.run([sys.executable, "-c", code], env={**environment, "PYTHONHASHSEED": seed}, capture_output=True)
-        .stdout
+        subprocess.run(
+            [sys.executable, "-c", code], env={**environment, "PYTHONHASHSEED": seed}, capture_output=True
+        ).stdout
         for seed in ("1", "2")
     }
     assert len(told) == 1
