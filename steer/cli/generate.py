@@ -126,9 +126,7 @@ def generate(
         make_rows(maker, directory, how)
         return
     if checkpoint is not None:
-        raise typer.BadParameter(
-            "is of run directories (--prompts): one prompt keeps no journal", param_hint="--checkpoint"
-        )
+        raise typer.BadParameter("one prompt keeps no journal; give it with --prompts", param_hint="--checkpoint")
     from ..core.loop import keeping
 
     n, subject = n or 16, Subject.given(model, reward, prompt, call, steps, label, dtype)

@@ -1,4 +1,4 @@
-"""Journals that are cut by snapshots: runs killed anywhere end the same, to the last bit, and what is kept is bounded."""
+"""Journals that are cut by snapshots: runs killed anywhere end the same, to the last bit, and the files stay small."""
 
 import functools
 import os
