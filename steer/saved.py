@@ -106,12 +106,14 @@ class Saved:
         )
 
     def slots(self) -> Tensor:
-        """The slot each final particle's noise was drawn at, step by step: [B, N, steps].
+        """The slots that each final particle's noise was drawn at: [B, N, 1 + steps], its start and step by step.
 
-        With it a single candidate is made again alone: start at `key.fold("prior").shifted(problem=b, slot=s[0])`,
-        then step k draws with `key.fold("step").shifted(problem=b, slot=s[k]).at(k)`.
+        With them a single candidate is made again alone: it starts at
+        `key.fold("prior").shifted(problem=b, slot=s[0])`, and step k draws with
+        `key.fold("step").shifted(problem=b, slot=s[1 + k]).at(k)`.
         That is so of runs from the prior by the model's own transitions; guided proposals, MCMC starts, moves and
-        pinned paths make states of more than these draws.
+        pinned paths make states of more than these draws. An interrupted run has the steps that it took: it ends with
+        the predictions of the states there.
         """
         if "ancestors" not in self.tensors:
             raise SteerError("this run was saved without its lineage, so the slots of its noise are unknown")
@@ -119,8 +121,9 @@ class Saved:
         index = torch.arange(particles).expand(problems, particles)
         moves = list(zip(self.tensors["ancestor_levels"].tolist(), self.tensors["ancestors"].long(), strict=True))
         slots = []
-        for k in reversed(range(self.facts["process"]["steps"])):
-            # Newest first: what was rearranged after step k's draw separates today's particles from that draw.
+        for k in reversed(range(-1, self.facts["trajectory"]["fields"]["k"])):
+            # Newest first. Particles are rearranged at level k before step k draws: what comes after that draw, at later
+            # levels, separates today's particles from it. All rearrangements come after the start, -1 here.
             while moves and moves[-1][0] > k:
                 index = moves.pop()[1].gather(1, index)
             slots.append(index)

@@ -68,18 +68,33 @@ def test_what_an_error_left_is_saved_with_its_cost_and_notes(run, tmp_path):
     assert save_partial(None, tmp_path) is None
 
 
-def test_a_single_candidate_is_made_again_from_the_file_alone(run, tmp_path):
+@pytest.mark.parametrize("resampler", [steer.systematic, steer.multinomial])
+def test_a_single_candidate_is_made_again_from_the_file_alone(resampler, tmp_path):
+    """Multinomial resampling rearranges particles at level 0 already, between their start and their first step."""
+    selection = steer.resample(resampler, threshold=1.0)
+    run = steer.smc(mixture(), score, particles=12, batch=2, key=7, selection=selection)
     saved = load_run(run.save(tmp_path))
     process, slots = mixture(), saved.slots()
+    assert slots.shape == (2, 12, process.steps + 1)
     assert torch.equal(slots[:, :, 0], run.trajectory.root)
-    assert not torch.equal(slots[:, :, 0], slots[:, :, -1])
-    for particle in (0, 5, 11):
-        line = slots[0, particle].tolist()
-        x = process.prior(saved.key.fold("prior").shifted(slot=line[0]), 1, 1)
-        for k, slot in enumerate(line):
+    assert not torch.equal(slots[:, :, 1], slots[:, :, -1])
+    assert torch.equal(slots[:, :, 0], slots[:, :, 1]) == (resampler is steer.systematic)
+    for problem, particle in ((0, 0), (0, 5), (1, 11)):
+        start, *steps = slots[problem, particle].tolist()
+        x = process.prior(saved.key.fold("prior").shifted(problem=problem, slot=start), 1, 1)
+        for k, slot in enumerate(steps):
             transition = process.transition(x, process.denoise(x, k), k)
-            x = transition.sample(saved.key.fold("step").shifted(slot=slot).at(k))
-        torch.testing.assert_close(x[0, 0], saved.tensors["x"][0, particle])
+            x = transition.sample(saved.key.fold("step").shifted(problem=problem, slot=slot).at(k))
+        torch.testing.assert_close(x[0, 0], saved.tensors["x"][problem, particle])
+
+
+def test_an_interrupted_run_has_the_slots_of_the_steps_that_it_took(tmp_path):
+    def stop(event):
+        if event.level == 3:
+            raise steer.types.Stop
+
+    saved = load_run(steer.smc(mixture(), score, particles=6, on_step=stop).save(tmp_path))
+    assert saved.slots().shape == (1, 6, 3)  # the start, and two steps: the third is the prediction it ends with
 
 
 def test_a_flipped_byte_is_caught(run, tmp_path):
