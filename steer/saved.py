@@ -122,8 +122,8 @@ class Saved:
         moves = list(zip(self.tensors["ancestor_levels"].tolist(), self.tensors["ancestors"].long(), strict=True))
         slots = []
         for k in reversed(range(-1, self.facts["trajectory"]["fields"]["k"])):
-            # Newest first. Particles are rearranged at level k before step k draws: what comes after that draw, at later
-            # levels, separates today's particles from it. All rearrangements come after the start, -1 here.
+            # Newest first. Particles are rearranged at level k before step k draws, so later levels alone separate
+            # today's particles from that draw, and all levels from the start, -1 here.
             while moves and moves[-1][0] > k:
                 index = moves.pop()[1].gather(1, index)
             slots.append(index)
