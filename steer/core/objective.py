@@ -52,7 +52,7 @@ class Objective:
     def _scores(self, x: Tensor, where: str) -> Tensor:
         problems, particles = x.shape[:2]
         if torch.is_grad_enabled() and x.requires_grad:
-            self._check_differentiable()
+            self.check_differentiable()
         samples, prompts = self.process.decode(x), self._prompts(particles)
         self.process.meter.finite.samples(x, samples, where)
         if _memory(samples) == _memory(x):  # by storage: numpy writes leave a tensor's version as it was
@@ -101,7 +101,7 @@ class Objective:
 
         Cost: one network row and one backward pass a state.
         """
-        self._check_differentiable()
+        self.check_differentiable()
         strengths = (strength,) if isinstance(strength, Tensor) else ()
 
         def paid(x: Tensor, *strengths: Tensor) -> Answer:
@@ -132,11 +132,12 @@ class Objective:
         where = at_level(self.process, k)
         self.process.meter.finite.look(total(gradient), lambda: _bad_gradient(gradient, scores, where))
 
-    def _check_differentiable(self) -> None:
+    def check_differentiable(self, cure: str = _NO_GRADIENT) -> None:
+        """Raises NotDifferentiableError where the reward says that it has no gradient."""
         if _spec(self.reward).gradient == "none":
             raise NotDifferentiableError(
                 f"this method follows the gradient of the reward {_name(self.reward)}, which says that it has none "
-                f'(spec.gradient is "none"); {_NO_GRADIENT}'
+                f'(spec.gradient is "none"); {cure}'
             )
 
     def _score(self, samples: Tensor, prompts: dict[str, Any]) -> Tensor:

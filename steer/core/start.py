@@ -37,6 +37,15 @@ class PreparedStart(Protocol):
         ...
 
 
+@runtime_checkable
+class CheckedStart(Protocol):
+    """A start at level 0 that can say beforehand that it does not fit."""
+
+    def check(self, process: ReverseProcess, objective: Objective, particles: int) -> None:
+        """Raises what the start would raise of its arguments, before it pays for anything."""
+        ...
+
+
 def prior(process: ReverseProcess, objective: Objective, key: Key, batch: int, particles: int) -> Trajectory:
     """The start every chain has by default: draws of the process's prior.
 

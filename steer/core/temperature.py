@@ -114,6 +114,7 @@ def settle(
     key: Key | int,
     seed: int | None = None,
     pilot: Callable[[ReverseProcess, Objective, Key, int, int], Pilot] | None = None,
+    check: Callable[[int | None], object] | None = None,
 ) -> Settled:
     """A number for the temperature: the one given, or the one that meets what is asked for.
 
@@ -127,6 +128,8 @@ def settle(
         budget: network rows per problem of pilot and run.
         key, seed: of the run, as the method takes them.
         pilot: (process, objective, key, B, n) to unsteered samples, where plain chains are none.
+        check: called with the budget that the run will have, before the pilot is paid: raises what the run would raise
+            of its arguments.
 
     Raises:
         SteerError: more than one of the three is given, or no temperature meets what is asked for.
@@ -144,6 +147,9 @@ def settle(
     pooled = process.problems is None
     rows = rows_between(process, 0, process.steps)
     count = _count(ess, kl, problems if pooled else 1, rows, budget)
+    left = None if budget is None else budget - count * rows
+    if check is not None:
+        check(left)
     found = (pilot or _chains)(process, objective, key, problems, count)
     meter.finite.settle()
     tilt = Tilt.of(*found, pooled=pooled)
@@ -160,7 +166,7 @@ def settle(
         unsteered=tilt.mean(),
         unsteered_error=tilt.error(),
     )
-    return Settled(chosen, None if budget is None else budget - count * rows, choice, meter.cost())
+    return Settled(chosen, left, choice, meter.cost())
 
 
 def _asked(temperature: Temperature, ess: float | None, kl: float | None) -> tuple[float | None, float | None]:

@@ -14,7 +14,7 @@ from ..errors import SteerError
 from ..key import Key, as_key
 from ..processes.gaussian import need_gaussian
 from ..processes.second_order import model_of, noisy
-from ..types import GaussianTransition
+from ..types import GaussianPath, GaussianTransition, ReverseProcess
 from .hooks import Hooks, Log, coefficient, look, norms
 
 _CURE = "use proposal=steer.bootstrap, or guide the models of a composition; a masked process is steered by its reward"
@@ -40,11 +40,15 @@ class Follow:
     def needs_gradient(self) -> bool:
         return False
 
+    def check(self, process: ReverseProcess) -> GaussianPath:
+        """The process, as one on a Gaussian path; StateSpaceError where it is none."""
+        return need_gaussian(process, "a proposal by hooks", cure=_CURE)
+
     def evaluate(
         self, state: Trajectory, objective: Objective, weighted: bool, key: Key
     ) -> tuple[Trajectory, Tensor | None]:
         """The state caching the model's prediction and the displacement, and its scores where it is weighted."""
-        process, k = need_gaussian(state.process, "a proposal by hooks", cure=_CURE), state.k
+        process, k = self.check(state.process), state.k
         looked = look(model_of(process), self.hooks, noisy(process, state.x), k, self.key or key, self.log)
         here, there = process.levels[k : k + 2]
         std = process.rule.std(here, there)

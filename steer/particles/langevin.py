@@ -116,6 +116,12 @@ class Langevin:
         own = temperature if self.temperature is None else self.temperature
         return replace(self, temperature=own), self.rows(process) * (1 + sum(self.lengths))
 
+    def check(self, process: ReverseProcess, objective: Objective, particles: int) -> None:
+        """Raises where the process has no Gaussian prior, or the reward no gradient."""
+        del particles
+        prior_moments(process)
+        objective.check_differentiable()
+
     def __call__(
         self, process: ReverseProcess, objective: Objective, key: Key, batch: int, particles: int
     ) -> Trajectory:

@@ -69,13 +69,16 @@ class PathMoves:
         order = key.fold("order").uniform(first.shape, device=first.device).argsort(1)
         return first.gather(1, order).repeat(1, self.chain)[:, :particles]
 
-    def begin(self, state: Trajectory) -> Trajectory:
-        """The state at level 0, with the noise that it is."""
-        if state.k != 0 or state.process.prior_moments is None:
+    def check(self, process: ReverseProcess, level: int) -> None:
+        """Raises where paths that begin at a level cannot be replayed."""
+        if level != 0 or process.prior_moments is None:
             raise StateSpaceError(
                 "moves replay paths from a Gaussian prior, so a run with moves begins at level 0 of a process that has "
-                f"one, got level {state.k} of {type(state.process).__name__}; run without moves"
+                f"one, got level {level} of {type(process).__name__}; run without moves"
             )
+
+    def begin(self, state: Trajectory) -> Trajectory:
+        """The state at level 0, with the noise that it is."""
         # Moved states have a log-potential of their own; those that stay where they are must have one to keep.
         state = state.with_path_state(log_potential=state.path.log_potential_or_zero(state.log_weight))
         mean, std = _prior(state)

@@ -16,7 +16,7 @@ from ..core.trajectory import Trajectory
 from ..errors import SteerError
 from ..key import Key
 from ..processes.gaussian import need_gaussian
-from ..types import GaussianTransition, Transition
+from ..types import GaussianTransition, ReverseProcess, Transition
 from .tempering import GeometricTempering
 
 
@@ -46,6 +46,15 @@ class EvaluatingProposal(Proposal, Protocol):
 
         key: names what is drawn on the way.
         """
+        ...
+
+
+@runtime_checkable
+class CheckedProposal(Protocol):
+    """A proposal that can say beforehand that it does not fit."""
+
+    def check(self, process: ReverseProcess, /) -> object:
+        """Raises where the process is none that it can move."""
         ...
 
 
@@ -122,6 +131,17 @@ def guided(scale: float = 1.0) -> Guided:
     return Guided(scale)
 
 
+def check_proposal(proposal: Proposal | ProposalFunction, process: ReverseProcess, objective: Objective) -> None:
+    """Raises what a run would raise of its proposal at the first step that draws noise."""
+    if not any(process.stochastic(k) for k in range(process.steps)):
+        return
+    if isinstance(proposal, CheckedProposal):
+        proposal.check(process)
+    elif getattr(proposal, "needs_gradient", False):  # a plain function has no such property
+        _need_gaussian(process)
+        objective.check_differentiable()
+
+
 def predict_and_score(
     state: Trajectory,
     objective: Objective,
@@ -137,7 +157,7 @@ def predict_and_score(
         if evaluate is not None:
             return evaluate(state, objective, weighted, key)
         if getattr(proposal, "needs_gradient", False):  # a plain function has no such property
-            need_gaussian(process, "a proposal that follows a gradient", cure="use proposal=steer.bootstrap")
+            _need_gaussian(process)
             x0, scores, gradient = objective.value_and_grad(state.x, k, 1.0 / temperature, key)
             state = state.with_step_cache(x0=x0, score=scores, gradient=gradient)
             return state, scores if weighted else None
@@ -147,6 +167,10 @@ def predict_and_score(
             return state.with_step_cache(x0=x0), None
         scores = objective(process.complete(state.x, x0), at_level(process, k))
         return state.with_step_cache(x0=x0, score=scores), scores
+
+
+def _need_gaussian(process: ReverseProcess) -> None:
+    need_gaussian(process, "a proposal that follows a gradient", cure="use proposal=steer.bootstrap")
 
 
 def propose(proposal: Proposal | ProposalFunction, state: Trajectory, model: Transition) -> Transition:

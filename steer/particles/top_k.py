@@ -32,12 +32,17 @@ class TopK:
         rows = process.rows if self.x0_predictor is None else self.predictor_rows
         return replace(self, temperature=own), self.candidates * rows
 
+    def check(self, process: ReverseProcess, objective: Objective, particles: int) -> None:
+        """Raises where there are more particles than candidates."""
+        del process, objective
+        if particles > self.candidates:
+            raise SteerError(f"top_k_of_n keeps N = {particles} of its {self.candidates} candidates; draw more")
+
     def __call__(
         self, process: ReverseProcess, objective: Objective, key: Key, batch: int, particles: int
     ) -> Trajectory:
         """Draws, scores, and keeps the best."""
-        if particles > self.candidates:
-            raise SteerError(f"top_k_of_n keeps N = {particles} of its {self.candidates} candidates; draw more")
+        self.check(process, objective, particles)
         objective = predicting(process, objective, self.x0_predictor, self.predictor_rows)
         x = process.prior(key.fold("prior"), batch, self.candidates)
         with keeping(Trajectory.begin(process, x)), torch.no_grad():

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -34,7 +34,7 @@ from ..types import Reward
 from ..weighted_sde.composite import Composite, Exponents, compose
 from ..weighted_sde.engine import FeynmanKac, Noise
 from ..weighted_sde.look_ahead import LookAhead, x0_hat
-from ..weighted_sde.loop import check_choices, rows_per_particle, weighted_loop
+from ..weighted_sde.loop import check_choices, check_weighted, rows_per_particle, weighted_loop
 from ..weighted_sde.pilot import settle_composite
 from ..weighted_sde.transports import ecg, vcg
 
@@ -109,39 +109,44 @@ def driftlite(
     transport, look_ahead, key = vcg() if control == "vcg" else ecg(), look_ahead or x0_hat(), as_key(key, seed)
     weight = FeynmanKac(probes)
     check_choices(target, transport, weight, noise, None)
-    asked = settle_composite(
-        target, reward, temperature=temperature, ess=ess, kl=kl, batch=batch, budget=budget, key=key
-    )
-    budget, on_step = asked.budget, asked.on_step(on_step)
-    if passes > 1:
+    choices: dict[str, Any] = {"weight": weight, "noise": noise, "look_ahead": look_ahead, "tempering": tempering}
+    choices |= {"active": None, "sigma_data": sigma_data, "start": start, "selection": selection or resample()}
+
+    def affords(budget: int | None, temperature: float) -> tuple[int | None, int | None]:
+        """Particles and budget of a pass."""
+        if passes == 1:
+            return particles, budget
         per_pass = rows_per_particle(target, reward is not None, weight, look_ahead)
-        before = start.prepare(target, asked.temperature)[1] if isinstance(start, PreparedStart) else 0
-        particles = affordable(passes * per_pass, particles=particles, budget=budget, before=passes * before)
-        budget, batch = None, num_problems(target, batch)
+        before = start.prepare(target, temperature)[1] if isinstance(start, PreparedStart) else 0
+        return affordable(passes * per_pass, particles=particles, budget=budget, before=passes * before), None
+
+    def check(budget: int | None) -> None:
+        count, budget = affords(budget, 1.0)
+        given: dict[str, Any] = {"particles": count, "transport": transport, "on_step": on_step, **choices}
+        check_weighted(target, reward, budget, batch=batch, key=key, **given)
+
+    asked = settle_composite(
+        target, reward, temperature=temperature, ess=ess, kl=kl, batch=batch, budget=budget, key=key, check=check
+    )
+    count, per_pass = affords(asked.budget, asked.temperature)
+    problems, report = num_problems(target, batch) if passes > 1 else batch, asked.on_step(on_step)
 
     def run(key: Key, thetas: dict[int, Tensor] | None, number: int, spent: Cost) -> tuple[Result, dict[int, Tensor]]:
         name = "driftlite" if passes == 1 else f"driftlite, pass {number}"
         return weighted_loop(
             target,
             reward,
-            batch=batch,
-            particles=particles,
-            budget=budget,
+            batch=problems,
+            particles=count,
+            budget=per_pass,
             temperature=asked.temperature,
             key=key,
             seed=None,
-            start=start,
             transport=replace(transport, memory=thetas),
-            weight=weight,
-            noise=noise,
-            look_ahead=look_ahead,
-            tempering=tempering,
-            selection=selection or resample(),
-            active=None,
-            sigma_data=sigma_data,
             keep_states=keep_states,
-            on_step=of_pass(on_step, name, spent),
+            on_step=of_pass(report, name, spent),
             name=name,
+            **choices,
         )
 
     result, thetas = run(key, None, 1, Cost())

@@ -13,6 +13,7 @@ Skreta et al. 2025, Props. 3.1 to 3.4.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from ..core.event import OnStep
@@ -29,7 +30,7 @@ from ..types import Reward
 from ..weighted_sde.composite import Composite, Exponents, compose
 from ..weighted_sde.engine import FeynmanKac, KernelRatio, Noise
 from ..weighted_sde.look_ahead import LookAhead, x0_hat
-from ..weighted_sde.loop import check_choices, weighted_loop
+from ..weighted_sde.loop import check_choices, check_weighted, weighted_loop
 from ..weighted_sde.pilot import default_transport, settle_composite
 from ..weighted_sde.transports import Transport
 
@@ -114,25 +115,22 @@ def fkc(
         weight = KernelRatio() if by_kernel else FeynmanKac(probes=1)
     check_choices(target, transport, weight, noise, active)
     common: dict[str, Any] = {"batch": batch, "key": key, "seed": seed}
-    asked = settle_composite(target, reward, temperature=temperature, ess=ess, kl=kl, budget=budget, **common)
+    choices: dict[str, Any] = {"transport": transport, "weight": weight, "noise": noise, "active": active}
+    choices |= {"look_ahead": look_ahead or x0_hat(), "tempering": tempering, "sigma_data": sigma_data}
+    choices |= {"start": start, "selection": selection or resample(), "particles": particles}
+    check = partial(check_weighted, target, reward, on_step=on_step, **choices, **common)
+    asked = settle_composite(
+        target, reward, temperature=temperature, ess=ess, kl=kl, budget=budget, check=check, **common
+    )
     result, _ = weighted_loop(
         target,
         reward,
-        particles=particles,
         budget=asked.budget,
         temperature=asked.temperature,
-        start=start,
-        transport=transport,
-        weight=weight,
-        noise=noise,
-        look_ahead=look_ahead or x0_hat(),
-        tempering=tempering,
-        selection=selection or resample(),
-        active=active,
-        sigma_data=sigma_data,
         keep_states=keep_states,
         on_step=asked.on_step(on_step),
         name="fkc",
+        **choices,
         **common,
     )
     return asked.told(result)

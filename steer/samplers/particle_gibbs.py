@@ -29,7 +29,7 @@ from ..core.trajectory import Trajectory
 from ..cost import affordable, check_counts, rows_between
 from ..errors import ShapeError, StateSpaceError
 from ..key import Key, as_key
-from ..particles.potentials import Potential
+from ..particles.potentials import Potential, default_weight
 from ..particles.proposals import Proposal, ProposalFunction, bootstrap
 from ..particles.selection import resample
 from ..processes.gaussian import need_gaussian
@@ -37,7 +37,7 @@ from ..processes.second_order import SecondOrderProcess
 from ..processes.transitions import TransformedTransition
 from ..results.result import Result
 from ..types import GaussianPath, GaussianTransition, Level, ReverseProcess, Reward, Rule
-from .smc import smc
+from .smc import check_smc, smc
 
 _WHAT = "particle Gibbs, which pins steps,"
 
@@ -180,8 +180,18 @@ def particle_gibbs(
     guarded = _with_hook_key(free, UndrawnKey(0)) if pins else free
     batch = num_problems(process, batch)
     _check_path(path, (batch, process.steps + 1, *process.event))
-    asked = settle(process, reward, temperature=temperature, ess=ess, kl=kl, batch=batch, budget=budget, key=key)
-    count = affordable(sweeps * rows_between(process, 0, process.steps), particles=particles, budget=asked.budget)
+    rows, parts = sweeps * rows_between(process, 0, process.steps), (proposal, weight or default_weight())
+
+    def check(budget: int | None) -> None:
+        count = affordable(rows, particles=particles, budget=budget)
+        first: dict[str, Any] = {"particles": count, "start": prior, "keep_states": keep_states or sweeps > 1}
+        chosen = (*parts, resample(multinomial, threshold))
+        check_smc(guarded, reward, None, batch=batch, key=key, seed=None, parts=chosen, on_step=on_step, **first)
+
+    asked = settle(
+        process, reward, temperature=temperature, ess=ess, kl=kl, batch=batch, budget=budget, key=key, check=check
+    )
+    count = affordable(rows, particles=particles, budget=asked.budget)
     begins_pinned = path is not None
     first: Result | None = None
     result: Result | None = None  # of the last whole sweep
@@ -198,8 +208,8 @@ def particle_gibbs(
                 temperature=asked.temperature,
                 key=of_sweep,
                 start=begin,
-                proposal=proposal,
-                weight=weight,
+                proposal=parts[0],
+                weight=parts[1],
                 selection=resample(resampler, threshold),
                 keep_states=keep_states or sweep < sweeps - 1,
                 on_step=of_pass(on_step, f"particle_gibbs, sweep {sweep + 1}", cost),

@@ -17,12 +17,12 @@ from ..cost import check_counts, rows_between
 from ..errors import BudgetError, SteerError
 from ..key import Key
 from ..particles.langevin import Langevin, pcnl
-from ..particles.potentials import Potential
+from ..particles.potentials import Potential, default_weight
 from ..particles.proposals import Proposal, ProposalFunction, guided
-from ..particles.selection import Resample
+from ..particles.selection import Resample, resample
 from ..results.result import Result
 from ..types import ReverseProcess, Reward
-from .smc import smc
+from .smc import check_smc, smc
 
 
 def psi(
@@ -79,18 +79,29 @@ def psi(
     if not 0.0 < share < 1.0:
         raise SteerError(f"share of the rows that MCMC gets must be in (0, 1), got {share}")
     common: dict[str, Any] = {"batch": batch, "key": key, "seed": seed}
-    asked = settle(process, reward, temperature=temperature, ess=ess, kl=kl, budget=budget, **common)
-    start = start or pcnl()
-    if start.burn_in is None and start.kept is None:
-        particles, start = _planned(process, start, particles, asked.budget, share)
+    begin, move = start or pcnl(), proposal or guided()
+
+    def planned(budget: int | None) -> tuple[int | None, Langevin]:
+        if begin.burn_in is None and begin.kept is None:
+            return _planned(process, begin, particles, budget, share)
+        return particles, begin
+
+    def check(budget: int | None) -> None:
+        count, start = planned(budget)
+        parts = (move, weight or default_weight(), selection or resample())
+        given: dict[str, Any] = {"particles": count, "start": start, "keep_states": keep_states, "on_step": on_step}
+        check_smc(process, reward, budget, parts=parts, **given, **common)
+
+    asked = settle(process, reward, temperature=temperature, ess=ess, kl=kl, budget=budget, check=check, **common)
+    particles, begin = planned(asked.budget)
     result = smc(
         process,
         reward,
         particles=particles,
         budget=asked.budget,
         temperature=asked.temperature,
-        start=start,
-        proposal=proposal or guided(),
+        start=begin,
+        proposal=move,
         weight=weight,
         selection=selection,
         keep_states=keep_states,

@@ -24,14 +24,21 @@ from ..core.loop import Loop
 from ..core.objective import FINISHED
 from ..core.population import log_potential
 from ..core.run import Run
-from ..core.start import Start, check_resume, prepared, prior, started
+from ..core.start import CheckedStart, Start, check_resume, prepared, prior, started
 from ..core.temperature import Temperature, settle
 from ..core.trajectory import LevelRecord, ResamplingRecord, Trajectory, required
 from ..errors import NotStochasticError, SteerError
 from ..key import Key
 from ..particles.path_mcmc import forget
 from ..particles.potentials import Potential, default_weight
-from ..particles.proposals import Proposal, ProposalFunction, bootstrap, predict_and_score, propose
+from ..particles.proposals import (
+    Proposal,
+    ProposalFunction,
+    bootstrap,
+    check_proposal,
+    predict_and_score,
+    propose,
+)
 from ..particles.selection import Resample, check, resample, select
 from ..results.result import Result
 from ..types import ReverseProcess, Reward
@@ -109,13 +116,16 @@ def smc(
     is always estimated.
     """
     common: dict[str, Any] = {"batch": batch, "key": key, "seed": seed}
-    asked = settle(process, reward, temperature=temperature, ess=ess, kl=kl, budget=budget, **common)
+    parts = (proposal, weight or default_weight(), selection or resample())
+    again: dict[str, Any] = {"particles": particles, "start": start, "keep_states": keep_states, "on_step": on_step}
+    beforehand = partial(check_smc, process, reward, parts=parts, **again, **common)
+    asked = settle(process, reward, temperature=temperature, ess=ess, kl=kl, budget=budget, check=beforehand, **common)
     run = Run.open("smc", process, reward, temperature=asked.temperature, on_step=asked.on_step(on_step), **common)
-    particle_filter = _ParticleFilter(run, proposal, weight or default_weight(), selection or resample())
+    particle_filter = _ParticleFilter(run, *parts)
     loop = Loop(run)
     with loop.keeping_partial():
         state = particle_filter.start(start, particles, asked.budget, batch, keep_states)
-        kept = Checkpoints(run, state, proposal, particle_filter.weight, selection, seen=particle_filter.history)
+        kept = Checkpoints(run, state, *parts, seen=particle_filter.history)
         loop.partial = state = kept.state
         with loop.steps():
             for _ in range(state.k, run.process.steps):
@@ -130,6 +140,25 @@ def smc(
             run, state, scores, law="target", seen=particle_filter.history, interrupted=loop.interrupted
         )
     )
+
+
+def check_smc(
+    process: ReverseProcess,
+    reward: Reward,
+    budget: int | None,
+    *,
+    batch: int,
+    particles: int | None,
+    key: Key | int,
+    seed: int | None,
+    start: Start | Trajectory,
+    parts: tuple[Proposal | ProposalFunction, Potential, Resample],
+    keep_states: bool,
+    on_step: OnStep | None,
+) -> None:
+    """Raises what `smc` with these arguments would raise before it pays for anything, whatever the temperature."""
+    run = Run.open("smc", process, reward, batch=batch, temperature=1.0, key=key, seed=seed, on_step=on_step)
+    _ParticleFilter(run, *parts).check(start, particles, budget, batch, keep_states)
 
 
 @dataclass(frozen=True)
@@ -147,39 +176,56 @@ class _ParticleFilter:
     ) -> Trajectory:
         """The population that the run begins with."""
         run, moves = self.run, self.selection.moves
+        start, count = self.check(start, particles, budget, batch, keep_states)
+        state = start
+        if not isinstance(state, Trajectory):
+            state = started(cast(Start, start), run.process, run.objective, run.key, run.problems, count)
+            self._check_level(state.k, state.x.shape[1], keep_states)
+        state = replace(state, keep_states=keep_states)
+        return state if moves is None else moves.begin(state)
+
+    def check(
+        self, start: Start | Trajectory, particles: int | None, budget: int | None, batch: int, keep_states: bool
+    ) -> tuple[Start | Trajectory, int]:
+        """What to begin from, ready for the run, and N. Raises all that can be told before anything is paid."""
+        run, moves = self.run, self.selection.moves
         if isinstance(start, Trajectory):
-            state = check_resume(start, run.process, particles, batch, budget)
+            start = check_resume(start, run.process, particles, batch, budget)
+            count = start.x.shape[1]
+            self._check_level(start.k, count, keep_states)
         else:
             price = None if moves is None else partial(moves.rows, run.process)
             start, count = prepared(
                 start, run.process, run.temperature, particles=particles, budget=budget, price=price
             )
-            state = started(start, run.process, run.objective, run.key, run.problems, count)
-        state = replace(state, keep_states=keep_states)
-        _check_stochastic(state, self.selection)
-        return self.begun(state)
+            if isinstance(start, CheckedStart):
+                start.check(run.process, run.objective, count)
+            if start is prior or isinstance(start, CheckedStart):
+                self._check_level(0, count, keep_states)
+        check_proposal(self.proposal, run.process, run.objective)
+        return start, count
 
-    def begun(self, state: Trajectory) -> Trajectory:
-        """The state with what moves need to know of its beginning."""
-        moves = self.selection.moves
+    def _check_level(self, level: int, count: int, keep_states: bool) -> None:
+        """Raises where parts do not go together in a run of N particles from a level on."""
+        _check_stochastic(self.run.process, level, count, self.selection)
+        moves, steps = self.selection.moves, self.run.process.steps
         if moves is None:
-            return state
-        if not self.weight.telescopes or state.keep_states:
+            return
+        moves.check(self.run.process, level)
+        if not self.weight.telescopes or keep_states:
             raise SteerError(
                 "moves change paths: their target must be a function of the latest state, which weight="
                 "steer.difference() and final_only() give, and states kept from before them would connect to nothing; "
                 "use such a weight and keep_states=False, or run without moves"
             )
-        steps = state.process.steps
         idle = [
-            k for k in sorted(moves.at) if not (k == steps or (state.k <= k < steps and self.weight.active(k, steps)))
+            k for k in sorted(moves.at) if not (k == steps or (level <= k < steps and self.weight.active(k, steps)))
         ]
         if idle:
             raise SteerError(
                 f"particles are moved at levels that are weighted, and at the end, {steps}; {idle} of path_moves are "
                 "neither; change them, or the weight's levels"
             )
-        return moves.begin(state)
 
     def weigh(self, state: Trajectory) -> Trajectory:
         """Predicts, scores, reweights, and resamples where the ESS is low: the state, caching its prediction."""
@@ -235,11 +281,10 @@ class _ParticleFilter:
         return state, self.weight.tempered(state, log_potential(scores, self.run.temperature))
 
 
-def _check_stochastic(state: Trajectory, selection: Resample) -> None:
-    process = state.process
-    if state.x.shape[1] == 1 or selection.threshold == 0.0 or (state.k > 0 and state.k >= process.steps - 1):
+def _check_stochastic(process: ReverseProcess, level: int, count: int, selection: Resample) -> None:
+    if count == 1 or selection.threshold == 0.0 or (level > 0 and level >= process.steps - 1):
         return
-    if not any(process.stochastic(k) for k in range(state.k, process.steps)):
+    if not any(process.stochastic(k) for k in range(level, process.steps)):
         raise NotStochasticError(
             "resampling makes copies that only noise can separate, and this process's transitions add none; use a "
             "stochastic rule, for instance process.with_rule(steer.ddim(eta=1.0)), or selection=steer.resample("

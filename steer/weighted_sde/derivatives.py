@@ -17,6 +17,11 @@ from ..key import Key
 from .composite import Composite
 from .look_ahead import LookAhead
 
+NO_GRADIENT = (
+    "use a differentiable reward, or steer.fkc with transport=steer.base_transport and weight=steer.KernelRatio(), "
+    "which needs none"
+)
+
 
 class Evaluation(NamedTuple):
     """A population at one level and the derivatives there: float64, events flat, zeros where not asked for.
@@ -123,8 +128,7 @@ class ValueDerivatives:
         if not value.requires_grad:
             raise NotDifferentiableError(
                 "this transport and weight need the gradient of the reward, which returned scores without one (it "
-                "detaches, uses no_grad, or is not a torch function); use a differentiable reward, or steer.fkc with "
-                "transport=steer.base_transport and weight=steer.KernelRatio(), which needs none"
+                f"detaches, uses no_grad, or is not a torch function); {NO_GRADIENT}"
             )
         through = not self.look_ahead.local
         with self._counted(x, through), torch.enable_grad():

@@ -129,9 +129,9 @@ class WeightedSDE:
         """Coefficients [B, 3] of the transport at level k before control, for log-weights like [B, N]."""
         return self.transport.start(k, self.target.total(k), self.v(k), like)
 
-    def needs(self, state: Trajectory) -> RequiredDerivatives:
-        """What this run has to know of a population at the state's level."""
-        k, free = state.k, self.transport.control is not None or self.transport.memory is not None
+    def needs(self, k: int) -> RequiredDerivatives:
+        """What this run has to know of a population at level k."""
+        free = self.transport.control is not None or self.transport.memory is not None
         along_reward, along_score, _ = self.transport.theta(self.target.total(k), self.v(k))
         if isinstance(self.weight, KernelRatio):
             pushed = self.valued and not self.last(k) and self.push(k) != 0.0
@@ -156,7 +156,7 @@ class WeightedSDE:
 
         point: its evaluation, where `settled` has made it.
         """
-        k, needs = state.k, self.needs(state)
+        k, needs = state.k, self.needs(state.k)
         point = point or self.derivatives(state.x, k, needs)
         if needs.value and (isinstance(self.weight, FeynmanKac) or self.potential.active(k, self.target.steps)):
             state = self.potential.apply(state, point.value)
@@ -280,7 +280,7 @@ class WeightedSDE:
         """
         if not self.valued or isinstance(self.weight, KernelRatio) or state.k == self.target.steps:
             return state, None
-        point = self.derivatives(state.x, state.k, self.needs(state))
+        point = self.derivatives(state.x, state.k, self.needs(state.k))
         return state.with_path_state(log_potential=_exponent(state) * point.value), point
 
     def followed(self, before: Trajectory, after: Trajectory) -> tuple[Trajectory, Tensor, Tensor]:

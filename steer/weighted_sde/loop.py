@@ -25,10 +25,10 @@ from torch import Tensor
 from ..core.checkpoints import Checkpoints
 from ..core.event import OnStep
 from ..core.loop import Loop
-from ..core.objective import FINISHED, Objective
+from ..core.objective import FINISHED
 from ..core.population import log_potential
 from ..core.run import Run
-from ..core.start import PreparedStart, Start, check_resume, prior
+from ..core.start import CheckedStart, PreparedStart, Start, check_resume, prior
 from ..core.trajectory import LevelRecord, Trajectory
 from ..cost import affordable
 from ..errors import ModelError, NotStochasticError, SteerError
@@ -40,7 +40,7 @@ from ..particles.tempering import Tempering
 from ..results.result import Result
 from ..types import Reward
 from .composite import Composite
-from .derivatives import Evaluation, ValueDerivatives
+from .derivatives import NO_GRADIENT, Evaluation, ValueDerivatives
 from .engine import FeynmanKac, KernelRatio, Noise, WeightedSDE
 from .look_ahead import LookAhead
 from .transports import Transport
@@ -73,39 +73,27 @@ def weighted_loop(
 
     Args: as `steer.fkc`, all required. name: of the method, for events.
     """
-    run, objective = _opened(
-        name, target, reward, batch=batch, temperature=temperature, key=key, seed=seed, on_step=on_step
+    common: dict[str, Any] = {"transport": transport, "weight": weight, "noise": noise, "look_ahead": look_ahead}
+    common |= {"tempering": tempering, "active": active, "sigma_data": sigma_data}
+    run = Run.open(
+        name,
+        target,
+        _nothing if reward is None else reward,
+        batch=batch,
+        temperature=temperature,
+        key=key,
+        seed=seed,
+        on_step=on_step,
     )
-    target = cast(Composite, run.process)
-    derivatives = ValueDerivatives(
-        target=target,
-        objective=objective,
-        temperature=run.temperature,
-        look_ahead=look_ahead,
-        probes=weight.probes if isinstance(weight, FeynmanKac) else None,
-        key=run.key,
-    )
-    engine = WeightedSDE(
-        target=target,
-        derivatives=derivatives,
-        transport=transport,
-        weight=weight,
-        noise=noise,
-        potential=difference(tempering=tempering),
-        active=active,
-        sigma_data=sigma_data,
-        key=run.key,
-    )
-    rows = rows_per_particle(target, objective is not None, weight, look_ahead)
+    engine = _engine(run, valued=reward is not None, **common)
+    target, objective = engine.target, engine.derivatives.objective
     history: list[LevelRecord] = []
     loop = Loop(run)
     with loop.keeping_partial():
-        state = replace(_started(engine, start, run.problems, particles, budget, rows), keep_states=keep_states)
-        loop.partial = state
-        if not isinstance(selection, BirthDeath):
-            _check_noise(engine, state, selection)
-        options = (transport, weight, noise, look_ahead, tempering, selection, active, sigma_data)
-        kept = Checkpoints(run, state, *options, seen=history)
+        start, count = _checked(engine, start, selection, particles, run.problems, budget)
+        state = replace(_started(engine, start, run.problems, count), keep_states=keep_states)
+        _check_noise(engine, state.k, state.x.shape[1], selection)
+        kept = Checkpoints(run, state, common, selection, seen=history)
         loop.partial = state = kept.state
         thetas, ahead = _carried(kept.carried, state)
         with loop.steps():
@@ -185,10 +173,59 @@ def _warn(message: str) -> None:
     warnings.warn(message, UserWarning, stacklevel=4)
 
 
-def _opened(name: str, target: Composite, reward: Reward | None, **options: Any) -> tuple[Run, Objective | None]:
-    """The run, and its objective; None where there is no reward, and the target is the composite itself."""
-    run = Run.open(name, target, _nothing if reward is None else reward, **options)
-    return run, None if reward is None else run.objective
+def check_weighted(
+    target: Composite,
+    reward: Reward | None,
+    budget: int | None,
+    *,
+    particles: int | None,
+    start: Start | Trajectory,
+    selection: Resample | BirthDeath,
+    batch: int,
+    key: Key | int,
+    on_step: OnStep | None,
+    seed: int | None = None,
+    **choices: Any,
+) -> None:
+    """Raises what `weighted_loop` with these arguments would raise before it pays for anything."""
+    wanted = _nothing if reward is None else reward
+    run = Run.open("", target, wanted, batch=batch, temperature=1.0, key=key, seed=seed, on_step=on_step)
+    _checked(_engine(run, valued=reward is not None, **choices), start, selection, particles, run.problems, budget)
+
+
+def _engine(
+    run: Run,
+    *,
+    valued: bool,
+    transport: Transport,
+    weight: KernelRatio | FeynmanKac,
+    noise: Noise,
+    look_ahead: LookAhead,
+    tempering: Tempering | None,
+    active: tuple[float, float] | None,
+    sigma_data: float,
+) -> WeightedSDE:
+    """The choices of a run. valued: whether there is a reward; else the target is the composite itself."""
+    target = cast(Composite, run.process)
+    derivatives = ValueDerivatives(
+        target=target,
+        objective=run.objective if valued else None,
+        temperature=run.temperature,
+        look_ahead=look_ahead,
+        probes=weight.probes if isinstance(weight, FeynmanKac) else None,
+        key=run.key,
+    )
+    return WeightedSDE(
+        target=target,
+        derivatives=derivatives,
+        transport=transport,
+        weight=weight,
+        noise=noise,
+        potential=difference(tempering=tempering),
+        active=active,
+        sigma_data=sigma_data,
+        key=run.key,
+    )
 
 
 def _nothing(samples: Tensor) -> Tensor:
@@ -196,28 +233,49 @@ def _nothing(samples: Tensor) -> Tensor:
     return torch.zeros(len(samples), dtype=torch.float64, device=samples.device)
 
 
-def _started(
-    engine: WeightedSDE, start: Start | Trajectory, batch: int, particles: int | None, budget: int | None, rows: int
-) -> Trajectory:
-    """The population at its first level, with the path's normalizing constant there in log_evidence."""
-    target = engine.target
+def _checked(
+    engine: WeightedSDE,
+    start: Start | Trajectory,
+    selection: Resample | BirthDeath,
+    particles: int | None,
+    problems: int,
+    budget: int | None,
+) -> tuple[Start | Trajectory, int]:
+    """What to begin from, ready for the run, and N. Raises all that can be told before anything is paid."""
+    target, derivatives = engine.target, engine.derivatives
+    rows = rows_per_particle(target, engine.valued, engine.weight, derivatives.look_ahead)
     if isinstance(start, Trajectory):
-        each = -(-rows // (target.steps * target.rows))
-        state = check_resume(start, target, particles, batch, budget, rows=each)
+        state = check_resume(start, target, particles, problems, budget, rows=-(-rows // (target.steps * target.rows)))
+        level, count, start = state.k, state.x.shape[1], state
     else:
-        before = 0
+        before, level = 0, 0
         if isinstance(start, PreparedStart):
             if target.total(0) != 1.0:
                 raise ModelError(
                     "starts that know the reward draw from the models' own prior N(0, sigma^2), and that of exponents "
                     f"that sum to {target.total(0):.4g} is another; leave start out, or use exponents that sum to 1"
                 )
-            start, before = start.prepare(target, engine.derivatives.temperature)
+            start, before = start.prepare(target, derivatives.temperature)
         count = affordable(rows, particles=particles, budget=budget, before=before)
-        objective = engine.derivatives.objective
-        if objective is None:
+        if derivatives.objective is None:
             if start is not prior:
                 raise SteerError("a start other than steer.prior needs a reward")
+        elif isinstance(start, CheckedStart):
+            start.check(target, derivatives.objective, count)
+    if start is prior or isinstance(start, CheckedStart | Trajectory):
+        _check_noise(engine, level, count, selection)
+    if derivatives.objective is not None and any(engine.needs(k).gradient for k in range(level, target.steps)):
+        derivatives.objective.check_differentiable(NO_GRADIENT)
+    return start, count
+
+
+def _started(engine: WeightedSDE, start: Start | Trajectory, batch: int, count: int) -> Trajectory:
+    """The population at its first level, with the path's normalizing constant there in log_evidence."""
+    target, objective = engine.target, engine.derivatives.objective
+    if isinstance(start, Trajectory):
+        state = start
+    else:
+        if objective is None:
             state = Trajectory.begin(target, target.prior(engine.key.fold("prior"), batch, count))
         else:
             state = start(target, objective, engine.key, batch, count)
@@ -249,14 +307,16 @@ def _selected(
     return select(state, scores, selection, key.fold("resample"), seen)
 
 
-def _check_noise(engine: WeightedSDE, state: Trajectory, selection: Resample) -> None:
+def _check_noise(engine: WeightedSDE, level: int, count: int, selection: Resample | BirthDeath) -> None:
+    if isinstance(selection, BirthDeath):
+        return
     if selection.moves is not None:
         raise SteerError(
             "moves hold for weights that are a function of the latest state, as in steer.smc; those of a weighted SDE "
             "gather along the path; run without moves"
         )
-    steps = range(state.k, engine.target.steps - 1)
-    if state.x.shape[1] > 1 and selection.threshold > 0.0 and steps and not any(engine.v(k) > 0.0 for k in steps):
+    steps = range(level, engine.target.steps - 1)
+    if count > 1 and selection.threshold > 0.0 and steps and not any(engine.v(k) > 0.0 for k in steps):
         raise NotStochasticError(
             "resampling makes copies that only noise can separate; give noise > 0, or "
             "selection=steer.resample(threshold=0) to weight without resampling"

@@ -167,3 +167,80 @@ def test_a_resumable_run_replays_its_pilot(tmp_path):
     again = steer.sample(mixture_process(), REWARD, ess=0.5, journal=tmp_path, key=4)
     assert again.temperature_choice == first.temperature_choice
     assert again.cost.nfe == first.cost.nfe
+
+
+class Ranked:
+    """A reward that scores a sample against the others."""
+
+    spec = steer.types.RewardSpec(scope="groupwise")
+
+    def __call__(self, x):
+        return x[:, 0].double()
+
+
+class WithoutGradient(Ranked):
+    """A reward that says that it has no gradient."""
+
+    spec = steer.types.RewardSpec(gradient="none")
+
+
+def refusals(name):
+    """Arguments by which a run must be refused: what is wrong -> (error, process, reward, options)."""
+    process, other = mixture_process(), mixture_process().with_rule(steer.ddim(0.0))
+    weighted = name.startswith(("fkc", "driftlite"))  # by the noise of the weighted SDE, not by that of the rule
+    no_noise = (process, {"noise": 0.0}) if weighted else (other, {})
+    gibbs = name == "particle_gibbs"
+    found = {
+        "groupwise": (steer.RewardError, process, Ranked(), {}),
+        "nothing": (steer.RewardError, process, "clip", {}),
+        "particles": (SteerError, process, REWARD, {"particles": 0}),
+        "events": (TypeError, process, REWARD, {"on_step": 5}),
+        "both keys": (SteerError, process, REWARD, {"key": 1, "seed": 2}),
+        "batch": (SteerError, process, REWARD, {"batch": 0}),
+        "budget": (BudgetError, process, REWARD, {"budget": 80, "particles": 16}),
+        "two temperatures": (SteerError, process, REWARD, {"ess": 0.5, "kl": 1.0}),
+    }
+    if name not in ("importance_sampling", "waste_free"):  # which never resample, and whose copies are moved
+        found["deterministic"] = (steer.NotStochasticError, no_noise[0], REWARD, no_noise[1])
+    if name in ("tds", "das", "psi", "driftlite", "driftlite_passes"):
+        found["no gradient"] = (steer.NotDifferentiableError, process, WithoutGradient(), {})
+    if name not in ("psi", "driftlite", "driftlite_passes") and not gibbs:
+        few = steer.top_k_of_n(2)
+        found["start"] = (SteerError, process, REWARD, {"start": few, "particles": 6})
+        found["start without gradient"] = (steer.NotDifferentiableError, process, WithoutGradient(), {"start": MCMC})
+    if name == "smc":
+        late = {"selection": steer.resample(moves=steer.path_moves([5])), "weight": steer.maximum()}
+        found["moves"] = (SteerError, process, REWARD, late)
+        found["moves, states kept"] = (SteerError, process, REWARD, {**late, "weight": None, "keep_states": True})
+        ended = steer.smc(process, REWARD, particles=4).trajectory
+        found["an ended trajectory"] = (SteerError, process, REWARD, {"start": ended})
+    if name == "waste_free":
+        found["levels"] = (SteerError, process, REWARD, {"levels": [4]})
+    if name in ("smc", "particle_gibbs", "waste_free", "psi"):
+        found["tokens"] = (steer.StateSpaceError, letters(), tokens, {"proposal": steer.guided()})
+        hooks = steer.follow(steer.dps(REWARD, 0.1))
+        found["tokens by hooks"] = (steer.StateSpaceError, letters(), tokens, {"proposal": hooks})
+    return found
+
+
+MCMC = steer.pcnl(chains=2, burn_in=1, kept=1)
+
+
+def letters():
+    chain = torch.tensor([[0.7, 0.3], [0.2, 0.8]])
+    return steer.models.markov_language([0.5, 0.5], chain, 3)
+
+
+def tokens(x):
+    return x.double().sum(1)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_what_the_arguments_tell_is_refused_before_the_pilot_is_paid(name):
+    from killed_runs import Paid
+
+    for what, (error, process, reward, options) in refusals(name).items():
+        paid = Paid(process)
+        with pytest.raises(error):
+            SAMPLERS[name](paid.process, reward, **{"temperature": "auto", **options})
+        assert paid.calls == 0, what
