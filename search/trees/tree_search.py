@@ -92,7 +92,8 @@ class TreeSearch:
         most = particles or (16 if budget is None else None)
         made, left = 0, np.full(self.tree.problems, _UNLIMITED if budget is None else budget)
         if kept.carried:
-            restore(self.tree, *kept.carried["tree"], self.run.process.device)
+            tensors, facts = kept.carried["tree"]
+            restore(self.tree, tensors, facts, self.run.process.device)
             made, left = kept.carried["made"], kept.carried["left"].numpy()
         while most is None or made < most:
             width = walkers or min(self.widest, max(16, self.tree.simulations // 2))

@@ -59,7 +59,8 @@ class Checkpoints:
     """
 
     def __init__(self, run: Run, state: Any, *options: Any, seen: list[LevelRecord] | None = None) -> None:
-        self.run, self.state, self.seen = run, state, [] if seen is None else seen
+        self.run, self.seen = run, [] if seen is None else seen
+        self.state: Any = state
         self.carried: dict[str, Any] = {}
         self._options, self._place, around = options, None, keeper()
         if around is not None:

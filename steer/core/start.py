@@ -38,7 +38,7 @@ class PreparedStart(Protocol):
 
 
 @runtime_checkable
-class CheckedStart(Protocol):
+class CheckedStart(PreparedStart, Protocol):
     """A start at level 0 that can say beforehand that it does not fit."""
 
     def check(self, process: ReverseProcess, objective: Objective, particles: int) -> None:

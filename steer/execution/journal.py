@@ -108,14 +108,12 @@ class Journal:
             )
         self.directory, self.every, self.memory, self.check = Path(directory), every, memory, check
         self.checkpoint, self.ranks = checkpoint, ranks
-        self.directory.mkdir(parents=True, exist_ok=True)
         self.replayed = self.recorded = self.snapshots = 0
-        self._lock = _locked(self.directory)
+        self._segments = Segments(self.directory)
         try:
-            self._segments = Segments(self.directory)
             self._agree_on_beginning()
         except BaseException:
-            self._lock.close()
+            self._segments.close()
             raise
         self.calls = self._segments.calls
         self._told = self._segments.stored()
@@ -182,7 +180,7 @@ class Journal:
         try:
             self.flush()
         finally:
-            self._lock.close()
+            self._segments.close()
 
     def discard(self) -> None:
         """Deletes the journal, once its result is safe."""
@@ -379,24 +377,6 @@ _SAMPLES, _SCORES = "scored.samples", "scored.scores"
 def _on_host(tensor: Tensor) -> Tensor:
     """A copy in the memory of the process, of its own."""
     return tensor.detach().to("cpu", copy=True).contiguous()
-
-
-def _locked(directory: Path) -> Any:
-    """An open file that no other process holds; JournalError where one does. A killed process lets go of it."""
-    lock = open(directory / "lock", "w")  # noqa: SIM115  (held until the journal is closed)
-    try:
-        import fcntl
-
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # Windows: not guarded
-        pass
-    except OSError as error:
-        lock.close()
-        raise JournalError(
-            f"the journal in {directory} is in use by another process; wait for it to end, or give this run a "
-            "directory of its own"
-        ) from error
-    return lock
 
 
 def _in_words(call: dict[str, Any]) -> str:

@@ -61,15 +61,27 @@ class Stored(NamedTuple):
 
 
 class Segments:
-    """The segments of a directory, checked when it is opened; JournalError where one is missing, cut or altered."""
+    """The segments of a directory, which no other process has until they are closed.
+
+    Raises JournalError where another process has them, or one is missing, cut or altered.
+    """
 
     def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        for draft in directory.glob(".*.part"):  # of a writer that was killed
-            draft.unlink()
-        self.paths, replaced = _sound(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        self.directory, self._lock = directory, _locked(directory)
+        try:
+            for draft in directory.glob(".*.part"):  # of a writer that was killed
+                draft.unlink()
+            self.paths, replaced = _sound(directory)
+        except BaseException:
+            self._lock.close()
+            raise
         for path in replaced:  # by a writer that was killed when it had begun to delete them
             path.unlink()
+
+    def close(self) -> None:
+        """Lets other processes in."""
+        self._lock.close()
 
     @property
     def bytes(self) -> int:
@@ -175,6 +187,24 @@ class Segments:
 
         blob = save(dict(tensors), {"steer": __version__, "previous": self.last, **header})
         self.paths.append(write_atomically(self.directory / _name(self.next, blob), blob))
+
+
+def _locked(directory: Path) -> Any:
+    """An open file that no other process holds; JournalError where one does. A killed process lets go of it."""
+    lock = open(directory / "lock", "w")  # noqa: SIM115  (held until the journal is closed)
+    try:
+        import fcntl
+
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows: not guarded
+        pass
+    except OSError as error:
+        lock.close()
+        raise JournalError(
+            f"the journal in {directory} is in use by another process; wait for it to end, or give this run a "
+            "directory of its own"
+        ) from error
+    return lock
 
 
 def _sound(directory: Path) -> tuple[list[Path], list[Path]]:

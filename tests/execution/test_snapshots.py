@@ -336,10 +336,12 @@ def test_ranks_go_on_from_the_snapshot_that_one_of_them_has_cut_at(tmp_path):
         (tmp_path / "other" / name).write_bytes(blob)
     one, other = (Segments(tmp_path / name) for name in ("one", "other"))
     assert one.cut > other.cut
-    calls, behind_at = min(one.calls, other.calls), other.cut
-    behind = Journal(tmp_path / "other", ranks=Others(-one.cut, calls))
+    calls, ahead_at, behind_at = min(one.calls, other.calls), one.cut, other.cut
+    one.close()
+    other.close()
+    behind = Journal(tmp_path / "other", ranks=Others(-ahead_at, calls))
     behind.close()
-    assert behind._segments.cut == one.cut
+    assert behind._segments.cut == ahead_at
     ahead = Journal(tmp_path / "one", ranks=Others(-behind_at, calls))
     ahead.close()
     assert (behind.calls, ahead.calls) == (calls, calls)
