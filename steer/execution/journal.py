@@ -148,7 +148,8 @@ class Journal:
             answer = self._record(call, meter, function, tensors)
         if kind == "score" and (meter not in self._scored or len(tensors[0]) > len(self._scored[meter][0])):
             self._scored[meter] = _on_host(tensors[0][:, :1]), _on_host(answer["score"][:, :1])
-        self._last.setdefault(meter, {})[kind] = self._position
+        # Of a point, its name says whether the reward is in it.
+        self._last.setdefault(meter, {})[f"{kind} {named}" if kind == "point" else kind] = self._position
         self._position += 1
         return answer
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from killed_runs import Killed, Paid, counts
+from killed_runs import Killed, Paid, counts, on_network
 from test_contract import METHODS, REWARD, STEPS, mixture_process
 
 import steer
@@ -260,6 +260,7 @@ LATE = {  # runs that ask the reward early, and then not again for long
     "smc": functools.partial(steer.smc, particles=4, weight=steer.difference(at=[1])),
     "best_of_n": functools.partial(search.best_of_n, particles=4, chunk=2),
     "fkc": functools.partial(steer.fkc, particles=4),
+    "guided": functools.partial(steer.smc, particles=4, weight=steer.final_only(), proposal=steer.guided(0.5)),
     "dts": functools.partial(search.dts, particles=12, walkers=4),
 }
 
@@ -269,22 +270,15 @@ def test_another_model_or_reward_is_noticed_after_a_snapshot(name, tmp_path):
     run = lambda paid: LATE[name](paid.process, paid, key=5)  # noqa: E731
     whole = Paid(mixture_process())
     plain = run(whole)
-    written(tmp_path, run, dies_at=whole.calls - 1)
+    written(tmp_path, run, dies_at=whole.calls)
     other = mixture_process()
     with pytest.raises(JournalError, match="another model or reward"), every_step(tmp_path):
-        run(Paid(other.with_network(lambda x, t: 0.9 * x) if hasattr(other, "with_network") else scaled(other)))
+        run(Paid(on_network(other, lambda network: lambda *args: 0.9 * network(*args))))
     with pytest.raises(JournalError, match="another model or reward"), every_step(tmp_path):
         run(Paid(other, lambda x: 1.01 * REWARD(x)))
     with every_step(tmp_path) as journal:
         assert_same(run(Paid(other)), plain)
     assert journal.replayed + journal.recorded < whole.calls
-
-
-def scaled(process):
-    """Another model."""
-    from killed_runs import on_network
-
-    return on_network(process, lambda network: lambda *args: 0.9 * network(*args))
 
 
 @pytest.mark.parametrize("after", range(4))
