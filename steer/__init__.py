@@ -75,6 +75,7 @@ from .minority_sampling import (
 from .models.embedded import load
 from .particles import potentials, proposals
 from .particles.birth_death import BirthDeath, birth_death
+from .particles.black_box_starts import elliptical_slice, pcn
 from .particles.langevin import mala, pcnl, ula
 from .particles.path_mcmc import path_moves
 from .particles.potentials import difference, final_only, maximum, total
@@ -213,6 +214,7 @@ __all__ = [
     "driftlite",
     "dynamic_clip",
     "ecg",
+    "elliptical_slice",
     "euler_maruyama",
     "exporters",
     "final_only",
@@ -265,6 +267,7 @@ __all__ = [
     "own_solver",
     "particle_gibbs",
     "path_moves",
+    "pcn",
     "pcnl",
     "potentials",
     "preflight",

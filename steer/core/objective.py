@@ -22,8 +22,8 @@ from ..types import ReverseProcess, RewardSpec
 Owner = Callable[[int, int], tuple[int, int]]
 """(row, column) of states [B, n] -> the problem and the particle of the run that they are."""
 _NO_GRADIENT = (
-    "use a differentiable reward, or a method that needs no gradient: steer.smc with its default start and proposal, "
-    "steer.fk_steering, search.svdd"
+    "use a differentiable reward, or a method that needs no gradient: steer.smc with its default proposal, and its "
+    "default start or start=steer.pcn(), steer.fk_steering, search.svdd"
 )
 
 

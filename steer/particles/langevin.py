@@ -1,37 +1,20 @@
-"""Starts that know the reward: MCMC on the prior tilted by it, at the noisiest level of a process.
-
-A chain of a diffusion begins at x ~ N(0, sigma^2 I), and what it begins with decides much of what it ends with. The
-starts below draw instead from
-
-    N(x; 0, sigma^2 I) exp(r(x0_predictor(x)) / T_m)
-
-(Ψ-Sampler, Yoon et al. 2025, Eq. 4), and say so in `path.log_potential = r(x0_predictor(x)) / T_m`. That is all an
-exact run needs: the target is p(path) exp(r(x_0) / T), the population at hand is p(path) exp(v) with that v, and every
-`Potential` multiplies in what lies between, in whatever portions, since it closes on r(x_0) / T - v. At the first level
-that is nothing where T_m = T and r / T - r / T_m elsewhere, with nothing to configure. What stays unknown is the
-normalizing constant of the tilted prior, and with it that of the run: log_evidence is NaN.
-"""
+"""Starts by Langevin MCMC on the tilted prior: pCNL, MALA, ULA. They follow the gradient of the reward."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..core.diagnostics import split_rhat
-from ..core.loop import keeping
-from ..core.objective import Objective
 from ..core.population import broadcast_like
-from ..core.start import Start
-from ..core.trajectory import Trajectory
 from ..errors import SteerError
 from ..key import Key
-from ..types import ReverseProcess
-from .tilted_prior import Predictor, TiltedPrior, TiltedState, given, norm, predicting, prior_moments
+from .mcmc_start import MCMCStart, MCMCStep, always
+from .tilted_prior import Predictor, TiltedPrior, TiltedState, norm
 
 
 class ProposalCoefficients(NamedTuple):
@@ -40,14 +23,6 @@ class ProposalCoefficients(NamedTuple):
     keep: Tensor
     pull: Tensor
     variance: Tensor
-
-
-class MCMCStep(NamedTuple):
-    """What is recorded of a step of all chains, [B, C] float64 each."""
-
-    norm: Tensor  # of the proposal's gradient
-    rate: Tensor  # probability to accept it
-    held: Tensor  # log-tilt of the state after the decision
 
 
 def crank_nicolson(step: Tensor) -> ProposalCoefficients:
@@ -81,123 +56,51 @@ def _one_way(move: ProposalCoefficients, a: TiltedState, b: TiltedState) -> Tens
 
 @dataclass(frozen=True)
 class Langevin:
-    """A start by Langevin MCMC. Built by `pcnl`, `mala` and `ula`; `pcnl` says what the fields mean."""
+    """A proposal that is accepted by Metropolis and Hastings, or always.
+
+    move:       coefficients of the proposal at a step size. pull: 0 for one that takes no gradient.
+    step_size:  to begin with. largest: what adaptation may lead it to.
+    acceptance: mean acceptance that adaptation leads to; None for none.
+    corrected:  whether the Metropolis-Hastings decision is made.
+    gradient:   whether the proposal is pulled by the gradient.
+    """
 
     move: Callable[[Tensor], ProposalCoefficients]
-    corrected: bool
     step_size: float
     acceptance: float | None
-    temperature: float | None = None
-    chains: int = 5
-    burn_in: int | None = None
-    kept: int | None = None
-    clip: float | None = None
-    x0_predictor: Predictor | None = None
-    predictor_rows: int = 1
+    corrected: bool = True
+    gradient: bool = True
+    largest: float = 4.0  # beyond it Crank-Nicolson turns back on itself (keep < 0)
+    calls: int = 1
 
     def __post_init__(self) -> None:
-        burn_in, kept = self.lengths
-        if self.chains < 1 or burn_in < 0 or kept < 1:
-            raise SteerError(f"MCMC needs chains >= 1, burn_in >= 0, kept >= 1, got {self.chains}, {burn_in}, {kept}")
         if not self.step_size > 0.0:
             raise SteerError(f"step_size must be positive, got {self.step_size}")
 
-    @property
-    def lengths(self) -> tuple[int, int]:
-        """Steps of burn-in and steps kept; 50 each (the released layout configuration) where nothing says otherwise."""
-        return 50 if self.burn_in is None else self.burn_in, 50 if self.kept is None else self.kept
+    def first_size(self, at: TiltedState) -> Tensor:
+        """The same for every problem."""
+        return torch.full_like(at.value[:, 0], math.log(self.step_size))
 
-    def rows(self, process: ReverseProcess) -> int:
-        """Network rows per problem for one step of all chains."""
-        return self.chains * (process.rows if self.x0_predictor is None else self.predictor_rows)
+    def adapted(self, log_size: Tensor, rate: Tensor, i: int) -> Tensor:
+        """Robbins-Monro, per problem."""
+        if self.acceptance is None:
+            return log_size
+        log_size = log_size + (rate - self.acceptance) * (i + 1) ** -0.6
+        return log_size.clamp(max=math.log(max(self.largest, self.step_size)))
 
-    def prepare(self, process: ReverseProcess, temperature: float) -> tuple[Start, int]:
-        """The start at its own or else the run's temperature, and the network rows per problem it spends."""
-        own = temperature if self.temperature is None else self.temperature
-        return replace(self, temperature=own), self.rows(process) * (1 + sum(self.lengths))
-
-    def check(self, process: ReverseProcess, objective: Objective, particles: int) -> None:
-        """Raises where the process has no Gaussian prior, or the reward no gradient."""
-        del particles
-        prior_moments(process)
-        objective.check_differentiable()
-
-    def __call__(
-        self, process: ReverseProcess, objective: Objective, key: Key, batch: int, particles: int
-    ) -> Trajectory:
-        """Runs the chains and spreads N particles over the states that they keep."""
-        first = Trajectory.begin(process, process.prior(key.fold("prior"), batch, self.chains))
-        judged = predicting(process, objective, self.x0_predictor, self.predictor_rows)
-        mean, sigma = prior_moments(process)
-        tilt = TiltedPrior(
-            objective=judged,
-            mean=mean,
-            sigma=sigma,
-            dtype=first.x.dtype,
-            temperature=given(self.temperature),
-            clip=self.clip,
-            key=key,
-        )
-        rounds = math.ceil(particles / self.chains)
-        reached: list[TiltedState] = []
-        with keeping(lambda: replace(_population(process, tilt, reached), biased_start=True) if reached else first):
-            record, stops, log_step = self._run_chains(tilt, first.x, key.fold("mcmc"), rounds, reached)
-        kept = record[-self.lengths[1] :]
-        return replace(
-            _population(process, tilt, stops, particles),
-            biased_start=not self.corrected,
-            diagnostics={
-                "acceptance": torch.stack([step.rate for step in kept]).mean((0, 2)),
-                "step_size": log_step.exp(),
-                "split_rhat": split_rhat(torch.stack([step.held for step in kept], 1)),
-                "gradient": torch.stack([step.norm for step in kept]).mean((0, 2)),
-            },
-        )
-
-    def _run_chains(
-        self, tilt: TiltedPrior, first: Tensor, key: Key, rounds: int, reached: list[TiltedState]
-    ) -> tuple[list[MCMCStep], list[TiltedState], Tensor]:
-        """Every step, the states at the end of each of `rounds` even stretches, and the log of the last step size.
-
-        All chains of all problems move in one network call. The device is read once, at the first gradient. reached: is
-        made to hold where the chains are, for an error on the way.
-        """
-        burn_in, kept = self.lengths
-        ends = [burn_in + math.ceil((j + 1) * kept / rounds) - 1 for j in range(rounds)]
-        at, x0 = tilt(tilt.units(first))
-        tilt.check_gradient(at, x0)
-        log_step = torch.full_like(at.value[:, 0], math.log(self.step_size))
-        reached[:] = [at]
-        record = [_always(at)]
-        stops: dict[int, TiltedState] = {}
-        for i in range(burn_in + kept):
-            at, step = self._step(tilt, at, self.move(log_step.exp()), key.at(i))
-            reached[:] = [at]
-            record.append(step)
-            if i < burn_in and self.acceptance is not None:
-                # Robbins-Monro, per problem. Beyond a step size of 4 Crank-Nicolson turns back on itself (keep < 0).
-                log_step = log_step + (step.rate.mean(1) - self.acceptance) * (i + 1) ** -0.6
-                log_step = log_step.clamp(max=math.log(max(4.0, self.step_size)))
-            if i in ends:
-                stops[i] = at._replace(gradient=at.value)  # its gradient is not needed any more
-        return record, [stops[i] for i in ends], log_step
-
-    def _step(
-        self, tilt: TiltedPrior, at: TiltedState, move: ProposalCoefficients, key: Key
-    ) -> tuple[TiltedState, MCMCStep]:
+    def step(self, tilt: TiltedPrior, at: TiltedState, log_size: Tensor, key: Key) -> tuple[TiltedState, MCMCStep]:
         """One proposal and its decision. Arithmetic is float64; states are rounded once, before densities see them."""
+        move = self.move(log_size.exp())
         keep, pull, variance = (broadcast_like(coefficient, at.x) for coefficient in move)
         noise = key.fold("noise").normal(at.x.shape, device=at.x.device)
         to, _ = tilt((keep * at.x + pull * at.gradient + variance.sqrt() * noise).to(at.x.dtype))
         if not self.corrected:
-            return to, _always(to)
+            return to, always(to)
         # Out of a state that is forbidden, where only a prior draw can be, every move is accepted.
         ratio = log_acceptance(move, at, to).masked_fill(at.value == -torch.inf, torch.inf)
         accepted = key.fold("accept").uniform(ratio.shape, device=ratio.device).log() < ratio
-        pairs = zip(to, at, strict=True)
-        chosen = TiltedState(*(torch.where(broadcast_like(accepted, new), new, old) for new, old in pairs))
-        rate = ratio.exp().clamp(max=1.0)
-        return chosen, MCMCStep(norm=norm(to.gradient), rate=rate, held=chosen.value)
+        chosen = to.where(accepted, at)
+        return chosen, MCMCStep(norm=norm(to.gradient), rate=ratio.exp().clamp(max=1.0), held=chosen.value)
 
 
 def pcnl(
@@ -211,7 +114,7 @@ def pcnl(
     clip: float | None = None,
     x0_predictor: Predictor | None = None,
     predictor_rows: int = 1,
-) -> Langevin:
+) -> MCMCStart:
     """A start from the tilted prior by preconditioned Crank-Nicolson Langevin (pCNL), Metropolis-Hastings exact.
 
     Args:
@@ -251,11 +154,8 @@ def pcnl(
     batch, even thinning, and the reward is not counted again afterwards. Robust to the dimension of x but not to the
     rank of the reward's Hessian: a tilt that curves in thousands of directions forces small steps on any of these.
     """
-    return Langevin(
-        move=crank_nicolson,
-        corrected=True,
-        step_size=step_size,
-        acceptance=acceptance,
+    return MCMCStart(
+        Langevin(crank_nicolson, step_size, acceptance),
         temperature=temperature,
         chains=chains,
         burn_in=burn_in,
@@ -277,18 +177,15 @@ def mala(
     clip: float | None = None,
     x0_predictor: Predictor | None = None,
     predictor_rows: int = 1,
-) -> Langevin:
+) -> MCMCStart:
     """A start from the tilted prior by MALA: exact, but its step must shrink as the dimension grows.
 
     Args and returns: as `pcnl`.
 
     Source: Roberts & Tweedie 1996; the comparison of Yoon et al. 2025, epsilon = .05 there.
     """
-    return Langevin(
-        move=euler,
-        corrected=True,
-        step_size=step_size,
-        acceptance=acceptance,
+    return MCMCStart(
+        Langevin(euler, step_size, acceptance),
         temperature=temperature,
         chains=chains,
         burn_in=burn_in,
@@ -309,7 +206,7 @@ def ula(
     clip: float | None = None,
     x0_predictor: Predictor | None = None,
     predictor_rows: int = 1,
-) -> Langevin:
+) -> MCMCStart:
     """A start by unadjusted Langevin: MALA without the decision, of a biased distribution that nothing corrects.
 
     Args and returns: as `pcnl`, without `acceptance`. For comparisons. The variance of the prior's free directions
@@ -317,11 +214,8 @@ def ula(
 
     Source: Roberts & Tweedie 1996; the comparison of Yoon et al. 2025.
     """
-    return Langevin(
-        move=euler,
-        corrected=False,
-        step_size=step_size,
-        acceptance=None,
+    return MCMCStart(
+        Langevin(euler, step_size, None, corrected=False),
         temperature=temperature,
         chains=chains,
         burn_in=burn_in,
@@ -329,26 +223,4 @@ def ula(
         clip=clip,
         x0_predictor=x0_predictor,
         predictor_rows=predictor_rows,
-    )
-
-
-def _always(at: TiltedState) -> MCMCStep:
-    """The record of a step that is accepted whatever it leads to."""
-    return MCMCStep(norm=norm(at.gradient), rate=torch.ones_like(at.value), held=at.value)
-
-
-def _population(
-    process: ReverseProcess, tilt: TiltedPrior, stops: Sequence[TiltedState], particles: int | None = None
-) -> Trajectory:
-    """Particles of the tilted prior, spread over states of the chains; None for all of them.
-
-    Particle n is chain n mod C at the end of stretch n // C: chains share alike, and stretches are even.
-    """
-    x = tilt.latent(torch.cat([stop.x for stop in stops], 1)[:, :particles])
-    value = torch.cat([stop.value for stop in stops], 1)[:, :particles]
-    forbidden = value == -torch.inf  # a chain that met nothing but forbidden predictions: its particles weigh nothing
-    return replace(
-        Trajectory.begin(process, x).with_path_state(log_potential=value.masked_fill(forbidden, 0.0)),
-        log_weight=torch.zeros_like(value).masked_fill(forbidden, -torch.inf),
-        log_evidence=torch.full_like(value[:, 0], torch.nan),
     )

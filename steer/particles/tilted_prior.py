@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..calls import Answer
-from ..core.objective import Objective, check_temperature
+from ..core.objective import Objective, at_level, check_temperature
 from ..core.population import broadcast_like, log_potential
 from ..errors import NotDifferentiableError, StateSpaceError, SteerError
 from ..key import Key
@@ -28,12 +28,18 @@ class TiltedState(NamedTuple):
     value: Tensor
     gradient: Tensor
 
+    def where(self, chosen: Tensor, other: TiltedState) -> TiltedState:
+        """These states where chosen [B, C], others elsewhere."""
+        pairs = zip(self, other, strict=True)
+        return TiltedState(*(torch.where(broadcast_like(chosen, ours), ours, theirs) for ours, theirs in pairs))
+
 
 @dataclass(frozen=True, eq=False)
 class TiltedPrior:
     """The log-tilt and its gradient, as functions of states centred and in units of the prior's standard deviation.
 
     mean, sigma: moments of the prior; a mean of None is zero.
+    gradient: whether it is wanted; zero where it is not.
     clip: largest norm of a state's gradient, longer ones are scaled to it; None for no limit.
     key: names what hooks draw in predictions.
     """
@@ -43,6 +49,7 @@ class TiltedPrior:
     sigma: float
     dtype: torch.dtype
     temperature: float
+    gradient: bool = True
     clip: float | None = None
     key: Key | None = None
 
@@ -58,6 +65,8 @@ class TiltedPrior:
 
     def __call__(self, x: Tensor) -> tuple[TiltedState, Tensor]:
         """The tilt at x [B, C, *event], and the prediction x0 there."""
+        if not self.gradient:
+            return self._value(x)
         x0, scores, gradient = self.objective.value_and_grad(self.latent(x), 0, 1.0 / self.temperature, self.key)
         gradient = gradient.to(x.dtype) * self.sigma
         # Only a chain's first state can be a forbidden one, and its gradient may be anything.
@@ -66,8 +75,22 @@ class TiltedPrior:
             gradient = gradient * broadcast_like((self.clip / norm(gradient)).clamp(max=1.0), gradient).to(x.dtype)
         return TiltedState(x=x, value=log_potential(scores, self.temperature), gradient=gradient), x0
 
-    def check_gradient(self, at: TiltedState, x0: Tensor) -> None:
+    def _value(self, x: Tensor) -> tuple[TiltedState, Tensor]:
+        """The tilt where no gradient is wanted."""
+        process, latent = self.objective.process, self.latent(x)
+        with torch.no_grad():
+            x0 = process.denoise(latent, 0, self.key)
+            scores = self.objective(process.complete(latent, x0), at_level(process, 0))
+        return TiltedState(x, log_potential(scores, self.temperature), torch.zeros_like(x)), x0
+
+    def check(self, at: TiltedState, x0: Tensor) -> None:
         """Raises where the reward depends on the prediction, and the prediction does not depend on the state."""
+        if self.gradient:
+            self._check_gradient(at, x0)
+        elif x0.shape[1] > 1 and bool((x0 == x0[:, :1]).flatten(1).all(1).any()):
+            raise StateSpaceError(f"x0_predictor gives the same prediction for every x: {_SAME_PREDICTION}")
+
+    def _check_gradient(self, at: TiltedState, x0: Tensor) -> None:
         strongest = norm(at.gradient).amax(1)
         if not bool((strongest < 1e-4).any()):
             return
@@ -80,10 +103,14 @@ class TiltedPrior:
         if bool(lost.any()):
             raise NotDifferentiableError(
                 f"the gradient of r(x0_predictor(x)) vanishes at the start of problem {int(lost.nonzero()[0])}: the "
-                "prediction does not depend on x there, as an exact posterior mean does not where alpha = 0 (flows), "
-                "so the tilted prior is the prior; give x0_predictor= a few-step model or a flow map, or start the "
-                "time grid lower"
+                f"prediction does not depend on x there, {_SAME_PREDICTION}"
             )
+
+
+_SAME_PREDICTION = (
+    "as an exact posterior mean does not where alpha = 0 (flows), so the tilted prior is the prior; give x0_predictor= "
+    "a few-step model or a flow map, or start the time grid lower"
+)
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,9 +16,10 @@ from ..core.temperature import Temperature, settle
 from ..cost import check_counts, rows_between
 from ..errors import BudgetError, SteerError
 from ..key import Key
-from ..particles.langevin import Langevin, pcnl
+from ..particles.langevin import pcnl
+from ..particles.mcmc_start import MCMCStart
 from ..particles.potentials import Potential, default_weight
-from ..particles.proposals import Proposal, ProposalFunction, guided
+from ..particles.proposals import Proposal, ProposalFunction, bootstrap, guided
 from ..particles.selection import Resample, resample
 from ..results.result import Result
 from ..types import ReverseProcess, Reward
@@ -37,7 +38,7 @@ def psi(
     kl: float | None = None,
     key: Key | int = 0,
     seed: int | None = None,
-    start: Langevin | None = None,
+    start: MCMCStart | None = None,
     share: float = 0.5,
     proposal: Proposal | ProposalFunction | None = None,
     weight: Potential | None = None,
@@ -51,11 +52,12 @@ def psi(
         particles: N of the SMC stage, 16 by default; MCMC then gets share / (1 - share) times its network rows.
         budget: network rows per problem of both stages, never exceeded: N is what (1 - share) of it pays for, and MCMC
             runs on the rest. Given with particles, MCMC runs on what they leave.
-        start: `pcnl()` by default; `mala(...)` and `ula(...)`, or settings of their own: chains, step size,
-            x0_predictor, a temperature T_m other than the run's. burn_in and kept given there are kept to, and share
+        start: `pcnl()` by default; `mala(...)`, `ula(...)`, for rewards without a gradient `pcn(...)` or
+            `elliptical_slice(...)`, or settings of their own: chains, step size, x0_predictor, a temperature T_m other
+            than the run's. burn_in and kept given there are kept to, and share
             then says nothing; left at None they are half each of what MCMC can pay for.
         share: MCMC's share of the network rows, in (0, 1).
-        proposal: `guided()` by default.
+        proposal: `guided()` by default, and `bootstrap` with a start that takes no gradient.
         Others: as `steer.smc`, of which this is a setting: smc(start=pcnl(...), proposal=guided()).
 
     Returns:
@@ -79,9 +81,10 @@ def psi(
     if not 0.0 < share < 1.0:
         raise SteerError(f"share of the rows that MCMC gets must be in (0, 1), got {share}")
     common: dict[str, Any] = {"batch": batch, "key": key, "seed": seed}
-    begin, move = start or pcnl(), proposal or guided()
+    begin = start or pcnl()
+    move = proposal or (guided() if begin.kernel.gradient else bootstrap)
 
-    def planned(budget: int | None) -> tuple[int | None, Langevin]:
+    def planned(budget: int | None) -> tuple[int | None, MCMCStart]:
         if begin.burn_in is None and begin.kept is None:
             return _planned(process, begin, particles, budget, share)
         return particles, begin
@@ -112,23 +115,24 @@ def psi(
 
 
 def _planned(
-    process: ReverseProcess, start: Langevin, particles: int | None, budget: int | None, share: float
-) -> tuple[int, Langevin]:
+    process: ReverseProcess, start: MCMCStart, particles: int | None, budget: int | None, share: float
+) -> tuple[int, MCMCStart]:
     """How many particles, and for how long the chains run."""
-    chain, per_step = rows_between(process, 0, process.steps), start.rows(process)
+    chain, call = rows_between(process, 0, process.steps), start.rows(process)
+    least = (1 + start.kernel.calls) * call  # where the chains begin, and one step
     check_counts(particles=particles, budget=budget)
     if budget is None:
         particles = particles or 16
-        rows = max(2 * per_step, round(particles * chain * share / (1.0 - share)))
+        rows = max(least, round(particles * chain * share / (1.0 - share)))
     else:
-        particles = particles or max(1, min(int((1.0 - share) * budget), budget - 2 * per_step) // chain)
+        particles = particles or max(1, min(int((1.0 - share) * budget), budget - least) // chain)
         rows = budget - particles * chain
-    evaluations = rows // per_step
-    if evaluations < 2:
+    if rows < least:
         raise BudgetError(
             f"a budget of {particles * chain + rows} network rows per problem leaves {max(0, rows)} for MCMC beside "
-            f"{particles} particle(s), and {start.chains} chain(s) need {2 * per_step}; raise the budget to "
-            f"{particles * chain + 2 * per_step}, take fewer steps, or fewer chains (start=steer.pcnl(chains=1))"
+            f"{particles} particle(s), and {start.chains} chain(s) need {least}; raise the budget to "
+            f"{particles * chain + least}, take fewer steps, or fewer chains (start=steer.pcnl(chains=1))"
         )
-    burn_in = (evaluations - 1) // 2
-    return particles, replace(start, burn_in=burn_in, kept=evaluations - 1 - burn_in)
+    steps = start.steps_for(process, rows)
+    burn_in = steps // 2
+    return particles, replace(start, burn_in=burn_in, kept=steps - burn_in)

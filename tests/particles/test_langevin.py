@@ -251,7 +251,8 @@ def test_step_size_adapts_per_problem_and_then_stays():
     longer = dataclasses.replace(chain, kept=40)
     again, _ = run(longer, flat_process(1000), RankTen(1000), batch=3, particles=5)
     assert torch.equal(again.diagnostics["step_size"], state.diagnostics["step_size"])
-    fixed, _ = run(dataclasses.replace(chain, acceptance=None), flat_process(50), RankTen(), batch=2, particles=5)
+    still = steer.pcnl(chains=5, burn_in=50, kept=20, step_size=0.01, acceptance=None)
+    fixed, _ = run(still, flat_process(50), RankTen(), batch=2, particles=5)
     torch.testing.assert_close(fixed.diagnostics["step_size"], torch.full((2,), 0.01, dtype=torch.float64))
 
 

@@ -15,7 +15,7 @@ from exact import LIMIT, PATHS, Linear, Quadratic, exact_chain, worst, z_scores
 
 import steer
 from steer.models import GaussianMixture
-from steer.particles import langevin
+from steer.particles import langevin, mcmc_start
 
 MEAN, SD = torch.tensor([0.5, -0.3], dtype=torch.float64), 0.9
 DATA = GaussianMixture(MEAN[None], torch.tensor([SD**2]))
@@ -45,23 +45,24 @@ def chains(predict, reward, temperature):
 
 def known(monkeypatch, log_normaliser, spoil=lambda state: state):
     """From here on MCMC starts carry the log-normaliser of the law they sample; `spoil` makes a mutant of them."""
-    run = langevin.Langevin.__call__
+    run = mcmc_start.MCMCStart.__call__
 
     def start(self, *args):
         state = run(self, *args)
         assert state.log_evidence.isnan().all()
         return spoil(dataclasses.replace(state, log_evidence=torch.full_like(state.log_evidence, log_normaliser)))
 
-    monkeypatch.setattr(langevin.Langevin, "__call__", start)
+    monkeypatch.setattr(mcmc_start.MCMCStart, "__call__", start)
 
 
 def score(
-    monkeypatch, path, reward, temperature, start_temperature, *, batch=BATCH, key=1, spoil=lambda s: s, **options
-):
+    monkeypatch, path, reward, temperature, start_temperature, *, batch=BATCH, key=1, spoil=lambda s: s, start=None,
+    **options,
+):  # fmt: skip
     """Worst |z| of evidence, mean and variance over the problems of a run of psi."""
     process, tilt = exact_chain(DATA, path, STEPS), REWARDS[reward]
     predict, image = flow_map(process)
-    start = chains(predict, reward, start_temperature)
+    start = start(predict) if start else chains(predict, reward, start_temperature)
     with monkeypatch.context() as patch:
         known(patch, image.exact(tilt, temperature=start_temperature or temperature).log_evidence, spoil)
         result = steer.psi(
@@ -98,6 +99,17 @@ def test_law(monkeypatch, path, reward, temperature, start_temperature):
 )
 def test_law_with_every_part_exchanged(monkeypatch, options):
     found, name = score(monkeypatch, "vp", "quadratic", 1.0, 2.0, **options)
+    assert found < LIMIT, (name, found)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("kind", [steer.pcn, steer.elliptical_slice])
+@pytest.mark.parametrize("start_temperature", [None, 2.5])
+def test_law_from_starts_without_a_gradient(monkeypatch, path, kind, start_temperature):
+    def start(predict):
+        return kind(temperature=start_temperature, x0_predictor=predict, chains=6, burn_in=40, kept=2)
+
+    found, name = score(monkeypatch, path, "quadratic", 1.0, start_temperature, start=start)
     assert found < LIMIT, (name, found)
 
 
