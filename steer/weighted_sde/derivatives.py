@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -100,19 +99,24 @@ class ValueDerivatives:
         nothing = torch.zeros(x.shape[:2], dtype=torch.float64, device=x.device)
         with torch.set_grad_enabled(needs.gradient or needs.divergence), _twice(needs.laplacian):
             x = x.detach().requires_grad_() if torch.is_grad_enabled() else x
+            before = self._paid()
             predictions = target.predict(x, k, self.key)
             x0 = target.average(predictions, k)
+            predicted = self._paid()
             reward, value = self.value(x, x0, k) if needs.value else (nothing, nothing)
         state = x.detach().double()
         components = torch.stack([target.score(state, p.detach().double(), k).flatten(2) for p in predictions], 2)
         score = torch.einsum("bnid,i->bnd", components, components.new_tensor(target.at(k)))
         gradient, laplacian = torch.zeros_like(score), nothing
         if needs.gradient:
-            gradient, laplacian = self._value_derivatives(value, x, k, needs.laplacian)
+            rows = self._paid() - (predicted if self.look_ahead.local else before)  # that the value passes
+            gradient, laplacian = self._value_derivatives(value, x, k, needs.laplacian, rows)
         divergence = nothing
         if needs.divergence:
             here, size = target.levels[k], score.shape[2]
-            divergence = (self._trace(x0, x, k, True) * here.alpha - size) * (target.total(k) / here.sigma**2)
+            divergence = (self._trace(x0, x, k, predicted - before) * here.alpha - size) * (
+                target.total(k) / here.sigma**2
+            )
         return Evaluation(
             x0=x0.detach(),
             components=components,
@@ -124,27 +128,26 @@ class ValueDerivatives:
             laplacian=laplacian,
         )
 
-    def _value_derivatives(self, value: Tensor, x: Tensor, k: int, second: bool) -> tuple[Tensor, Tensor]:
+    def _value_derivatives(self, value: Tensor, x: Tensor, k: int, second: bool, rows: int) -> tuple[Tensor, Tensor]:
         if not value.requires_grad:
             raise NotDifferentiableError(
                 "this transport and weight need the gradient of the reward, which returned scores without one (it "
                 f"detaches, uses no_grad, or is not a torch function); {NO_GRADIENT}"
             )
-        through = not self.look_ahead.local
-        with self._counted(x, through), torch.enable_grad():
+        with self._counted(rows), torch.enable_grad():
             (gradient,) = torch.autograd.grad(value.sum(), x, create_graph=second, retain_graph=True)
-        laplacian = self._trace(gradient, x, k, through) if second else torch.zeros_like(value)
+        laplacian = self._trace(gradient, x, k, rows) if second else torch.zeros_like(value)
         return gradient.detach().double().flatten(2), laplacian
 
-    def _trace(self, field: Tensor, x: Tensor, k: int, through: bool) -> Tensor:
-        """Divergence [B, N] of a field of x's shape. through: whether it passes the network, for the cost."""
+    def _trace(self, field: Tensor, x: Tensor, k: int, rows: int) -> Tensor:
+        """Divergence [B, N] of a field of x's shape. rows: of networks that it passes, for the cost."""
         found = torch.zeros(x.shape[:2], dtype=torch.float64, device=x.device)
         if not field.requires_grad:
             return found
         flat = field.flatten(2)
         for i in range(flat.shape[2] if self.probes is None else self.probes):
             probe = self._probe(flat, i, k)
-            with self._counted(x, through):
+            with self._counted(rows):
                 (product,) = torch.autograd.grad((flat * probe).sum(), x, retain_graph=True, allow_unused=True)
             if product is not None:
                 found = found + (product.flatten(2) * probe).double().sum(2)
@@ -158,13 +161,14 @@ class ValueDerivatives:
         draw = self.key.fold("probe", i).at(k).uniform(flat.shape, device=flat.device)
         return torch.where(draw < 0.5, -1.0, 1.0).to(flat.dtype)
 
-    @contextmanager
-    def _counted(self, x: Tensor, through: bool) -> Iterator[None]:
-        if not through or self.target.meter is None:
-            yield
-            return
-        with self.target.meter.gradient(x.shape[0] * x.shape[1] * self.target.rows):
-            yield
+    def _paid(self) -> int:
+        """Network rows so far."""
+        return 0 if self.target.meter is None else self.target.meter.nfe
+
+    def _counted(self, rows: int) -> AbstractContextManager[object]:
+        """Counts rows that are differentiated through."""
+        meter = self.target.meter
+        return nullcontext() if meter is None or not rows else meter.gradient(rows)
 
 
 def _twice(needed: bool) -> AbstractContextManager[object]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..calls import Answer
 from ..errors import SteerError
 from ..key import Key
 from ..processes.gaussian import ddim_jump
@@ -23,12 +24,14 @@ class LookAhead:
     predict:     (process, x, x0, k, key) -> states [B, N, *event]; differentiable where a transport follows the reward.
     ramp:        strength of the value at a level; whatever it is, the last step ends on r(x_0) / temperature.
     evaluations: network predictions it costs beyond x0, at most.
+    rows:        network rows of networks of its own that it costs a state.
     local:       whether it needs no prediction at all.
     """
 
     predict: Callable[[NoiseLevels, Tensor, Tensor, int, Key | None], Tensor]
     ramp: Ramp = lambda level: 1.0
     evaluations: int = 0
+    rows: int = 0
     local: bool = False
 
 
@@ -90,7 +93,7 @@ def stops(steps: int, k: int, count: int) -> list[int]:
     return sorted({k + (steps - k) * i // count for i in range(1, count)} - {k})
 
 
-def flow_map(function: Callable[[Tensor, float], Tensor], ramp: Ramp | None = None) -> LookAhead:
+def flow_map(function: Callable[[Tensor, float], Tensor], ramp: Ramp | None = None, *, rows: int = 1) -> LookAhead:
     """The reward of function(x, t), a distilled map from states to data.
 
     With a ramp from 0 to 1, an exact flow map and `half_transport`, weights are (ramp' - ramp) r alone: nothing else
@@ -99,13 +102,23 @@ def flow_map(function: Callable[[Tensor, float], Tensor], ramp: Ramp | None = No
     Args:
         function: states [B, N, *event] and a time t to clean states of that shape.
         ramp: strength of the value by Level; None for 1 throughout.
+        rows: network rows (NFE x batch rows) that `function` costs per state, for the cost and the budget; 0 for a
+            formula.
 
     Returns:
         What `steer.fkc(look_ahead=...)` takes.
 
-    Cost: evaluations of `function` are not counted.
+    Cost: `rows` network rows per state and level, twice that under path weights, which value states at two levels.
     Source: the look-ahead of FMTT (2511.22688).
     """
-    return LookAhead(
-        lambda process, x, x0, k, key: function(x, process.levels[k].t), ramp or (lambda level: 1.0), local=True
-    )
+    if isinstance(rows, bool) or not isinstance(rows, int) or rows < 0:
+        raise SteerError(f"rows are the network rows that the function costs per state, 0 or more, got {rows!r}")
+
+    def predict(process: NoiseLevels, x: Tensor, x0: Tensor, k: int, key: Key | None) -> Tensor:
+        def paid(x: Tensor) -> Answer:
+            with process.meter.network(x.shape[0] * x.shape[1] * rows):
+                return {"x0": function(x, process.levels[k].t)}
+
+        return process.meter.call("denoise", k, paid, x, named="flow_map")["x0"]
+
+    return LookAhead(predict, ramp or (lambda level: 1.0), rows=rows, local=True)

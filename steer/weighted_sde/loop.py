@@ -120,12 +120,13 @@ def weighted_loop(
 
 def rows_per_particle(target: Composite, valued: bool, weight: KernelRatio | FeynmanKac, look_ahead: LookAhead) -> int:
     """Network rows that one particle costs at most."""
-    predictions = target.steps
+    predictions, own = target.steps, 0
     if valued:
         later = isinstance(weight, FeynmanKac)
         looks = look_ahead.evaluations * target.steps
         predictions += looks + later * (looks + (0 if look_ahead.local else target.steps - 1))
-    return predictions * target.rows
+        own = look_ahead.rows * target.steps * (1 + later)
+    return predictions * target.rows + own
 
 
 def check_choices(

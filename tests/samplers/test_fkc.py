@@ -304,3 +304,44 @@ def test_what_an_error_leaves_can_be_gone_on_from(weight):
             torch.testing.assert_close(rest.log_evidence, whole.log_evidence, rtol=1e-9, atol=1e-9)
         else:
             assert calls > 5
+
+
+@pytest.mark.parametrize("options", [{}, {"weight": steer.FeynmanKac()}, {"transport": steer.half_transport}])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_flow_maps_network_is_in_the_ledger_and_the_budget(options, rows):
+    called = {"model": 0, "map": 0}
+
+    class Counted(torch.nn.Module):
+        def forward(self, x, t):
+            called["model"] += x.numel() // 2
+            return 0.5 * x
+
+    def flow(x, t):
+        called["map"] += rows * x.shape[0] * x.shape[1]
+        return x / (1.0 + t)
+
+    model = steer.from_denoiser(Counted(), steer.VP(), 6, event=(2,))
+    look = steer.flow_map(flow, rows=rows)
+    cost = steer.fkc(model, Quadratic([0.8, -0.4], 0.5), look_ahead=look, budget=200, **options).cost
+    assert cost.nfe == called["model"] + called["map"]
+    assert called["map"] > 0
+    assert 100 < cost.nfe <= 200
+
+
+def test_what_a_value_is_differentiated_through_is_in_the_ledger():
+    """Half transport follows the value: through the prediction, through the steps of a look-ahead, or the map alone."""
+    model = steer.from_denoiser(lambda x, t: 0.5 * x, steer.VP(), 6, event=(2,))
+
+    def grads(look):
+        options = {"transport": steer.half_transport, "weight": steer.KernelRatio()}
+        return steer.fkc(model, Quadratic([0.8, -0.4], 0.5), look_ahead=look, particles=4, **options).cost.grads
+
+    one = grads(None)  # x0_hat, one prediction
+    assert one == 4 * 5  # at every level but the last, where steps draw no noise
+    assert grads(steer.flow_map(lambda x, t: x, rows=3)) == 3 * one
+    assert grads(steer.ode_steps(2)) == 2 * one
+
+
+def test_rows_of_a_flow_map_are_checked():
+    with pytest.raises(steer.SteerError, match="network rows that the function costs"):
+        steer.flow_map(lambda x, t: x, rows=-1)
