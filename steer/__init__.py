@@ -96,6 +96,7 @@ from .processes.edm import from_edm, karras_sigmas
 from .processes.from_network import from_denoiser, from_eps, from_score, from_v, from_velocity
 from .processes.gaussian import GaussianProcess
 from .processes.masked import MaskedProcess, from_logits
+from .processes.optimal_times import optimal_times
 from .processes.schedules import VE, VP, Cosine, RectifiedFlow, Tabulated, log_snr_times, sigma_times, uniform_times
 from .processes.second_order import second_order
 from .processes.transitions import Normal, churn, cps, dance_sde, ddim, euler_maruyama, flow_sde, ode
@@ -264,6 +265,7 @@ __all__ = [
     "native",
     "ode",
     "ode_steps",
+    "optimal_times",
     "own_solver",
     "particle_gibbs",
     "path_moves",
