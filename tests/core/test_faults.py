@@ -189,8 +189,10 @@ GUIDED = {
 def test_the_cure_for_a_reward_without_a_gradient_works(method, reward):
     with pytest.raises(steer.NotDifferentiableError) as found:
         method(faults.process(), reward, particles=4)
-    assert "steer.smc with its default start and proposal, steer.fk_steering, search.svdd" in str(found.value)
-    for cure in (steer.smc, steer.fk_steering, search.svdd):
+    assert "steer.smc with its default proposal, and its default start or start=steer.pcn(), " in str(found.value)
+    assert "steer.fk_steering, search.svdd" in str(found.value)
+    pcn = partial(steer.smc, start=steer.pcn(chains=2, burn_in=2, kept=2))
+    for cure in (steer.smc, pcn, steer.fk_steering, search.svdd):
         cure(faults.process(), reward, particles=4)
 
 
