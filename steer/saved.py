@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .core.method_choice import MethodChoice
 from .core.snapshot import check_process, trajectory_from
 from .core.temperature import TemperatureChoice
 from .core.trajectory import LevelRecord
@@ -71,12 +72,14 @@ class Saved:
                 levels = zip(self.tensors["seen_levels"].tolist(), read["ess"], read["scores"], strict=True)
                 seen = tuple(LevelRecord(k, ess, score[:, ~score.isnan().all(0)]) for k, ess, score in levels)
             trajectory, choice = self.facts["trajectory"], self.facts.get("temperature_choice")
+            chosen = self.facts.get("method_choice")
             return Result(
                 process=process,
                 key=self.key,
                 cost=self.cost,
                 temperature=math.inf if self.facts["temperature"] is None else self.facts["temperature"],
                 temperature_choice=None if choice is None else TemperatureChoice(**choice),
+                method_choice=None if chosen is None else MethodChoice(**chosen),
                 interrupted=self.facts["interrupted"],
                 seen=seen,
                 trajectory=None if trajectory is None else trajectory_from(self.tensors, trajectory, process),

@@ -54,7 +54,8 @@ def generate(
     model: Model,
     reward: RewardSpec,
     out: Out,
-    method: Annotated[str, typer.Option(help="smc, best_of_n, ...; an unknown name lists them all.")] = "smc",
+    method: Annotated[str, typer.Option(help="auto, smc, best_of_n, ...; an unknown name lists them all.")] = "smc",
+    goal: Annotated[str | None, typer.Option(help="Of --method auto: best, population or rollouts.")] = None,
     budget: Annotated[
         int | None,
         typer.Option(
@@ -114,10 +115,11 @@ def generate(
     """
     if budget is not None and particles is not None:
         raise typer.BadParameter("give --budget or --particles, not both", param_hint="--particles")
+    settings = [*(settings or []), *([f"goal={goal}"] if goal else [])]
     if prompts is not None or len(prompt or ()) > 1:
         options = {"model": model, "call": list(call or ()), "reward": reward, "method": method, "budget": budget}
         options |= {"particles": particles, "temperature": temperature, "seed": seed, "steps": steps, "dtype": dtype}
-        options |= {"set": list(settings or ()), "guided": guided, "n": n or 1}
+        options |= {"set": settings, "guided": guided, "n": n or 1}
         with reported_errors(debug, as_json):
             entries = read_entries(prompts, prompt)
             maker = generator_of(options, device_of(device), download=download, checkpoint=checkpoint)
@@ -134,7 +136,7 @@ def generate(
     with reported_errors(debug, as_json, out, **asked, command=command_line(context)):
         process, score = subject.open(device, download=download)
         sampler = find_method(method)
-        options = own_options(sampler, method, n, guided) | settings_of(sampler, method, settings or [])
+        options = own_options(sampler, method, n, guided) | settings_of(sampler, method, settings)
         options |= {"budget": budget, "particles": particles, "temperature": temperature, "key": seed}
         rows = budget or (particles or 16) * process.steps * process.rows
         show, unsteered = not (quiet or as_json), None

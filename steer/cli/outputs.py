@@ -117,6 +117,8 @@ def print_run(numbers: dict[str, Any], out: Path, about: dict[str, Any], as_json
         if numbers["temperature_choice"] is not None:
             chosen = numbers["temperature_choice"]
             lines.add_row("temperature", f"{number(chosen['temperature'])}, chosen for {chosen['asked']}")
+        if numbers["method_choice"] is not None:
+            lines.add_row("method", escape(numbers["method_choice"]))
         lines.add_row("in short", escape(numbers["verdict"]))
         lines.add_row("NFE", f"{numbers['cost']['nfe']:,} network rows{aside}")
         if "texts" in numbers:

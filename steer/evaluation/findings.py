@@ -11,7 +11,8 @@ from ..core.tilt import Expected
 from ..cost import Cost
 
 _USABLE = 0.4  # rank correlation from which a prediction is worth selecting by
-_SAME = 1e-3  # samples that differ by less than this share of their spread are the same
+_COARSE = 8  # samples below which their ranking is mostly chance
+SAME = 1e-3  # samples that differ by less than this share of their spread are the same
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,10 @@ class Preflight:
         temperatures: What samplers of p(x) exp(r(x) / temperature) can expect of a temperature: ESS, mean reward and KL
             to the model. Empty for rewards that score a sample against others, and where no sample is allowed.
         network_seconds, reward_seconds, decode_seconds: Per prediction (all its rows), per score, per decoded sample.
+        price: Of a score with its decode, in network rows, by the fastest call of each.
         cost: What this preflight spent.
-        method, budget: Recommended for `steer.sample`; the budget in NFE (network rows) per problem.
+        method, options, budget: Recommended for one best sample, as `steer.sample` takes them, and what `method="auto"`
+            chooses; the budget in NFE (network rows) per problem.
         advice: The reasons, and further advice, in sentences; the decisive one first.
     """
 
@@ -87,8 +90,10 @@ class Preflight:
     network_seconds: float
     reward_seconds: float
     decode_seconds: float
+    price: float
     cost: Cost
     method: str
+    options: dict[str, Any]
     budget: int
     advice: tuple[str, ...]
 
@@ -100,7 +105,17 @@ class Preflight:
     @property
     def seeds_matter(self) -> bool:
         """Whether two chains end differently."""
-        return max(self.seed_effect or 0.0, self.noise_effect or 0.0) > _SAME
+        return max(self.seed_effect or 0.0, self.noise_effect or 0.0) > SAME
+
+    @property
+    def rewards_differ(self) -> bool:
+        """Whether the samples have different rewards."""
+        return self.std > 1e-9 * max(1.0, abs(self.best)) or 0 < self.forbidden < self.samples * self.problems
+
+    @property
+    def coarse(self) -> bool:
+        """Whether these samples are too few to rank anything."""
+        return self.samples < _COARSE
 
     @property
     def usable_from(self) -> int | None:
@@ -127,7 +142,7 @@ class Preflight:
         return plain({**asdict(self), **derived})
 
     def __str__(self) -> str:
-        sights = "  ".join(f"{s.k}: {_signed(s.rank_correlation)}" for s in self.sights)
+        sights = "  ".join(f"{s.k}: {signed(s.rank_correlation)}" for s in self.sights)
         if self.gradient.available:
             gradient = f"yes, length {self.gradient.norm:.3g} at step {self.gradient.k}"
             if not math.isnan(self.gradient.push):
@@ -141,6 +156,7 @@ class Preflight:
             f"{1e3 * seconds:.3g}" for seconds in (self.network_seconds, self.decode_seconds, self.reward_seconds)
         )
         between, within = _share(self.seed_effect), _share(self.noise_effect)
+        options = "".join(f', {name}="{value}"' for name, value in self.options.items())
         lines = {
             "steps": f"{self.steps}, {_of(self.stochastic_steps, self.steps)} draw noise",
             "samples differ by": f"{between} between starting noises, {within} from the same one",
@@ -148,7 +164,7 @@ class Preflight:
             "r(x0_hat) ranks": f"{sights}  (step: rank correlation with the final reward, {self.samples} samples)",
             "gradient": gradient,
             "milliseconds": f"prediction {network}, decode {decode}, reward {score}",
-            "recommended": f'method="{self.method}", budget={self.budget:,} NFE (network rows) per problem',
+            "recommended": f'method="{self.method}"{options}, budget={self.budget:,} NFE (network rows) per problem',
         }
         table = "\n".join(f"{name:<18} {text}" for name, text in lines.items())
         return "\n".join([table, *self._temperatures(), *(f"- {sentence}" for sentence in self.advice)])
@@ -160,96 +176,6 @@ class Preflight:
             yield f"{'temperature':<18} {'expected ESS':>12}  {'mean reward':>12}  KL to the model (of {of} samples)"
         for row in self.temperatures:
             yield f"{row.temperature:<18.3g} {row.ess:>12.0%}  {row.reward:>12.4g}  {row.kl:.2g} nats"
-
-
-def recommended(found: Preflight, gaussian: bool, groupwise: bool) -> tuple[str, tuple[str, ...]]:
-    """A method and the reasons for it, the decisive one first.
-
-    Args:
-        found: The measurements.
-        gaussian: Whether the process is on a Gaussian path.
-        groupwise: Whether the reward scores a sample against others.
-    """
-    advice = []
-    if found.forbidden == found.samples * found.problems:
-        method = "best_of_n"
-        advice.append("every sample was forbidden (-inf): use a reward that says how far off a sample is")
-    elif not found.seeds_matter:
-        method = "rollout"
-        advice.append(
-            "every seed gives the same sample, so no method can select among them: more samples will not help; "
-            "change the prompt, the guidance scale or the transition (steer.ddim(eta=1.0)), or use a "
-            "model that is less distilled"
-        )
-    elif not found.std > 1e-9 * max(1.0, abs(found.best)) and not found.forbidden:
-        method = "rollout"
-        advice.append(
-            f"nothing can be gained: all {found.samples * found.problems} samples score {found.best:.4g}; use a reward "
-            "that distinguishes them, or more samples= if it does so only rarely"
-        )
-    elif groupwise:
-        method = "best_of_n"
-        advice.append(
-            "the reward scores a sample against the others of its group, so it can rank finished samples only"
-        )
-    elif not found.stochastic:
-        method = "noise_search" if gaussian else "best_of_n"
-        cure = "process.with_rule(steer.ddim(eta=1.0))" if gaussian else "a stochastic rule (steer.unmask, say)"
-        advice.append(
-            "no step draws noise (an ODE): copies of a particle stay identical, so only starting noises can be "
-            f"searched; for particle methods and trees use a stochastic transition, {cure}"
-        )
-    elif (sight := found.clearest) is None:
-        method = "best_of_n"
-        advice.append(
-            "at no step before the last does r(x0_hat) rank samples as the final reward does, so selecting early would "
-            "be by chance: rank finished samples, or use a reward that can score predictions"
-        )
-    else:
-        method = "smc"
-        advice.append(
-            f"r(x0_hat) ranks samples early: at step {sight.k} of {found.steps} its rank correlation with the final "
-            f"reward is {_signed(sight.rank_correlation)}, so selecting early can pay: smc for a population, "
-            "search.dts_star for one best sample"
-        )
-        early = found.usable_from or 0
-        if early > 0.25 * found.steps:
-            advice.append(
-                f"before step {early} its ranking is mostly chance; selecting there mostly costs diversity: begin at "
-                f"it, weight=steer.difference(at=range({early}, {found.steps - 1}))"
-            )
-    return method, (*advice, *_remarks(found, method))
-
-
-def _remarks(found: Preflight, method: str) -> list[str]:
-    """Further advice."""
-    said = []
-    if method in ("smc", "best_of_n") and found.samples < 8 and found.std > 0.0:
-        said.append(f"{found.samples} samples rank coarsely: use samples=16 before a decision that matters")
-    if found.stochastic and found.seed_effect is not None and found.noise_effect is not None:
-        if found.noise_effect < 0.1 * found.seed_effect:
-            said.append(
-                "steps draw noise, but the starting noise still decides nearly everything: prefer many starting noises"
-            )
-        elif found.seed_effect <= _SAME < found.noise_effect:
-            said.append("the starting noise does not matter: all diversity comes from the noise of the steps")
-    if found.gradient.available and method == "smc" and 0.0 < found.gradient.push < 10.0:
-        said.append("the reward has a gradient of a useful size: try proposal=steer.guided(1.0)")
-    elif found.gradient.available and found.gradient.push >= 10.0:
-        said.append(
-            f"the gradient would shift a step by {found.gradient.push:.3g} standard deviations of its noise: raise the "
-            "temperature, or use a small guidance scale"
-        )
-    per_sample = found.reward_seconds + found.decode_seconds
-    if method == "smc" and per_sample > found.network_seconds > 0.0:
-        said.append(
-            f"scoring costs {per_sample / found.network_seconds:.1f} times a prediction: score at a few levels only "
-            f"(weight=steer.difference(at=range({found.usable_from or 0}, {found.steps}, 5))), or use best_of_n, which "
-            "scores once per sample"
-        )
-    if found.forbidden:
-        said.append(f"{found.forbidden} of {found.samples * found.problems} samples are forbidden (-inf)")
-    return said
 
 
 def _usable(sight: PredictionReliability) -> bool:
@@ -267,6 +193,6 @@ def _share(effect: float | None) -> str:
     return "–" if effect is None else f"{effect:.2g}"
 
 
-def _signed(value: float | None) -> str:
+def signed(value: float | None) -> str:
     """A correlation as text, with its sign."""
     return "–" if value is None else f"{value:+.1f}".replace("-", "−")

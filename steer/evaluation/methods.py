@@ -21,6 +21,7 @@ from ..types import ReverseProcess, Reward
 Method = Callable[..., Result]
 
 BUILT_IN = {
+    "auto": "steer.evaluation.auto:auto",
     "rollout": "steer.samplers.rollout:rollout",
     "importance_sampling": "steer.samplers.importance_sampling:importance_sampling",
     "smc": "steer.samplers.smc:smc",

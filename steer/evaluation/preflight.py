@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,14 +17,18 @@ from ..core.objective import FINISHED, Objective
 from ..core.run import Run
 from ..core.tilt import Expected, Tilt
 from ..core.trajectory import Trajectory
+from ..cost import rows_between
 from ..errors import BudgetError, NotDifferentiableError
 from ..key import Key
-from ..processes.gaussian import has_levels, is_gaussian
+from ..processes.gaussian import has_levels
 from ..processes.second_order import noisy
 from ..types import GaussianTransition, ReverseProcess, Reward
-from .findings import Gradient, PredictionReliability, Preflight, recommended
+from .advice import advice
+from .choice import Setting, choose, price_of
+from .findings import Gradient, PredictionReliability, Preflight
 
 _PROBED = 8  # steps at which predictions are scored, at most
+_CHAINS = 16  # what the recommended budget pays for
 
 
 def preflight(
@@ -61,27 +69,59 @@ def preflight(
     run = Run.open(
         "preflight", process, reward, batch=batch, temperature=temperature, key=key, seed=seed, groupwise=True
     )
+    found = probed(run, samples, _evenly(run.process.steps, _PROBED), gradient=True).found
+    setting = Setting.of(run, "best", _CHAINS, price_of(found.price))
+    best, population = choose(setting, found), choose(setting._replace(goal="population"), found)
+    said = {"options": dict(best.options), "advice": advice(found, best, population)}
+    return replace(found, method=best.method, budget=_CHAINS * setting.rows, **said)
+
+
+class Probe(NamedTuple):
+    """Unsteered samples and what they say.
+
+    found:  the measurements, without a recommendation.
+    x:      the samples, [B, n, *event].
+    reward: their scores, [B, n].
+    root:   slot of the noise that each began from, [B, n].
+    """
+
+    found: Preflight
+    x: Tensor
+    reward: Tensor
+    root: Tensor
+
+
+def probed(run: Run, samples: int, levels: Collection[int], *, gradient: bool) -> Probe:
+    """Runs `samples` plain chains for each problem, and measures them.
+
+    levels: at which predictions are scored. gradient: whether that of the reward is measured too.
+    """
     process, objective, meter, key, batch = run.process, run.objective, run.meter, run.key, run.problems
     drawing = [k for k in range(process.steps) if process.stochastic(k)]
     x = process.prior(key.fold("prior"), batch, samples)
-    if drawing:
-        x = x[:, torch.arange(samples, device=x.device) // 2]  # two chains from every starting noise
+    root = torch.arange(samples, device=x.device) // (2 if drawing else 1)
+    x = x[:, root]  # two chains from every starting noise, where they differ
     start, middle = x, next((k for k in drawing if k >= process.steps // 2), process.steps // 2)
-    halfway, seen, loop = x, {}, Loop(run)
+    halfway, seen, loop, clock = x, {}, Loop(run), _Clock(x.device)
     with loop.keeping_partial(), torch.no_grad():
         for k in range(process.steps):
             loop.partial = Trajectory.begin(process, x, k=k)
             halfway = x if k == middle else halfway
-            x0 = process.denoise(x, k, key)
-            if k in _probed(process.steps):
-                seen[k] = objective(process.complete(x, x0), f"of predictions at step {k} of {process.steps}")
+            with clock.timing("network", rows_between(process, k, k + 1)):
+                x0 = process.denoise(x, k, key)
+            if k in levels:
+                with clock.timing("reward"):
+                    seen[k] = objective(process.complete(x, x0), f"of predictions at step {k} of {process.steps}")
             x = process.transition(x, x0, k).sample(key.fold("step").at(k))
         loop.partial = Trajectory.begin(process, x, k=process.steps)
-        final = objective(x, FINISHED)
+        with clock.timing("reward"):
+            final = objective(x, FINISHED)
     spent = meter.cost()  # before the gradient, whose forward pass takes longer
-    slope = _gradient(process, objective, halfway, middle, run.temperature, key)
     seed_effect, noise_effect = _effects(process, x, noisy(process, start), bool(drawing))
     finite = final[final.isfinite()]
+    slope = Gradient(False, "not looked for", middle)
+    if gradient:
+        slope = _gradient(process, objective, halfway, middle, run.temperature, key)
     found = Preflight(
         samples=samples,
         problems=batch,
@@ -99,14 +139,38 @@ def preflight(
         network_seconds=spent.seconds["network"] * process.rows / max(1, spent.nfe),
         reward_seconds=spent.seconds["reward"] / max(1, spent.rewards),
         decode_seconds=spent.seconds["decode"] / max(1, spent.decodes),
+        price=clock.price,
         cost=meter.cost(),
         method="",
+        options={},
         budget=0,
         advice=(),
     )
-    method, advice = recommended(found, is_gaussian(process), objective.groupwise)
-    particles = 1 if method == "rollout" else 16
-    return replace(found, method=method, budget=particles * process.steps * process.rows, advice=advice)
+    return Probe(found, x, final, root.expand(batch, -1))
+
+
+class _Clock:
+    """The fastest call of each kind, per row: other work on the machine slows some calls down, and none up."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.fastest = device, {"network": math.inf, "reward": math.inf}
+
+    @contextmanager
+    def timing(self, kind: str, rows: int = 1) -> Iterator[None]:
+        """Times a call of so many rows a sample."""
+        began = self._now()
+        yield
+        self.fastest[kind] = min(self.fastest[kind], (self._now() - began) / rows)
+
+    @property
+    def price(self) -> float:
+        """Of a score with its decode, in network rows."""
+        return self.fastest["reward"] / max(self.fastest["network"], 1e-12)
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":  # whose calls return before they are done
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
 
 def _temperatures(final: Tensor, groupwise: bool, pooled: bool, temperature: float) -> tuple[Expected, ...]:
@@ -160,9 +224,9 @@ def _difference(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).square().mean().div(2.0).sqrt()) / (spread or 1.0)
 
 
-def _probed(steps: int) -> set[int]:
-    """At most eight steps, evenly spaced, the first and the last among them."""
-    return {round(i * (steps - 1) / max(1, _PROBED - 1)) for i in range(_PROBED)}
+def _evenly(steps: int, count: int) -> set[int]:
+    """At most so many steps, evenly spaced, the first and the last among them."""
+    return {round(i * (steps - 1) / max(1, count - 1)) for i in range(count)}
 
 
 def _rank_correlation(scores: Tensor, final: Tensor) -> float | None:

@@ -84,6 +84,7 @@ def summary(result: RunResult, reference: RunResult | None = None, metrics: Metr
         "interrupted": result.interrupted,
         "temperature": result.temperature,
         "temperature_choice": None if result.temperature_choice is None else asdict(result.temperature_choice),
+        "method_choice": None if result.method_choice is None else str(result.method_choice),
         "reward": _measured(result, reference, None) | {"best": result.reward.max()},
         "metrics": {name: _measured(result, reference, f) for name, f in (metrics or {}).items()},
         "ess": result.ess.mean(),
@@ -278,6 +279,8 @@ def _diagnostics(result: RunResult, numbers: dict[str, Any]) -> Iterator[tuple[s
     yield "temperature T", number(result.temperature)
     if result.temperature_choice is not None:
         yield "how it was chosen", str(result.temperature_choice)
+    if result.method_choice is not None:
+        yield "method", str(result.method_choice)
     if not _selects(result):
         estimates = zip(numbers["log_evidence"], numbers["log_evidence_std"], strict=True)
         for i, (estimate, error) in enumerate(list(estimates)[:8]):

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from ..core.method_choice import MethodChoice
 from ..core.temperature import TemperatureChoice
 from ..core.trajectory import LevelRecord, Trajectory
 from ..cost import Cost
@@ -49,6 +50,9 @@ class RunResult(Protocol):
 
     @property
     def temperature_choice(self) -> TemperatureChoice | None: ...
+
+    @property
+    def method_choice(self) -> MethodChoice | None: ...
 
     @property
     def trajectory(self) -> Trajectory | None: ...

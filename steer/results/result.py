@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..core import diagnostics, population
+from ..core.method_choice import MethodChoice
 from ..core.population import gather
 from ..core.resampling import systematic
 from ..core.run import Run
@@ -90,6 +91,7 @@ class Result:
     made_by:      the method and the reward, by their names.
     temperature_choice: how the temperature was chosen, where the run was asked for "auto", `ess=` or `kl=`. The run is
                   the same as one of this temperature, but for what the choice cost.
+    method_choice: what `method="auto"` chose, and why.
     """
 
     process: ReverseProcess
@@ -109,6 +111,7 @@ class Result:
     log_evidence_variance: Tensor = None  # type: ignore[assignment]
     made_by: MadeBy = MadeBy()  # noqa: RUF009, a tuple does not change
     temperature_choice: TemperatureChoice | None = None
+    method_choice: MethodChoice | None = None
 
     def __post_init__(self) -> None:
         if self.log_evidence_variance is None:
@@ -181,12 +184,13 @@ class Result:
 
     def __repr__(self) -> str:
         problems, particles = self.reward.shape
-        choice = self.temperature_choice
+        choice, chosen = self.temperature_choice, self.method_choice
         return (
             f"Result({problems} x {particles} samples, reward mean {self.mean_reward.mean():.4g} "
             f"best {self.reward.max():.4g}, ess {self.ess.mean():.3g}, nfe {self.cost.nfe}"
             f"{'' if choice is None else f', temperature {choice.temperature:.3g} for {choice.asked}'}"
-            f"{', interrupted' if self.interrupted else ''}; {verdict(self)})"
+            f"{', interrupted' if self.interrupted else ''}; {verdict(self)}"
+            f"{'' if chosen is None else f'. {chosen}'})"
         )
 
     @property

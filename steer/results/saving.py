@@ -95,6 +95,7 @@ def _parts(result: RunResult, reference: RunResult | None, states: bool) -> tupl
         "interrupted": result.interrupted,
         "temperature": result.temperature,  # null for infinity
         "temperature_choice": None if result.temperature_choice is None else asdict(result.temperature_choice),
+        "method_choice": None if result.method_choice is None else asdict(result.method_choice),
         "law": result.law,
         "key": {
             "seed": key.seed,

@@ -5,7 +5,7 @@ import torch
 
 import steer
 from steer import grpo, rewards, search
-from steer.evaluation.methods import methods
+from steer.evaluation.methods import methods, resolve
 from steer.guidance import GuidedProcess, Hooks
 
 EVENT = (3, 4, 4)
@@ -44,7 +44,7 @@ class Buffer:
 
 
 def called(name):
-    return getattr(steer, name, None) or getattr(search, name)
+    return getattr(steer, name, None) or getattr(search, name, None) or resolve(name)
 
 
 def assert_same(result, expected):

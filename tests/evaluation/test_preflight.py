@@ -45,9 +45,15 @@ def test_on_digits():
     assert found.cost.nfe == 16 * 30 + 1
     assert found.cost.grads == 1
     assert found.cost.rewards == 16 * 9 + 1
-    assert (found.method, found.budget) == ("smc", 16 * 30)
+    assert (found.method, found.options, found.budget) == ("svdd", {"select": "argmax"}, 16 * 30)
     text = str(found)
-    for name in ("draw noise", "rank correlation", "gradient", "milliseconds", 'method="smc", budget=480 NFE'):
+    for name in (
+        "draw noise",
+        "rank correlation",
+        "gradient",
+        "milliseconds",
+        'method="svdd", select="argmax"',
+    ):
         assert name in text
     assert max(map(len, text.splitlines())) < 200
     again = steer.preflight(digits(30), rewards.DigitLogProb(3), samples=16)
@@ -77,7 +83,7 @@ def test_the_recommendation_runs():
     process, reward = digits(6), rewards.DigitLogProb(3)
     for found_on in (process, process.with_rule(steer.ode())):
         found = steer.preflight(found_on, reward)
-        result = steer.sample(found_on, reward, method=found.method, budget=found.budget)
+        result = steer.sample(found_on, reward, method=found.method, budget=found.budget, **found.options)
         assert result.cost.nfe <= found.budget
 
 
@@ -88,8 +94,9 @@ def test_an_ode_is_named_and_cured():
     assert found.noise_effect is None
     assert found.seed_effect is not None
     assert found.seeds_matter
-    assert found.method == "noise_search"
-    assert "with_rule(steer.ddim(eta=1.0))" in found.advice[0]
+    assert found.method == "best_of_n"
+    assert "an ODE" in found.advice[0]
+    assert any("with_rule(steer.ddim(eta=1.0))" in sentence for sentence in found.advice)
     assert "none draw noise" in str(found)
     assert math.isnan(found.gradient.push)  # no noise to measure it by
     cured = steer.preflight(process.with_rule(steer.ddim(eta=1.0)), rewards.DigitLogProb(3))
@@ -137,8 +144,9 @@ def test_a_constant_reward_has_nothing_to_give():
     assert found.usable_from is None
     assert {sight.rank_correlation for sight in found.sights} == {None}
     assert found.gradient.why == "it is zero"
-    assert found.method == "rollout"
-    assert "nothing can be gained: all 4 samples score 2" in found.advice[0]
+    assert found.method == "best_of_n"
+    assert "all 4 samples score 2: nothing can be gained" in found.advice[0]
+    assert len(found.advice) == 1
 
 
 def test_a_model_whose_seeds_do_not_matter():
@@ -190,8 +198,10 @@ def test_an_expensive_reward_is_said_to_be():
 
     found = steer.preflight(gaussian(transition=steer.ddim(0.3)), slow)
     assert found.reward_seconds > 0.01
-    assert found.method == "smc"
-    assert any("times a prediction" in sentence for sentence in found.advice)
+    assert found.price > 3.0
+    assert found.method == "best_of_n"
+    assert "network rows a score" in found.advice[0]
+    assert any("a score costs" in sentence for sentence in found.advice)
 
 
 def test_a_reward_that_only_the_end_knows():
@@ -200,6 +210,25 @@ def test_a_reward_that_only_the_end_knows():
     assert found.clearest is None
     assert found.method == "best_of_n"
     assert "by chance" in found.advice[0]
+
+
+def test_what_it_says_does_not_contradict_itself():
+    """Of four samples nothing is read off their ranking; of a gradient, whether its size can move a step."""
+    few = " ".join(steer.preflight(gaussian(), first, samples=4).advice)
+    many = " ".join(steer.preflight(gaussian(), first, samples=64).advice)
+    assert "rank nothing reliably" in few
+    assert "rank correlation" not in few
+    assert "rank correlation" in many
+    assert "a useful size" in many
+    weak = " ".join(steer.preflight(gaussian(), first, samples=64, temperature=1e4).advice)
+    assert "changes nothing at this temperature" in weak
+    assert "useful" not in weak
+    strong = " ".join(steer.preflight(gaussian(), first, samples=64, temperature=1e-4).advice)
+    assert "small guidance scale" in strong
+    for said in (few, many, weak, strong):
+        assert "for one best sample svdd" in said
+        assert "for a population fk_steering" in said
+        assert "dts_star" not in said
 
 
 def test_tokens_and_several_problems():
