@@ -22,7 +22,7 @@ import math
 from collections.abc import Callable, Collection, Iterator
 from itertools import product
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from steer.evaluation import choice
@@ -185,6 +185,12 @@ def tables(table: Table) -> Iterator[str]:
         for label, policy in policies.items():
             yield f"| {label} | " + " | ".join(regrets.shown(policy, tasks & of) for of in parts.values()) + " |"
         yield f"\nconstants, fitted without each task in turn: {sorted({str(constants) for constants in fitted})}"
+    yield "\n### population: the largest budget, free rewards, medians over tasks\n"
+    yield "| | error of log evidence, root mean square | spread, of the exact one |\n|---|---|---|"
+    for method in ("auto, population", *FIXED["population"]):
+        found = [f["largest budget"].get(method) for f in table.values() if not f["price"] and f["stochastic"]]
+        evidence, spread = zip(*(each for each in found if each is not None and math.isfinite(each[0])), strict=True)
+        yield f"| {method} ({len(evidence)} tasks) | {median(evidence):.2f} | {math.exp(median(spread)):.2f} |"
     yield f"\nSVDD argmax or best-of-N, told by 16 samples: {ordering(table, '16')}; by 4: {ordering(table, '4')}"
 
 

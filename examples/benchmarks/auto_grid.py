@@ -22,6 +22,7 @@ from steer.core.tilt import Tilt
 from steer.search import selection
 
 KEYS, FEATURES = 5, 4
+POPULATIONS = ("importance_sampling", "smc", "fk_steering", "dts", "tds", "auto, population")
 Cell = dict[str, Any]
 # Methods, and whether they run at the temperature of the population; the others run at a quarter of it, for the best.
 METHODS: dict[str, tuple[Callable[..., steer.Result], bool]] = {
@@ -212,7 +213,7 @@ def packed(files: list[Path]) -> dict[str, Any]:
     """The grid as one small table: task by task, per goal and budget, what each method reached with every key.
 
     Rewards are in thousandths of the largest gain over unsteered samples in their task, populations in thousandths of
-    a standard deviation.
+    a standard deviation. Of the largest budget also the error of the log evidence and the log of the spread's ratio.
     """
     rows, table = [row for file in files for row in read(file)], {}
     probes = {row["task"]: row for row in rows if "probe" in row}
@@ -223,6 +224,8 @@ def packed(files: list[Path]) -> dict[str, Any]:
         table[name] = facts | {k: probes[base(name)][k] for k in ("steps", "stochastic", "16", "4")}
         for goal, column in (("best", "best"), ("judge", "judge"), ("population", "error2")):
             made = {at: row[column] for at, row in cells.items() if column in row}
+            if goal != "population":  # the same chains as best_of_n
+                made = {at: of for at, of in made.items() if at[1] != "importance_sampling"}
             if (goal != "population" and task.ess != 0.2) or not made:
                 continue
             if goal == "population":
@@ -234,6 +237,11 @@ def packed(files: list[Path]) -> dict[str, Any]:
             table[name][goal] = [
                 {m: [round(1e3 * v) for v in of] for (b, m), of in made.items() if b == budget} for budget in budgets
             ]
+        table[name]["largest budget"] = {
+            method: [round((sum(v * v for v in row["evidence"]) / KEYS) ** 0.5, 2), round(sum(row["spread"]) / KEYS, 2)]
+            for (budget, method), row in cells.items()
+            if budget == budgets[-1] and "evidence" in row and method in POPULATIONS
+        }
     return table
 
 
