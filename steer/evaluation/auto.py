@@ -15,6 +15,7 @@ from ..core.run import Run
 from ..core.temperature import Temperature
 from ..cost import affordable, check_counts, rows_between
 from ..errors import SteerError
+from ..execution.distributed import current
 from ..key import Key
 from ..results.result import Result
 from ..types import ReverseProcess, Reward
@@ -164,10 +165,11 @@ def _probe(run: Run, setting: Setting, purse: Purse, priced: bool) -> Probe | No
 
 
 def _timed_price(run: Run, probe: Probe) -> float:
-    """The price of a score as it was timed: 0, or a power of ten. A call of the run, which a journal remembers."""
+    """The price of a score as it was timed: 0, or a power of ten. A journal remembers it, and ranks agree on one."""
     price = price_of(probe.found.price)
     answer = run.meter.call("price", -1, lambda _: {"price": torch.tensor(price, dtype=torch.float64)}, probe.reward)
-    return float(answer["price"])
+    ranks = current()
+    return float(answer["price"]) if ranks is None else float(ranks.least(int(answer["price"])))
 
 
 def _best_of_both(run: Run, probe: Probe | None, result: Result, keep: int) -> Result:

@@ -163,6 +163,18 @@ def test_a_journal_remembers_the_price(tmp_path, monkeypatch):
     assert run(budget=400).method_choice != first.method_choice
 
 
+def test_ranks_agree_on_a_price(monkeypatch):
+    """Each times its own part; all choose by the smallest, or they would run different methods."""
+
+    class Ranks:
+        def least(self, count):
+            return min(count, 10)
+
+    monkeypatch.setattr(auto, "price_of", lambda timed: 1000.0)
+    monkeypatch.setattr(auto, "current", Ranks)
+    assert run(budget=400).method_choice.price == 10.0
+
+
 def test_timed_prices_are_powers_of_ten():
     from steer.evaluation.choice import price_of
 
