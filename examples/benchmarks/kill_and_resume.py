@@ -7,8 +7,8 @@
 
 `prompts` makes a tiny Stable Diffusion 1.5 folder with random weights, and compares pictures, metadata and tensors byte
 for byte. `methods` runs every method of `steer.methods()` under a journal, on the embedded digits, and compares bits
-and ledgers; `--checkpoint` is of `steer.resumable`. `flips` flips bits of journals, saved runs and saved states, one at
-a time, and opens them. All print counts, and exit with 1 where anything differs or a flipped bit is not seen.
+and ledgers; `--checkpoint` is of `steer.resumable`. `flips` flips bits of journals, snapshots, saved runs and saved states,
+one at a time, and opens them. All print counts, and exit with 1 where anything differs or a flipped bit is not seen.
 """
 
 from __future__ import annotations
@@ -181,8 +181,10 @@ def _life(
 def flips(args: argparse.Namespace, work: Path) -> bool:
     """Single bits flipped in journals and saved runs; True where none is taken for what was written."""
     process, reward = steer.load("digits", steps=6), rewards.DigitLogProb(3)
-    with steer.resumable(work / "journal", every=0.0):
-        result = steer.smc(process, reward, particles=8, key=1)
+    journals = {"journal": None, "snapshots": 0.0}  # all calls; a snapshot at every step
+    for name, checkpoint in journals.items():
+        with steer.resumable(work / name, every=0.0, checkpoint=checkpoint):
+            result = steer.smc(process, reward, particles=8, key=1)
     folders = {"run": result, "tree": steer.search.dts_star(process, reward, particles=8, key=1)}
     for name, run in folders.items():
         run.save(work / name)
@@ -190,12 +192,14 @@ def flips(args: argparse.Namespace, work: Path) -> bool:
     opened: dict[Path, Callable[[], object]] = {
         path: lambda path=path: steer.load_run(path.parent) for name in folders for path in (work / name).iterdir()
     }
-    opened |= {path: lambda: _opened(work / "journal") for path in sorted((work / "journal").glob("*.safetensors"))}
+    for name in journals:
+        segments = sorted((work / name).glob("*.safetensors"))
+        opened |= {path: lambda name=name: _opened(work / name) for path in segments}
     opened[work / "states.safetensors"] = lambda: steer.load_trajectory(work / "states.safetensors", process)
     kinds: dict[str, list[int]] = {}
     rng = random.Random(args.seed)
     for _ in range(args.flips):
-        kind = rng.choice(("journal", *folders, "states.safetensors"))
+        kind = rng.choice((*journals, *folders, "states.safetensors"))
         path = rng.choice([path for path in opened if kind in path.relative_to(work).parts])
         first = rng.random() < 0.5  # half of them in what comes first: lengths, names, digests
         bit = rng.randrange(8 * min(path.stat().st_size, 2048 if first else path.stat().st_size))
