@@ -7,8 +7,9 @@
 
 `prompts` makes a tiny Stable Diffusion 1.5 folder with random weights, and compares pictures, metadata and tensors byte
 for byte. `methods` runs every method of `steer.methods()` under a journal, on the embedded digits, and compares bits
-and ledgers; `--checkpoint` is of `steer.resumable`. `flips` flips bits of journals, snapshots, saved runs and saved states,
-one at a time, and opens them. All print counts, and exit with 1 where anything differs or a flipped bit is not seen.
+and ledgers; `--checkpoint` is of `steer.resumable`. `flips` flips bits of journals, snapshots, saved runs and saved
+states, one at a time, and opens them. All print counts, and exit with 1 where anything differs or a flipped bit is not
+seen.
 """
 
 from __future__ import annotations
