@@ -116,7 +116,9 @@ def generate(
     if budget is not None and particles is not None:
         raise typer.BadParameter("give --budget or --particles, not both", param_hint="--particles")
     settings = [*(settings or []), *([f"goal={goal}"] if goal else [])]
-    if prompts is not None or len(prompt or ()) > 1:
+    many = prompts is not None or len(prompt or ()) > 1
+    _refuse_unused(context, many)
+    if many:
         options = {"model": model, "call": list(call or ()), "reward": reward, "method": method, "budget": budget}
         options |= {"particles": particles, "temperature": temperature, "seed": seed, "steps": steps, "dtype": dtype}
         options |= {"set": settings, "guided": guided, "n": n or 1}
@@ -127,8 +129,6 @@ def generate(
         how = Making(chosen(force, only_failed), shard, workers, dry_run, as_json, quiet, debug)
         make_rows(maker, directory, how)
         return
-    if checkpoint is not None:
-        raise typer.BadParameter("one prompt keeps no journal; give it with --prompts", param_hint="--checkpoint")
     from ..core.loop import keeping
 
     n, subject = n or 16, Subject.given(model, reward, prompt, call, steps, label, dtype)
@@ -159,3 +159,17 @@ def generate(
         what = "the samples so far" if result.interrupted else "the finished run, without unsteered samples,"
         say(f"[yellow]interrupted:[/] {what} written to {escape(str(out))}")
         raise typer.Exit(1)
+
+
+_OF_MANY = ("workers", "shard", "checkpoint", "only_failed", "force", "dry_run")
+_OF_ONE = ("label", "reference")
+
+
+def _refuse_unused(context: typer.Context, many: bool) -> None:
+    """A usage error for options that a run of many prompts has and one of a single prompt has not, or the reverse."""
+    for name in _OF_ONE if many else _OF_MANY:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP") and context.params[name] is not None:
+            cure = "give labels as a column of the file" if name == "label" else "leave it out"
+            why = f"a run of many prompts has none; {cure}" if many else "it is of runs of many prompts, --prompts FILE"
+            raise typer.BadParameter(why, param_hint=f"--{name.replace('_', '-')}")

@@ -200,4 +200,7 @@ def test_the_time_between_snapshots_makes_no_other_run(tmp_path, monkeypatch):
     run(*words, "--config", out / "run.yaml", "--prompts", prompts, "--out", tmp_path / "other", code=1)
     assert made == [300.0, 300.0, None, 60.0, 300.0]
     assert "--checkpoint" in run(*words, "--prompts", prompts, "--checkpoint", "soon", code=2).output
-    assert "keeps no journal" in run(*words, "--checkpoint", "1h", code=2).output
+    for flag in (["--checkpoint", "1h"], ["--workers", 2], ["--force"], ["--dry-run"]):
+        assert "of runs of many prompts" in run(*words, *flag, code=2).output
+    for flag in (["--label", 3], ["--reference", 8]):
+        assert "a run of many prompts has none" in run(*words, "--prompts", prompts, *flag, code=2).output
