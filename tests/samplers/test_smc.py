@@ -124,7 +124,7 @@ def test_a_deterministic_process_is_refused_with_the_cure():
 
 def test_guidance_without_a_gradient_is_refused():
     for reward in (lambda x: REWARD(x.detach()), lambda x: REWARD(x).tolist()):
-        with pytest.raises(steer.NotDifferentiableError, match="default start and proposal"):
+        with pytest.raises(steer.NotDifferentiableError, match="default proposal, and its default start"):
             steer.smc(process(), reward, particles=4, proposal=steer.guided())
 
 
