@@ -70,7 +70,7 @@ def write_comparison_files(
 ) -> dict[str, Any]:
     """Writes the files of a comparison, and returns its numbers. Pictures are of the first seed."""
     from ..files import plain, to_json, versions, write_atomically
-    from ..report.comparison_report import samples_by_method, write_comparison
+    from ..report.comparison_report import sheets, write_comparison
     from ..report.pictures import to_file
     from ..results.saving import FACTS, PARTIAL, TENSORS
 
@@ -79,13 +79,12 @@ def write_comparison_files(
     _forget_videos(out)
     facts = plain({"about": about, **comparison.to_dict(), "versions": versions()})
     write_atomically(out / "compare.json", to_json(facts))
-    samples = samples_by_method(comparison, n)
-    for name, picture in samples["pictures"].items():
+    for name, picture in sheets(comparison, n).items():
         suffix, blob = to_file(picture)
         for stale in (out / name).glob("images.*"):
             stale.unlink()
         write_atomically(out / name / f"images{suffix}", blob)
-    write_comparison(comparison, out, **samples, title=f"{title}, methods at equal budget", about=about)
+    write_comparison(comparison, out, count=n, title=f"{title}, methods at equal budget", about=about)
     return {"out": str(out), **facts}
 
 

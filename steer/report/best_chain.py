@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..core.objective import open_objective
 from ..core.population import gather
 from ..core.trajectory import ResamplingRecord, StepRecord
 from .run_result import RunResult
@@ -22,7 +23,8 @@ class Waypoint:
     Args:
         level: Step at which it was made; the number of steps for the sample itself.
         clean: The predicted clean state, [*event].
-        value: Its reward; in a tree that scores no predictions, the value of its node; None where neither is known.
+        value: Its reward; of a tree that has forgotten its reward, as one that was pickled, the value of its node; None
+            where neither is known.
     """
 
     level: int
@@ -42,7 +44,7 @@ def best_chain(result: RunResult, problem: int = 0, most: int = 11) -> list[Wayp
         From noise to data, the sample itself last; empty where the run kept no tree and no states.
 
     Cost: of a trajectory, `most` - 1 network rows per problem, not counted in the run's cost: it keeps states, so
-    the predictions are made again. Of a tree, none.
+    the predictions are made again. Of a tree that scored no predictions, `most` rewards per problem.
     """
     if result.tree is not None:
         return _in_tree(result, problem, most) if drawable(result.tree) else []
@@ -52,15 +54,42 @@ def best_chain(result: RunResult, problem: int = 0, most: int = 11) -> list[Wayp
 
 def _in_tree(result: RunResult, problem: int, most: int) -> list[Waypoint]:
     """The nodes on the path to the best leaf."""
-    tree, stops = result.tree, []
-    path = best_slots(tree, problem)
+    tree = result.tree
+    depths = _spread([*range(1, len(tree.levels) + 1)], most)
     with torch.no_grad():
-        for depth in _spread([*range(1, len(path))], most):
-            known = tree.nodes_at(depth, problem)
-            score = next(known[name] for name in ("reward", "predicted_reward", "value") if name in known)
-            clean = clean_states(result, depth, torch.tensor([path[depth]]), problem)[0, 0]
-            stops.append(Waypoint(tree.levels[depth - 1], clean, float(score[path[depth]])))
+        ways = torch.stack([_clean_path(result, depths, b) for b in range(len(result.reward))])
+        scores = _scores(result, ways)
+    path, stops = best_slots(tree, problem), []
+    for i, depth in enumerate(depths):
+        known = tree.nodes_at(depth, problem)
+        names = [name for name in ("reward", "predicted_reward") if name in known]
+        if names or scores is None:
+            value = known[names[0] if names else "value"][path[depth]]
+        else:
+            value = scores[problem, i]
+        stops.append(Waypoint(tree.levels[depth - 1], ways[problem, i], float(value)))
     return stops
+
+
+def _clean_path(result: RunResult, depths: Sequence[int], problem: int) -> Tensor:
+    """Predictions of the nodes at these depths on the path to a problem's best leaf, [n, *event]."""
+    path = best_slots(result.tree, problem)
+    return torch.stack([clean_states(result, d, torch.tensor([path[d]]), problem)[0, 0] for d in depths])
+
+
+def _scores(result: RunResult, clean: Tensor) -> Tensor | None:
+    """The tree's reward of clean states [B, n, *event], [B, n]; None where the tree has it, or cannot tell."""
+    if not scored(result) or "predicted_reward" in result.tree.nodes_at(1):
+        return None
+    _, objective, _ = open_objective(result.process, result.tree.reward)
+    return objective(clean)
+
+
+def scored(result: RunResult) -> bool:
+    """Whether the values along `best_chain` are rewards of predictions, and not values of nodes."""
+    if result.tree is None or "predicted_reward" in result.tree.nodes_at(1):
+        return True
+    return getattr(result.tree, "reward", None) is not None  # a copy made by pickle has none
 
 
 def _in_trajectory(result: RunResult, problem: int, most: int) -> list[Waypoint]:

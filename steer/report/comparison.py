@@ -63,9 +63,9 @@ class Comparison(Generic[Run]):
         Returns:
             The file's path.
         """
-        from .comparison_report import samples_by_method, write_comparison
+        from .comparison_report import write_comparison
 
-        return write_comparison(self, Path(directory), **samples_by_method(self, count), **extra)
+        return write_comparison(self, Path(directory), count=count, **extra)
 
     def __str__(self) -> str:
         names = list(self.rows[0].metrics) if self.rows else []
@@ -108,9 +108,9 @@ class Comparisons(Generic[Run]):
 
         Args, Returns: as `Comparison.report`. Samples are those at the largest budget.
         """
-        from .comparison_report import samples_by_method, write_comparison
+        from .comparison_report import write_comparison
 
-        return write_comparison(self, Path(directory), **samples_by_method(self, count), **extra)
+        return write_comparison(self, Path(directory), count=count, **extra)
 
     def __str__(self) -> str:
         return "\n\n".join(f"budget {comparison.budget}\n{comparison}" for comparison in self.at)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from . import plots
 from .compared import Compared, Row, Stage, remarks
 from .page import number, whole, with_error, write_page
 from .pictures import Video, is_pictures, sheet
 from .run_report import facts_of, shown
+from .run_result import RunResult
+from .run_samples import sections
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,8 +27,7 @@ def write_comparison(
     comparison: Compared,
     directory: Path,
     *,
-    pictures: Mapping[str, Image | Video] | None = None,
-    texts: Mapping[str, Sequence[str]] | None = None,
+    count: int = 16,
     title: str = "A comparison at equal budget",
     about: Mapping[str, Any] | None = None,
 ) -> Path:
@@ -35,8 +38,7 @@ def write_comparison(
     Args:
         comparison: What `steer.compare` returned.
         directory: Where to write; it is made.
-        pictures: By method, one picture of its samples.
-        texts: By method, its samples as text.
+        count: Samples to show of each method, of the first seed at the largest budget, drawn by weight.
         title: Of the page.
         about: Facts for its head, by name, over those that the runs know; `command` gets a line of its own.
 
@@ -74,32 +76,36 @@ def write_comparison(
         costs=[_costs(row) for row in last.rows],
         figures=figures,
         by_budget=[(name, *_by_budget(stages, measure)) for name, measure in measures] if several else [],
-        pictures=pictures or {},
-        texts=texts or {},
+        samples=_samples(last, count),
     )
 
 
-def samples_by_method(comparison: Compared, count: int) -> dict[str, dict[str, Any]]:
-    """Samples of the first seed, at the largest budget, drawn by weight, as `write_comparison` takes them.
+def sheets(comparison: Compared, count: int) -> dict[str, Image | Video]:
+    """By method, one picture of the samples that the page shows; empty where samples are no pictures.
 
     Args:
         comparison: What `steer.compare` returned.
-        count: How many of each method at most.
-
-    Returns:
-        `pictures`, one grid per method, and `texts`; a method whose samples are neither is in none of them.
+        count: How many samples of each method at most.
     """
-    found: dict[str, dict[str, Any]] = {"pictures": {}, "texts": {}}
-    for name, runs in comparison.at[-1].results.items():
-        if not runs:  # it failed on every seed
-            continue
-        first = runs[0]
-        chosen = first.take(shown(first, min(count, first.reward.shape[1])))
-        if first.process.text is not None:
-            found["texts"][name] = chosen.texts
-        elif is_pictures(chosen.decoded):
-            found["pictures"][name] = sheet(chosen.decoded)
-    return found
+    decoded = {name: run.take(index).decoded for name, run, index in _shown(comparison.at[-1], count)}
+    return {name: sheet(samples) for name, samples in decoded.items() if is_pictures(samples)}
+
+
+def _shown(stage: Stage, count: int) -> Iterator[tuple[str, RunResult, Tensor]]:
+    """Of each method that did not fail on every seed: its name, its first run, and which particles of it to show."""
+    for name, runs in stage.results.items():
+        if runs:
+            yield name, runs[0], shown(runs[0], min(count, runs[0].reward.shape[1]))
+
+
+def _samples(stage: Stage, count: int) -> list[dict[str, Any]]:
+    """The samples of each method, in pictures of one size; empty where they are neither pictures nor texts."""
+    found = [{"name": name, "sections": sections(run, None, index)} for name, run, index in _shown(stage, count)]
+    panels = [panel for method in found for section in method["sections"] for panel in section["panels"]]
+    columns = max((panel["columns"] for panel in panels), default=1)
+    for panel in panels:
+        panel["columns"] = columns
+    return [method for method in found if method["sections"]]
 
 
 def _costs(row: Row) -> list[str]:

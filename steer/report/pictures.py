@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -88,10 +87,10 @@ def to_array(picture: Image | Video) -> Any:
 
 
 def thumbnail(picture: Image | Video, most: int = 256) -> Image | Video:
-    """The picture at a size for a page."""
+    """The picture at a size for a page, which shows small ones with sharp pixels; WebP would blur those of videos."""
     if isinstance(picture, Video):
-        return picture.each(partial(_thumbnail, most=most))
-    return _thumbnail(picture, most)
+        return picture.each(lambda frame: enlarged(_shrunk(frame, most), 64))
+    return _shrunk(picture, most)
 
 
 def sheet(decoded: Tensor) -> Image | Video:
@@ -104,10 +103,6 @@ def sheet(decoded: Tensor) -> Image | Video:
         return grid(decoded, least=96)
     moments = ([_shrunk(image) for image in to_images(frames)] for frames in decoded.transpose(0, 1))
     return Video(tuple(grid(moment, least=96) for moment in moments))
-
-
-def _thumbnail(image: Image, most: int) -> Image:
-    return enlarged(_shrunk(image, most), 64)
 
 
 def _shrunk(image: Image, most: int = 256) -> Image:

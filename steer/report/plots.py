@@ -6,11 +6,12 @@ import io
 import math
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..core.population import weighted_mean
 from .page import trusted
 from .run_result import RunResult
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from .compared import Stage
 
-STEERED, UNSTEERED, BEST = "#2b8cbe", "#9a9a9a", "#e6822e"
+STEERED, UNSTEERED, BEST = "#2b8cbe", "#9a9a9a", "#cf6a17"
 # Stand-ins while drawing: the page's text and rule colours, which differ between light and dark.
 _INK, _RULE = "#010203", "#040506"
 _WIDTH = 4.4
@@ -47,34 +48,75 @@ def surviving_ancestors(result: RunResult) -> str:
     figure, axes = _figure()
     axes.step(levels, lines, where="post", color=STEERED, lw=1.6, alpha=_faint(lines.shape[1]))
     axes.plot(levels[1:-1], lines[1:-1], "o", color=STEERED, ms=3, alpha=_faint(lines.shape[1]))
+    axes.yaxis.get_major_locator().set_params(integer=True)
     axes.set(ylim=(0, particles * 1.05), xlabel="step (0 = noise)", ylabel="surviving ancestors")
     return _svg(figure, "Number of starting particles that still have descendants, over steps")
 
 
-def reward_by_rows(result: RunResult, reference: RunResult | None) -> str:
-    """Mean and best reward against NFE: of the predictions at each step, or, where the method scored finished samples
-    only, of the samples finished so far.
+class Course(NamedTuple):
+    """Mean and best reward as a run goes on, and what each is of; the last mean is the one that the run reports."""
+
+    rows: list[float]
+    mean: list[float]
+    best: list[float]
+    mean_of: str
+    best_of: str
+
+
+def reward_course(result: RunResult) -> Course:
+    """Mean and best reward against NFE.
+
+    Args:
+        result: The run. Where it scored predictions, their means; else means of the samples finished so far, as the run
+            weights them, or of as many of the best as it selected in the end.
     """
-    figure, axes = _figure()
-    particles = result.reward.shape[1]
+    end = weighted_mean(result.log_weight, result.reward).mean().item()
     if len(result.seen) > 1:
         rows = [_rows_at(result, seen.k, seen.score.shape[1]) for seen in result.seen]
         mean = [_finite(seen.score).mean().item() for seen in result.seen]
         best = [_finite(seen.score).max().item() for seen in result.seen]
-        axes.plot(rows, mean, color=STEERED, lw=1.6, label="mean of predictions")
+        if result.seen[-1].k < result.process.steps:
+            rows, mean, best = [*rows, float(result.cost.nfe)], [*mean, end], [*best, result.reward.max().item()]
+        return Course(
+            [*rows[:-1], float(result.cost.nfe)],
+            [*mean[:-1], end],
+            best,
+            "mean, weighted at the end",
+            "best prediction",
+        )
+    particles = result.reward.shape[1]
+    drawn = torch.linspace(0, particles - 1, min(particles, _POINTS)).round().long()
+    rows = (result.cost.nfe * (drawn + 1) / particles).tolist()
+    scores, weight = result.reward.cpu(), result.log_weight.exp().cpu()
+    best = scores.cummax(1).values.mean(0)[drawn].tolist()
+    if result.law == "none":
+        kept = [max(1, int(row.count_nonzero())) for row in weight]
+        mean = [_best_mean(scores[:, : i + 1], kept) for i in drawn.tolist()]
+        mean_of = "mean of those selected" if max(kept) > 1 else "the one selected"
     else:
-        drawn = torch.linspace(0, particles - 1, min(particles, _POINTS)).round().long()
-        rows = (result.cost.nfe * (drawn + 1) / particles).tolist()
-        scores = result.reward.cpu()
-        mean = (scores.cumsum(1) / torch.arange(1, particles + 1)).mean(0)[drawn]
-        best = scores.cummax(1).values.mean(0)[drawn]
-        axes.plot(rows, mean, color=STEERED, lw=1.6, label="mean of samples so far")
-    axes.plot(rows, best, color=BEST, lw=1.6, label="best prediction" if len(result.seen) > 1 else "best so far")
+        sums = torch.where(weight > 0.0, weight * scores, 0.0).cumsum(1)
+        mean, mean_of = (sums / weight.cumsum(1)).mean(0)[drawn].tolist(), "weighted mean so far"
+    return Course(rows, [*mean[:-1], end], best, mean_of, "best so far")
+
+
+def _best_mean(scores: Tensor, kept: Sequence[int]) -> float:
+    """Mean of the highest scores of each problem [B, n], as many as it keeps; averaged over problems."""
+    best = [row.topk(min(count, len(row))).values.mean() for row, count in zip(scores, kept, strict=True)]
+    return torch.stack(best).mean().item()
+
+
+def reward_by_rows(result: RunResult, reference: RunResult | None) -> str:
+    """Mean and best reward against NFE, to the mean that the run reports."""
+    figure, axes = _figure()
+    course = reward_course(result)
+    axes.plot(course.rows, course.mean, color=STEERED, lw=1.6, label=course.mean_of)
+    axes.plot(course.rows[-1:], course.mean[-1:], "o", color=STEERED, ms=5, clip_on=False)
+    axes.plot(course.rows, course.best, color=BEST, lw=1.6, label=course.best_of)
     if reference is not None:
         level = _finite(reference.reward).mean().item()
         axes.axhline(level, color=UNSTEERED, lw=1.2, ls=(0, (4, 3)), label="unsteered mean")
     axes.set(xlabel="NFE (network rows)", ylabel="reward", xlim=(0, None))
-    axes.legend(**_LEGEND)
+    _legend(figure, axes)
     return _svg(figure, "Reward against NFE")
 
 
@@ -97,13 +139,13 @@ def reward_histogram(result: RunResult, reference: RunResult | None) -> str:
             label=label,
         )
     axes.set(xlabel="reward", ylabel="share of samples")
-    axes.legend(**_LEGEND)
+    _legend(figure, axes)
     return _svg(figure, "Histogram of rewards, steered and unsteered")
 
 
 def samples_scatter(result: RunResult, reference: RunResult | None) -> str:
     """Two-dimensional samples, area proportional to weight; of many, those of largest weight."""
-    figure, axes = _figure(height=3.6)
+    figure, axes = _figure(height=3.9)
     for run, colour, label in [(reference, UNSTEERED, "unsteered"), (result, STEERED, "steered")]:
         if run is not None:
             share = run.log_weight.exp().flatten().cpu()
@@ -113,7 +155,7 @@ def samples_scatter(result: RunResult, reference: RunResult | None) -> str:
             axes.scatter(points[:, 0], points[:, 1], s=area, color=colour, alpha=0.7, lw=0, label=label)
     axes.set(xlabel="x[0]", ylabel="x[1]", aspect="equal")
     axes.set_adjustable("datalim")
-    axes.legend(**_LEGEND)
+    _legend(figure, axes)
     return _svg(figure, "Samples, steered and unsteered")
 
 
@@ -128,7 +170,7 @@ def coordinate_histograms(result: RunResult, reference: RunResult | None, most: 
                 values = run.x.flatten(0, 1).flatten(1)[:, i].float().cpu()
                 axes.hist(values, bins=30, weights=share, histtype="stepfilled", color=colour, alpha=0.65, label=label)
         axes.set(xlabel=f"coordinate {i}", ylabel="share of samples")
-        axes.legend(**_LEGEND)
+        _legend(figure, axes)
         svgs.append(_svg(figure, f"Histogram of coordinate {i}"))
     return svgs
 
@@ -158,7 +200,7 @@ def by_budget(stages: Sequence[Stage], measures: Sequence[tuple[str, Any]]) -> l
     names = [row.method for row in stages[0].rows]
     steered = [name for name in names if name not in ("rollout", "best_of_n")]
     for name, measure in measures:
-        figure, axes = _figure(height=2.7 + 0.16 * math.ceil(len(names) / 4))
+        figure, axes = _figure(height=2.7 + 0.17 * math.ceil(len(names) / 3))
         for i, method in enumerate(names):
             rows = [stage.rows[i] for stage in stages]
             mean, error = (torch.tensor(column) for column in zip(*map(measure, rows), strict=True))
@@ -189,7 +231,7 @@ def by_budget(stages: Sequence[Stage], measures: Sequence[tuple[str, Any]]) -> l
         axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
         axes.minorticks_off()
         axes.set(xlabel="NFE (network rows)", ylabel=name)
-        figure.legend(loc="outside lower center", ncols=4, **_LEGEND)
+        figure.legend(loc="outside lower center", ncols=3, **_LEGEND)
         svgs.append((name, _svg(figure, f"{name} against NFE by method, with standard errors")))
     return svgs
 
@@ -197,7 +239,7 @@ def by_budget(stages: Sequence[Stage], measures: Sequence[tuple[str, Any]]) -> l
 _COLOURS = (STEERED, "#2ca25f", "#8856a7", "#c51b8a", "#8c6d31", "#1d4f91")
 
 
-def _figure(height: float = 2.3) -> tuple[Any, Any]:
+def _figure(height: float = 2.6) -> tuple[Any, Any]:
     """A matplotlib figure and its axes, in the page's colours."""
     from matplotlib.figure import Figure  # not pyplot: no window system, no global list of figures
 
@@ -205,15 +247,22 @@ def _figure(height: float = 2.3) -> tuple[Any, Any]:
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(_RULE)
-    axes.tick_params(color=_RULE, labelcolor=_INK, labelsize=8)
-    axes.xaxis.label.set(color=_INK, size=8.5, parse_math=False)  # a caller's name may hold a dollar sign
-    axes.yaxis.label.set(color=_INK, size=8.5)
+    axes.tick_params(color=_RULE, labelcolor=_INK, labelsize=9)
+    axes.xaxis.label.set(color=_INK, size=9.5, parse_math=False)  # a caller's name may hold a dollar sign
+    axes.yaxis.label.set(color=_INK, size=9.5)
     axes.grid(axis="y", color=_RULE, lw=0.6, alpha=0.6)
     axes.set_axisbelow(True)
     return figure, axes
 
 
-_LEGEND = {"frameon": False, "fontsize": 8, "labelcolor": _INK}
+_LEGEND = {"frameon": False, "fontsize": 9, "labelcolor": _INK}
+
+
+def _legend(figure: Any, axes: Any) -> None:
+    """What each colour is, below the axes, where it hides nothing; where one colour is all there is, nothing."""
+    handles, labels = axes.get_legend_handles_labels()
+    if len(handles) > 1:
+        figure.legend(handles, labels, loc="outside lower center", ncols=2, **_LEGEND)
 
 
 def _svg(figure: Any, label: str) -> Markup:

@@ -20,7 +20,7 @@ from ..files import plain
 from ..key import Key, as_key
 from ..processes.gaussian import decode_problem
 from . import plots
-from .best_chain import best_chain
+from .best_chain import best_chain, scored
 from .page import number, whole, with_error, write_page
 from .pictures import Video, is_pictures, thumbnail, to_pictures
 from .run_result import RunResult
@@ -327,9 +327,10 @@ def _chain(result: RunResult) -> dict[str, Any] | None:
         else:
             return None
     steps = result.process.steps
-    scored = result.tree is None or "predicted_reward" in result.tree.nodes_at(1)
     return {
-        "measure": "the reward of that prediction" if scored else "the value of the tree's node, at the end the reward",
+        "measure": "the reward of that prediction"
+        if scored(result)
+        else "the value of the tree's node, at the end the reward",
         "stops": [
             {
                 "name": "data" if stop.level == steps else f"step {stop.level}",

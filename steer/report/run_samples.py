@@ -29,23 +29,31 @@ def samples(result: RunResult, reference: RunResult | None, index: Tensor) -> di
         index: Which particles to show, [B, M].
 
     Returns:
-        `sections`, each with a `name` (None where there is one problem), `panels` of pictures and `texts`, of which one
+        `sections`, each with a `name` (None where there is one problem, without a prompt), `panels` of pictures and `texts`, of which one
         is empty; and `plots`, by name. Either is empty.
     """
-    chosen = result.take(index)
-    names = problem_names(result) if len(index) > 1 else [None]
-    if result.process.text is not None:
-        texts = _texts(chosen, reference)
-        sections = [{"name": name, "panels": [], "texts": rows} for name, rows in zip(names, texts, strict=True)]
-    elif is_pictures(chosen.decoded):
-        panels = _panels(chosen, reference, index)
-        sections = [{"name": name, "panels": own, "texts": []} for name, own in zip(names, panels, strict=True)]
+    found = sections(result, reference, index)
+    if found:
+        drawn = []
     elif math.prod(result.x.shape[2:]) == 2:
-        return {"sections": [], "plots": [("unsteered and steered", plots.samples_scatter(result, reference))]}
+        drawn = [("unsteered and steered", plots.samples_scatter(result, reference))]
     else:
         svgs = plots.coordinate_histograms(result, reference)
-        return {"sections": [], "plots": [(f"coordinate {i}", svg) for i, svg in enumerate(svgs)]}
-    return {"sections": sections, "plots": []}
+        drawn = [(f"coordinate {i}", svg) for i, svg in enumerate(svgs)]
+    return {"sections": found, "plots": drawn}
+
+
+def sections(result: RunResult, reference: RunResult | None, index: Tensor) -> list[dict[str, Any]]:
+    """The `sections` of `samples`: empty where samples are neither pictures nor texts."""
+    chosen = result.take(index)
+    names = problem_names(result) if len(index) > 1 or result.process.prompts else [None]
+    if result.process.text is not None:
+        texts = _texts(chosen, reference)
+        return [{"name": name, "panels": [], "texts": rows} for name, rows in zip(names, texts, strict=True)]
+    if is_pictures(chosen.decoded):
+        panels = _panels(chosen, reference, index)
+        return [{"name": name, "panels": own, "texts": []} for name, own in zip(names, panels, strict=True)]
+    return []
 
 
 def _beside(reference: RunResult, count: int) -> RunResult:

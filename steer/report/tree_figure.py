@@ -155,7 +155,7 @@ def _sizes(tree: VisibleTree, span: float) -> list[list[float]]:
     for d, known in enumerate(tree.columns):
         shares = known["visits"] if d < tree.depth else tree.weight or [0.3] * len(tree.slots[d])
         top = max(shares) if d < tree.depth or tree.weight else 1.0
-        least, most = 1.6, max(2.2, min(7.0, 1.5 * span / len(tree.slots[d])))
+        least, most = 2.2, max(2.8, min(7.0, 1.5 * span / len(tree.slots[d])))
         sizes.append([least + (most - least) * math.sqrt(share / top if top > 0 else 0.0) for share in shares])
     return sizes
 

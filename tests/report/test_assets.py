@@ -99,13 +99,6 @@ def test_shades_of_the_figure_are_those_of_the_style():
     assert shades == [f".tree .v{i}" for i in range(SHADES)]
 
 
-def test_diagnoses_wrap():
-    """A table cell is one line; a diagnosis is a sentence, and was cut off at the card's edge."""
-    found = dict(rules(asset("page.css")))
-    assert found["th, td"]["white-space"] == "nowrap"
-    assert found[".facts th, .facts td"]["white-space"] == "normal"
-
-
 @pytest.mark.slow
 def test_the_page_allows_its_own_script_and_no_other(tmp_path):
     process = steer.models.gaussian_mixture([[0.0, 0.0]], [1.0], steps=4)

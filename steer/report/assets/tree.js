@@ -119,7 +119,11 @@ for (const box of document.querySelectorAll(".tree")) {
     const go = {ArrowUp: n.up, ArrowDown: children[at][0], ArrowLeft: row[i - 1], ArrowRight: row[i + 1]}[event.key];
     if (event.key === "Escape") pin(-1);
     else if (event.key === "+" || event.key === "-") zoom(event.key === "+" ? .6 : 1 / .6, n.x, n.y);
-    else if (go >= 0) { event.preventDefault(); pin(go); }
+    else if (go >= 0) {
+      event.preventDefault();
+      pin(go);
+      nodes[go].dot.scrollIntoView({block: "nearest", inline: "nearest"});
+    }
   });
   if (sheet && !sheet.complete) sheet.addEventListener("load", () => show(at));
   show(best());
