@@ -23,7 +23,7 @@ def grid(result: Any, caption: str) -> str:
 def tree(result: Any) -> str:
     """The tree of a search, as its report draws it."""
     style = (files("steer.report") / "assets" / "tree.css").read_text()
-    return f'<style>{style}</style><div class="tree tree-figure"><div>{tree_figure(result)}</div></div>'
+    return f'<style>{style}</style><div class="tree-figure">{tree_figure(result)}</div>'
 
 
 def scatter(plain: Any, steered: Any) -> str:

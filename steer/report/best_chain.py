@@ -63,10 +63,8 @@ def _in_tree(result: RunResult, problem: int, most: int) -> list[Waypoint]:
     for i, depth in enumerate(depths):
         known = tree.nodes_at(depth, problem)
         names = [name for name in ("reward", "predicted_reward") if name in known]
-        if names or scores is None:
-            value = known[names[0] if names else "value"][path[depth]]
-        else:
-            value = scores[problem, i]
+        kept = known[names[0] if names else "value"][path[depth]]
+        value = kept if names or scores is None else scores[problem, i]
         stops.append(Waypoint(tree.levels[depth - 1], ways[problem, i], float(value)))
     return stops
 

@@ -77,13 +77,8 @@ def reward_course(result: RunResult) -> Course:
         best = [_finite(seen.score).max().item() for seen in result.seen]
         if result.seen[-1].k < result.process.steps:
             rows, mean, best = [*rows, float(result.cost.nfe)], [*mean, end], [*best, result.reward.max().item()]
-        return Course(
-            [*rows[:-1], float(result.cost.nfe)],
-            [*mean[:-1], end],
-            best,
-            "mean, weighted at the end",
-            "best prediction",
-        )
+        rows[-1], mean[-1] = float(result.cost.nfe), end
+        return Course(rows, mean, best, "mean, weighted at the end", "best prediction")
     particles = result.reward.shape[1]
     drawn = torch.linspace(0, particles - 1, min(particles, _POINTS)).round().long()
     rows = (result.cost.nfe * (drawn + 1) / particles).tolist()

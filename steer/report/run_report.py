@@ -326,11 +326,9 @@ def _chain(result: RunResult) -> dict[str, Any] | None:
             texts = [f"({', '.join(map(number, x.flatten().tolist()))})" for x in clean]
         else:
             return None
-    steps = result.process.steps
+    steps, node = result.process.steps, "the value of the tree's node, at the end the reward"
     return {
-        "measure": "the reward of that prediction"
-        if scored(result)
-        else "the value of the tree's node, at the end the reward",
+        "measure": "the reward of that prediction" if scored(result) else node,
         "stops": [
             {
                 "name": "data" if stop.level == steps else f"step {stop.level}",

@@ -29,8 +29,8 @@ def samples(result: RunResult, reference: RunResult | None, index: Tensor) -> di
         index: Which particles to show, [B, M].
 
     Returns:
-        `sections`, each with a `name` (None where there is one problem, without a prompt), `panels` of pictures and `texts`, of which one
-        is empty; and `plots`, by name. Either is empty.
+        `sections`, each with a `name` (None where there is one problem, without a prompt), `panels` of pictures and
+        `texts`, of which one is empty; and `plots`, by name. Either is empty.
     """
     found = sections(result, reference, index)
     if found:

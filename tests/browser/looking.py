@@ -68,7 +68,7 @@ def served(folder: Path) -> Iterator[str]:
 @contextlib.contextmanager
 def shown(
     browser: Any, address: str, scheme: str = "light", width: int = 1280, home: str | None = None
-) -> Iterator[Any]:
+) -> Iterator[tuple[Any, list[str]]]:
     """The page at an address and the list of what went wrong there: errors, and requests that leave `home`.
 
     Args:
@@ -78,39 +78,44 @@ def shown(
         width: Of the window, in pixels.
         home: What addresses of requests have to begin with; the page itself by default.
     """
-    context = browser.new_context(
-        color_scheme=scheme, viewport={"width": width, "height": 844}, reduced_motion="reduce"
-    )
+    window = {"width": width, "height": 844}
+    context = browser.new_context(color_scheme=scheme, viewport=window, reduced_motion="reduce")
     page, faults = context.new_page(), []
-    page.on(
-        "console", lambda said: faults.append(f"console: {said.text}") if said.type in ("error", "warning") else None
-    )
+
+    def said(message: Any) -> None:
+        if message.type in ("error", "warning"):
+            faults.append(f"console: {message.text}")
+
+    def requested(request: Any) -> None:
+        if not request.url.startswith((home or address, "data:", "blob:")):
+            faults.append(f"the page asks for {request.url}")
+
+    page.on("console", said)
+    page.on("request", requested)
     page.on("pageerror", lambda error: faults.append(f"error: {error}"))
-    page.on("request", lambda request: None if _inside(request.url, home or address) else faults.append(request.url))
     try:
-        page.goto(address)
-        page.wait_for_load_state("networkidle") if address.startswith("http") else None
+        page.goto(address, wait_until="networkidle" if address.startswith("http") else "load")
         yield page, faults
     finally:
         context.close()
 
 
-def _inside(address: str, home: str) -> bool:
-    return address.startswith((home, "data:", "blob:"))
+def faults_of(browser: Any, address: str, scheme: str, *, name: str, home: str | None = None) -> list[str]:
+    """Everything that is wrong with a page at each width, as sentences. Keeps screenshots where they are asked for.
 
-
-def faults_of(browser: Any, address: str, scheme: str, width: int, *, name: str, home: str | None = None) -> list[str]:
-    """Everything that is wrong with a page in one setting, as sentences. Keeps a screenshot where one is asked for.
+    axe-core looks once, on the phone: colours are those of the scheme, and what scrolls is measured at every width.
 
     Args:
-        browser, address, scheme, width, home: As `shown`.
-        name: Of the screenshot, in the folder that STEER_SCREENSHOTS names.
+        browser, address, scheme, home: As `shown`.
+        name: Of the screenshots, in the folder that STEER_SCREENSHOTS names.
     """
-    with shown(browser, address, scheme, width, home) as (page, faults):
-        faults += page.evaluate(_MEASURE)
+    with shown(browser, address, scheme, WIDTHS[0], home) as (page, faults):
         faults += serious(page)
-        if _SCREENSHOTS:
-            page.screenshot(path=Path(_SCREENSHOTS) / f"{name}-{scheme}-{width}.png", full_page=True)
+        for width in WIDTHS:
+            page.set_viewport_size({"width": width, "height": 844})
+            faults += [f"{width} px: {fault}" for fault in page.evaluate(_MEASURE)]
+            if _SCREENSHOTS:
+                page.screenshot(path=Path(_SCREENSHOTS) / f"{name}-{scheme}-{width}.png", full_page=True)
         return faults
 
 

@@ -84,9 +84,13 @@
     const [low, high] = [luminance(one), luminance(other)].sort((a, b) => a - b);
     return (high + .05) / (low + .05);
   };
+  const behind = e => {
+    const colour = getComputedStyle(e).backgroundColor;
+    return /^rgba\(.*, 0\)$|^transparent$/.test(colour) && e.parentElement ? behind(e.parentElement) : colour;
+  };
   for (const tree of document.querySelectorAll(".tree")) {
     if (!visible(tree)) continue;
-    const card = getComputedStyle(tree).backgroundColor, pale = [], tiny = [];
+    const card = behind(tree), pale = [], tiny = [];
     for (const node of tree.querySelectorAll("circle")) {
       const {fill, stroke} = getComputedStyle(node);
       if (Math.max(contrast(fill, card), stroke === "none" ? 0 : contrast(stroke, card)) < 3) pale.push(node);

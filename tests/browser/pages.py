@@ -26,9 +26,7 @@ def run(folder):
     """Digits by smc, beside unsteered ones, with a judge."""
     result = steer.smc(digits(), threes(), particles=16, temperature=0.5, keep_states=True, key=1)
     reference = steer.rollout(digits(), threes(), particles=16, key=1)
-    command = (
-        "steer generate --model digits --reward digit:3 --method smc --temperature 0.5 --budget 128 --out runs/threes"
-    )
+    command = "steer generate --model digits --reward digit:3 --method smc --temperature 0.5 --budget 128 --out runs/3"
     return result.report(
         folder, reference=reference, metrics={"judge": rewards.judge(3)}, count=16, about={"command": command}
     )
@@ -45,15 +43,10 @@ def tree(folder):
     return result.report(folder, reference=steer.rollout(digits(), threes(), particles=16, key=1))
 
 
-def weighted_tree(folder):
-    """Trees of several problems, folded, of a search that weights its leaves."""
-    return search.dts(digits(), threes(), budget=100, batch=2, levels=3, key=1).report(folder)
-
-
 def letters(folder):
-    """Samples that are texts."""
+    """Samples that are texts; trees of two problems, folded, of a search that weights its leaves."""
     process = steer.load("letters", steps=6)
-    result = search.dts(process, many_e, budget=80, levels=3, key=1)
+    result = search.dts(process, many_e, budget=80, batch=2, levels=3, key=1)
     return result.report(folder, reference=steer.rollout(process, many_e, particles=12))
 
 
@@ -62,13 +55,6 @@ def prompts(folder):
     process = dataclasses.replace(digits(), problems=len(PROMPTS), prompts=PROMPTS)
     result = steer.smc(process, threes(), particles=6, temperature=0.5, keep_states=True, key=2)
     return result.report(folder, reference=steer.rollout(process, threes(), particles=6, key=2))
-
-
-def points(folder):
-    """Samples that are points of a plane."""
-    process = steer.models.gaussian_mixture([[0.0, 0.0], [3.0, 3.0]], [0.1, 0.2], steps=6)
-    result = steer.smc(process, lambda x: -(x - 1.0).square().sum(1), particles=64, key=1)
-    return result.report(folder, reference=steer.rollout(process, lambda x: x[:, 0], particles=64))
 
 
 def videos(folder):
@@ -100,7 +86,7 @@ def failure(folder):
     def fragile_sampler_of_a_long_name(process, reward, *, key, **options):
         if key.seed % 2:
             raise RuntimeError(
-                "expected all tensors on one device, got cuda:0 and cpu at /srv/models/transformer/attention.py"
+                "expected all tensors on one device, got cuda:0 and cpu in /srv/models/transformer/attention"
             )
         return steer.smc(process, reward, key=key, **options)
 
@@ -108,9 +94,4 @@ def failure(folder):
     return steer.compare(process, many_e, methods=[fragile_sampler_of_a_long_name], budget=32, keys=2).report(folder)
 
 
-PAGES = {
-    make.__name__: make
-    for make in (
-        run, heavy, tree, weighted_tree, letters, prompts, points, videos, comparison, budgets, failure,
-    )
-}  # fmt: skip
+PAGES = {make.__name__: make for make in (run, heavy, tree, letters, prompts, videos, comparison, budgets, failure)}

@@ -1,16 +1,15 @@
 """Reports in a real browser, on a phone and a desktop, light and dark."""
 
 import pytest
-from browser.looking import SCHEMES, WIDTHS, faults_of
+from browser.looking import SCHEMES, faults_of
 from browser.pages import PAGES
 
 pytestmark = pytest.mark.browser
 
 
-@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("name", PAGES)
-def test_a_page_can_be_read(browser, page_of, name, scheme, width):
+def test_a_page_can_be_read(browser, page_of, name, scheme):
     """No error, no request, nothing wider than the window, no text cut off, nothing serious of axe-core's."""
-    faults = faults_of(browser, page_of(name), scheme, width, name=name)
+    faults = faults_of(browser, page_of(name), scheme, name=name)
     assert not faults, "\n".join(faults)
