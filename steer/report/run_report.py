@@ -270,7 +270,12 @@ def _cost_rows(costs: Sequence[Cost]) -> list[list[str]]:
     rows = [[label, *(whole(getattr(cost, name)) for cost in costs)] for label, name in counts]
     for kind in costs[0].seconds:
         rows.append([f"seconds, {kind}", *(f"{cost.seconds.get(kind, 0.0):.2f}" for cost in costs)])
-    return [*rows, ["peak memory", *(f"{cost.peak_bytes / 2**20:,.0f} MiB" for cost in costs)]]
+    return [*rows, ["peak memory", *(_memory(cost.peak_bytes) for cost in costs)]]
+
+
+def _memory(size: int) -> str:
+    """Bytes in the unit that needs few digits: three columns of them stand side by side on a phone."""
+    return f"{size / 2**20:.0f} MiB" if size < 1000 * 2**20 else f"{size / 2**30:.1f} GiB"
 
 
 def _diagnostics(result: RunResult, numbers: dict[str, Any]) -> Iterator[tuple[str, str]]:
