@@ -20,7 +20,7 @@ ROOMS = (
     "version", "errors", "finite", "torch_modes", "noise", "key", "types", "calls", "cost", "files", "execution",
     "rewards", "processes", "core", "particles", "pipelines", "report", "watching", "results", "weighted_sde",
     "samplers", "search", "saved", "evaluation", "guidance", "models", "minority_sampling", "grpo", "exporters",
-    "generation", "testing", "cli",
+    "generation", "playground", "testing", "cli",
 )  # fmt: skip
 # A target that the user asked for and that is biased, or may not exist, or an evidence without an error estimate, is no
 # numerical failure: it runs, with a warning.

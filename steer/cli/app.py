@@ -1,5 +1,5 @@
 """The command line: `steer generate`, `steer compare`, `steer preflight`, `steer resume`, `steer status`,
-`steer export`, `steer report`, `steer models`, `steer methods`, `steer serve-reward`.
+`steer export`, `steer report`, `steer models`, `steer methods`, `steer serve-reward`, `steer play`.
 
 Exit codes: 0 done; 1 failed or interrupted at run time; 2 wrong usage. With --json, stdout holds one JSON object and
 nothing else; progress and errors go to stderr.
@@ -17,6 +17,7 @@ from .compare import compare
 from .export import export
 from .generate import generate
 from .listings import methods, models
+from .play import play
 from .preflight import preflight
 from .saved_runs import report, resume, status
 from .serve_reward import serve_reward
@@ -64,6 +65,7 @@ _EXAMPLES = {
     models: "steer models --json",
     methods: "steer methods --json",
     serve_reward: "steer serve-reward jpeg:- --port 8000",
+    play: "steer play --model digits",
 }
 for _command, _example in _EXAMPLES.items():
     _name = _command.__name__.replace("_", "-")
