@@ -22,6 +22,7 @@ class Lineage:
     levels: the level of every generation, the start first, the present last.
     slots:  of today's particles (of `_DRAWN` of them at most), the slot of their ancestor in every generation.
     sizes:  particles of every generation.
+    ended:  (generation, slot, slot of the parent) of particles without descendants today.
     alive:  for every generation, how many starting particles had descendants.
     steps:  of the whole chain.
     """
@@ -29,6 +30,7 @@ class Lineage:
     levels: tuple[int, ...]
     slots: tuple[tuple[int, ...], ...]
     sizes: tuple[int, ...]
+    ended: tuple[tuple[int, int, int], ...]
     alive: tuple[int, ...]
     steps: int
 
@@ -48,27 +50,43 @@ class Lineage:
         for parent in parents:
             roots = [roots[slot] for slot in parent]
             alive.append(len(set(roots)))
-        generations = [back[-1], *back[-2::-1]]
+        generations = back[::-1]
+        few = max([first, *sizes, count]) <= _DRAWN
+        born = [list(range(first)), *parents] if few else []
+        lost = [
+            (g, slot, parent)
+            for g, of in enumerate(born)
+            for slot, parent in enumerate(of)
+            if slot not in generations[g]
+        ]
         return cls(
             (0, *(record.k for record in records), state.k),
             tuple(zip(*generations, strict=True)),
             (first, *sizes, count),
+            tuple(lost),
             (*alive, alive[-1]),
             state.process.steps,
         )
 
     def figure(self) -> Markup:
-        """Lines of descent from noise (left) to the present, a colour for each starting particle."""
+        """Lines of descent from noise (left) to the present, a colour for each start; grey ones have ended."""
         wide = (_WIDTH - 2 * _EDGE) / max(1, self.steps)
         xs = [_EDGE + wide * k for k in self.levels]
+
+        def y(generation: int, slot: int) -> float:
+            return _EDGE + (_HEIGHT - 2 * _EDGE) * (slot + 0.5) / self.sizes[generation]
+
         lines = []
+        for g, slot, parent in self.ended:  # each from its parent to where it was left behind
+            points = [(xs[max(0, g - 1)], y(max(0, g - 1), parent)), (xs[g], y(g, slot)), (xs[g + 1], y(g, slot))]
+            way = "M" + "L".join(f"{x:.1f} {height:.1f}" for x, height in points)
+            lines.append(f'<path d="{way}" stroke="currentColor" stroke-opacity=".25" stroke-width="1"/>')
         for line in dict.fromkeys(self.slots):
-            ys = [_EDGE + (_HEIGHT - 2 * _EDGE) * (slot + 0.5) / n for slot, n in zip(line, self.sizes, strict=True)]
-            path = "L".join(f"{x:.1f} {y:.1f}" for x, y in zip(xs, ys, strict=True))
-            lines.append(f'<path d="M{path}" stroke="hsl({line[0] * 137.5 % 360:.0f} 60% 48%)"/>')
+            path = "L".join(f"{x:.1f} {y(g, slot):.1f}" for g, (x, slot) in enumerate(zip(xs, line, strict=True)))
+            lines.append(f'<path d="M{path}" stroke-width="1.6" stroke="hsl({line[0] * 137.5 % 360:.0f} 60% 48%)"/>')
         opening = trusted(
-            '<svg class="lineage" viewBox="0 0 {:.0f} {:.0f}" role="img" aria-label="{}" fill="none" '
-            'stroke-width="1.3"><rect x="{:.0f}" y="{:.0f}" width="{:.0f}" height="{:.0f}" stroke="currentColor" '
+            '<svg class="lineage" viewBox="0 0 {:.0f} {:.0f}" role="img" aria-label="{}" fill="none">'
+            '<rect x="{:.0f}" y="{:.0f}" width="{:.0f}" height="{:.0f}" stroke="currentColor" '
             'stroke-opacity=".2"/>'
         ).format(_WIDTH, _HEIGHT, self.words, _EDGE, _EDGE / 2, _WIDTH - 2 * _EDGE, _HEIGHT - _EDGE)
         return opening + trusted("".join(lines) + "</svg>")

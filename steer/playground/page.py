@@ -70,7 +70,7 @@ def launch(model: str, *, host: str = "127.0.0.1", port: int = 7860, browser: bo
         mcp_server=False,
         ssr_mode=False,
         footer_links=[],
-        theme=gr.themes.Base(**fonts),  # fonts of the system: nothing is fetched
+        theme=gr.themes.Base(**fonts).set(block_info_text_color="*neutral_600"),  # fonts of the system: none is fetched
         css=views.STYLE,
     )
     return page
@@ -112,9 +112,15 @@ def build(model: str, shelf: Shelf) -> Any:
                     report = gr.DownloadButton("Report", interactive=False, elem_id="report", min_width=100)
                     archive = gr.DownloadButton("Saved run (zip)", interactive=False, elem_id="archive", min_width=100)
                 with gr.Accordion("The same run as Python, and as a command"):
-                    python = gr.Code(language="python", label="Python", interactive=False, elem_id="python")
+                    python = gr.Code(language="python", lines=1, label="Python", interactive=False, elem_id="python")
                     command = gr.Code(
-                        language="shell", label="Command", interactive=False, wrap_lines=True, elem_id="command"
+                        language="shell",
+                        max_lines=6,
+                        lines=1,
+                        label="Command",
+                        interactive=False,
+                        wrap_lines=True,
+                        elem_id="command",
                     )
         shown = [status, pictures, drawn, python, command, report, archive, run, stop]
         page.load(lambda: (Session(shelf), gr.update(interactive=True)), None, [session, run], show_progress="hidden")

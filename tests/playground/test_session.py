@@ -42,6 +42,7 @@ def ended(session, options):
     return last
 
 
+@pytest.mark.slow
 def test_a_run_seen_from_outside(shelf, every_step, tmp_path):
     session = Session(shelf)
     moments = list(session.run(SMALL))
@@ -57,14 +58,14 @@ def test_a_run_seen_from_outside(shelf, every_step, tmp_path):
     with zipfile.ZipFile(last.archive) as archive:
         assert {"result.safetensors", "result.json", "report.html"} <= set(archive.namelist())
         archive.extractall(tmp_path)
-    assert torch.equal(steer.load_run(tmp_path).x, last.result.x)
+    assert torch.equal(steer.load_run(tmp_path).tensors["x"], last.result.x)
 
 
 @pytest.mark.parametrize(
     "options",
     [
         Options(budget=400, seed=5, temperature=0.5),
-        Options(budget=1000, label=3, temperature="auto"),
+        pytest.param(Options(budget=1000, label=3, temperature="auto"), marks=pytest.mark.slow),
         Options(method="svdd", budget=400, reward=("0.5*digit:3", "digit:8"), model="digits-flow"),
         Options(method="best_of_n", model="letters", reward=("letters:e",), budget=80),
         pytest.param(
@@ -90,7 +91,7 @@ def test_the_command_makes_the_same_samples(shelf, options, tmp_path):
     words[words.index("--out") + 1] = str(tmp_path)
     done = CliRunner().invoke(app, [*words[1:], "--quiet", "--reference", "0"])
     assert done.exit_code == 0, done.output
-    again = steer.load_run(tmp_path)
+    again = steer.load_run(tmp_path).result(own.result.process)
     assert torch.equal(again.x, own.result.x)
     assert torch.equal(again.log_weight, own.result.log_weight)
 
@@ -109,7 +110,7 @@ def test_stop_keeps_what_there_is(shelf, every_step):
 
 def test_a_visitor_who_leaves_ends_the_run(shelf, every_step):
     session = Session(shelf)
-    moments = session.run(Options(budget=100_000))
+    moments = session.run(Options(budget=10_000))
     next(moments)
     run = session._run
     moments.close()
@@ -173,9 +174,10 @@ def test_a_form_is_read():
     assert read == Options("digits", ("digit:3", "0.1*ink"), "smc", 400, "auto", 7, None, 3)
 
 
+@pytest.mark.slow
 def test_two_visitors_at_once_do_not_mix(shelf, every_step):
     """Each gets what it would get alone, though both use one model, and their steps alternate."""
-    asked = [Options(budget=800, seed=1), Options(budget=800, seed=2, reward=("digit:8",))]
+    asked = [Options(budget=400, seed=1), Options(budget=400, seed=2, reward=("digit:8",))]
     alone = [ended(Session(shelf), options).result for options in asked]
     together, order = [None, None], []
 
@@ -198,7 +200,7 @@ def test_two_visitors_at_once_do_not_mix(shelf, every_step):
 
 def test_one_run_at_a_time_for_each_visitor(shelf, every_step):
     session = Session(shelf)
-    moments = session.run(Options(budget=100_000))
+    moments = session.run(Options(budget=10_000))
     next(moments)
     with pytest.raises(SteerError, match="a run of yours goes on"):
         next(session.run(SMALL))
@@ -241,7 +243,8 @@ def test_lineage_follows_the_ancestors():
     assert [line[0] for line in drawn.slots] == state.root[0].tolist()
     assert drawn.alive[1:-1] == tuple(int(count) for _, count in state.unique_roots())
     assert drawn.words == "2 of 4 starting particles have descendants at step 2 of 4"
-    assert drawn.figure().count("<path") == 4
+    assert drawn.ended == ((0, 0, 0), (0, 1, 1), (1, 3, 0))
+    assert drawn.figure().count("<path") == 4 + len(drawn.ended)
     branched = steer.Trajectory.begin(process, process.prior(steer.Key(0), 1, 2)).branch(3)
     assert Lineage.of(branched).words == "2 starting particles have descendants at step 0 of 4"
 
@@ -257,6 +260,7 @@ def test_the_extra_is_named_where_gradio_is_missing(monkeypatch):
     assert "steer-diffusion[play]" in done.output
 
 
+@pytest.mark.slow
 def test_the_session_needs_no_gradio():
     script = "import sys; sys.modules['gradio'] = None; import steer.playground.session, steer.playground.page"
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
