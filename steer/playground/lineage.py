@@ -104,9 +104,10 @@ class Lineage:
 def _number_at_start(parents: list[list[int]], count: int) -> int:
     """How many particles began, which the past does not say.
 
-    Where the first rearrangement uses the first few slots and no others, a search has branched: that many began.
+    Where the first rearrangement uses the first few slots and no others, a search has branched: that many began. Where it
+    uses later ones than it has particles, a search has left some out: as many began as were used, at least.
     """
     if not parents:
         return count
     used = 1 + max(parents[0])
-    return used if len(set(parents[0])) == used else len(parents[0])
+    return used if len(set(parents[0])) == used else max(used, len(parents[0]))

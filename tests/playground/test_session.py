@@ -96,6 +96,14 @@ def test_the_command_makes_the_same_samples(shelf, options, tmp_path):
     assert torch.equal(again.log_weight, own.result.log_weight)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["auto", "beam", "depth_first"])
+def test_methods_that_select_and_branch_can_be_watched(shelf, every_step, method):
+    last = ended(Session(shelf), Options(method=method, budget=1200))
+    assert last.error == ""
+    assert last.verdict
+
+
 def test_stop_keeps_what_there_is(shelf, every_step):
     session = Session(shelf)
     for seen in session.run(Options(budget=4000)):
@@ -246,6 +254,8 @@ def test_lineage_follows_the_ancestors():
     assert drawn.ended == ((0, 0, 0), (0, 1, 1), (1, 3, 0))
     assert drawn.figure().count("<path") == 4 + len(drawn.ended)
     branched = steer.Trajectory.begin(process, process.prior(steer.Key(0), 1, 2)).branch(3)
+    fewer = steer.Trajectory.begin(process, process.prior(steer.Key(0), 1, 4)).select(torch.tensor([[3, 1]]))
+    assert [line[0] for line in Lineage.of(fewer).slots] == [3, 1]
     assert Lineage.of(branched).words == "2 starting particles have descendants at step 0 of 4"
 
 
