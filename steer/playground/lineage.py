@@ -104,8 +104,8 @@ class Lineage:
 def _number_at_start(parents: list[list[int]], count: int) -> int:
     """How many particles began, which the past does not say.
 
-    Where the first rearrangement uses the first few slots and no others, a search has branched: that many began. Where it
-    uses later ones than it has particles, a search has left some out: as many began as were used, at least.
+    Where the first rearrangement uses the first few slots and no others, a search has branched: that many began. Where
+    it uses later ones than it has particles, a search has left some out: at least as many began as were used.
     """
     if not parents:
         return count
