@@ -99,6 +99,7 @@ from .processes.masked import MaskedProcess, from_logits
 from .processes.optimal_times import optimal_times
 from .processes.schedules import VE, VP, Cosine, RectifiedFlow, Tabulated, log_snr_times, sigma_times, uniform_times
 from .processes.second_order import second_order
+from .processes.switched import switched
 from .processes.transitions import Normal, churn, cps, dance_sde, ddim, euler_maruyama, flow_sde, ode
 from .processes.unmasking import Unmasking, unmask
 from .results.result import Result
@@ -299,6 +300,7 @@ __all__ = [
     "snr_share",
     "ssp",
     "stratified",
+    "switched",
     "systematic",
     "tds",
     "tfg",

@@ -31,6 +31,7 @@ from ..errors import ShapeError, SteerError
 from ..key import Key
 from ..types import GaussianPath, GaussianTransition, Level, ReverseProcess, Rule
 from .delegation import of_base
+from .switched import Switched
 from .transitions import Normal, keep_marginal
 
 Tau = float | Callable[[Level], float]
@@ -283,10 +284,17 @@ class SecondOrderProcess:
         if k == 0 or self._goes_back(k - 1):
             return 0.0
         before, here, there = self.levels[k - 1 : k + 2]
+        if self._switches(before, here):
+            return 0.0
         if self._goes_back(k):  # down to the next level first
             there = max((level for level in self.levels if level.t < here.t), key=lambda level: level.t)
         length, since = span(here, there), span(before, here)
         return 0.5 * length / since if math.isfinite(length) else 0.0
+
+    def _switches(self, before: Level, here: Level) -> bool:
+        """Whether another model predicts there: the slope would be a difference of two models."""
+        denoiser = getattr(self.base, "denoiser", None)
+        return isinstance(denoiser, Switched) and denoiser.at(before.t) is not denoiser.at(here.t)
 
     def _goes_back(self, k: int) -> bool:
         """Whether the step from level k ends at one no less noisy."""
