@@ -136,8 +136,8 @@ def _for_best(setting: Setting, found: Preflight | None) -> Chosen:
         )
         return Chosen("best_of_n", why)
     why = (
-        f"the budget pays for {int(setting.candidates)} candidates of every step, predicted and scored, and keeping "
-        "the best of them at every step gives higher rewards than choosing among finished samples"
+        f"the budget pays for {int(setting.candidates)} scored candidates of every step, and keeping the best at each "
+        "gives higher rewards than choosing among finished samples"
     )
     return Chosen("svdd", why, {"select": "argmax"}, early=True)
 
