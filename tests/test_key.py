@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from exact import LIMIT, z
+from python_philox import python_philox
 from scipy import stats
 
 import steer
@@ -21,24 +22,13 @@ EVENTS = [(), (1,), (2,), (3,), (5,), (4,), (3, 5), (1, 8, 8)]
 P_VALUE = 1e-5
 
 
-def reference_philox(counter, key):
-    """Philox-4x32-10 in Python integers, written from the paper's figure."""
-    (a, b, c, d), (k0, k1) = counter, key
-    for _ in range(10):
-        high0, low0 = divmod(0xD2511F53 * a, 1 << 32)
-        high1, low1 = divmod(0xCD9E8D57 * c, 1 << 32)
-        a, b, c, d = high1 ^ b ^ k0, low1, high0 ^ d ^ k1, low0
-        k0, k1 = (k0 + 0x9E3779B9) % (1 << 32), (k1 + 0xBB67AE85) % (1 << 32)
-    return a, b, c, d
-
-
 def test_layout_of_the_counter():
     """Draws are pinned to words (position // 4, 0, problem, step) of the reference: no release may move them."""
     key, size = Key(11, ("step",), problem=5, slot=3, step=70), 3
     uniform, normal = key.uniform((2, 4, size)), key.normal((2, 4, size))
     for b, n, e in itertools.product(range(2), range(4), range(size)):
         position = (3 + n) * size + e
-        four = reference_philox((position // 4, 0, 5 + b, 70), _words(key.seed, key.stream))
+        four = python_philox((position // 4, 0, 5 + b, 70), _words(key.seed, key.stream))
         u = [(w + 0.5) / 2.0**32 for w in four]
         pair = position % 4 // 2 * 2
         radius, angle = math.sqrt(-2.0 * math.log(u[pair])), 2.0 * math.pi * four[pair + 1] / 2.0**32

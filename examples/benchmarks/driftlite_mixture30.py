@@ -26,7 +26,7 @@ from torch import Tensor
 
 import steer
 from steer.models import GaussianMixture
-from steer.weighted_sde.engine import Engine
+from steer.weighted_sde.engine import WeightedSDE
 
 SIZE = 30
 WEIGHTS, SDS = (0.4, 0.3, 0.2, 0.1), (1.0, 1.02, 0.98, 1.01)
@@ -83,9 +83,9 @@ def sliced(x: Tensor, log_weight: Tensor, y: Tensor, key: steer.Key, slices: int
 @contextlib.contextmanager
 def recorded(found: list[float]) -> Iterator[None]:
     """Weighted variance over particles of what each step adds to the log-weight, per unit of log-SNR, into found."""
-    own = Engine.weighted
+    own = WeightedSDE.weighted
 
-    def weighted(self: Engine, state: steer.Trajectory, gain: Tensor) -> steer.Trajectory:
+    def weighted(self: WeightedSDE, state: steer.Trajectory, gain: Tensor) -> steer.Trajectory:
         here, there = self.target.levels[state.k], self.target.levels[state.k + 1]
         if there.sigma > 0.0:
             weight = torch.softmax(state.log_weight, 1)
@@ -93,11 +93,11 @@ def recorded(found: list[float]) -> Iterator[None]:
             found.append(float(spread.mean()) / (2.0 * math.log(there.alpha * here.sigma / (there.sigma * here.alpha))))
         return own(self, state, gain)
 
-    Engine.weighted = weighted
+    WeightedSDE.weighted = weighted
     try:
         yield
     finally:
-        Engine.weighted = own
+        WeightedSDE.weighted = own
 
 
 def methods(process, reward, exponent: float) -> dict[str, Callable[..., steer.Result]]:

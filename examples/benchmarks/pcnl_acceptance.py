@@ -19,22 +19,23 @@ from pathlib import Path
 import torch
 
 from steer import Key
-from steer.particles.langevin import Move, crank_nicolson, euler, log_acceptance
-from steer.particles.tilted_prior import Tilted
+from steer.particles.langevin import crank_nicolson, euler
+from steer.particles.metropolis_hastings import ProposalCoefficients, log_acceptance
+from steer.particles.tilted_prior import TiltedState
 
 COLUMNS = [("pcnl", crank_nicolson, step) for step in (0.05, 0.5, 2.0)] + [
     ("mala", euler, step) for step in (0.05, 0.5)
 ]
 
 
-def tilted(x: torch.Tensor, rank: int) -> Tilted:
+def tilted(x: torch.Tensor, rank: int) -> TiltedState:
     """States with the log-tilt and its gradient."""
     gradient = torch.zeros_like(x)
     gradient[..., :rank] = 2.0 - x[..., :rank]
-    return Tilted(x, -0.5 * gradient.square().sum(2), gradient)
+    return TiltedState(x, -0.5 * gradient.square().sum(2), gradient)
 
 
-def acceptance(move: Move, rank: int, size: int, draws: int, key: Key) -> tuple[float, float]:
+def acceptance(move: ProposalCoefficients, rank: int, size: int, draws: int, key: Key) -> tuple[float, float]:
     """Mean of min(1, A) over exact draws, and its standard error; in chunks of at most 2^24 numbers."""
     rates, chunk = [], max(1, min(draws, 2**24 // size))
     keep, pull, variance = (coefficient.item() for coefficient in move)

@@ -201,7 +201,9 @@ def _named(method: str | Method) -> str:
 
 
 def _check_options(name: str, method: Method, options: dict[str, Any]) -> None:
-    """SteerError where a method does not take an option, before anything is run."""
+    """SteerError where a method does not take an option, or all methods share it, before anything is run."""
+    if shared := sorted({"process", "reward", "method", "budget", "temperature", "batch", "key"} & set(options)):
+        raise SteerError(f"the {', '.join(shared)} of {name} is that of the whole comparison; give it there, for all")
     known = signature(method).parameters
     unknown = sorted(set(options) - set(known))
     if unknown and not any(parameter.kind is Parameter.VAR_KEYWORD for parameter in known.values()):

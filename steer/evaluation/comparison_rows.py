@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from ..report.compared import MeanError, Row, certain
+from ..report.compared import MeanError, Row
+from ..report.remarks import certain
 from ..results.result import Result
 
 Metrics = Mapping[str, Callable[[torch.Tensor], torch.Tensor]]
@@ -40,7 +41,7 @@ def rows_of(
             reward=_over(measured[name], "reward"),
             best=_over(measured[name], _BEST),
             gain=_paired(best[name], best.get(BASELINE, {})),
-            tied=name == first or (first is not None and not _behind(best[name], best[first])),
+            tied=first is not None and bool(best[name]) and not _behind(best[name], best[first]),
             metrics={label: _over(measured[name], label) for label in metrics},
             of_best={label: _over(measured[name], _of_best(label)) for label in metrics},
             of_best_gain={label: _gain(measured, name, _of_best(label)) for label in metrics},
@@ -102,10 +103,8 @@ def _paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> MeanError
 
 
 def _behind(ours: Mapping[int, float], first: Mapping[int, float]) -> bool:
-    """Whether a method's best samples are worse than the first's; where no error is known, unless they are equal."""
-    both = len(ours.keys() & first.keys())
-    behind = _paired(first, ours)
-    return certain(behind, both) if both > 1 else behind[0] != 0.0
+    """Whether a method's best samples are known to be worse than the first's, on the seeds that both have run."""
+    return certain(_paired(first, ours), len(ours.keys() & first.keys()))
 
 
 def _mean(values: list[float]) -> MeanError:

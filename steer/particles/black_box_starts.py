@@ -11,8 +11,8 @@ from torch import Tensor
 from ..core.population import broadcast_like, gather
 from ..errors import SteerError
 from ..key import Key
-from .langevin import Langevin, ProposalCoefficients
 from .mcmc_start import MCMCStart, MCMCStep
+from .metropolis_hastings import MetropolisHastings, ProposalCoefficients
 from .tilted_prior import Predictor, TiltedPrior, TiltedState, norm
 
 _LARGEST = 0.8  # nearly independent draws would be accepted often, and their rare excursions would stick
@@ -60,7 +60,7 @@ def pcn(
     if not 0.0 < step_size <= 1.0:
         raise SteerError(f"step_size is b of sqrt(1 - b^2) x + b nu, in (0, 1], got {step_size}")
     return MCMCStart(
-        Langevin(autoregressive, step_size, acceptance, gradient=False, largest=_LARGEST),
+        MetropolisHastings(autoregressive, step_size, acceptance, gradient=False, largest=_LARGEST),
         temperature=temperature,
         chains=chains,
         burn_in=burn_in,

@@ -11,7 +11,7 @@ exact run needs: the target is p(path) exp(r(x_0) / T), the population at hand i
 that is nothing where T_m = T and r / T - r / T_m elsewhere, with nothing to configure. What stays unknown is the
 normalizing constant of the tilted prior, and with it that of the run: log_evidence is NaN.
 
-Kernels that follow the reward's gradient are in `langevin`, those that only call it in `black_box_starts`.
+Starts that follow the reward's gradient are in `langevin`, those that only call it in `black_box_starts`.
 """
 
 from __future__ import annotations

@@ -28,21 +28,18 @@ class Switched:
 
     def at(self, t: float) -> GaussianProcess:
         """The part in force at a time."""
-        return next((part for part, since in reversed(self._begins()) if t <= since), self.parts[0])
+        begun = (part for part, since in zip(self.parts[::-1], self.since[::-1], strict=True) if t <= since)
+        return next(begun, self.parts[0])
 
     def rows_at(self, t: float) -> int:
         """Network rows of a prediction at a time."""
         part = self.at(t)
-        own = getattr(part.denoiser, "rows_at", None)
-        return part.rows if own is None else own(t)
+        return getattr(part.denoiser, "rows_at", lambda t: part.rows)(t)
 
     def only(self, problem: int) -> Switched:
         """The same for one problem."""
         parts = (p if p.problems is None else replace(p, denoiser=only(p.denoiser, problem)) for p in self.parts)
         return replace(self, parts=tuple(parts))
-
-    def _begins(self) -> list[tuple[GaussianProcess, float]]:
-        return list(zip(self.parts, self.since, strict=True))
 
 
 def switched(parts: Mapping[int, ReverseProcess]) -> GaussianProcess:

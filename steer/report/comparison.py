@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from ..files import plain
-from .compared import Row, remarks
+from .compared import Row
 from .page import number, whole, with_error
+from .remarks import remarks
 from .run_result import RunResult
 
 Run = TypeVar("Run", bound=RunResult)

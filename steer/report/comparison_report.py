@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from . import plots
-from .compared import Compared, Row, Stage, remarks
+from .compared import Compared, Row, Stage
 from .page import number, whole, with_error, write_page
 from .pictures import Video, is_pictures, sheet
+from .remarks import remarks
 from .run_report import facts_of, shown
 from .run_result import RunResult
 from .run_samples import sections

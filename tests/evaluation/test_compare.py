@@ -11,7 +11,7 @@ from exact import Linear, mixture_2d
 
 import steer
 from steer import rewards, search
-from steer.report.compared import student
+from steer.report.remarks import student
 
 REWARD = Linear([0.7, -0.5])
 
@@ -315,6 +315,8 @@ def test_an_option_that_a_method_does_not_take_is_refused_before_anything_runs()
     counted = Breaks()
     with pytest.raises(steer.SteerError, match=r"smc takes no proposl; it takes .*proposal"):
         steer.compare(process(), counted, methods=["smc"], budget=50, options={"smc": {"proposl": None}})
+    with pytest.raises(steer.SteerError, match="temperature of smc is that of the whole comparison"):
+        steer.compare(process(), counted, methods=["smc"], budget=50, options={"smc": {"temperature": 0.5}})
     assert counted.calls == 0
 
 

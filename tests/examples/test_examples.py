@@ -1,5 +1,8 @@
 """The examples, run as they stand, on a small random pipeline instead of a downloaded one."""
 
+import ast
+import importlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -101,3 +104,21 @@ def test_a_dataset_by_ray(tiny, prompts, tmp_path):
     assert "3 pictures" in run_example(
         "examples/dataset_ray.py", prompts, *words, "--keep", 1, "--out", tmp_path / "out"
     )
+
+
+def names_asked_of_steer(path: Path) -> list[tuple[str, str]]:
+    """(module, name) of every `from steer... import ...` in a file."""
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+    return [(n.module, a.name) for n in nodes if (n.module or "").partition(".")[0] == "steer" for a in n.names]
+
+
+def there_is(module: str, name: str) -> bool:
+    return hasattr(importlib.import_module(module), name) or importlib.util.find_spec(f"{module}.{name}") is not None
+
+
+def test_examples_import_what_there_is():
+    """Also those that are run by hand: a benchmark outlives the names that it was written with."""
+    files = sorted((ROOT / "examples").rglob("*.py"))
+    asked = {(path, *names) for path in files for names in names_asked_of_steer(path)}
+    assert len(asked) > 30
+    assert [(path.name, module, name) for path, module, name in sorted(asked) if not there_is(module, name)] == []

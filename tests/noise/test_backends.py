@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from exact import LIMIT
+from python_philox import python_philox
 from scipy import stats
 
 import steer
@@ -40,17 +41,6 @@ LINES = [
     ((2, 1026), 1, 0, 0, (0, 9)),
     ((1, 4096), (1 << 34) - 1401, (1 << 32) - 1, (1 << 32) - 1, (0xFFFFFFFF, 0xFFFFFFFB)),
 ]
-
-
-def python_philox(counter, key):
-    """Philox-4x32-10 in Python integers, written from the paper's figure."""
-    (a, b, c, d), (k0, k1) = counter, key
-    for _ in range(10):
-        high0, low0 = divmod(0xD2511F53 * a, 1 << 32)
-        high1, low1 = divmod(0xCD9E8D57 * c, 1 << 32)
-        a, b, c, d = high1 ^ b ^ k0, low1, high0 ^ d ^ k1, low0
-        k0, k1 = (k0 + 0x9E3779B9) % (1 << 32), (k1 + 0xBB67AE85) % (1 << 32)
-    return a, b, c, d
 
 
 def words_of(fill, counter, key):

@@ -6,27 +6,18 @@ from dataclasses import replace
 import pytest
 import torch
 from exact import LIMIT, exact_chain, z
+from mcmc_starts import flat_process
+from mcmc_starts import run_start as run
 
 import steer
 from steer.core.objective import open_objective
 from steer.key import Key
 from steer.models import GaussianMixture
-from steer.particles import langevin
+from steer.particles import metropolis_hastings
 from steer.particles.black_box_starts import EllipticalSlice
 
 STARTS = {"pcn": steer.pcn, "slice": steer.elliptical_slice}
 DATA = GaussianMixture(torch.tensor([[0.3, -0.2]]), torch.eye(2)[None] * 0.49)
-
-
-def flat_process(size, dtype=torch.float64):
-    """A process whose prior is N(0, I) and whose prediction is the state: the tilted prior is N(0, I) exp(r / T)."""
-    times = steer.uniform_times(steer.RectifiedFlow(), 4, start=1.0)
-    return steer.from_denoiser(lambda x, t: x, steer.RectifiedFlow(), times, event=(size,), dtype=dtype)
-
-
-def run(start, process, reward, *, batch, particles, key=0, temperature=1.0):
-    process, objective, meter = open_objective(process, reward)
-    return start.prepare(process, temperature)[0](process, objective, Key(key), batch, particles), meter.cost()
 
 
 class Tilted:
@@ -74,7 +65,7 @@ def test_mutants_of_pcn_are_rejected(monkeypatch, name):
         "everything": lambda move, here, there: torch.full_like(here.value, torch.inf),
         "forgets where it stands": lambda move, here, there: there.value,
     }
-    monkeypatch.setattr(langevin, "log_acceptance", ratios[name])
+    monkeypatch.setattr(metropolis_hastings, "log_acceptance", ratios[name])
     assert worst_of_stationary_law(steer.pcn(chains=2, burn_in=60, kept=1)) > LIMIT
 
 

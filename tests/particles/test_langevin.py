@@ -7,28 +7,19 @@ from dataclasses import replace
 import pytest
 import torch
 from exact import LIMIT, Linear, Quadratic, z
+from mcmc_starts import flat_process
+from mcmc_starts import run_start as run
 
 import steer
 from steer.core.diagnostics import split_rhat
 from steer.core.objective import open_objective
 from steer.key import Key
-from steer.particles import langevin
-from steer.particles.langevin import crank_nicolson, euler, log_acceptance
+from steer.particles import metropolis_hastings
+from steer.particles.langevin import crank_nicolson, euler
+from steer.particles.metropolis_hastings import log_acceptance
 from steer.particles.tilted_prior import TiltedPrior, TiltedState, prior_moments
 
 MOVES = {"pcnl": crank_nicolson, "mala": euler}
-
-
-def flat_process(size, dtype=torch.float64):
-    """A process whose prior is N(0, I) and whose prediction is the state: the tilted prior is N(0, I) exp(r / T)."""
-    times = steer.uniform_times(steer.RectifiedFlow(), 4, start=1.0)
-    return steer.from_denoiser(lambda x, t: x, steer.RectifiedFlow(), times, event=(size,), dtype=dtype)
-
-
-def run(start, process, reward, *, batch, particles, key=0, temperature=1.0):
-    """A start's trajectory and the ledger."""
-    process, objective, meter = open_objective(process, reward)
-    return start.prepare(process, temperature)[0](process, objective, Key(key), batch, particles), meter.cost()
 
 
 class RankTen:
@@ -321,13 +312,13 @@ def test_ledger_counts_every_chain_and_the_users_predictor():
 def test_bf16_states_run_their_chains_in_float32(monkeypatch):
     process = flat_process(40, torch.bfloat16)
     seen, decided = set(), set()
-    ratio = langevin.log_acceptance
+    ratio = metropolis_hastings.log_acceptance
 
     def log_acceptance(move, here, there):
         decided.update((here.x.dtype, there.x.dtype))
         return ratio(move, here, there)
 
-    monkeypatch.setattr(langevin, "log_acceptance", log_acceptance)
+    monkeypatch.setattr(metropolis_hastings, "log_acceptance", log_acceptance)
 
     def predictor(x):
         seen.add(x.dtype)

@@ -15,7 +15,7 @@ from exact import LIMIT, PATHS, Linear, Quadratic, exact_chain, worst, z_scores
 
 import steer
 from steer.models import GaussianMixture
-from steer.particles import langevin, mcmc_start
+from steer.particles import mcmc_start, metropolis_hastings
 
 MEAN, SD = torch.tensor([0.5, -0.3], dtype=torch.float64), 0.9
 DATA = GaussianMixture(MEAN[None], torch.tensor([SD**2]))
@@ -148,7 +148,8 @@ def test_mutant_uniform_first_weights_are_rejected(monkeypatch):
 
 
 def test_mutant_chain_that_accepts_everything_is_rejected(monkeypatch):
-    monkeypatch.setattr(langevin, "log_acceptance", lambda move, here, there: torch.full_like(here.value, torch.inf))
+    always = lambda move, here, there: torch.full_like(here.value, torch.inf)  # noqa: E731
+    monkeypatch.setattr(metropolis_hastings, "log_acceptance", always)
     assert score(monkeypatch, "vp", "quadratic", 1.0, None, batch=2048)[0] > LIMIT
 
 
